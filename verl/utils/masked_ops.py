@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums and means over the real tokens of padded tensors. N sequences, R response length."""
+
+from __future__ import annotations
+
+import torch
+
+LOSS_AVG_MODES = ("token", "seq")
+
+
+def masked_sum(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """Sum of `values * mask`, where a value under a mask of 0 counts as 0 even when it is infinite or NaN.
+
+    `mask` broadcasts against `values` and may hold weights. No gradient reaches masked values.
+    """
+    return torch.where(mask != 0, values * mask, 0).sum(dim)
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None, eps: float = 1e-8) -> torch.Tensor:
+    """Mean of `values` over the tokens whose mask is 1; 0 where there is none.
+
+    `mask` has the shape of `values`. `eps` only keeps an empty mask from dividing by zero: beside a count of one or
+    more it is lost in float32.
+    """
+    return masked_sum(values, mask, dim) / (mask.sum(dim) + eps)
+
+
+def aggregate_loss(
+    per_token_loss: torch.Tensor,
+    weights: torch.Tensor,
+    response_mask: torch.Tensor,
+    mode: str,
+    num_tokens: torch.Tensor | float,
+    num_sequences: torch.Tensor | float,
+) -> torch.Tensor:
+    """This micro-batch's part of the loss of a whole mini-batch; the parts of all micro-batches and ranks add up to it.
+
+    `token`: mean over all response tokens, so long responses count more.
+    `seq`: mean over sequences of each one's mean over its tokens, so every response counts the same.
+
+    per_token_loss: (N, R), the rows of this micro-batch.
+    weights: (N, R), what each token's loss is multiplied by: the response mask, or the mask times token weights. The
+        denominators stay plain counts, so that weights of one change nothing.
+    response_mask: (N, R), 1 on response tokens.
+    num_tokens, num_sequences: counts of the whole mini-batch over all micro-batches and all ranks.
+
+    Returns a scalar. An engine that averages gradients over W ranks must multiply it by W.
+    Raises ValueError for an unknown mode.
+    """
+    if mode == "token":
+        return masked_sum(per_token_loss, weights) / num_tokens
+
+    if mode == "seq":
+        tokens_of_row = response_mask.sum(-1).clamp(min=1)  # (N,)
+        return (masked_sum(per_token_loss, weights, dim=-1) / tokens_of_row).sum() / num_sequences
+
+    raise ValueError(f"loss_avg_mode='{mode}' is not known; use one of {', '.join(LOSS_AVG_MODES)}")
