@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of checkpoints on disk, which of them is the latest, and which may go.
+
+Layout under the save path: `checkpoint_tracker.json` and `global_step_<N>/{dataloader.pt, actor/...}`, each rank's
+files carrying the world size in their names. What is inside the files is the workers' business.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from typing import Any
+
+CHECKPOINT_TRACKER = "checkpoint_tracker.json"
+DATALOADER_FILE = "dataloader.pt"
+
+logger = logging.getLogger(__name__)
+
+
+def step_folder(root: str, step: int) -> str:
+    """The folder that holds everything saved at `step`."""
+    return os.path.join(root, f"global_step_{step}")
+
+
+def step_of(path: str) -> int:
+    """The step that a checkpoint folder was saved at, from the end of its name.
+
+    Raises:
+        ValueError: the last component of `path` does not end in `global_step_<N>`.
+    """
+    match = re.search(r"global_step_(\d+)$", os.path.basename(os.path.normpath(path)))
+    if match is None:
+        raise ValueError(
+            f"{path!r} is not a checkpoint folder: its name must end in global_step_<N>, e.g. .../global_step_40"
+        )
+    return int(match.group(1))
+
+
+def model_file(world_size: int, rank: int) -> str:
+    """File name of one rank's share of the weights."""
+    return f"model_world_size_{world_size}_rank_{rank}.pt"
+
+
+def optim_file(world_size: int, rank: int) -> str:
+    """File name of one rank's share of the optimizer state."""
+    return f"optim_world_size_{world_size}_rank_{rank}.pt"
+
+
+def extra_state_file(world_size: int, rank: int) -> str:
+    """File name of one rank's learning-rate scheduler and random-number states."""
+    return f"extra_state_world_size_{world_size}_rank_{rank}.pt"
+
+
+def write_tracker(
+    root: str, last_global_step: int, best_global_step: int | None, best_val_reward_score: float | None
+) -> None:
+    """Records which checkpoint is the latest and which is the best.
+
+    Call it when the checkpoint of `last_global_step` is complete. A reader sees the old file or the new one, never
+    half of one. `best_global_step` and `best_val_reward_score` are None while there has been no validation.
+    """
+    tracker = {
+        "best_global_step": best_global_step,
+        "best_val_reward_score": None if best_val_reward_score is None else round(best_val_reward_score, 4),
+        "last_global_step": last_global_step,
+        "last_actor_path": os.path.join(os.path.abspath(step_folder(root, last_global_step)), "actor"),
+    }
+    path = os.path.join(root, CHECKPOINT_TRACKER)
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        json.dump(tracker, file, indent=2)
+    os.replace(path + ".tmp", path)
+
+
+def find_latest_ckpt(path: str) -> tuple[str | None, dict[str, Any]]:
+    """The folder of the last complete checkpoint under `path` and the tracker's contents.
+
+    The folder is None where no tracker was written, and where the folder that it names is gone; the latter is
+    logged as a warning, since the run would begin from scratch beside its own earlier results.
+    """
+    tracker_path = os.path.join(path, CHECKPOINT_TRACKER)
+    if not os.path.exists(tracker_path):
+        return None, {}
+    with open(tracker_path, encoding="utf-8") as file:
+        tracker = json.load(file)
+    folder = step_folder(path, tracker["last_global_step"])
+    if not os.path.isdir(folder):
+        logger.warning(
+            "%s names %s as the latest checkpoint, but there is no such folder; nothing to resume from. "
+            "To resume from another one, set trainer.load_checkpoint_path.",
+            tracker_path,
+            folder,
+        )
+        return None, tracker
+    return folder, tracker
+
+
+def remove_obsolete_ckpt(path: str, global_step: int, best_global_step: int | None, save_limit: int) -> None:
+    """Deletes old checkpoints so that `save_limit` remain, counting the one of `global_step`.
+
+    Call it when the checkpoint of `global_step` is complete. The best one always stays, even beyond the limit; the
+    other places go to the newest older ones. Folders of later steps and folders with other names are not touched.
+
+    Args:
+        path: the folder that holds the `global_step_<N>` folders.
+        global_step: the step just saved.
+        best_global_step: the step with the best validation score, None if there is none.
+        save_limit: how many to keep; zero or less keeps all.
+    """
+    if save_limit <= 0:
+        return
+    matches = [re.fullmatch(r"global_step_(\d+)", name) for name in os.listdir(path)]
+    older = sorted(step for match in matches if match is not None and (step := int(match.group(1))) < global_step)
+    kept = {global_step} | ({best_global_step} & set(older))
+    others = [step for step in older if step not in kept]
+    num_removed = max(len(others) - max(save_limit - len(kept), 0), 0)
+    for step in others[:num_removed]:
+        folder = step_folder(path, step)
+        logger.info("removing %s: trainer.save_limit is %d", folder, save_limit)
+        shutil.rmtree(folder)

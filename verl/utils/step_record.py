@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one training step leaves behind: its metrics and the wall clock of its phases."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+
+class StepRecord:
+    """Collects the metrics and phase timings of one step, so that phases need no return values for them.
+
+    Args:
+        step: the number of the step, as it appears in logs and folder names.
+        on_phase: called with the name of every phase as it begins, e.g. to show it in a progress bar.
+
+    Example:
+        record = StepRecord(3)
+        with record.timed("gen"):
+            ...
+        record.add({"actor/lr": 1e-6})
+        record.metrics  # {"actor/lr": 1e-06, "timing_s/gen": 0.8}
+    """
+
+    def __init__(self, step: int, on_phase: Callable[[str], None] | None = None) -> None:
+        self.step = step
+        self._on_phase = on_phase
+        self._values: dict[str, float] = {}
+        self._timings: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds the seconds spent inside to `timing_s/<phase>`; a phase entered twice counts both visits."""
+        if self._on_phase is not None:
+            self._on_phase(phase)
+        start = time.perf_counter()
+        yield
+        self._timings[phase] = self._timings.get(phase, 0.0) + time.perf_counter() - start
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Records numbers (Python, numpy or one-element tensors) under names of the form `area/name`.
+
+        Raises:
+            ValueError: a name is recorded already; the second value would hide the first.
+        """
+        for name, value in metrics.items():
+            if name in self._values:
+                raise ValueError(
+                    f"metric {name!r} of step {self.step} is {self._values[name]} already, refusing to overwrite it "
+                    f"with {float(value)}; record it under another name"
+                )
+            self._values[name] = float(value)
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Wall seconds of every phase left so far, by phase name."""
+        return dict(self._timings)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Everything recorded so far, the timings as `timing_s/<phase>`."""
+        return self._values | {f"timing_s/{phase}": seconds for phase, seconds in self._timings.items()}
