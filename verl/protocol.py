@@ -8,6 +8,7 @@ B prompts, n responses per prompt, W world size.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
@@ -126,7 +127,9 @@ class DataProto:
         """
         for key, value in data.items():
             if not isinstance(value, (torch.Tensor, np.ndarray)):
-                raise ValueError(f"'{key}' is a {type(value).__name__}; it must be a torch.Tensor or a numpy array")
+                raise ValueError(  # noqa: TRY004 (errors to users are ValueError)
+                    f"'{key}' is a {type(value).__name__}; it must be a torch.Tensor or a numpy array"
+                )
 
         return cls.from_dict(
             tensors={key: value for key, value in data.items() if isinstance(value, torch.Tensor)},
@@ -238,15 +241,8 @@ class DataProto:
             DataProto(meta_info=meta_info)._require_equal_where_both(part, "meta_info")
             meta_info.update(part.meta_info)
 
-        batch = None
-        if first.batch is not None:
-            rows = torch.Size([sum(len(part) for part in data)])
-            batch = TensorDict(
-                {key: torch.cat([part.batch[key] for part in data]) for key in first.batch.keys()},
-                batch_size=rows + first.batch.batch_size[1:],
-            )
         return DataProto(
-            batch=batch,
+            batch=None if first.batch is None else torch.cat([part.batch for part in data]),
             non_tensor_batch={
                 key: np.concatenate([part.non_tensor_batch[key] for part in data]) for key in first.non_tensor_batch
             },
@@ -357,11 +353,13 @@ def _same(left: Any, right: Any) -> bool:
     if isinstance(left, torch.Tensor):
         if left.shape != right.shape or left.dtype != right.dtype:
             return False
-        return bool(((left == right) | ((left != left) & (right != right))).all())
+        return bool(((left == right) | (left.isnan() & right.isnan())).all())
     if isinstance(left, np.ndarray):
         return left.shape == right.shape and all(map(_same, left.ravel().tolist(), right.ravel().tolist()))
     if isinstance(left, Mapping):
         return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
     if isinstance(left, (list, tuple)):
         return len(left) == len(right) and all(map(_same, left, right))
-    return bool(left == right) or bool(left != left and right != right)
+    if isinstance(left, float):
+        return left == right or (math.isnan(left) and math.isnan(right))
+    return bool(left == right)

@@ -45,7 +45,7 @@ def clipped_policy_loss(
     With ratio r = exp(log_probs - old_log_probs) and advantage A, PPO (arXiv 1707.06347, eq. 7):
     max(-A r, -A clip(r, 1 - low, 1 + high)). Our deltas:
 
-    1. The upper and the lower bound are two numbers (DAPO's clip-higher, arXiv 2503.14476, eq. 10).
+    1. The upper and the lower bound are two numbers (DAPO's clip-higher, arXiv 2503.14476, sec. 3.1).
     2. Where A < 0 the loss is at most -A * dual, so that a token whose ratio has exploded has no gradient (dual clip,
        arXiv 1912.09729, eq. 5).
     3. The log-ratio is clamped to +-20 before the exponential, for finite values.
