@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make torchvision importable in the environment of the Python that runs this: `python scripts/mend_torchvision.py`.
+
+The torchvision wheel on PyPI is linked against CUDA and cannot load its binary beside a CPU-only torch, though image
+resizing does not need it. Where that is so, a small import hook is put into site-packages; elsewhere nothing is done.
+Run it again after installing packages; it also takes away a hook that is no longer needed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+HOOK_MODULE = "verl_torchvision_hook"
+# torchaudio and torchcodec are not ours: vLLM's CPU build brings them, linked against CUDA as well.
+OPTIONAL_PACKAGES = ("torchaudio", "torchcodec")
+
+
+def import_error(module: str, site_packages: Path) -> str | None:
+    """Say why `module` cannot be imported without our hook: the error's last line, None when it can.
+
+    `-S` leaves out every `.pth` file of the environment, and with it a hook that is already there.
+    """
+    code = f"import sys; sys.path[:0] = [{str(site_packages)!r}]; import {module}"
+    result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=False)
+    return None if result.returncode == 0 else (result.stderr.strip().splitlines() or ["killed"])[-1]
+
+
+def mend(site_packages: Path) -> str:
+    """Write or remove the hook as this environment needs it and return one line saying what was found.
+
+    Raises RuntimeError when torchvision is missing, or still does not import with the hook in place.
+    """
+    module_file, path_file = site_packages / f"{HOOK_MODULE}.py", site_packages / f"{HOOK_MODULE}.pth"
+    error = import_error("torchvision", site_packages)
+    if error is not None and "No module named 'torchvision'" in error:
+        raise RuntimeError(f"no torchvision in {site_packages}; run `pip install -r requirements.txt` first")
+    hidden = [
+        name
+        for name in OPTIONAL_PACKAGES
+        if (site_packages / name).is_dir() and import_error(name, site_packages) is not None
+    ]
+    if error is None and not hidden:
+        module_file.unlink(missing_ok=True)
+        path_file.unlink(missing_ok=True)
+        return "torchvision imports as it is; nothing to mend"
+
+    shutil.copyfile(Path(__file__).with_name("torchvision_hook.py"), module_file)
+    path_file.write_text(f"import {HOOK_MODULE}; {HOOK_MODULE}.install(hide={hidden!r})\n")
+    check = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, text=True, check=False)
+    if check.returncode != 0:
+        raise RuntimeError(f"torchvision does not import even with the hook:\n{check.stderr}")
+    return f"torchvision mended ({error or 'it imports'}); hidden: {', '.join(hidden) or 'nothing'}"
+
+
+if __name__ == "__main__":
+    print(mend(Path(sysconfig.get_paths()["purelib"])))

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test shares: one thread per process, a quiet Ray, and one tiny model on disk for the whole session."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+# Two threads in each of several processes on two cores are ten times slower than one; torch and Ray read these once,
+# when they are first imported.
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    HF_HUB_OFFLINE="1",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_AUTH_MODE="disabled",
+    RAY_DEDUP_LOGS="0",
+)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random Qwen2.5-VL with its processor; tests read it and never write into it."""
+    from tests.tiny import make_tiny_model  # here, so that tests which need no model do not load torch
+
+    return make_tiny_model(tmp_path_factory.mktemp("tiny_model"))
