@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+# python -m pytest tests/test_metrics.py
+
+import numpy as np
+import pytest
+import torch
+
+from verl.protocol import DataProto
+from verl.trainer.metrics import (
+    compute_data_metrics,
+    compute_length_metrics,
+    compute_throughput_metrics,
+    compute_timing_metrics,
+    reduce_metrics,
+)
+
+
+def make_batch():
+    """Two sequences, P = 3, R = 4: prompts of 3 and 2 tokens (left-padded), responses of 4 and 1 tokens.
+
+    Positions beyond a response hold 9, so that a metric that reads them is wrong.
+    """
+    response_mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
+    prompt_mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    return DataProto.from_dict(
+        {
+            "responses": torch.zeros(2, 4, dtype=torch.int64),
+            "response_mask": response_mask,
+            "attention_mask": torch.cat([prompt_mask, response_mask], dim=-1),
+            "token_level_scores": torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.5, 0.0, 0.0, 0.0]]),
+            "token_level_rewards": torch.tensor([[-0.1, -0.1, 0.0, 1.0], [0.25, 0.0, 0.0, 0.0]]),
+            "advantages": torch.tensor([[1.0, 1.0, 1.0, 1.0], [-2.0, 9.0, 9.0, 9.0]]),
+            "returns": torch.tensor([[2.0, 2.0, 2.0, 2.0], [-3.0, 9.0, 9.0, 9.0]]),
+        }
+    )
+
+
+def test_data_metrics_are_sums_per_sequence_and_values_per_response_token():
+    """Scores sum to 1 and 0.5, rewards to 0.8 and 0.25. The five response tokens have advantages 1, 1, 1, 1, -2, mean
+    2/5, and returns 2, 2, 2, 2, -3, mean 1."""
+    metrics = compute_data_metrics(make_batch())
+    expected = {
+        "critic/score/mean": 0.75,
+        "critic/score/max": 1.0,
+        "critic/score/min": 0.5,
+        "critic/rewards/mean": 0.525,
+        "critic/rewards/max": 0.8,
+        "critic/rewards/min": 0.25,
+        "critic/advantages/mean": 0.4,
+        "critic/advantages/max": 1.0,
+        "critic/advantages/min": -2.0,
+        "critic/returns/mean": 1.0,
+        "critic/returns/max": 2.0,
+        "critic/returns/min": -3.0,
+        "response_length/mean": 2.5,
+        "response_length/max": 4.0,
+        "response_length/min": 1.0,
+        "response_length/clip_ratio": 0.5,
+        "prompt_length/mean": 2.5,
+        "prompt_length/max": 3.0,
+        "prompt_length/min": 2.0,
+        "prompt_length/clip_ratio": 0.5,
+    }
+    assert metrics == pytest.approx(expected)
+    assert all(type(value) is float for value in metrics.values())
+
+
+def test_validation_lengths_carry_their_prefix():
+    metrics = compute_length_metrics(make_batch(), prefix="val_")
+    plain = compute_length_metrics(make_batch())
+    assert metrics == {f"val_{name}": value for name, value in plain.items()}
+    assert "val_response_length/clip_ratio" in metrics
+
+
+def test_time_per_token_counts_response_tokens_for_generation_and_all_tokens_for_passes():
+    """5 response tokens and 10 tokens in all: 1 s of generation is 200 ms a token, 1 s of update 100 ms."""
+    timings = {"gen": 1.0, "reward": 0.5, "old": 2.0, "update_actor": 1.0, "validation": 7.0, "step": 11.5}
+    assert compute_timing_metrics(make_batch(), timings) == {
+        "timing_per_token_ms/gen": 200.0,
+        "timing_per_token_ms/reward": 100.0,
+        "timing_per_token_ms/old": 200.0,
+        "timing_per_token_ms/update_actor": 100.0,
+    }
+
+
+def test_throughput_is_per_device():
+    """10 tokens in 2 s on 5 devices."""
+    assert compute_throughput_metrics(make_batch(), {"step": 2.0}, num_devices=5) == {
+        "perf/total_num_tokens": 10,
+        "perf/time_per_step": 2.0,
+        "perf/throughput": 1.0,
+    }
+
+
+def test_metrics_do_not_depend_on_the_order_of_rows_or_on_padding():
+    batch = make_batch()
+    expected = compute_data_metrics(batch)
+    batch.reorder(torch.tensor([1, 0]))
+    for name in ("token_level_scores", "token_level_rewards", "advantages", "returns"):
+        batch.batch[name] = batch.batch[name] * batch.batch["response_mask"]
+    assert compute_data_metrics(batch) == pytest.approx(expected)
+
+
+def test_lists_are_averaged_and_an_empty_one_is_an_error_that_names_it():
+    assert reduce_metrics({"overall": [0.0, 1.0, 0.5], "actor/lr": np.array([2.0])}) == {
+        "overall": 0.5,
+        "actor/lr": 2.0,
+    }
+    with pytest.raises(ValueError, match="accuracy"):
+        reduce_metrics({"overall": [1.0], "accuracy": []})
