@@ -28,3 +28,13 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     from tests.tiny import make_tiny_model  # here, so that tests which need no model do not load torch
 
     return make_tiny_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One Ray for all tests that need it; more CPUs than cores, since workers mostly wait for each other."""
+    import ray
+
+    ray.init(num_cpus=8, include_dashboard=False, logging_level="ERROR", object_store_memory=200 * 2**20)
+    yield
+    ray.shutdown()

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+# python -m pytest tests/test_worker_group.py
+"""One object drives many processes: rows come back in order, failures come back with their own traceback."""
+
+import os
+import time
+
+import psutil
+import pytest
+import ray
+import torch
+import torch.distributed as dist
+
+from verl.protocol import DataProto
+from verl.single_controller.dispatch import DP_COMPUTE_METRIC, DP_COMPUTE_PROTO, ONE_TO_ALL, register
+from verl.single_controller.worker import Worker
+from verl.single_controller.worker_group import WorkerGroup, detect_device
+
+
+class ArithmeticWorker(Worker):
+    def __init__(self, offset: int, **place) -> None:
+        super().__init__(**place)
+        self.offset = offset
+
+    @register(ONE_TO_ALL)
+    def whereabouts(self) -> tuple[int, int, int, int]:
+        return self.rank, self.local_rank, dist.get_rank(), os.getpid()
+
+    @register(DP_COMPUTE_PROTO)
+    def tag_rows(self, data: DataProto, factor: int) -> DataProto:
+        values = data.batch["value"] * factor + self.offset
+        return DataProto.from_dict({"value": values, "rank": torch.full_like(values, self.rank)})
+
+    @register(DP_COMPUTE_METRIC)
+    def total(self, data: DataProto) -> float:
+        total = data.batch["value"].sum()
+        dist.all_reduce(total)
+        return total.item()
+
+    @register(ONE_TO_ALL)
+    def fail_on_the_last_rank_while_others_wait(self) -> None:
+        if self.rank == self.world_size - 1:
+            raise KeyError("the pixel that broke the camel's back")
+        dist.barrier()
+
+    @register(ONE_TO_ALL)
+    def die_on_the_last_rank_while_others_wait(self) -> None:
+        if self.rank == self.world_size - 1:
+            os._exit(7)
+        dist.barrier()
+
+
+def _start_two() -> WorkerGroup:
+    return WorkerGroup(ArithmeticWorker, num_nodes=1, workers_per_node=2, device="cpu", offset=100)
+
+
+@pytest.fixture(scope="module")
+def group(ray_cluster):
+    group = _start_two()
+    yield group
+    group.shutdown()
+
+
+@pytest.fixture
+def doomed_group(ray_cluster):
+    group = _start_two()
+    yield group
+    group.shutdown()
+
+
+def _pids_gone(pids: list[int], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_every_worker_knows_its_place_and_all_share_one_process_group(group) -> None:
+    places = group.whereabouts()
+    assert [place[:3] for place in places] == [(0, 0, 0), (1, 1, 1)]
+    assert len({place[3] for place in places}) == 2
+
+
+def test_rows_are_split_over_ranks_and_come_back_in_order(group) -> None:
+    batch = DataProto.from_dict({"value": torch.arange(6)})
+    answer = group.tag_rows(batch, factor=10)
+    assert answer.batch["value"].tolist() == [100, 110, 120, 130, 140, 150]
+    assert answer.batch["rank"].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_reduced_numbers_come_back_once_and_cover_all_ranks(group) -> None:
+    assert group.total(DataProto.from_dict({"value": torch.arange(6)})) == 15
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_any_worker_is_called(group) -> None:
+    with pytest.raises(AssertionError):
+        group.tag_rows(DataProto.from_dict({"value": torch.arange(5)}), factor=1)
+
+
+def test_a_worker_that_raises_ends_the_call_with_its_own_traceback_and_leaves_no_process(doomed_group) -> None:
+    pids = [place[3] for place in doomed_group.whereabouts()]
+    start = time.monotonic()
+    with pytest.raises(KeyError, match="camel's back") as failure:
+        doomed_group.fail_on_the_last_rank_while_others_wait()
+    assert time.monotonic() - start < 10
+    assert "fail_on_the_last_rank_while_others_wait" in str(failure.value)
+    assert _pids_gone(pids, seconds=10)
+
+
+def test_a_worker_that_dies_ends_the_call_and_leaves_no_process(doomed_group) -> None:
+    pids = [place[3] for place in doomed_group.whereabouts()]
+    start = time.monotonic()
+    with pytest.raises((ray.exceptions.RayActorError, RuntimeError)):
+        doomed_group.die_on_the_last_rank_while_others_wait()
+    assert time.monotonic() - start < 20
+    assert _pids_gone(pids, seconds=10)
+
+
+def test_asking_for_more_devices_than_ray_sees_names_the_keys_and_both_numbers(ray_cluster) -> None:
+    with pytest.raises(ValueError, match=r"trainer.nnodes=3 x trainer.n_gpus_per_node=50 .* 150 CPUs.*Ray sees"):
+        WorkerGroup(ArithmeticWorker, num_nodes=3, workers_per_node=50, device="cpu", offset=0)
+    with pytest.raises(ValueError, match=r"asks for 2 GPUs, but Ray sees 0"):
+        WorkerGroup(ArithmeticWorker, num_nodes=1, workers_per_node=2, device="cuda", offset=0)
+
+
+def test_the_device_follows_what_ray_sees(ray_cluster) -> None:
+    assert detect_device() == "cpu"

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts one worker actor per device, over any number of nodes, and drives them as one object."""
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from verl.single_controller.dispatch import Dispatch
+from verl.single_controller.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+PLACEMENT_TIMEOUT_SECONDS = 300
+
+
+def detect_device() -> str:
+    """ "cuda" when the Ray cluster has any GPU, else "cpu"."""
+    return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
+
+
+class WorkerGroup:
+    """All workers of one class, driven as one object.
+
+    Every method of `worker_class` that is marked with `@register` becomes a method of the group: its arguments are
+    split over the ranks, its answers gathered in rank order. The first exception of any rank kills the group (the
+    others may be waiting in a collective for the rank that failed) and reaches the caller with the worker's own
+    traceback.
+
+    Args:
+        worker_class: a subclass of `Worker`.
+        num_nodes, workers_per_node: their product is the number of workers; rank = node * workers_per_node + local.
+        device: "cuda" gives each worker one GPU, "cpu" none.
+        **worker_kwargs: passed on to the class beside `rank, world_size, local_rank, device`.
+
+    Raises:
+        ValueError: the Ray cluster has fewer GPUs or CPUs than asked for.
+    """
+
+    def __init__(
+        self, worker_class: type[Worker], num_nodes: int, workers_per_node: int, device: str, **worker_kwargs: Any
+    ) -> None:
+        self.world_size = num_nodes * workers_per_node
+        _check_resources(num_nodes, workers_per_node, device)
+        self._placement_groups = _reserve_nodes(num_nodes, workers_per_node, device)
+        self._workers = self._start(worker_class, workers_per_node, device, worker_kwargs)
+        for name, method in _driven_methods(worker_class).items():
+            setattr(self, name, self._drive(name, method.dispatch))
+        self._join_process_group()
+
+    def _start(
+        self, worker_class: type[Worker], workers_per_node: int, device: str, worker_kwargs: dict
+    ) -> list[ray.actor.ActorHandle]:
+        # More than one thread per process makes CPU workers fight over the cores, many times slower.
+        threads = os.environ.get("OMP_NUM_THREADS", "1")
+        actor_class = ray.remote(num_cpus=1, num_gpus=1 if device == "cuda" else 0)(worker_class)
+        return [
+            actor_class.options(
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=local_rank),
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}} if device == "cpu" else None,
+            ).remote(
+                rank=node * workers_per_node + local_rank,
+                world_size=self.world_size,
+                local_rank=local_rank,
+                device=device,
+                **worker_kwargs,
+            )
+            for node, group in enumerate(self._placement_groups)
+            for local_rank in range(workers_per_node)
+        ]
+
+    def _join_process_group(self) -> None:
+        address, port = self._gather([self._workers[0].free_address.remote()])[0]
+        self._gather([worker.join_process_group.remote(address, port) for worker in self._workers])
+
+    def _drive(self, name: str, dispatch: Dispatch) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            by_rank = dispatch.split(self.world_size, args, kwargs)
+            answers = [
+                getattr(worker, name).remote(*worker_args, **worker_kwargs)
+                for worker, (worker_args, worker_kwargs) in zip(self._workers, by_rank, strict=True)
+            ]
+            return dispatch.gather(self._gather(answers))
+
+        return call
+
+    def _gather(self, references: list[ray.ObjectRef]) -> list[Any]:
+        """The answers in the order of `references`; raises at the first failure, whichever rank it is."""
+        pending = references
+        try:
+            while pending:
+                # ray.get on the whole list could wait for a rank that waits for the failed one.
+                ready, pending = ray.wait(pending, num_returns=1)
+                ray.get(ready)
+            return ray.get(references)
+        except Exception:
+            self.shutdown()
+            raise
+
+    def shutdown(self) -> None:
+        """Kills every worker and gives its device back. Safe to call twice."""
+        for worker in self._workers:
+            ray.kill(worker)
+        for group in self._placement_groups:
+            remove_placement_group(group)
+        self._workers, self._placement_groups = [], []
+
+
+def _driven_methods(worker_class: type[Worker]) -> dict[str, Callable]:
+    members = {name: getattr(worker_class, name) for name in dir(worker_class)}
+    return {name: member for name, member in members.items() if isinstance(getattr(member, "dispatch", None), Dispatch)}
+
+
+def _check_resources(num_nodes: int, workers_per_node: int, device: str) -> None:
+    resource = "GPU" if device == "cuda" else "CPU"
+    wanted = num_nodes * workers_per_node
+    present = int(ray.cluster_resources().get(resource, 0))
+    if wanted > present:
+        raise ValueError(
+            f"trainer.nnodes={num_nodes} x trainer.n_gpus_per_node={workers_per_node} asks for {wanted} {resource}s, "
+            f"but Ray sees {present}; lower them or add nodes to the cluster"
+        )
+
+
+def _reserve_nodes(num_nodes: int, workers_per_node: int, device: str) -> list[PlacementGroup]:
+    """One placement group per node, each bundle one device, ordered by the nodes' addresses."""
+    bundle = {"CPU": 1, "GPU": 1} if device == "cuda" else {"CPU": 1}
+    groups = [placement_group([bundle] * workers_per_node, strategy="STRICT_PACK") for _ in range(num_nodes)]
+    unplaced = [group for group in groups if not group.wait(PLACEMENT_TIMEOUT_SECONDS)]
+    if unplaced:
+        for group in groups:
+            remove_placement_group(group)
+        raise ValueError(
+            f"no node has {workers_per_node} free x {bundle} for {len(unplaced)} of {num_nodes} nodes "
+            f"(trainer.n_gpus_per_node={workers_per_node}, trainer.nnodes={num_nodes}) after "
+            f"{PLACEMENT_TIMEOUT_SECONDS} s; `ray status` shows what holds them"
+        )
+    return sorted(groups, key=_node_address)
+
+
+def _node_address(group: PlacementGroup) -> tuple[str, str]:
+    node_id = ray.util.placement_group_table(group)["bundles_to_node_id"][0]
+    address = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
+    return address, node_id
