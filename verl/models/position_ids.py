@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Position ids for left-padded prompts and for the responses that follow them, plain or multimodal rope.
+
+Shapes: N sequences, P prompt length, R response length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from transformers import MODEL_MAPPING, PretrainedConfig
+
+from verl.models.registry import family_of, media_token_types
+
+
+def prompt_position_ids(
+    model_config: PretrainedConfig,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    mm_inputs: Mapping[str, torch.Tensor],
+) -> torch.Tensor:
+    """Return the position ids of one left-padded prompt: (P,), or (4, P) for a model with multimodal rope.
+
+    Row 0 counts the real tokens 0, 1, ...; rows 1 to 3 are time, height and width as the model class computes them
+    itself (Qwen2-VL, arXiv 2409.12191, section 2.1). Padding has position 0. A prompt without media has four equal
+    rows, so that all rows of a batch have one shape.
+
+    Args:
+        input_ids: (P,) int64, image placeholders already expanded to one token per merged patch.
+        attention_mask: (P,), 0 on padding.
+        mm_inputs: what the processor returned; only `image_grid_thw` (images, 3) is read.
+    """
+    text_positions = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)  # (P,)
+    if not family_of(model_config).uses_mrope:
+        return text_positions
+    model_class = MODEL_MAPPING[type(model_config)]
+    # The method reads nothing but the config and this helper: a model instance, weights and all, is not needed.
+    stand_in = SimpleNamespace(config=model_config)
+    stand_in.get_vision_position_ids = partial(model_class.get_vision_position_ids, stand_in)
+    rope_positions, _ = model_class.get_rope_index(
+        stand_in,
+        input_ids[None],
+        media_token_types(model_config, input_ids)["mm_token_type_ids"][None],
+        image_grid_thw=mm_inputs.get("image_grid_thw"),
+        attention_mask=attention_mask[None],
+    )  # (3, 1, P)
+    return torch.cat([text_positions[None], rope_positions[:, 0]])  # (4, P)
+
+
+def extend_position_ids(position_ids: torch.Tensor, response_length: int) -> torch.Tensor:
+    """Continue prompts into their responses: (N, P) gives (N, R), (N, 4, P) gives (N, 4, R).
+
+    Every row goes on by one from the last prompt position, past the end of the response too. A prompt must end in
+    text, as every chat template's does: after an image, multimodal rope would go on from the image's widest side.
+    """
+    steps = torch.arange(1, response_length + 1, dtype=position_ids.dtype, device=position_ids.device)
+    return position_ids[..., -1:] + steps

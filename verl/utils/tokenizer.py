@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads a model's tokenizer and processor the way training wants them: padded on the left, chat template replaceable."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+
+def check_torchvision() -> None:
+    """Import torchvision, which transformers needs for image processors.
+
+    Raises:
+        RuntimeError: it is missing, or its binary cannot load beside this torch. The wheel on PyPI is linked against
+            CUDA and breaks beside a CPU-only torch, though image resizing does not need that binary.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"{error}; run `pip install -r requirements.txt`") from error
+    except (ImportError, OSError, RuntimeError) as error:
+        raise RuntimeError(
+            f"torchvision cannot load beside this torch ({error}). Run `python scripts/mend_torchvision.py` once in "
+            "this environment; `bash scripts/quickstart.sh` and `bash scripts/run_tests.sh` do it by themselves"
+        ) from error
+
+
+def get_tokenizer(path: str, override_chat_template: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, ready for generation: padding on the left, with a padding token.
+
+    Args:
+        path: folder or hub id of the model.
+        override_chat_template: a jinja file that replaces the model's chat template, or the template itself.
+        kwargs: passed on to `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        ValueError: `override_chat_template` is neither a file nor a template.
+        OSError: transformers finds no tokenizer at `path`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+    if tokenizer.bos_token == "<bos>" and tokenizer.eos_token == "<eos>":
+        tokenizer.eos_token = "<end_of_turn>"  # Gemma's chats never end with the <eos> that its tokenizer declares
+    return _prepared(tokenizer, override_chat_template)
+
+
+def get_processor(path: str, override_chat_template: str | None = None, **kwargs: Any) -> ProcessorMixin | None:
+    """Load the processor (tokenizer and image processor in one) of a model, None for a model of text alone.
+
+    Arguments and errors as `get_tokenizer`; RuntimeError where torchvision cannot be imported.
+    """
+    check_torchvision()
+    from transformers import AutoProcessor, ProcessorMixin  # this import already needs torchvision
+
+    processor = AutoProcessor.from_pretrained(path, **kwargs)
+    if not isinstance(processor, ProcessorMixin):
+        return None
+    _prepared(processor.tokenizer, override_chat_template)
+    if override_chat_template is not None:
+        processor.chat_template = processor.tokenizer.chat_template
+    return processor
+
+
+def _prepared(tokenizer: PreTrainedTokenizerBase, override_chat_template: str | None) -> PreTrainedTokenizerBase:
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if override_chat_template is not None:
+        tokenizer.chat_template = _chat_template(override_chat_template)
+    return tokenizer
+
+
+def _chat_template(file_or_template: str) -> str:
+    if "{{" in file_or_template or "{%" in file_or_template:
+        return file_or_template
+    if not os.path.isfile(file_or_template):
+        raise ValueError(f"data.override_chat_template={file_or_template} is not a file; give a jinja chat template")
+    with open(file_or_template, encoding="utf-8") as file:
+        return file.read()
