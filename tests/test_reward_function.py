@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+# python -m pytest tests/test_reward_function.py
+
+import pickle
+import re
+from textwrap import dedent
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from verl.protocol import DataProto
+from verl.workers.reward.config import RewardConfig
+from verl.workers.reward.function import AutoRewardManager
+
+TEXTS = ["I see 3 and 9. 3+9=12.", "What is the sum?", "The quick brown fox"]
+TRUTHS = ["12", "7", "fox"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_path):
+    return AutoTokenizer.from_pretrained(tiny_model_path)
+
+
+@pytest.fixture
+def make_manager(tmp_path, tokenizer):
+    def make(source, name="compute_score", **settings):
+        path = tmp_path / "my_reward.py"
+        path.write_text(dedent(source))
+        return AutoRewardManager(RewardConfig(reward_function=f"{path}:{name}", **settings), tokenizer)
+
+    return make
+
+
+def make_batch(tokenizer, texts=TEXTS, max_response_length=64):
+    """Responses end in EOS and are followed by text that must not be read."""
+    junk = tokenizer.encode("junk", add_special_tokens=False)[0]
+    responses = torch.full((len(texts), max_response_length), junk)
+    response_mask = torch.zeros_like(responses)
+    for row, text in enumerate(texts):
+        ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+        responses[row, : len(ids)] = torch.tensor(ids)
+        response_mask[row, : len(ids)] = 1
+    return DataProto.from_dict(
+        {"responses": responses, "response_mask": response_mask},
+        non_tensors={
+            "ground_truth": np.array(TRUTHS[: len(texts)], dtype=object),
+            "uid": np.array(["a", "a", "b"][: len(texts)], dtype=object),
+            "prompt_text": np.array(["p0", "p1", "p2"][: len(texts)], dtype=object),
+            "multi_modal_data": [["handle"], None, []][: len(texts)],
+            "extra": [{"level": 1}, {}, {"level": 3}][: len(texts)],
+        },
+        meta_info={"step": 5, "split": "train"},
+    )
+
+
+THREE_FIELDS = """
+    REWARD_NAME = "test"
+    REWARD_TYPE = "batch"
+
+    def compute_score(reward_inputs, bonus=0.0):
+        return [
+            {
+                "overall": bonus + float(sample["ground_truth"] in sample["response"]),
+                "length": sample["response_length"],
+            }
+            for sample in reward_inputs
+        ]
+"""
+
+
+def test_overall_lands_on_the_last_response_token_and_nowhere_else(make_manager, tokenizer):
+    """Only the first and the last text contain their ground truth; with a bonus of 0.5: 1.5, 0.5, 1.5."""
+    batch = make_batch(tokenizer)
+    lengths = batch.batch["response_mask"].sum(-1)
+    manager = make_manager(THREE_FIELDS, reward_function_kwargs={"bonus": 0.5})
+    rewards, metrics = manager.compute_reward(batch)
+
+    expected = torch.zeros(3, 64)
+    expected[range(3), lengths - 1] = torch.tensor([1.5, 0.5, 1.5])
+    assert rewards.dtype == torch.float32
+    assert torch.equal(rewards, expected)
+    assert metrics == {"overall": [1.5, 0.5, 1.5], "length": lengths.tolist()}
+    assert manager.reward_name == "test"
+
+
+def test_sequential_and_batch_functions_give_the_same(make_manager, tokenizer):
+    body = '{"overall": float(sample["ground_truth"] in sample["response"]), "n": sample["response_length"]}'
+    batch = make_batch(tokenizer)
+    rewards, metrics = make_manager(
+        f"def compute_score(samples): return [{body} for sample in samples]"
+    ).compute_reward(batch)
+    rewards_sequential, metrics_sequential = make_manager(
+        f"REWARD_TYPE = 'sequential'\ndef compute_score(sample): return {body}"
+    ).compute_reward(batch)
+    assert torch.equal(rewards, rewards_sequential)
+    assert metrics == metrics_sequential
+    assert rewards.sum() == 2
+
+
+def test_the_function_sees_the_whole_sample(make_manager, tokenizer):
+    """The row's other columns, its images and its place in the run, beside the three fields it always had."""
+    manager = make_manager(
+        """
+        seen = []
+        def compute_score(samples):
+            seen.extend(samples)
+            return [{"overall": 0.0} for _ in samples]
+        """
+    )
+    batch = make_batch(tokenizer)
+    manager.compute_reward(batch)
+    seen = manager._function.__globals__["seen"]
+    assert seen[0] == {
+        "response": TEXTS[0],
+        "response_length": batch.batch["response_mask"][0].sum().item(),
+        "ground_truth": "12",
+        "prompt": "p0",
+        "uid": "a",
+        "images": ["handle"],
+        "extra": {"level": 1},
+        "step": 5,
+        "split": "train",
+    }
+    assert [sample["response"] for sample in seen] == TEXTS
+    assert [sample["images"] for sample in seen] == [["handle"], [], []]
+
+
+def test_special_tokens_are_kept_on_request(make_manager, tokenizer):
+    manager = make_manager(
+        """
+        def compute_score(samples):
+            return [{"overall": float(sample["response"].endswith("<|im_end|>"))} for sample in samples]
+        """,
+        skip_special_tokens=False,
+    )
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert manager.compute_reward(make_batch(tokenizer))[1] == {"overall": [1.0, 1.0, 1.0]}
+
+
+def test_numpy_booleans_and_tensors_count_as_numbers(make_manager, tokenizer):
+    manager = make_manager(
+        """
+        import numpy, torch
+        def compute_score(samples):
+            return [{"overall": numpy.float32(0.5), "a": True, "b": numpy.bool_(True), "c": torch.tensor(2)}
+                    for _ in samples]
+        """
+    )
+    metrics = manager.compute_reward(make_batch(tokenizer))[1]
+    assert metrics == {"overall": [0.5] * 3, "a": [1.0] * 3, "b": [1.0] * 3, "c": [2.0] * 3}
+    assert all(type(value) is float for values in metrics.values() for value in values)
+
+
+def test_a_function_may_change_what_it_is_given(make_manager, tokenizer):
+    manager = make_manager("def compute_score(samples): return [{'overall': s.clear() or 1.0} for s in samples]")
+    rewards, _ = manager.compute_reward(make_batch(tokenizer))
+    assert rewards.sum() == 3
+
+
+def test_the_manager_travels_to_another_process(make_manager, tokenizer):
+    batch = make_batch(tokenizer)
+    manager = make_manager(THREE_FIELDS, reward_function_kwargs={"bonus": 0.5})
+    copy = pickle.loads(pickle.dumps(manager))
+    assert torch.equal(copy.compute_reward(batch)[0], manager.compute_reward(batch)[0])
+
+
+def test_a_dataclass_in_the_reward_file_loads(make_manager, tokenizer):
+    """Dataclasses look up their own module by name, which needs the module registered."""
+    manager = make_manager(
+        """
+        from __future__ import annotations
+        from dataclasses import dataclass
+        @dataclass
+        class Grade:
+            value: float
+        def compute_score(samples):
+            return [{"overall": Grade(1.0).value} for _ in samples]
+        """
+    )
+    assert manager.compute_reward(make_batch(tokenizer))[0].sum() == 3
+
+
+def result_for_the_second(value):
+    """A function that returns {"overall": 1.0} for all samples but the second, and `value` for that."""
+    return f"""
+        nan, inf = float("nan"), float("inf")
+        def compute_score(samples):
+            return [{value} if sample["ground_truth"] == "7" else {{"overall": 1.0}} for sample in samples]
+    """
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ('{"overall": nan}', "'overall': nan"),
+        ('{"overall": -inf}', "'overall': -inf"),
+        ('{"overall": "1.0"}', "'overall': '1.0'"),
+        ('{"overall": None}', "'overall': None"),
+        ('{"overall": [1.0, 2.0]}', r"'overall': \[1.0, 2.0\]"),
+        ('{"accuracy": 1.0}', r"missing \['overall'\], new \['accuracy'\]"),
+        ('{"overall": 1.0, "accuracy": 1.0}', r"missing \[\], new \['accuracy'\]"),
+        ("0.5", "returned 0.5.*must return a dict.*'overall'"),
+        ("1 / 0", "raised ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_bad_result_names_the_function_and_the_sample(make_manager, tokenizer, value, message):
+    with pytest.raises((ValueError, RuntimeError), match=message) as failure:
+        make_manager(result_for_the_second(value)).compute_reward(make_batch(tokenizer))
+    assert "my_reward.py:compute_score" in str(failure.value)
+    assert "sample 1 (uid a, ground_truth '7', response 'What is the sum?')" in str(failure.value)
+
+
+def test_an_exception_of_a_sequential_function_names_the_sample_and_keeps_its_cause(make_manager, tokenizer):
+    manager = make_manager(
+        """
+        REWARD_TYPE = "sequential"
+        def compute_score(sample):
+            return {"overall": {"12": 1.0, "7": 0.0}[sample["ground_truth"]]}
+        """
+    )
+    with pytest.raises(RuntimeError, match="raised KeyError: 'fox' for sample 2 .uid b") as failure:
+        manager.compute_reward(make_batch(tokenizer))
+    assert isinstance(failure.value.__cause__, KeyError)
+
+
+def test_an_exception_that_no_sample_raises_alone_says_so(make_manager, tokenizer):
+    manager = make_manager(
+        """
+        def compute_score(samples):
+            assert len(samples) == 1, "one at a time, please"
+            return [{"overall": 1.0}]
+        """
+    )
+    with pytest.raises(RuntimeError, match="one at a time, please.*3 samples together, though for none alone"):
+        manager.compute_reward(make_batch(tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("[{'overall': 1.0}] * 2", "2 results for 3 samples; the last with a result is sample 1"),
+        ("[{'overall': 1.0}] * 4", "4 results for 3 samples; the last with a result is sample 2"),
+        ("[]", "0 results for 3 samples; none has a result"),
+        ("{'overall': 1.0}", "a dict for a list of 3 samples.*REWARD_TYPE = 'sequential'"),
+        ("[{'accuracy': 1.0}] * 3", r"the keys \['accuracy'\] for sample 0.*'overall', the reward, is missing"),
+    ],
+)
+def test_a_wrong_number_of_rows_or_no_overall_is_an_error(make_manager, tokenizer, body, message):
+    with pytest.raises(ValueError, match=message):
+        make_manager(f"def compute_score(samples): return {body}").compute_reward(make_batch(tokenizer))
+
+
+def test_long_texts_are_cut_in_errors(make_manager, tokenizer):
+    batch = make_batch(
+        tokenizer, texts=["The quick brown fox jumps over the lazy dog. " * 12], max_response_length=600
+    )
+    with pytest.raises(ValueError, match="response 'The quick brown fox.*\\.\\.\\.") as failure:
+        make_manager("def compute_score(samples): return [1]").compute_reward(batch)
+    assert len(str(failure.value)) < 500
+
+
+def test_a_missing_function_is_an_error_that_lists_those_there_are(make_manager):
+    source = "from os.path import join\ndef grade(samples): ...\ndef _helper(): ..."
+    with pytest.raises(ValueError, match=re.escape("'main'") + r".*has \['grade'\]; write .*my_reward.py:grade"):
+        make_manager(source, name="main")
+
+
+def test_kwargs_that_do_not_fit_are_an_error_before_the_run(make_manager):
+    with pytest.raises(ValueError, match=r"\(reward_inputs, bonus=0.0\).*reward_function_kwargs=.*'bonsu'"):
+        make_manager(THREE_FIELDS, reward_function_kwargs={"bonsu": 1.0})
+    with pytest.raises(ValueError, match=r"\(response, ground_truth\).*one positional argument"):
+        make_manager("def compute_score(response, ground_truth): return 1.0")
+
+
+def test_an_unknown_reward_type_is_an_error(make_manager):
+    with pytest.raises(ValueError, match="REWARD_TYPE = 'function'.*'batch'.*'sequential'"):
+        make_manager("REWARD_TYPE = 'function'\ndef compute_score(samples): ...")
+
+
+def test_a_file_that_does_not_load_is_an_error_with_its_cause(make_manager):
+    with pytest.raises(ValueError, match="my_reward.py raised ModuleNotFoundError.*no_such_grader"):
+        make_manager("import no_such_grader")
+
+
+def test_no_reward_function_is_an_error_that_shows_one(tokenizer):
+    with pytest.raises(ValueError, match="worker.reward.reward_function is not set.*:compute_score"):
+        AutoRewardManager(RewardConfig(), tokenizer)

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores responses with the user's Python function, and says which sample is to blame when that fails.
+
+The function lives in any file, takes one dict a sample and returns one:
+
+    REWARD_NAME = "digits"
+    REWARD_TYPE = "batch"  # a list of samples at a time; "sequential": one sample at a time
+
+    def compute_score(reward_inputs: list[dict], **reward_function_kwargs) -> list[dict[str, float]]:
+        return [{"overall": float(sample["response"] == sample["ground_truth"])} for sample in reward_inputs]
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import math
+import sys
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from verl.protocol import DataProto
+from verl.workers.reward.config import RewardConfig
+
+
+class AutoRewardManager:
+    """Loads the function that `config.reward_function` names and applies it to batches.
+
+    Args:
+        config: `reward_function` is `path.py:name`; `reward_function_kwargs` are handed to every call.
+        tokenizer: decodes the responses.
+
+    Raises:
+        ValueError: there is no such function, the keyword arguments do not fit it, or the module's `REWARD_TYPE` is
+            neither `batch` nor `sequential`.
+    """
+
+    def __init__(self, config: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        if config.reward_function is None:
+            raise ValueError(
+                "worker.reward.reward_function is not set; name a function as path/to/file.py:function, "
+                "e.g. examples/reward_function/math.py:compute_score"
+            )
+        self.config = config
+        self.tokenizer = tokenizer
+        path, function_name = config.reward_function.rsplit(":", maxsplit=1)
+        module = _load_module(path)
+        self._function = _find_function(module, function_name)
+        self._check_kwargs()
+        self.reward_name = getattr(module, "REWARD_NAME", "unknown")
+        self.reward_type = getattr(module, "REWARD_TYPE", "batch")
+        if self.reward_type not in ("batch", "sequential"):
+            raise ValueError(
+                f"REWARD_TYPE = {self.reward_type!r} in {path} must be 'batch' (the function takes a list of samples) "
+                "or 'sequential' (it takes one)"
+            )
+
+    def __reduce__(self) -> tuple[type[AutoRewardManager], tuple[RewardConfig, PreTrainedTokenizerBase]]:
+        # The user's module has no importable name, so another process loads it from the file again.
+        return AutoRewardManager, (self.config, self.tokenizer)
+
+    def compute_reward(self, data: DataProto) -> tuple[torch.Tensor, dict[str, list[float]]]:
+        """Scores N responses of at most R tokens.
+
+        Reads: `responses`, `response_mask` (N, R); objects `ground_truth`, `uid`, `prompt_text`, `multi_modal_data`
+        (the sample's media handles, or None), `extra` (the dataset row's other columns); meta `step`, `split`.
+
+        The function gets a dict a sample: `response` (text), `response_length` (tokens), `ground_truth`, `prompt`
+        (text), `uid` (the same for all responses to one prompt), `images` (handles; `.load()` gives the PIL image),
+        `extra`, `step`, `split` (`train` or `val`). It returns a dict of numbers a sample: `overall` is the reward, and
+        all of them become metrics.
+
+        Returns:
+            Float32 scores (N, R), `overall` on the last token of each response and zero elsewhere; and every returned
+            key with its N values.
+
+        Raises:
+            RuntimeError: the function raised; its own exception is the cause.
+            ValueError: the wrong number of results, a result without `overall`, results whose keys differ, or a value
+                that is not a finite number.
+        """
+        samples = self._samples(data)
+        results = self._score(samples)
+        last_tokens = data.batch["response_mask"].sum(-1) - 1  # (N,)
+        rewards = torch.zeros(data.batch["responses"].shape, dtype=torch.float32)  # (N, R)
+        metrics: dict[str, list[float]] = {key: [] for key in self._keys(results, samples)}
+        for index, (sample, result) in enumerate(zip(samples, results, strict=True)):
+            for key, values in metrics.items():
+                values.append(self._number(key, result[key], index, sample))
+            rewards[index, last_tokens[index]] = metrics["overall"][index]
+        return rewards, metrics
+
+    def _samples(self, data: DataProto) -> list[dict[str, Any]]:
+        lengths = data.batch["response_mask"].sum(-1).tolist()  # N ints
+        assert min(lengths) > 0, f"responses {[i for i, n in enumerate(lengths) if n == 0]} have no tokens"
+        columns = data.non_tensor_batch
+        return [
+            {
+                "response": self.tokenizer.decode(
+                    data.batch["responses"][index, :length], skip_special_tokens=self.config.skip_special_tokens
+                ),
+                "response_length": length,
+                "ground_truth": columns["ground_truth"][index],
+                "prompt": columns["prompt_text"][index],
+                "uid": columns["uid"][index],
+                "images": list(columns["multi_modal_data"][index] or ()),
+                "extra": columns["extra"][index],
+                "step": data.meta_info["step"],
+                "split": data.meta_info["split"],
+            }
+            for index, length in enumerate(lengths)
+        ]
+
+    def _score(self, samples: list[dict[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Calls the function, on copies lest it changes what later errors show, and checks for one dict a sample."""
+        if self.reward_type == "sequential":
+            results = [self._score_one(index, sample) for index, sample in enumerate(samples)]
+        else:
+            results = self._score_batch(samples)
+        for index, (sample, result) in enumerate(zip(samples, results, strict=True)):
+            if not isinstance(result, Mapping):
+                raise ValueError(
+                    f"{self._function_label} returned {_shorten(result)} for {_describe(index, sample)}; it must return a dict "
+                    "of numbers with the key 'overall'"
+                )
+        return results
+
+    def _score_one(self, index: int, sample: dict[str, Any]) -> Any:
+        try:
+            return self._function(dict(sample), **self.config.reward_function_kwargs)
+        except Exception as error:
+            raise self._raised(error, _describe(index, sample)) from error
+
+    def _score_batch(self, samples: list[dict[str, Any]]) -> Sequence[Any]:
+        kwargs = self.config.reward_function_kwargs
+        try:
+            results = self._function([dict(sample) for sample in samples], **kwargs)
+        except Exception as error:
+            # A list says nothing of which sample failed: the first one that fails alone is the one to name.
+            for index, sample in enumerate(samples):
+                try:
+                    self._function([dict(sample)], **kwargs)
+                except Exception as error_alone:
+                    raise self._raised(error_alone, _describe(index, sample)) from error_alone
+            blame = f"the {len(samples)} samples together, though for none alone; the first is"
+            raise self._raised(error, f"{blame} {_describe(0, samples[0])}") from error
+
+        if not isinstance(results, (list, tuple)):
+            raise ValueError(
+                f"{self._function_label} returned a {type(results).__name__} for a list of {len(samples)} samples; with "
+                "REWARD_TYPE = 'batch' it must return a list of one dict a sample. A function of one sample needs "
+                "REWARD_TYPE = 'sequential' in its file"
+            )
+        if len(results) != len(samples):
+            last = min(len(results), len(samples)) - 1
+            end = f"the last with a result is {_describe(last, samples[last])}" if results else "none has a result"
+            raise ValueError(
+                f"{self._function_label} returned {len(results)} results for {len(samples)} samples; {end}. "
+                "It must return one dict a sample, in the same order"
+            )
+        return results
+
+    def _keys(self, results: Sequence[Mapping[str, Any]], samples: list[dict[str, Any]]) -> list[str]:
+        """The keys that all results share; it is an error if they do not share them all."""
+        keys = list(results[0])
+        if "overall" not in keys:
+            raise ValueError(
+                f"{self._function_label} returned the keys {keys} for {_describe(0, samples[0])}; "
+                "'overall', the reward, is missing"
+            )
+        for index, (sample, result) in enumerate(zip(samples, results, strict=True)):
+            missing, surplus = set(keys) - set(result), set(result) - set(keys)
+            if missing or surplus:
+                raise ValueError(
+                    f"{self._function_label} returned the keys {list(result)} for {_describe(index, sample)}, but "
+                    f"{keys} for sample 0: missing {sorted(missing)}, new {sorted(surplus)}. "
+                    "Every sample needs the same keys; give those that do not apply a neutral value"
+                )
+        return keys
+
+    def _number(self, key: str, value: Any, index: int, sample: dict[str, Any]) -> float:
+        try:
+            number = math.nan if isinstance(value, str) else float(value)
+        except (TypeError, ValueError, RuntimeError):  # the last by tensors of several elements
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(
+                f"{self._function_label} returned {key!r}: {_shorten(value)} for {_describe(index, sample)}; "
+                "every value must be a finite number"
+            )
+        return number
+
+    def _raised(self, error: Exception, blame: str) -> RuntimeError:
+        return RuntimeError(f"{self._function_label} raised {type(error).__name__}: {error} for {blame}")
+
+    @property
+    def _function_label(self) -> str:
+        return f"the reward function {self.config.reward_function}"
+
+    def _check_kwargs(self) -> None:
+        kwargs = self.config.reward_function_kwargs
+        signature = inspect.signature(self._function)
+        try:
+            signature.bind([], **kwargs)
+        except TypeError as error:
+            raise ValueError(
+                f"{self._function_label} has the signature {signature}, which does not fit one positional argument (the "
+                f"samples) and worker.reward.reward_function_kwargs={kwargs}: {error}"
+            ) from error
+
+
+def _load_module(path: str) -> ModuleType:
+    """Runs a Python file as a module of its own name, so that two reward files never share one."""
+    name = f"reward_function_{uuid.uuid4().hex}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None:
+        raise ValueError(f"worker.reward.reward_function names {path}, which is not a .py file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look their module up while it runs
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"worker.reward.reward_function: {path} raised {type(error).__name__}: {error}") from error
+    return module
+
+
+def _find_function(module: ModuleType, name: str) -> Callable[..., Any]:
+    function = getattr(module, name, None)
+    if not callable(function):
+        functions = [
+            key
+            for key, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == module.__name__ and not key.startswith("_")
+        ]
+        raise ValueError(
+            f"worker.reward.reward_function names the function {name!r}, but {module.__file__} has {functions}; "
+            f"write {module.__file__}:{functions[0] if functions else 'function'}"
+        )
+    return function
+
+
+def _describe(index: int, sample: dict[str, Any]) -> str:
+    """A sample in an error: where it stands, and enough to recognise it by."""
+    return (
+        f"sample {index} (uid {sample['uid']}, ground_truth {_shorten(sample['ground_truth'])}, "
+        f"response {_shorten(sample['response'])})"
+    )
+
+
+def _shorten(value: Any, limit: int = 100) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
