@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole configuration of a run: data, algorithm, trainer and workers; loading it; what this version can do.
+
+Keys, defaults and merge order are EasyR1's, so that its YAML files and command lines work as they are.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from verl.config import ConfigSection, ConfigValueError, RetiredKey, load_sections, looks_local
+from verl.workers.config import WorkerConfig
+
+DATA_SUFFIXES = (".parquet", ".json", ".jsonl", ".arrow", ".csv")
+
+
+@dataclass(frozen=True)
+class DataConfig(ConfigSection):
+    """Which data, which columns, and how many rows at a time."""
+
+    train_files: str = ""
+    """A file, a folder or a hub id, with an optional `@split`."""
+    val_files: str = ""
+    """The held-out set, in the same form."""
+    prompt_key: str = "prompt"
+    """Column of the question, in which `<image>` marks the place of an image."""
+    answer_key: str = "answer"
+    """Column of the answer, which the reward function sees as `ground_truth`."""
+    image_key: str = "images"
+    """Column that lists a row's images."""
+    video_key: str = "videos"
+    """Column that lists a row's videos."""
+    image_dir: str | None = None
+    """Folder that relative image and video paths start from."""
+    video_fps: float = 2.0
+    """Frames per second taken from a video."""
+    max_prompt_length: int = 512
+    """Tokens of a prompt, images included; every prompt is padded to this length."""
+    max_response_length: int = 512
+    """Tokens of a response at most."""
+    rollout_batch_size: int = 512
+    """Prompts per training step."""
+    mini_rollout_batch_size: int | None = None
+    """Prompts per draw from the data and per generation call; null is `rollout_batch_size`."""
+    val_batch_size: int = -1
+    """Prompts per generation call in validation; -1 takes the whole set at once."""
+    format_prompt: str | None = None
+    """Jinja file that turns a question, its variable `content`, into the prompt."""
+    override_chat_template: str | None = None
+    """File of a chat template that replaces the model's."""
+    shuffle: bool = True
+    """Draw the training rows in random order."""
+    seed: int = 1
+    """Seed of that order."""
+    min_pixels: int | None = 262144
+    """Smaller images are scaled up to this area; null sets no bound."""
+    max_pixels: int | None = 4194304
+    """Larger images are scaled down to this area; null sets no bound."""
+    filter_overlong_prompts: bool = True
+    """Drop rows whose prompt is longer than `max_prompt_length`."""
+    filter_overlong_prompts_workers: int = 16
+    """Processes that look for such rows."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("train_files", "val_files"):
+            self._settle_data_path(key)
+        for key in ("image_dir", "format_prompt", "override_chat_template"):
+            self.settle_path(key)
+        self.require_at_least(1, "max_prompt_length", "max_response_length", "rollout_batch_size", "max_pixels")
+        self.require_at_least(1, "mini_rollout_batch_size", "filter_overlong_prompts_workers", "min_pixels")
+        self.require(self.video_fps > 0, "video_fps", "is not above 0")
+        self.require(self.val_batch_size == -1 or self.val_batch_size > 0, "val_batch_size", "is neither -1 nor above 0")
+        if self.min_pixels is not None and self.max_pixels is not None:
+            self.require(self.min_pixels <= self.max_pixels, "min_pixels", f"is above max_pixels={self.max_pixels}")
+
+    def _settle_data_path(self, key: str) -> None:
+        """Make a local path absolute and leave a hub id as it is, `@split` kept on both."""
+        path, at, split = getattr(self, key).partition("@")
+        self.require("@" not in split and bool(split) == bool(at), key, "has not the form PATH or PATH@split")
+        if path and (looks_local(path, DATA_SUFFIXES) or os.path.exists(path)):
+            absolute_path = os.path.abspath(os.path.expanduser(path))
+            self.require(os.path.exists(absolute_path), key, f"does not exist (looked for {absolute_path})")
+            self.settle(key, f"{absolute_path}{at}{split}")
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig(ConfigSection):
+    """How rewards become advantages, and how far the policy may leave its reference."""
+
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 1.0
+    """Trace decay of generalised advantage estimation."""
+    adv_estimator: Literal["gae", "grpo", "grpo_passk", "reinforce_plus_plus", "remax", "rloo"] = "grpo"
+    """The advantage estimator."""
+    disable_kl: bool = False
+    """No reference model and no KL term at all, whatever the other KL keys say."""
+    use_kl_loss: bool = False
+    """Put the KL term into the loss; false takes it off the reward."""
+    kl_penalty: Literal["kl", "abs", "mse", "low_var_kl", "full"] = "kl"
+    """Estimator of the KL divergence from the reference."""
+    kl_coef: float = 1e-3
+    """Weight of the KL term."""
+    kl_type: Literal["fixed", "adaptive"] = "fixed"
+    """Whether the weight of the in-reward KL term follows a target."""
+    kl_horizon: float = 10000.0
+    """Sequences over which the adaptive weight reacts."""
+    kl_target: float = 0.1
+    """The adaptive weight's target."""
+    online_filtering: bool = False
+    """Keep only groups whose mean of `filter_key` lies strictly between the bounds, and draw until the step is full."""
+    filter_key: str = "overall"
+    """Key of the reward function's result that decides."""
+    filter_low: float = 0.01
+    """Lower bound."""
+    filter_high: float = 0.99
+    """Upper bound."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_between(0, 1, "gamma", "lam")
+        self.require_at_least(0, "kl_coef")
+        for key in ("kl_horizon", "kl_target"):
+            self.require(getattr(self, key) > 0, key, "is not above 0")
+        bound = f"is not below filter_high={self.filter_high}"
+        self.require(self.filter_low < self.filter_high, "filter_low", bound)
+
+
+@dataclass(frozen=True)
+class TrainerConfig(ConfigSection):
+    """How long a run is, on how many devices, what it logs and what it keeps."""
+
+    total_epochs: int = 15
+    """Passes over the training set, unless `max_steps` is given."""
+    max_steps: int | None = None
+    """Training steps; null follows from `total_epochs`."""
+    project_name: str = "easy_r1"
+    """Name under which loggers and the checkpoint folder group runs."""
+    experiment_name: str = "demo"
+    """Name of this run."""
+    logger: list[Literal["console", "file", "mlflow", "swanlab", "tensorboard", "wandb"]] = field(
+        default_factory=lambda: ["console", "wandb"]
+    )
+    """Where metrics go."""
+    nnodes: int = 1
+    """Machines of the Ray cluster to use."""
+    n_gpus_per_node: int = 8
+    """Workers per machine: one a GPU, or CPU processes where there are no GPUs."""
+    max_try_make_batch: int = 20
+    """Generation calls allowed to fill one step when groups are filtered; 0 or less allows any number."""
+    critic_warmup: int = 0
+    """The policy is updated from this step on."""
+    val_freq: int = -1
+    """Steps between validations; 0 or less validates only at the end."""
+    val_before_train: bool = True
+    """Validate before the first step."""
+    val_only: bool = False
+    """End after that first validation."""
+    val_generations_to_log: int = 0
+    """Validation responses to log in full."""
+    save_freq: int = -1
+    """Steps between checkpoints; 0 or less saves only at the end."""
+    save_limit: int = -1
+    """Checkpoints to keep; 0 or less keeps all."""
+    save_model_only: bool = False
+    """Leave optimizer and schedule out of the checkpoint."""
+    save_checkpoint_path: str | None = None
+    """Folder of the checkpoints; null is `checkpoints/<project_name>/<experiment_name>`."""
+    load_checkpoint_path: str | None = None
+    """A `global_step_<N>` folder to resume from."""
+    ray_timeline: str | None = None
+    """File for Ray's timeline of the run."""
+    find_last_checkpoint: bool = True
+    """Resume from the newest checkpoint in `save_checkpoint_path` when `load_checkpoint_path` is null."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_at_least(1, "total_epochs", "max_steps", "nnodes", "n_gpus_per_node")
+        self.require_at_least(0, "critic_warmup", "val_generations_to_log")
+        useless = "has no effect while trainer.val_before_train=false; set that to true"
+        self.require(self.val_before_train or not self.val_only, "val_only", useless)
+        if self.save_checkpoint_path is None:
+            self.settle("save_checkpoint_path", os.path.join("checkpoints", self.project_name, self.experiment_name))
+        self.settle_path("save_checkpoint_path", must_exist=False)
+        self.settle_path("ray_timeline", must_exist=False)
+        self.settle_path("load_checkpoint_path")
+        if self.load_checkpoint_path is not None:
+            is_step = "global_step_" in os.path.basename(self.load_checkpoint_path)
+            self.require(is_step, "load_checkpoint_path", "is not a checkpoint's own folder, global_step_<N>")
+
+
+@dataclass(frozen=True)
+class PPOConfig(ConfigSection):
+    """Everything a run is given."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    worker: WorkerConfig = field(default_factory=WorkerConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rollout = self.worker.rollout
+        if rollout.name != "vllm":
+            return
+        length = self.data.max_prompt_length + self.data.max_response_length
+        for key in ("max_num_batched_tokens", "max_model_len"):
+            value = getattr(rollout, key)
+            if value is not None and value < length:
+                problem = f"is below data.max_prompt_length + data.max_response_length = {length}"
+                raise ConfigValueError(f"worker.rollout.{key}", value, problem)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The tree as plain dictionaries, for loggers."""
+        return asdict(self)
+
+
+def _retired_keys() -> dict[str, RetiredKey]:
+    """Keys of EasyR1 and its older releases that no field answers to."""
+    keys = {
+        "worker.reward.reward_type": RetiredKey(
+            "is not read: the constant REWARD_TYPE in the reward function's file decides",
+            allowed=("batch", "sequential", "function"),
+        )
+    }
+    renamed = {
+        "worker.reward.score_function": "worker.reward.reward_function",
+        "worker.reward.score_function_kwargs": "worker.reward.reward_function_kwargs",
+        "worker.actor.ulysses_sequence_parallel_size": "worker.actor.ulysses_size",
+        "worker.critic.ulysses_sequence_parallel_size": "worker.critic.ulysses_size",
+        "worker.actor.optim.warmup_style": "worker.actor.optim.lr_scheduler_type",
+        "worker.critic.optim.warmup_style": "worker.critic.optim.lr_scheduler_type",
+        "trainer.total_episodes": "trainer.total_epochs",
+    }
+    for old, new in renamed.items():
+        keys[old] = RetiredKey(f"is an old key, read as {new}", moved_to=new)
+    derived = {
+        "worker.actor.global_batch_size_per_device": "the batch sizes and the number of workers",
+        "worker.critic.global_batch_size_per_device": "the batch sizes and the number of workers",
+        "worker.actor.optim.training_steps": "trainer.max_steps or trainer.total_epochs",
+        "worker.critic.optim.training_steps": "trainer.max_steps or trainer.total_epochs",
+        "worker.rollout.prompt_length": "data.max_prompt_length",
+        "worker.rollout.response_length": "data.max_response_length",
+        "worker.rollout.trust_remote_code": "worker.actor.model.trust_remote_code",
+        "worker.reward.reward_function_name": "worker.reward.reward_function",
+    }
+    for name in ("disable_kl", "use_kl_loss", "kl_penalty", "kl_coef"):
+        derived[f"worker.actor.{name}"] = f"algorithm.{name}"
+    for name in (
+        "micro_batch_size_per_device_for_experience",
+        "padding_free",
+        "dynamic_batching",
+        "ulysses_size",
+        "use_torch_compile",
+    ):
+        derived[f"worker.ref.{name}"] = f"worker.actor.{name}"
+    for key, origin in derived.items():
+        keys[key] = RetiredKey(f"is ignored: it follows from {origin}")
+    return keys
+
+
+def load_config(argv: Sequence[str]) -> PPOConfig:
+    """Build the configuration from what follows the program's name on the command line.
+
+    `config=FILE` names a YAML file, `a.b.c=value` sets one key; the order is dataclass default < YAML < command line.
+    Paths come out absolute. Keys of older releases are taken with one warning each.
+
+    Raises:
+        ValueError: naming each key, its value and what would be right.
+    """
+    return load_sections(PPOConfig, argv, _retired_keys())
+
+
+def require_available(config: PPOConfig) -> None:
+    """Raise unless this version can run `config`.
+
+    Raises:
+        ValueError: one line for each key that must be given and is not, and for each feature asked for that this
+            version does not have yet, with what to use now.
+    """
+    algorithm, worker, trainer = config.algorithm, config.worker, config.trainer
+    actor, loggers = worker.actor, [name for name in trainer.logger if name not in ("console", "file", "tensorboard")]
+    given = {
+        "data.train_files": config.data.train_files,
+        "data.val_files": config.data.val_files,
+        "worker.actor.model.model_path": actor.model.model_path,
+        "worker.reward.reward_function": worker.reward.reward_function,
+    }
+    problems = [f"{key} is required and not given" for key, value in given.items() if not value]
+
+    wanted = [
+        (worker.rollout.name == "vllm", "worker.rollout.name=vllm", "worker.rollout.name=hf"),
+        (not worker.hybrid_engine, "worker.hybrid_engine=false", "worker.hybrid_engine=true"),
+        (
+            algorithm.adv_estimator != "grpo",
+            f"algorithm.adv_estimator={algorithm.adv_estimator}",
+            "algorithm.adv_estimator=grpo",
+        ),
+        (algorithm.kl_penalty == "full", "algorithm.kl_penalty=full", "algorithm.kl_penalty=low_var_kl"),
+        (algorithm.kl_type == "adaptive", "algorithm.kl_type=adaptive", "algorithm.kl_type=fixed"),
+        (algorithm.online_filtering, "algorithm.online_filtering=true", "algorithm.online_filtering=false"),
+        (actor.loss_type != "default", f"worker.actor.loss_type={actor.loss_type}", "worker.actor.loss_type=default"),
+        (actor.ulysses_size > 1, f"worker.actor.ulysses_size={actor.ulysses_size}", "worker.actor.ulysses_size=1"),
+        (
+            actor.model.lora.rank > 0,
+            f"worker.actor.model.lora.rank={actor.model.lora.rank}",
+            "worker.actor.model.lora.rank=0",
+        ),
+        (
+            actor.model.freeze_vision_tower,
+            "worker.actor.model.freeze_vision_tower=true",
+            "worker.actor.model.freeze_vision_tower=false",
+        ),
+        (
+            actor.optim.strategy != "adamw",
+            f"worker.actor.optim.strategy={actor.optim.strategy}",
+            "worker.actor.optim.strategy=adamw",
+        ),
+        (bool(loggers), f"trainer.logger=[{','.join(trainer.logger)}]", "console, file and tensorboard"),
+    ]
+    sharded = {"worker.actor": actor} if algorithm.disable_kl else {"worker.actor": actor, "worker.ref": worker.ref}
+    for prefix, part in sharded.items():
+        size = f"{prefix}.fsdp.fsdp_size"
+        wanted.append((part.fsdp.fsdp_size > 0, f"{size}={part.fsdp.fsdp_size}", f"{size}=-1"))
+        remedy = f"{prefix}.offload.offload_params=true"
+        wanted.append((part.fsdp.enable_cpu_offload, f"{prefix}.fsdp.enable_cpu_offload=true", remedy))
+    problems += [f"{asked} is not available yet; use {remedy}" for is_asked, asked, remedy in wanted if is_asked]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def speed_notes(config: PPOConfig) -> list[str]:
+    """Switches that are on and change nothing yet, as `key=value`: results are the same, only the speed is not."""
+    actor = config.worker.actor
+    switches = {
+        "worker.actor.padding_free": actor.padding_free,
+        "worker.actor.dynamic_batching": actor.dynamic_batching,
+        "worker.actor.use_torch_compile": actor.use_torch_compile,
+        "worker.actor.fsdp.enable_rank0_init": actor.fsdp.enable_rank0_init,
+    }
+    return [f"{key}=true" for key, is_on in switches.items() if is_on]

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every batch number of a run, worked out once, checked, and told before the run starts.
+
+Prompts are what the configuration counts in; sequences are prompts times `worker.rollout.n`. W is the number of
+workers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+
+from verl.trainer.config import PPOConfig
+
+COMPARING_ESTIMATORS = ("grpo", "grpo_passk", "rloo")
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The numbers of prompts, sequences and micro-batches at each stage of a training step."""
+
+    world_size: int
+    """Workers, W."""
+    prompts_per_step: int
+    """Prompts of a training step."""
+    responses_per_prompt: int
+    """Responses sampled for each of them, n."""
+    sequences_per_step: int
+    """Prompts times responses, N."""
+    prompts_per_draw: int
+    """Prompts drawn from the data and generated at once."""
+    prompts_per_mini_batch: int
+    """Prompts of an optimizer step."""
+    sequences_per_mini_batch: int
+    """Sequences of an optimizer step, over all workers."""
+    mini_batches: int
+    """Optimizer steps in one pass over the step's batch."""
+    sequences_per_rank_per_mini_batch: int
+    """A worker's share of an optimizer step."""
+    update_micro_batch_size: int
+    """Sequences a worker takes through forward and backward at once."""
+    update_micro_batches: int
+    """Micro-batches whose gradients add up to one optimizer step."""
+    experience_micro_batch_size: int
+    """Sequences a worker takes through a log-prob pass at once."""
+    optimizer_steps_per_step: int
+    """Optimizer steps of a training step, all passes together."""
+
+    @classmethod
+    def from_config(cls, config: PPOConfig, world_size: int) -> BatchPlan:
+        """Work the numbers out for `world_size` workers.
+
+        Raises:
+            ValueError: a number that does not divide as it must, with the sum and the nearest values that do.
+        """
+        data, rollout, actor = config.data, config.worker.rollout, config.worker.actor
+        n = rollout.n
+        workers = f"{world_size} workers"
+        draw_key = "data.rollout_batch_size" if data.mini_rollout_batch_size is None else "data.mini_rollout_batch_size"
+        prompts_per_draw = data.mini_rollout_batch_size or data.rollout_batch_size
+
+        if config.algorithm.adv_estimator in COMPARING_ESTIMATORS and n < 2:
+            raise ValueError(
+                f"worker.rollout.n={n} leaves algorithm.adv_estimator={config.algorithm.adv_estimator} nothing to "
+                "compare: it needs worker.rollout.n=2 or more"
+            )
+        roles = {"worker.actor": actor}
+        if config.algorithm.adv_estimator == "gae":
+            roles["worker.critic"] = config.worker.critic
+        for name, role in roles.items():
+            _require_multiple(
+                "data.rollout_batch_size", data.rollout_batch_size, role.global_batch_size, f"{name}.global_batch_size"
+            )
+            _require_multiple(
+                "data.rollout_batch_size",
+                data.rollout_batch_size,
+                role.micro_batch_size_per_device_for_experience,
+                f"{name}.micro_batch_size_per_device_for_experience",
+                n,
+            )
+            _require_multiple(f"{name}.global_batch_size", role.global_batch_size, world_size, workers, n)
+            per_rank = role.global_batch_size * n // world_size
+            micro_batch_size = role.micro_batch_size_per_device_for_update
+            if per_rank % micro_batch_size:
+                divisors = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
+                nearest = sorted(sorted(divisors, key=lambda size: abs(size - micro_batch_size))[:2])
+                raise ValueError(
+                    f"{name}.global_batch_size={role.global_batch_size} x worker.rollout.n={n} / {workers} = {per_rank} "
+                    f"sequences is not a multiple of {name}.micro_batch_size_per_device_for_update={micro_batch_size}; "
+                    f"use {' or '.join(str(size) for size in nearest)}"
+                )
+        _require_multiple(draw_key, prompts_per_draw, world_size, workers)
+        if rollout.name == "vllm":
+            _require_multiple(
+                "trainer.nnodes x trainer.n_gpus_per_node",
+                world_size,
+                rollout.tensor_parallel_size,
+                "worker.rollout.tensor_parallel_size",
+            )
+
+        mini_batches = data.rollout_batch_size // actor.global_batch_size
+        sequences_per_rank = actor.global_batch_size * n // world_size
+        return cls(
+            world_size=world_size,
+            prompts_per_step=data.rollout_batch_size,
+            responses_per_prompt=n,
+            sequences_per_step=data.rollout_batch_size * n,
+            prompts_per_draw=prompts_per_draw,
+            prompts_per_mini_batch=actor.global_batch_size,
+            sequences_per_mini_batch=actor.global_batch_size * n,
+            mini_batches=mini_batches,
+            sequences_per_rank_per_mini_batch=sequences_per_rank,
+            update_micro_batch_size=actor.micro_batch_size_per_device_for_update,
+            update_micro_batches=sequences_per_rank // actor.micro_batch_size_per_device_for_update,
+            experience_micro_batch_size=actor.micro_batch_size_per_device_for_experience,
+            optimizer_steps_per_step=mini_batches * actor.ppo_epochs,
+        )
+
+    def describe(self) -> list[str]:
+        """The plan in five lines for the log."""
+        passes = self.optimizer_steps_per_step // self.mini_batches
+        return [
+            f"step: {self.prompts_per_step} prompts x {self.responses_per_prompt} responses = "
+            f"{self.sequences_per_step} sequences on {self.world_size} workers",
+            f"generation: {self.prompts_per_draw} prompts a call",
+            f"log-probs: {self.experience_micro_batch_size} sequences at once on each worker",
+            f"update: {self.mini_batches} mini-batches of {self.prompts_per_mini_batch} prompts = "
+            f"{self.sequences_per_mini_batch} sequences, {passes} passes = {self.optimizer_steps_per_step} optimizer steps",
+            f"mini-batch on each worker: {self.sequences_per_rank_per_mini_batch} sequences = "
+            f"{self.update_micro_batches} micro-batches x {self.update_micro_batch_size}",
+        ]
+
+
+def training_steps(config: PPOConfig, prompts_in_dataset: int) -> int:
+    """Training steps of the whole run: `trainer.max_steps`, or what `trainer.total_epochs` passes over the data give.
+
+    An epoch's last, incomplete draw is not made.
+
+    Raises:
+        ValueError: the data are too few for a single step.
+    """
+    if config.trainer.max_steps is not None:
+        return config.trainer.max_steps
+    prompts_per_draw = config.data.mini_rollout_batch_size or config.data.rollout_batch_size
+    draws_per_epoch = prompts_in_dataset // prompts_per_draw
+    steps_per_epoch = draws_per_epoch * prompts_per_draw // config.data.rollout_batch_size
+    if steps_per_epoch == 0:
+        raise ValueError(
+            f"data.train_files holds {prompts_in_dataset} usable prompts, fewer than one step of "
+            f"data.rollout_batch_size={config.data.rollout_batch_size}; use a smaller batch or more data"
+        )
+    return steps_per_epoch * config.trainer.total_epochs
+
+
+def _require_multiple(key: str, value: int, divisor: int, divisor_name: str, responses_per_prompt: int = 1) -> None:
+    """Raise unless `value` x `responses_per_prompt` is a multiple of `divisor`; name the nearest `value`s that are."""
+    total = value * responses_per_prompt
+    if total % divisor == 0:
+        return
+    step = divisor // gcd(divisor, responses_per_prompt)
+    below = value // step * step
+    use = f"{below} or {below + step}" if below else f"{below + step}"
+    product = f" x worker.rollout.n={responses_per_prompt} = {total} sequences" if responses_per_prompt > 1 else ""
+    named = divisor_name if divisor_name.startswith(str(divisor)) else f"{divisor_name}={divisor}"
+    raise ValueError(f"{key}={value}{product} is not a multiple of {named}; use {use}")

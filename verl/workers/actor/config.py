@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of the trained policy and its frozen reference: model, optimizer, sharding, offload, loss."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from verl.config import ConfigSection, looks_local
+
+Dtype = Literal["fp16", "float16", "bf16", "bfloat16", "fp32", "float32"]
+
+
+@dataclass(frozen=True)
+class LoraConfig(ConfigSection):
+    """Low-rank adapters on the policy's linear layers."""
+
+    rank: int = 0
+    """Rank of the adapters; above 0 trains them instead of the whole model."""
+    alpha: int = 64
+    """Scale of the adapters' update, divided by the rank."""
+    target_modules: Any = "all-linear"
+    """Modules that get an adapter: `all-linear`, names separated by commas, or a YAML list of names."""
+    exclude_modules: str | None = None
+    """Regular expression of modules that get none, such as `.*visual.*`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_at_least(0, "rank")
+        self.require_at_least(1, "alpha")
+        names = self.target_modules
+        if isinstance(names, str) and "," in names:
+            names = [name.strip() for name in names.split(",")]
+            self.settle("target_modules", names)
+        is_text_or_texts = isinstance(names, str) or (
+            isinstance(names, list) and all(isinstance(name, str) for name in names)
+        )
+        self.require(bool(names) and is_text_or_texts, "target_modules", "is not a module name or a list of them")
+
+
+@dataclass(frozen=True)
+class ModelConfig(ConfigSection):
+    """Which model to load and how to hold it in memory."""
+
+    model_path: str | None = None
+    """Hub id or local folder of the model; a local folder becomes absolute."""
+    tokenizer_path: str | None = None
+    """Hub id or local folder of the tokenizer; null takes `model_path`."""
+    override_config: dict[str, Any] = field(default_factory=dict)
+    """Values put over the model's own configuration."""
+    enable_gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass instead of keeping them."""
+    trust_remote_code: bool = True
+    """Run Python code that comes with the model."""
+    freeze_vision_tower: bool = False
+    """Leave the vision encoder as it is."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("model_path", "tokenizer_path"):
+            path = getattr(self, key)
+            if path is not None and (looks_local(path) or os.path.exists(path)):
+                self.settle_path(key)
+        if self.tokenizer_path is None:
+            self.settle("tokenizer_path", self.model_path)
+
+
+@dataclass(frozen=True)
+class OptimConfig(ConfigSection):
+    """AdamW and its learning-rate schedule, which advances once per training step."""
+
+    lr: float = 1e-6
+    """Learning rate after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    weight_decay: float = 1e-2
+    """Decoupled weight decay."""
+    strategy: Literal["adamw", "adamw_bf16"] = "adamw"
+    """`adamw` keeps its states in the parameters' precision, `adamw_bf16` in bf16 with Kahan summation."""
+    lr_warmup_ratio: float = 0.0
+    """Share of the training steps spent on warm-up."""
+    lr_warmup_steps: int | None = None
+    """Steps spent on warm-up; overrides the ratio."""
+    min_lr_ratio: float | None = None
+    """Floor of the cosine schedule as a share of `lr`; null is 0."""
+    lr_scheduler_type: Literal["constant", "cosine"] = "constant"
+    """Shape of the schedule after warm-up."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_at_least(0, "lr", "weight_decay", "lr_warmup_steps")
+        self.require_between(0, 1, "lr_warmup_ratio", "min_lr_ratio")
+        self.require(all(0 <= beta < 1 for beta in self.betas), "betas", "has a value outside [0, 1)")
+
+
+@dataclass(frozen=True)
+class FSDPConfig(ConfigSection):
+    """How the model's parameters are sharded over the workers and in which precision they compute."""
+
+    enable_full_shard: bool = True
+    """Free gathered parameters after the forward pass; false keeps them for the backward pass."""
+    enable_cpu_offload: bool = False
+    """Keep the shards in host memory and fetch each layer when it computes."""
+    enable_rank0_init: bool = True
+    """Read the weights on rank 0 and send them to the others."""
+    use_orig_params: bool = False
+    """Accepted for existing configurations, no effect: FSDP2 always keeps the original parameters."""
+    torch_dtype: Dtype | None = None
+    """Precision of the stored parameters; null is fp32 for a trained model, bf16 for the reference."""
+    fsdp_size: int = -1
+    """Workers in one sharding group; -1 shards over all of them."""
+    mp_param_dtype: Dtype = "bf16"
+    """Precision of the parameters in forward and backward."""
+    mp_reduce_dtype: Dtype = "fp32"
+    """Precision of the gradient reduction."""
+    mp_buffer_dtype: Dtype = "fp32"
+    """Precision of the buffers."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.fsdp_size == -1 or self.fsdp_size > 0, "fsdp_size", "is neither -1 nor a number of workers")
+
+
+@dataclass(frozen=True)
+class OffloadConfig(ConfigSection):
+    """What moves to host memory while a worker does something else."""
+
+    offload_params: bool = False
+    """Move the parameters out between phases."""
+    offload_optimizer: bool = False
+    """Move the optimizer's states out between updates; the reference has none."""
+
+
+@dataclass(frozen=True)
+class ActorConfig(ConfigSection):
+    """The policy: its batches, its loss, its model. Batch sizes count prompts where not said otherwise."""
+
+    strategy: str = "fsdp"
+    """Accepted for existing configurations, no effect: sharding is always FSDP2."""
+    global_batch_size: int = 256
+    """Prompts per optimizer step; each stands for `worker.rollout.n` sequences."""
+    micro_batch_size_per_device_for_update: int = 4
+    """Sequences a worker takes through forward and backward at once."""
+    micro_batch_size_per_device_for_experience: int = 16
+    """Sequences a worker takes through a log-prob pass at once; the reference uses it too."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    clip_ratio_low: float = 0.2
+    """The ratio is clipped below 1 - this."""
+    clip_ratio_high: float = 0.3
+    """The ratio is clipped above 1 + this."""
+    clip_ratio_dual: float = 3.0
+    """Bound, in units of -advantage, on the loss of tokens with a negative advantage."""
+    loss_avg_mode: Literal["token", "seq"] = "token"
+    """Mean over all tokens of the mini-batch, or over its sequences' own means."""
+    loss_type: Literal["default", "gspo", "gspo_token", "cispo", "sapo"] = field(
+        default="default",
+        metadata={"hints": {"dapo": "DAPO is default with clip_ratio_high=0.28 and algorithm.online_filtering=true"}},
+    )
+    """The policy loss."""
+    ppo_epochs: int = 1
+    """Passes over each rollout batch."""
+    padding_free: bool = True
+    """Pack sequences without their padding."""
+    dynamic_batching: bool = True
+    """Fill micro-batches by tokens instead of by sequences."""
+    ulysses_size: int = 1
+    """Workers that share one sequence."""
+    use_torch_compile: bool = True
+    """Compile the log-probability function."""
+    tau_positive: float = 1.0
+    """SAPO's temperature for tokens with a positive advantage."""
+    tau_negative: float = 1.05
+    """SAPO's temperature for tokens with a negative advantage."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    fsdp: FSDPConfig = field(default_factory=FSDPConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_at_least(1, "global_batch_size", "ppo_epochs", "ulysses_size")
+        self.require_at_least(1, "micro_batch_size_per_device_for_update")
+        self.require_at_least(1, "micro_batch_size_per_device_for_experience")
+        self.require_between(0, 1, "clip_ratio_low")
+        self.require_at_least(0, "clip_ratio_high")
+        self.require(self.clip_ratio_dual > 1, "clip_ratio_dual", "is not above 1, where dual clipping begins")
+        for key in ("max_grad_norm", "tau_positive", "tau_negative"):
+            self.require(getattr(self, key) > 0, key, "is not above 0")
+
+
+@dataclass(frozen=True)
+class RefConfig(ConfigSection):
+    """The frozen reference. Its model and batch sizes are the actor's."""
+
+    strategy: str = "fsdp"
+    """Accepted for existing configurations, no effect: sharding is always FSDP2."""
+    fsdp: FSDPConfig = field(default_factory=FSDPConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of generation: the engine, how it samples and how much memory it takes."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from verl.config import ConfigSection
+from verl.workers.actor.config import Dtype
+
+
+@dataclass(frozen=True)
+class RolloutConfig(ConfigSection):
+    """How responses are sampled. Prompt and response lengths are `data.max_prompt_length` and `_response_length`."""
+
+    name: Literal["hf", "vllm"] = "vllm"
+    """The engine: `hf` generates with the training weights in place, `vllm` with an engine of its own."""
+    n: int = 1
+    """Responses per prompt."""
+    temperature: float = 1.0
+    """Divides the logits when sampling and in every log-prob pass."""
+    top_p: float = 1.0
+    """Sample from the most likely tokens that together reach this probability."""
+    top_k: int = -1
+    """Sample from this many most likely tokens; -1 (or 0) from all."""
+    seed: int = 1
+    """Seed of the sampler."""
+    limit_images: int = 0
+    """Most images of one prompt, for the engine to plan its memory; 0 leaves that to the engine."""
+    dtype: Dtype = "bf16"
+    """Precision of the engine's weights."""
+    gpu_memory_utilization: float = 0.6
+    """Share of the GPU's memory that the engine may take."""
+    ignore_eos: bool = False
+    """Go on to the full length past the end-of-sequence token."""
+    enforce_eager: bool = False
+    """Run the engine without CUDA graphs."""
+    enable_chunked_prefill: bool = False
+    """Let the engine process long prompts in pieces."""
+    tensor_parallel_size: int = 2
+    """Workers that hold one copy of the engine's model; `hf` shards like the actor and does not read it."""
+    max_model_len: int | None = None
+    """Longest sequence of the engine in tokens; null is prompt plus response length."""
+    max_num_batched_tokens: int = 8192
+    """Most tokens in one of the engine's steps."""
+    disable_log_stats: bool = True
+    """Keep the engine's statistics out of the log."""
+    disable_tqdm: bool = False
+    """No progress bar while generating."""
+    val_override_config: dict[str, Any] = field(default_factory=dict)
+    """Sampling values for validation, such as `{temperature: 0.6, top_p: 0.95, n: 1}`; n is 1 where not given."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_at_least(1, "n", "tensor_parallel_size", "max_model_len", "max_num_batched_tokens")
+        self.require_at_least(0, "limit_images")
+        self.require_at_least(-1, "top_k")
+        remedy = "is not above 0; greedy decoding is for validation, in worker.rollout.val_override_config"
+        self.require(self.temperature > 0, "temperature", remedy)
+        for key in ("top_p", "gpu_memory_utilization"):
+            self.require(0 < getattr(self, key) <= 1, key, "is not above 0 and at most 1")
