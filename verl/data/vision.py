@@ -55,7 +55,8 @@ def open_image(source: ImageSource, image_dir: str | os.PathLike | None = None) 
 
 
 def target_size(width: int, height: int, min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:
-    """Return the (width, height) that `process_image` gives an image: its area within the bounds, its shape kept."""
+    """Return the (width, height) that `process_image` gives an image: its shape kept, its area
+    within the bounds up to rounding down to whole pixels."""
     if max_pixels is not None and width * height > max_pixels:
         factor = math.sqrt(max_pixels / (width * height))
         width, height = max(1, int(width * factor)), max(1, int(height * factor))

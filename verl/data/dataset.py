@@ -1,0 +1,443 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns the rows of a dataset into prompts: checked when loaded, tokenised and padded when drawn.
+
+Shapes: B prompts, P prompt length (`data.max_prompt_length`).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import torch
+from datasets import Dataset, DatasetDict, LargeList, List, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+from jinja2 import meta
+from PIL import Image
+from torch.nn import functional
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from verl.data.vision import (
+    UNREADABLE_IMAGE,
+    ImageSource,
+    image_token_count,
+    open_image,
+    process_image,
+    target_size,
+)
+from verl.models.position_ids import prompt_position_ids
+from verl.models.registry import media_token_ids
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+IMAGE_PLACEHOLDER = "<image>"
+
+FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
+"""Suffix of a data file and the builder of the `datasets` library that reads it."""
+
+ROWS_PER_PROCESS = 1000
+"""Below this a further process takes longer to start than to work."""
+
+MISMATCHES_SHOWN = 10
+
+
+def load_rows(data_path: str) -> Dataset:
+    """Load the rows that `data.train_files` or `data.val_files` names.
+
+    Args:
+        data_path: a data file, a folder of them (or one that `save_to_disk` wrote), or a dataset id on the hub; then,
+            optionally, `@split`, where split may carry a slice as in `@train[:100]`. The default split is train.
+            In a folder a split takes the files that have its name in theirs (`test-00000.parquet`, `test/0.jsonl`);
+            train takes all of them when none is named after it.
+
+    Raises:
+        ValueError: nothing is there, or it has no such split or no rows.
+    """
+    path, _, split = data_path.partition("@")
+    split = split or "train"
+    local = Path(path).expanduser()
+    try:
+        if local.is_file():
+            rows = _load_files([local], "train", split)
+        elif local.is_dir():
+            rows = _load_folder(local, split)
+        elif path.startswith((".", "/", "~")) or local.suffix in FILE_TYPES:
+            raise FileNotFoundError(f"no such file or folder (looked for {local.absolute()})")
+        else:
+            rows = _load_from_hub(path, split)
+    except (DatasetsError, OSError, ValueError) as error:
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise ValueError(f"cannot load the data {data_path!r}: {error}{cause}") from error
+    if len(rows) == 0:
+        raise ValueError(f"the data {data_path!r} has no rows")
+    return rows
+
+
+def _load_files(files: Sequence[Path], file_split: str, split: str) -> Dataset:
+    builder = FILE_TYPES.get(files[0].suffix)
+    if builder is None:
+        raise ValueError(f"{files[0].name} is none of {', '.join(FILE_TYPES)}")
+    return load_dataset(builder, data_files={file_split: [str(file) for file in files]}, split=split)
+
+
+def _load_folder(folder: Path, split: str) -> Dataset:
+    if (folder / "state.json").is_file():
+        return load_from_disk(str(folder))
+    split_name = split.partition("[")[0]
+    if (folder / "dataset_dict.json").is_file():
+        splits: DatasetDict = load_from_disk(str(folder))
+        if split not in splits:
+            raise ValueError(f"no split {split!r} in it; its splits are {', '.join(splits)}")
+        return splits[split]
+
+    files = sorted(file for file in folder.rglob("*") if file.suffix in FILE_TYPES)
+    builders = {FILE_TYPES[file.suffix] for file in files}
+    if len(builders) != 1:
+        found = f"files of several types: {', '.join(sorted(builders))}" if builders else "no data files"
+        raise ValueError(f"the folder has {found}; give it files of one type of {', '.join(FILE_TYPES)}")
+    named = [file for file in files if split_name in re.split(r"[^A-Za-z0-9]+", str(file.relative_to(folder)))]
+    if not named and split_name != "train":
+        raise ValueError(f"no file in the folder is named after the split {split_name!r}")
+    return _load_files(named or files, split_name, split)
+
+
+def _load_from_hub(dataset_id: str, split: str) -> Dataset:
+    try:
+        return load_dataset(dataset_id, split=split)
+    except OSError as error:
+        raise ValueError(
+            f"{dataset_id!r} is no file or folder here, and as a dataset of the hub it cannot be had: {error}"
+        ) from error
+
+
+@lru_cache
+def _format_template(source: str) -> jinja2.Template:
+    return jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(source)
+
+
+def _read_format_prompt(path: str) -> str:
+    source = Path(path).read_text(encoding="utf-8").strip()
+    if "content" not in meta.find_undeclared_variables(jinja2.Environment().parse(source)):
+        raise ValueError(f"data.format_prompt={path} never uses {{{{ content }}}}, so no prompt would hold its question")
+    return source
+
+
+class RLHFDataset(torch.utils.data.Dataset):
+    """Prompts with their images and answers, one item a row.
+
+    An item is a dict of `input_ids`, `attention_mask` (P,) int64, padded on the left; `position_ids` (P,), or (4, P)
+    for multimodal rope; `raw_prompt_ids`, the unpadded ids with one placeholder for each image; `prompt_text`, what
+    the user turn says; `ground_truth`; `multi_modal_data`, {"images": [PIL images, resized]} or None; `extra`, a dict
+    of the row's other columns.
+
+    When a dataset has an image column, all its rows go through the processor, those without an image as well.
+
+    Args:
+        data_path: see `load_rows`.
+        tokenizer: pads on the left.
+        processor: None for a model of text alone.
+        prompt_key, answer_key, image_key, video_key: column names. Images are a list in each row, null or empty for
+            none; every `<image>` in the prompt stands for one of them, in order.
+        image_dir: the folder of relative image paths.
+        video_fps: for videos, which this version does not take.
+        max_prompt_length: P, in tokens.
+        truncation: of prompts longer than P: "error", "left" or "right" (the side that is cut off).
+        format_prompt: a jinja file that renders the prompt (`content`) into the user turn.
+        min_pixels, max_pixels: bounds for the area of an image; None for no bound.
+        filter_overlong_prompts: drop rows longer than P when loading, by token counts, decoding no image.
+        filter_overlong_prompts_workers: at most so many processes count.
+        model_config: the model's config; read from where the tokenizer came from if None and there is a processor.
+
+    Raises:
+        ValueError: when loading, for a column that is not there, a prompt that is no text, placeholders that do not
+            match the images, videos, images for a model of text alone, an image file that is not there, no row left.
+            When drawing, for a row that cannot be decoded or is longer than P. Messages count rows from 0, as the
+            data file has them.
+    """
+
+    def __init__(
+        self,
+        data_path: str,
+        tokenizer: PreTrainedTokenizerBase,
+        processor: ProcessorMixin | None,
+        prompt_key: str = "prompt",
+        answer_key: str = "answer",
+        image_key: str = "images",
+        video_key: str = "videos",
+        image_dir: str | None = None,
+        video_fps: float = 2.0,
+        max_prompt_length: int = 1024,
+        truncation: str = "error",
+        format_prompt: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        filter_overlong_prompts: bool = True,
+        filter_overlong_prompts_workers: int = 16,
+        model_config: PretrainedConfig | None = None,
+    ) -> None:
+        if truncation not in ("error", "left", "right"):
+            raise ValueError(f"truncation={truncation!r} is not one of error, left, right")
+        self.data_path = data_path
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.prompt_key = prompt_key
+        self.answer_key = answer_key
+        self.image_key = image_key
+        self.video_key = video_key
+        self.image_dir = image_dir
+        self.video_fps = video_fps
+        self.max_prompt_length = max_prompt_length
+        self.truncation = truncation
+        self.format_prompt = None if format_prompt is None else _read_format_prompt(format_prompt)
+        self.min_pixels = min_pixels
+        self.max_pixels = max_pixels
+        if model_config is None and processor is not None:
+            model_config = AutoConfig.from_pretrained(tokenizer.name_or_path)
+        self.model_config = model_config or PretrainedConfig()
+        self.media_token_ids = media_token_ids(self.model_config)
+
+        rows = load_rows(data_path)
+        self._check_columns(rows)
+        # Images are read as arrow, which hands them out as they were stored: nothing decodes one before it is drawn.
+        has_images = image_key in rows.column_names
+        self._media = rows.select_columns([image_key]).with_format("arrow") if has_images else None
+        self._rows = rows.remove_columns([image_key]) if has_images else rows
+        self._row_numbers = np.arange(len(rows))  # in the file; rows that are dropped leave gaps
+        self._check_prompts()
+        if filter_overlong_prompts:
+            self._drop_overlong(filter_overlong_prompts_workers)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self._rows[index]
+        prompt_text = self._prompt_text(row.pop(self.prompt_key))
+        images, token_counts = self._prepared_images(index)
+        chat_text = self._chat_text(prompt_text)
+        raw_prompt_ids = self._raw_prompt_ids(index, chat_text, len(images))
+        model_inputs = self._model_inputs(chat_text, images)
+        input_ids = model_inputs["input_ids"][0]
+        assert len(input_ids) == _expanded_length(raw_prompt_ids, token_counts), "the processor counts otherwise"
+
+        overflow = max(0, len(input_ids) - self.max_prompt_length)
+        start = overflow if self.truncation == "left" else 0
+        if overflow:
+            self._check_truncation(index, input_ids, overflow)
+            # No media token is cut off, so the same number of tokens goes from both.
+            input_ids = input_ids[start : start + self.max_prompt_length]
+            raw_prompt_ids = raw_prompt_ids[start : start + len(raw_prompt_ids) - overflow]
+
+        padding = (self.max_prompt_length - len(input_ids), 0)
+        attention_mask = functional.pad(torch.ones_like(input_ids), padding)  # (P,)
+        input_ids = functional.pad(input_ids, padding, value=self.tokenizer.pad_token_id)  # (P,)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": prompt_position_ids(self.model_config, input_ids, attention_mask, model_inputs),
+            "raw_prompt_ids": raw_prompt_ids,
+            "prompt_text": prompt_text,
+            "ground_truth": row.pop(self.answer_key),
+            "multi_modal_data": {"images": images} if images else None,
+            "extra": row,
+        }
+
+    # ---- one row ----
+
+    def _prompt_text(self, prompt: str) -> str:
+        return prompt if self.format_prompt is None else _format_template(self.format_prompt).render(content=prompt)
+
+    def _chat_text(self, prompt_text: str) -> str:
+        """The prompt as the model reads it: one user turn in the chat template, the assistant's turn opened."""
+        if self._media is None:
+            content, template_owner = prompt_text, self.tokenizer
+        else:
+            content, template_owner = _content_parts(prompt_text), self.processor
+        return template_owner.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+
+    def _raw_prompt_ids(self, index: int, chat_text: str, num_images: int) -> list[int]:
+        """The prompt's tokens with one placeholder for each image, and none for anything else."""
+        token_ids = self.tokenizer.encode(chat_text, add_special_tokens=False)
+        placeholders = sum(token_id in self.media_token_ids for token_id in token_ids)
+        if placeholders != num_images:
+            names = ", ".join(self.tokenizer.convert_ids_to_tokens(self.media_token_ids))
+            raise ValueError(
+                f"{self._name(index)} has {num_images} images, but {placeholders} of {names} once it is in the chat "
+                "template; the prompt must not spell these tokens out, and the template must write one an image"
+            )
+        return token_ids
+
+    def _model_inputs(self, chat_text: str, images: list[Image.Image]) -> Mapping[str, torch.Tensor]:
+        """What the model takes for this prompt: `input_ids` (1, length) and, with images, their grid."""
+        if self._media is None:
+            return self.tokenizer([chat_text], add_special_tokens=False, return_tensors="pt")
+        return self.processor(text=[chat_text], images=images or None, add_special_tokens=False, return_tensors="pt")
+
+    def _read_images(self, index: int, read: Callable[[Image.Image], T]) -> list[T]:
+        """Apply `read` to each image of a row, naming the row when one of them cannot be read."""
+        results = []
+        for position, source in enumerate(self._image_sources(index)):
+            try:
+                results.append(read(open_image(source, self.image_dir)))
+            except UNREADABLE_IMAGE as error:
+                raise ValueError(f"{self._name(index)}: image {position} cannot be read: {error}") from error
+        return results
+
+    def _prepared_images(self, index: int) -> tuple[list[Image.Image], list[int]]:
+        def prepare(image: Image.Image) -> tuple[Image.Image, int]:
+            return process_image(image, self.min_pixels, self.max_pixels), self._token_count(image)
+
+        prepared = self._read_images(index, prepare)
+        return [image for image, _ in prepared], [count for _, count in prepared]
+
+    def _image_sources(self, index: int) -> list[ImageSource]:
+        return [] if self._media is None else self._media[index].column(0)[0].as_py() or []
+
+    def _token_count(self, image: Image.Image) -> int:
+        size = target_size(*image.size, self.min_pixels, self.max_pixels)
+        return image_token_count(size, self.processor.image_processor)
+
+    def _check_truncation(self, index: int, input_ids: torch.Tensor, overflow: int) -> None:
+        too_long = (
+            f"{self._name(index)} has {len(input_ids)} tokens, data.max_prompt_length={self.max_prompt_length}; "
+            "raise it, lower data.max_pixels, or set data.filter_overlong_prompts=true to drop such rows"
+        )
+        if self.truncation == "error":
+            raise ValueError(too_long)
+        cut_off = input_ids[:overflow] if self.truncation == "left" else input_ids[-overflow:]
+        if torch.isin(cut_off, torch.tensor(self.media_token_ids)).any():
+            raise ValueError(f"{too_long} (cutting it would cut through an image)")
+
+    def _name(self, index: int) -> str:
+        return f"row {self._row_numbers[index]} of {self.data_path!r}"
+
+    # ---- the whole set ----
+
+    def _check_columns(self, rows: Dataset) -> None:
+        columns = ", ".join(rows.column_names)
+        for option, key in (("prompt_key", self.prompt_key), ("answer_key", self.answer_key)):
+            if key not in rows.column_names:
+                raise ValueError(f"data.{option}={key} is no column of {self.data_path!r}; it has {columns}")
+        image_feature = rows.features.get(self.image_key, Value("null"))
+        if not isinstance(image_feature, (List, LargeList)) and image_feature != Value("null"):
+            raise ValueError(
+                f"data.image_key={self.image_key}: each row of {self.data_path!r} needs a list of images there, "
+                f"not {image_feature}"
+            )
+        if self.video_key in rows.column_names and any(_entry_counts(rows, self.video_key)):
+            raise ValueError(
+                f"data.video_key={self.video_key}: {self.data_path!r} has videos, which this version cannot train on "
+                "yet; drop that column, or name another one to ignore it"
+            )
+
+    def _check_prompts(self) -> None:
+        """Every prompt is a text and has as many placeholders as its row has images."""
+        image_counts = [0] * len(self) if self._media is None else _entry_counts(self._media, self.image_key)
+        if self.processor is None and any(image_counts):
+            row = next(index for index, count in enumerate(image_counts) if count)
+            raise ValueError(
+                f"{self._name(row)} has images, but {self.tokenizer.name_or_path!r} is a model of text alone, with "
+                "no processor; use a vision-language model (worker.actor.model.model_path)"
+            )
+        mismatches = []
+        for index, (prompt, images) in enumerate(zip(self._rows[self.prompt_key], image_counts, strict=True)):
+            if not isinstance(prompt, str):
+                raise ValueError(f"{self._name(index)}: data.prompt_key={self.prompt_key} holds {prompt!r}, not a text")
+            placeholders = self._prompt_text(prompt).count(IMAGE_PLACEHOLDER)
+            if self.processor is not None and placeholders != images:
+                mismatches.append(f"row {index}: {placeholders} placeholders, {images} images")
+        if mismatches:
+            column = "" if self._media is not None else f" There is no column data.image_key={self.image_key}."
+            raise ValueError(
+                f"{len(mismatches)} of {len(self)} rows of {self.data_path!r} have another number of "
+                f"{IMAGE_PLACEHOLDER} in the prompt (after data.format_prompt) than images.{column} "
+                f"{'; '.join(mismatches[:MISMATCHES_SHOWN])}{'; ...' if len(mismatches) > MISMATCHES_SHOWN else ''}"
+            )
+
+    def _drop_overlong(self, workers: int) -> None:
+        lengths = self._rows.select_columns([self.prompt_key]).map(
+            self._measure,
+            with_indices=True,
+            remove_columns=[self.prompt_key],
+            num_proc=max(1, min(workers, len(self) // ROWS_PER_PROCESS)),
+            # Image files and limits may have changed since a cached result was written.
+            load_from_cache_file=False,
+            new_fingerprint=uuid.uuid4().hex,
+            desc="counting prompt tokens",
+        )
+        lengths = np.asarray(lengths["length"])
+        kept = np.flatnonzero(lengths <= self.max_prompt_length)
+        if len(kept) == 0:
+            raise ValueError(
+                f"every row of {self.data_path!r} is longer than data.max_prompt_length={self.max_prompt_length}: "
+                f"{lengths.min()} to {lengths.max()} tokens; raise it or lower data.max_pixels"
+            )
+        logger.info(
+            "%s: kept %d of %d prompts, dropped %d longer than data.max_prompt_length=%d",
+            self.data_path,
+            len(kept),
+            len(lengths),
+            len(lengths) - len(kept),
+            self.max_prompt_length,
+        )
+        self._rows = self._rows.select(kept)
+        self._media = None if self._media is None else self._media.select(kept)
+        self._row_numbers = self._row_numbers[kept]
+
+    def _measure(self, row: dict[str, Any], index: int) -> dict[str, int]:
+        token_counts = self._read_images(index, self._token_count)
+        chat_text = self._chat_text(self._prompt_text(row[self.prompt_key]))
+        token_ids = self._raw_prompt_ids(index, chat_text, len(token_counts))
+        return {"length": _expanded_length(token_ids, token_counts)}
+
+
+def collate_fn(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor | np.ndarray]:
+    """Stack B items: tensors to (B, ...), everything else to an object array (B,) that never becomes 2-D."""
+    batch = {}
+    for key in features[0]:
+        values = [feature[key] for feature in features]
+        if isinstance(values[0], torch.Tensor):
+            batch[key] = torch.stack(values)
+        else:
+            batch[key] = np.fromiter(values, dtype=object, count=len(values))
+    return batch
+
+
+def _content_parts(prompt_text: str) -> list[dict[str, str]]:
+    """Split a user turn at its placeholders into the parts of a chat message."""
+    parts: list[dict[str, str]] = []
+    for position, text in enumerate(prompt_text.split(IMAGE_PLACEHOLDER)):
+        if position > 0:
+            parts.append({"type": "image"})
+        if text:
+            parts.append({"type": "text", "text": text})
+    return parts
+
+
+def _expanded_length(raw_prompt_ids: Sequence[int], image_token_counts: Sequence[int]) -> int:
+    """Tokens of a prompt once each image's one placeholder has become all of its tokens."""
+    return len(raw_prompt_ids) + sum(image_token_counts) - len(image_token_counts)
+
+
+def _entry_counts(rows: Dataset, column: str) -> list[int]:
+    """How many entries each row of a column has: the length of a list, 0 for null, 1 for anything else."""
+    values = rows.select_columns([column]).with_format("arrow")[:].column(column)
+    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        return pa.compute.fill_null(pa.compute.list_value_length(values), 0).to_pylist()
+    return [int(valid) for valid in values.is_valid().to_pylist()]

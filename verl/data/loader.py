@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Feeds prompts to the trainer: an endless, resumable source for training and the held-out set in batches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Sampler
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from verl.data.dataset import RLHFDataset, collate_fn
+from verl.trainer.config import DataConfig
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+ROWS_WORTH_WORKERS = 1024
+"""Smaller sets are read in this process: loader processes would take longer to start than to help."""
+
+MAX_WORKERS = 8
+
+
+class ResumableSampler(Sampler[int]):
+    """The rows of one epoch in their order, from a position on; each epoch has its own seeded permutation.
+
+    The order depends on `seed`, the epoch and the number of rows alone, so (epoch, position) is all there is to save.
+
+    Args:
+        num_rows: rows in the set.
+        shuffle: whether to permute them; otherwise they come in the file's order.
+        seed: of the permutations.
+    """
+
+    def __init__(self, num_rows: int, shuffle: bool, seed: int) -> None:
+        self.num_rows = num_rows
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+        self.position = 0
+
+    def __iter__(self) -> Iterator[int]:
+        if not self.shuffle:
+            return iter(range(self.position, self.num_rows))
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_rows)
+        return iter(order[self.position :].tolist())
+
+    def __len__(self) -> int:
+        return self.num_rows - self.position
+
+
+class PromptLoader:
+    """Batches of training prompts without end: past the last full batch of an epoch, the next epoch begins.
+
+    Rows that do not fill a batch at the end of an epoch are left out of it; the next permutation mixes them in again.
+
+    Args:
+        dataset: the training set.
+        batch_size: prompts of a draw.
+        shuffle: a new order for each epoch, or always the file's.
+        seed: of the orders.
+
+    Raises:
+        ValueError: the set has fewer rows than a batch.
+    """
+
+    def __init__(self, dataset: RLHFDataset, batch_size: int, shuffle: bool, seed: int) -> None:
+        if len(dataset) < batch_size:
+            raise ValueError(
+                f"the training set has {len(dataset)} prompts, fewer than the {batch_size} of one batch; lower "
+                "data.rollout_batch_size (or data.mini_rollout_batch_size), or raise data.max_prompt_length if too "
+                "many were dropped for their length"
+            )
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self._sampler = ResumableSampler(len(dataset), shuffle, seed)
+        self._loader = _data_loader(dataset, batch_size, sampler=self._sampler, drop_last=True)
+        self._batches: Iterator[dict[str, Any]] | None = None
+
+    @property
+    def prompts_per_epoch(self) -> int:
+        """Prompts that an epoch draws: the full batches of the set."""
+        return len(self.dataset) // self.batch_size * self.batch_size
+
+    def draw(self) -> dict[str, Any]:
+        """Return the next `batch_size` prompts, collated: tensors and object arrays by name."""
+        if self._sampler.num_rows - self._sampler.position < self.batch_size:
+            self._sampler.epoch += 1
+            self._sampler.position = 0
+            self._batches = None
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        batch = next(self._batches)
+        # Counted here and not in the sampler, which runs ahead of the draws by what the workers prefetch.
+        self._sampler.position += self.batch_size
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return where the next draw begins, for `load_state_dict`."""
+        return {
+            "epoch": self._sampler.epoch,
+            "position": self._sampler.position,
+            "num_rows": self._sampler.num_rows,
+            "seed": self._sampler.seed,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on exactly where `state_dict` was taken, in the middle of an epoch too.
+
+        Raises:
+            ValueError: the set has another number of rows or another seed than then, so that its order is another.
+        """
+        for name, now in (("num_rows", self._sampler.num_rows), ("seed", self._sampler.seed)):
+            if state[name] != now:
+                raise ValueError(
+                    f"the checkpoint's data loader had {name}={state[name]}, this run has {now}, so its order cannot "
+                    "be taken up; use the same data and data.seed, or delete the checkpoint's dataloader.pt to start "
+                    "the data anew"
+                )
+        self._sampler.epoch = state["epoch"]
+        self._sampler.position = state["position"]
+        self._batches = None
+
+
+def create_dataloader(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: ProcessorMixin | None,
+    model_config: PretrainedConfig | None = None,
+) -> tuple[PromptLoader, DataLoader]:
+    """Load the training and the held-out set and return (train, val).
+
+    train draws `data.mini_rollout_batch_size` prompts, or `data.rollout_batch_size` when that is null. val is an
+    iterable of collated batches of `data.val_batch_size` in the file's order, the whole set at -1, the last one
+    smaller if need be.
+
+    Raises:
+        ValueError: a key that names no data, or what `load_rows`, `RLHFDataset` and `PromptLoader` refuse.
+    """
+    train_set = _dataset("data.train_files", config.train_files, config, tokenizer, processor, model_config)
+    val_set = _dataset("data.val_files", config.val_files, config, tokenizer, processor, model_config)
+    batch_size = config.mini_rollout_batch_size or config.rollout_batch_size
+    val_batch_size = len(val_set) if config.val_batch_size == -1 else config.val_batch_size
+    return (
+        PromptLoader(train_set, batch_size, config.shuffle, config.seed),
+        _data_loader(val_set, val_batch_size, shuffle=False),
+    )
+
+
+def _dataset(
+    key: str,
+    data_path: str,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: ProcessorMixin | None,
+    model_config: PretrainedConfig | None,
+) -> RLHFDataset:
+    if not data_path:
+        raise ValueError(f"{key} is empty; name a data file, a folder or a dataset id of the hub")
+    return RLHFDataset(
+        data_path,
+        tokenizer,
+        processor,
+        prompt_key=config.prompt_key,
+        answer_key=config.answer_key,
+        image_key=config.image_key,
+        video_key=config.video_key,
+        image_dir=config.image_dir,
+        video_fps=config.video_fps,
+        max_prompt_length=config.max_prompt_length,
+        truncation="right",
+        format_prompt=config.format_prompt,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+        filter_overlong_prompts=config.filter_overlong_prompts,
+        filter_overlong_prompts_workers=config.filter_overlong_prompts_workers,
+        model_config=model_config,
+    )
+
+
+def _data_loader(dataset: RLHFDataset, batch_size: int, **options: Any) -> DataLoader:
+    num_workers = min(MAX_WORKERS, os.cpu_count() or 1) if len(dataset) >= ROWS_WORTH_WORKERS else 0
+    return DataLoader(dataset, batch_size, collate_fn=collate_fn, num_workers=num_workers, **options)
