@@ -3,6 +3,7 @@
 
 import pickle
 import re
+import sys
 from textwrap import dedent
 
 import numpy as np
@@ -154,15 +155,21 @@ def test_numpy_booleans_and_tensors_count_as_numbers(make_manager, tokenizer):
 
 
 def test_a_function_may_change_what_it_is_given(make_manager, tokenizer):
-    manager = make_manager("def compute_score(samples): return [{'overall': s.clear() or 1.0} for s in samples]")
-    rewards, _ = manager.compute_reward(make_batch(tokenizer))
+    """Errors still show the sample as it was."""
+    source = "def compute_score(samples): return [{'overall': s.clear() or float(VALUE)} for s in samples]\nVALUE = "
+    rewards, _ = make_manager(source + "1.0").compute_reward(make_batch(tokenizer))
     assert rewards.sum() == 3
+    with pytest.raises(ValueError, match="sample 0 .uid a, ground_truth '12'"):
+        make_manager(source + "'nan'").compute_reward(make_batch(tokenizer))
 
 
-def test_the_manager_travels_to_another_process(make_manager, tokenizer):
+def test_the_manager_travels_to_another_process(make_manager, tokenizer, monkeypatch):
+    """Where the user's module was never loaded, as here once it is taken out."""
     batch = make_batch(tokenizer)
     manager = make_manager(THREE_FIELDS, reward_function_kwargs={"bonus": 0.5})
-    copy = pickle.loads(pickle.dumps(manager))
+    pickled = pickle.dumps(manager)
+    monkeypatch.delitem(sys.modules, manager._function.__module__)
+    copy = pickle.loads(pickled)
     assert torch.equal(copy.compute_reward(batch)[0], manager.compute_reward(batch)[0])
 
 

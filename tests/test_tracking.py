@@ -133,6 +133,7 @@ def test_a_terminal_sees_a_bar_with_the_phase_and_the_latest_figures(tmp_path, m
     handler = logging.StreamHandler()
     monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
     with make_tracker(tmp_path, "console", resume_step=1) as tracker:
+        assert "starting:  25%" in sys.stderr.getvalue(), "one of four steps lies behind a run resumed after step 1"
         tracker.phase("update_actor")
         logging.getLogger().warning("a message")
         tracker.log({"reward/overall": 0.5, "val/reward_score": 0.25}, step=2)

@@ -72,8 +72,8 @@ class AutoRewardManager:
 
         The function gets a dict a sample: `response` (text), `response_length` (tokens), `ground_truth`, `prompt`
         (text), `uid` (the same for all responses to one prompt), `images` (handles; `.load()` gives the PIL image),
-        `extra`, `step`, `split` (`train` or `val`). It returns a dict of numbers a sample: `overall` is the reward, and
-        all of them become metrics.
+        `extra`, `step`, `split` (`train` or `val`). It returns a dict of numbers a sample: `overall` is the reward,
+        and all of them become metrics.
 
         Returns:
             Float32 scores (N, R), `overall` on the last token of each response and zero elsewhere; and every returned
@@ -125,8 +125,8 @@ class AutoRewardManager:
         for index, (sample, result) in enumerate(zip(samples, results, strict=True)):
             if not isinstance(result, Mapping):
                 raise ValueError(
-                    f"{self._function_label} returned {_shorten(result)} for {_describe(index, sample)}; it must return a dict "
-                    "of numbers with the key 'overall'"
+                    f"{self._function_label} returned {_shorten(result)} for {_describe(index, sample)}; "
+                    "it must return a dict of numbers with the key 'overall'"
                 )
         return results
 
@@ -152,9 +152,9 @@ class AutoRewardManager:
 
         if not isinstance(results, (list, tuple)):
             raise ValueError(
-                f"{self._function_label} returned a {type(results).__name__} for a list of {len(samples)} samples; with "
-                "REWARD_TYPE = 'batch' it must return a list of one dict a sample. A function of one sample needs "
-                "REWARD_TYPE = 'sequential' in its file"
+                f"{self._function_label} returned a {type(results).__name__} for a list of {len(samples)} samples; "
+                "with REWARD_TYPE = 'batch' it must return a list of one dict a sample. A function of one sample "
+                "needs REWARD_TYPE = 'sequential' in its file"
             )
         if len(results) != len(samples):
             last = min(len(results), len(samples)) - 1
@@ -209,8 +209,8 @@ class AutoRewardManager:
             signature.bind([], **kwargs)
         except TypeError as error:
             raise ValueError(
-                f"{self._function_label} has the signature {signature}, which does not fit one positional argument (the "
-                f"samples) and worker.reward.reward_function_kwargs={kwargs}: {error}"
+                f"{self._function_label} has the signature {signature}, which does not fit one positional argument "
+                f"(the samples) and worker.reward.reward_function_kwargs={kwargs}: {error}"
             ) from error
 
 
