@@ -8,7 +8,7 @@ order dataclass < YAML < command line, and collects every mistake before it give
 import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
@@ -212,17 +212,25 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _defaults(config_class: type) -> DictConfig:
-    """The structured config of the fields' own defaults.
+    """The structured config of the fields' own defaults, writable.
 
-    Built section by section: OmegaConf would fill a nested section from an *instance*, in which `__post_init__` has
-    already settled values (a checkpoint folder named after the default experiment, say) that must follow the user's.
+    OmegaConf fills a nested section from an *instance*, in which `__post_init__` has already settled values (a
+    checkpoint folder named after the default experiment, say) that must follow the user's; those are taken back.
     """
     tree = OmegaConf.structured(config_class)
+    _thaw(tree, config_class)
+    for key, field in _leaf_fields(config_class):
+        if field.default is not MISSING and OmegaConf.select(tree, key) != field.default:
+            OmegaConf.update(tree, key, field.default)
+    return tree
+
+
+def _thaw(tree: DictConfig, config_class: type) -> None:
+    """Lift the write protection that OmegaConf gives to every frozen dataclass."""
     OmegaConf.set_readonly(tree, False)
     for field in fields(config_class):
         if is_dataclass(field.type):
-            tree[field.name] = _defaults(field.type)
-    return tree
+            _thaw(tree[field.name], field.type)
 
 
 def _leaf_fields(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

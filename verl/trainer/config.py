@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from verl.config import ConfigSection, ConfigValueError, RetiredKey, load_sections, looks_local
+from verl.config import ConfigSection, ConfigValueError, RetiredKey, absolute, load_sections, looks_local
 from verl.workers.config import WorkerConfig
 
 DATA_SUFFIXES = (".parquet", ".json", ".jsonl", ".arrow", ".csv")
@@ -71,7 +71,8 @@ class DataConfig(ConfigSection):
         self.require_at_least(1, "max_prompt_length", "max_response_length", "rollout_batch_size", "max_pixels")
         self.require_at_least(1, "mini_rollout_batch_size", "filter_overlong_prompts_workers", "min_pixels")
         self.require(self.video_fps > 0, "video_fps", "is not above 0")
-        self.require(self.val_batch_size == -1 or self.val_batch_size > 0, "val_batch_size", "is neither -1 nor above 0")
+        val_batch_size = self.val_batch_size
+        self.require(val_batch_size == -1 or val_batch_size > 0, "val_batch_size", "is neither -1 nor above 0")
         if self.min_pixels is not None and self.max_pixels is not None:
             self.require(self.min_pixels <= self.max_pixels, "min_pixels", f"is above max_pixels={self.max_pixels}")
 
@@ -80,9 +81,9 @@ class DataConfig(ConfigSection):
         path, at, split = getattr(self, key).partition("@")
         self.require("@" not in split and bool(split) == bool(at), key, "has not the form PATH or PATH@split")
         if path and (looks_local(path, DATA_SUFFIXES) or os.path.exists(path)):
-            absolute_path = os.path.abspath(os.path.expanduser(path))
-            self.require(os.path.exists(absolute_path), key, f"does not exist (looked for {absolute_path})")
-            self.settle(key, f"{absolute_path}{at}{split}")
+            path = absolute(path)
+            self.require(os.path.exists(path), key, f"does not exist (looked for {path})")
+            self.settle(key, f"{path}{at}{split}")
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class AlgorithmConfig(ConfigSection):
     kl_target: float = 0.1
     """The adaptive weight's target."""
     online_filtering: bool = False
-    """Keep only groups whose mean of `filter_key` lies strictly between the bounds, and draw until the step is full."""
+    """Keep only groups whose mean of `filter_key` lies strictly between the bounds; draw until the step is full."""
     filter_key: str = "overall"
     """Key of the reward function's result that decides."""
     filter_low: float = 0.01

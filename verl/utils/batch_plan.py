@@ -56,8 +56,9 @@ class BatchPlan:
         data, rollout, actor = config.data, config.worker.rollout, config.worker.actor
         n = rollout.n
         workers = f"{world_size} workers"
-        draw_key = "data.rollout_batch_size" if data.mini_rollout_batch_size is None else "data.mini_rollout_batch_size"
-        prompts_per_draw = data.mini_rollout_batch_size or data.rollout_batch_size
+        draw_key, prompts_per_draw = "data.mini_rollout_batch_size", data.mini_rollout_batch_size
+        if prompts_per_draw is None:
+            draw_key, prompts_per_draw = "data.rollout_batch_size", data.rollout_batch_size
 
         if config.algorithm.adv_estimator in COMPARING_ESTIMATORS and n < 2:
             raise ValueError(
@@ -68,35 +69,27 @@ class BatchPlan:
         if config.algorithm.adv_estimator == "gae":
             roles["worker.critic"] = config.worker.critic
         for name, role in roles.items():
-            _require_multiple(
-                "data.rollout_batch_size", data.rollout_batch_size, role.global_batch_size, f"{name}.global_batch_size"
-            )
-            _require_multiple(
-                "data.rollout_batch_size",
-                data.rollout_batch_size,
-                role.micro_batch_size_per_device_for_experience,
-                f"{name}.micro_batch_size_per_device_for_experience",
-                n,
-            )
-            _require_multiple(f"{name}.global_batch_size", role.global_batch_size, world_size, workers, n)
-            per_rank = role.global_batch_size * n // world_size
-            micro_batch_size = role.micro_batch_size_per_device_for_update
+            batch_size, micro_batch_size = role.global_batch_size, role.micro_batch_size_per_device_for_update
+            experience_size = role.micro_batch_size_per_device_for_experience
+            batch = f"{name}.global_batch_size={batch_size}"
+            experience = f"{name}.micro_batch_size_per_device_for_experience={experience_size}"
+            _require_multiple("data.rollout_batch_size", data.rollout_batch_size, batch_size, batch)
+            _require_multiple("data.rollout_batch_size", data.rollout_batch_size, experience_size, experience, n)
+            _require_multiple(f"{name}.global_batch_size", batch_size, world_size, workers, n)
+            per_rank = batch_size * n // world_size
             if per_rank % micro_batch_size:
                 divisors = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
-                nearest = sorted(sorted(divisors, key=lambda size: abs(size - micro_batch_size))[:2])
+                nearest = sorted(sorted(divisors, key=lambda size, wanted=micro_batch_size: abs(size - wanted))[:2])
                 raise ValueError(
-                    f"{name}.global_batch_size={role.global_batch_size} x worker.rollout.n={n} / {workers} = {per_rank} "
-                    f"sequences is not a multiple of {name}.micro_batch_size_per_device_for_update={micro_batch_size}; "
+                    f"{batch} x worker.rollout.n={n} / {workers} = {per_rank} sequences is not a multiple of "
+                    f"{name}.micro_batch_size_per_device_for_update={micro_batch_size}; "
                     f"use {' or '.join(str(size) for size in nearest)}"
                 )
         _require_multiple(draw_key, prompts_per_draw, world_size, workers)
         if rollout.name == "vllm":
-            _require_multiple(
-                "trainer.nnodes x trainer.n_gpus_per_node",
-                world_size,
-                rollout.tensor_parallel_size,
-                "worker.rollout.tensor_parallel_size",
-            )
+            parallel = f"worker.rollout.tensor_parallel_size={rollout.tensor_parallel_size}"
+            key = "trainer.nnodes x trainer.n_gpus_per_node"
+            _require_multiple(key, world_size, rollout.tensor_parallel_size, parallel)
 
         mini_batches = data.rollout_batch_size // actor.global_batch_size
         sequences_per_rank = actor.global_batch_size * n // world_size
@@ -125,7 +118,8 @@ class BatchPlan:
             f"generation: {self.prompts_per_draw} prompts a call",
             f"log-probs: {self.experience_micro_batch_size} sequences at once on each worker",
             f"update: {self.mini_batches} mini-batches of {self.prompts_per_mini_batch} prompts = "
-            f"{self.sequences_per_mini_batch} sequences, {passes} passes = {self.optimizer_steps_per_step} optimizer steps",
+            f"{self.sequences_per_mini_batch} sequences; "
+            f"ppo_epochs={passes}, so {self.optimizer_steps_per_step} optimizer steps",
             f"mini-batch on each worker: {self.sequences_per_rank_per_mini_batch} sequences = "
             f"{self.update_micro_batches} micro-batches x {self.update_micro_batch_size}",
         ]
@@ -152,7 +146,7 @@ def training_steps(config: PPOConfig, prompts_in_dataset: int) -> int:
     return steps_per_epoch * config.trainer.total_epochs
 
 
-def _require_multiple(key: str, value: int, divisor: int, divisor_name: str, responses_per_prompt: int = 1) -> None:
+def _require_multiple(key: str, value: int, divisor: int, divisor_text: str, responses_per_prompt: int = 1) -> None:
     """Raise unless `value` x `responses_per_prompt` is a multiple of `divisor`; name the nearest `value`s that are."""
     total = value * responses_per_prompt
     if total % divisor == 0:
@@ -161,5 +155,4 @@ def _require_multiple(key: str, value: int, divisor: int, divisor_name: str, res
     below = value // step * step
     use = f"{below} or {below + step}" if below else f"{below + step}"
     product = f" x worker.rollout.n={responses_per_prompt} = {total} sequences" if responses_per_prompt > 1 else ""
-    named = divisor_name if divisor_name.startswith(str(divisor)) else f"{divisor_name}={divisor}"
-    raise ValueError(f"{key}={value}{product} is not a multiple of {named}; use {use}")
+    raise ValueError(f"{key}={value}{product} is not a multiple of {divisor_text}; use {use}")

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+# python -m pytest tests/test_batch_plan.py
+"""The batch plan: its numbers against sums done by hand, and the words of each rule that does not hold."""
+
+import pytest
+
+from verl.trainer.config import load_config
+from verl.utils.batch_plan import BatchPlan, training_steps
+
+SMALL = {
+    "data.rollout_batch_size": 16,
+    "worker.actor.global_batch_size": 8,
+    "worker.actor.micro_batch_size_per_device_for_update": 4,
+    "worker.actor.micro_batch_size_per_device_for_experience": 8,
+    "worker.rollout.n": 4,
+    "worker.rollout.name": "hf",
+}
+
+
+def config_of(**changes):
+    """The small configuration with some keys changed; `__` stands for the dot."""
+    values = SMALL | {key.replace("__", "."): value for key, value in changes.items()}
+    return load_config([f"{key}={value}" for key, value in values.items()])
+
+
+def refusal(world_size: int = 2, **changes) -> str:
+    config = config_of(**changes)
+    with pytest.raises(ValueError) as caught:
+        BatchPlan.from_config(config, world_size)
+    return str(caught.value)
+
+
+def test_every_number_of_a_small_plan():
+    """16 prompts x 4 = 64 sequences. Mini-batches of 8 prompts = 32 sequences: 16 / 8 = 2 of them. Two workers hold
+    32 / 2 = 16 sequences of each, in 16 / 4 = 4 micro-batches. Three passes make 2 x 3 = 6 optimizer steps."""
+    plan = BatchPlan.from_config(config_of(worker__actor__ppo_epochs=3), world_size=2)
+    assert plan == BatchPlan(
+        world_size=2,
+        prompts_per_step=16,
+        responses_per_prompt=4,
+        sequences_per_step=64,
+        prompts_per_draw=16,
+        prompts_per_mini_batch=8,
+        sequences_per_mini_batch=32,
+        mini_batches=2,
+        sequences_per_rank_per_mini_batch=16,
+        update_micro_batch_size=4,
+        update_micro_batches=4,
+        experience_micro_batch_size=8,
+        optimizer_steps_per_step=6,
+    )
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_the_parts_add_up_to_the_whole_on_any_number_of_workers(world_size):
+    plan = BatchPlan.from_config(config_of(), world_size)
+    per_rank = plan.update_micro_batches * plan.update_micro_batch_size
+    assert per_rank == plan.sequences_per_rank_per_mini_batch
+    assert per_rank * world_size * plan.mini_batches == plan.sequences_per_step
+
+
+def test_a_draw_may_be_smaller_than_a_step():
+    plan = BatchPlan.from_config(config_of(data__mini_rollout_batch_size=4), world_size=2)
+    assert (plan.prompts_per_draw, plan.prompts_per_step) == (4, 16)
+
+
+def test_the_plan_is_told_in_five_lines_with_its_numbers():
+    lines = BatchPlan.from_config(config_of(), world_size=2).describe()
+    assert len(lines) == 5
+    assert "16 prompts x 4 responses = 64 sequences on 2 workers" in lines[0]
+    assert "16 sequences = 4 micro-batches x 4" in lines[4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (
+            {"data__rollout_batch_size": 10, "worker__actor__global_batch_size": 4},
+            "data.rollout_batch_size=10 is not a multiple of worker.actor.global_batch_size=4; use 8 or 12",
+        ),
+        (
+            {"data__rollout_batch_size": 4},
+            "data.rollout_batch_size=4 is not a multiple of worker.actor.global_batch_size=8; use 8",
+        ),
+        (
+            {"worker__actor__micro_batch_size_per_device_for_experience": 24},
+            "data.rollout_batch_size=16 x worker.rollout.n=4 = 64 sequences is not a multiple of "
+            "worker.actor.micro_batch_size_per_device_for_experience=24; use 12 or 18",
+        ),
+        (
+            {"worker__actor__micro_batch_size_per_device_for_update": 6},
+            "worker.actor.global_batch_size=8 x worker.rollout.n=4 / 2 workers = 16 sequences is not a multiple of "
+            "worker.actor.micro_batch_size_per_device_for_update=6; use 4 or 8",
+        ),
+        (
+            {"data__mini_rollout_batch_size": 5},
+            "data.mini_rollout_batch_size=5 is not a multiple of 2 workers; use 4 or 6",
+        ),
+        (
+            {"worker__rollout__name": "vllm", "worker__rollout__tensor_parallel_size": 4},
+            "trainer.nnodes x trainer.n_gpus_per_node=2 is not a multiple of "
+            "worker.rollout.tensor_parallel_size=4; use 4",
+        ),
+        (
+            {"worker__rollout__n": 1},
+            "worker.rollout.n=1 leaves algorithm.adv_estimator=grpo nothing to compare: it needs worker.rollout.n=2 "
+            "or more",
+        ),
+        (
+            {"algorithm__adv_estimator": "gae", "worker__critic__global_batch_size": 5},
+            "data.rollout_batch_size=16 is not a multiple of worker.critic.global_batch_size=5; use 15 or 20",
+        ),
+    ],
+)
+def test_a_number_that_does_not_divide_is_refused_with_the_sum_and_what_to_use(changes, text):
+    assert refusal(**changes) == text
+
+
+def test_the_workers_must_share_a_mini_batch_evenly():
+    """5 workers cannot share 8 x 4 = 32 sequences; n = 4 has no factor 5, so the prompts must be a multiple of 5."""
+    text = refusal(world_size=5)
+    assert text == (
+        "worker.actor.global_batch_size=8 x worker.rollout.n=4 = 32 sequences is not a multiple of 5 workers; "
+        "use 5 or 10"
+    )
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 6])
+@pytest.mark.parametrize("workers", [2, 3, 8])
+def test_the_values_an_error_offers_do_hold(n, workers):
+    """Whatever is refused, the numbers after `use` pass the rule that refused."""
+    for prompts in range(1, 13):
+        changes = {
+            "data__rollout_batch_size": prompts,
+            "worker__actor__global_batch_size": prompts,
+            "worker__actor__micro_batch_size_per_device_for_update": 1,
+            "worker__actor__micro_batch_size_per_device_for_experience": 1,
+            "worker__rollout__n": n,
+        }
+        if prompts * n % workers == 0:
+            continue
+        offered = refusal(workers, **changes).split("; use ")[1].split(" or ")
+        assert all(int(value) * n % workers == 0 for value in offered)
+
+
+def test_hf_rollout_does_not_ask_about_tensor_parallelism():
+    BatchPlan.from_config(config_of(worker__rollout__tensor_parallel_size=7), world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompts", "steps"),
+    [
+        ({}, 100, 6 * 15),  # 100 // 16 = 6 draws an epoch
+        ({"trainer__total_epochs": 2}, 16, 2),
+        ({"trainer__max_steps": 3}, 1, 3),
+        ({"data__mini_rollout_batch_size": 4, "trainer__total_epochs": 1}, 62, 3),  # 15 draws x 4 = 60; 60 // 16 = 3
+        ({"data__mini_rollout_batch_size": 24, "trainer__total_epochs": 1}, 50, 3),  # 2 draws x 24 = 48; 48 // 16 = 3
+    ],
+)
+def test_training_steps_follow_from_the_data(changes, prompts, steps):
+    assert training_steps(config_of(**changes), prompts) == steps
+
+
+def test_too_few_prompts_for_one_step_are_refused_with_both_numbers():
+    with pytest.raises(ValueError, match="holds 15 usable prompts, fewer than one step of data.rollout_batch_size=16"):
+        training_steps(config_of(), 15)

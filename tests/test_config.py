@@ -1,0 +1,669 @@
+# SPDX-License-Identifier: Apache-2.0
+# python -m pytest tests/test_config.py
+"""The configuration: what the command line accepts, what it refuses and in which words, what the checks hold."""
+
+import ast
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from verl.trainer.config import DataConfig, PPOConfig, TrainerConfig, load_config, require_available, speed_notes
+from verl.workers.actor.config import ActorConfig, LoraConfig, OptimConfig
+from verl.workers.reward.config import RewardConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.yaml") if path.name != "runtime_env.yaml")
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    """Examples name their files from the repository's root."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def write_yaml(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return f"config={path}"
+
+    return write
+
+
+@pytest.fixture
+def runnable(tmp_path):
+    """Arguments of a run that this version has every feature for."""
+    reward = tmp_path / "reward.py"
+    reward.write_text("def main(reward_inputs): ...\n")
+    return [
+        "data.train_files=org/set@train",
+        "data.val_files=org/set@test",
+        "worker.actor.model.model_path=org/model",
+        f"worker.reward.reward_function={reward}",
+        "worker.rollout.name=hf",
+        "trainer.logger=[console,file]",
+    ]
+
+
+def refusal(*arguments: str) -> str:
+    """The text of the error that `arguments` meet."""
+    with pytest.raises(ValueError) as caught:
+        load_config(list(arguments))
+    return str(caught.value)
+
+
+# What is accepted
+
+
+def test_no_argument_gives_the_defaults_of_the_dataclasses():
+    assert load_config([]) == PPOConfig()
+
+
+def test_the_result_is_a_tree_of_frozen_dataclasses():
+    def check(section):
+        assert is_dataclass(section)
+        with pytest.raises(FrozenInstanceError):
+            setattr(section, fields(section)[0].name, None)
+        for field in fields(section):
+            if is_dataclass(field.type):
+                assert type(getattr(section, field.name)) is field.type
+                check(getattr(section, field.name))
+
+    check(load_config([]))
+
+
+def test_yaml_goes_over_the_defaults_and_the_command_line_over_yaml(write_yaml):
+    source = write_yaml("worker: {rollout: {n: 4, temperature: 0.9}}")
+    config = load_config(["worker.rollout.n=8", source])
+    assert (config.worker.rollout.n, config.worker.rollout.temperature, config.worker.rollout.top_p) == (8, 0.9, 1.0)
+
+
+def test_the_last_of_two_equal_keys_counts():
+    assert load_config(["data.seed=3", "data.seed=4"]).data.seed == 4
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-5", 1e-5), ("3e-4", 3e-4), ("1.0e-6", 1e-6), ("1", 1.0)])
+def test_a_float_is_read_in_any_spelling(text, value, write_yaml):
+    assert load_config([f"worker.actor.optim.lr={text}"]).worker.actor.optim.lr == value
+    assert load_config([write_yaml(f"worker: {{actor: {{optim: {{lr: {text}}}}}}}")]).worker.actor.optim.lr == value
+
+
+@pytest.mark.parametrize("text", ["True", "true", "yes", "1"])
+def test_a_boolean_is_read_in_any_spelling(text):
+    assert load_config([f"algorithm.disable_kl={text}"]).algorithm.disable_kl is True
+
+
+def test_null_goes_where_the_field_is_optional(write_yaml):
+    source = write_yaml("data: {format_prompt: examples/format_prompt/math.jinja}")
+    assert load_config([source, "data.format_prompt=null"]).data.format_prompt is None
+
+
+@pytest.mark.parametrize("text", ["[console,swanlab]", '["console","swanlab"]', "[console, swanlab]"])
+def test_a_list_is_read_in_any_spelling(text):
+    assert load_config([f"trainer.logger={text}"]).trainer.logger == ["console", "swanlab"]
+
+
+def test_a_bare_word_is_a_list_of_one(write_yaml):
+    assert load_config(["trainer.logger=console"]).trainer.logger == ["console"]
+    assert load_config([write_yaml("trainer: {logger: file}")]).trainer.logger == ["file"]
+
+
+def test_a_pair_of_numbers_is_read_from_yaml_and_command_line(write_yaml):
+    source = write_yaml("worker: {actor: {optim: {betas: [0.9, 0.95]}}}")
+    assert load_config([source]).worker.actor.optim.betas == (0.9, 0.95)
+    assert load_config([source, "worker.actor.optim.betas=[0.8,0.9]"]).worker.actor.optim.betas == (0.8, 0.9)
+
+
+def test_a_mapping_merges_into_the_yamls_mapping(write_yaml):
+    source = write_yaml("worker: {rollout: {val_override_config: {temperature: 0.6, n: 1}}}")
+    arguments = [source, 'worker.rollout.val_override_config={"n":16,"top_p":0.7}']
+    expected = {"temperature": 0.6, "n": 16, "top_p": 0.7}
+    assert load_config(arguments).worker.rollout.val_override_config == expected
+    arguments.append("worker.rollout.val_override_config.n=4")
+    assert load_config(arguments).worker.rollout.val_override_config == expected | {"n": 4}
+
+
+def test_free_mappings_take_any_key_and_nested_values():
+    config = load_config(["worker.actor.model.override_config={a: {b: [1, x]}}"])
+    assert config.worker.actor.model.override_config == {"a": {"b": [1, "x"]}}
+
+
+def test_interpolation_sees_defaults_yaml_and_command_line(write_yaml):
+    source = write_yaml("trainer: {experiment_name: '${trainer.project_name}_${data.seed}'}")
+    config = load_config([source, "data.seed=7"])
+    assert config.trainer.experiment_name == "easy_r1_7"
+
+
+def test_numbers_become_names():
+    config = load_config(["trainer.project_name=5", "trainer.experiment_name=1"])
+    assert (config.trainer.project_name, config.trainer.experiment_name) == ("5", "1")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("all-linear", "all-linear"),
+        ("[q_proj,v_proj]", ["q_proj", "v_proj"]),
+        ("'q_proj, v_proj'", ["q_proj", "v_proj"]),
+    ],
+)
+def test_lora_targets_are_a_name_or_a_list(given, expected, write_yaml):
+    source = write_yaml(f"worker: {{actor: {{model: {{lora: {{target_modules: {given}}}}}}}}}")
+    for argument in (source, f"worker.actor.model.lora.target_modules={given}"):
+        assert load_config([argument]).worker.actor.model.lora.target_modules == expected
+
+
+def test_a_value_may_hold_an_equals_sign():
+    assert load_config(["data.prompt_key='a=b'"]).data.prompt_key == "a=b"
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_example_parses(name):
+    """Data and models that a script makes first are replaced by hub ids, which are not looked for on the disk."""
+    made_by_scripts = ["data.train_files=o/d", "data.val_files=o/d", "worker.actor.model.model_path=o/m"]
+    assert isinstance(load_config([f"config=examples/{name}", *made_by_scripts]), PPOConfig)
+
+
+def test_the_shipped_configuration_sets_the_keys_that_users_override():
+    """The keys of the compatible command lines are there to be seen, and the values differ from the defaults."""
+    sections = yaml.safe_load((ROOT / "examples/config.yaml").read_text())
+    assert set(sections) == {"data", "algorithm", "worker", "trainer"}
+    config = load_config(["config=examples/config.yaml"])
+    assert config.data.train_files == "hiyouga/math12k@train"
+    assert config.worker.actor.global_batch_size == 128
+    assert config.worker.rollout.val_override_config == {"temperature": 0.6, "top_p": 0.95, "n": 1}
+    assert config.worker.actor.model.trust_remote_code is False
+    assert config.trainer.logger == ["file", "wandb"]
+
+
+def test_a_long_command_line_of_an_existing_script_works(tmp_path):
+    reward = tmp_path / "dapo.py"
+    reward.write_text("def compute_score(reward_inputs, **kwargs): ...\n")
+    config = load_config(
+        [
+            "config=examples/config.yaml",
+            "data.train_files=org/dapo17k@train",
+            "data.format_prompt=./examples/format_prompt/dapo.jinja",
+            "data.max_prompt_length=2048",
+            "data.max_response_length=20480",
+            "data.mini_rollout_batch_size=256",
+            "algorithm.disable_kl=True",
+            "algorithm.online_filtering=True",
+            "algorithm.filter_key=accuracy_normalized",
+            "worker.actor.clip_ratio_high=0.28",
+            "worker.actor.clip_ratio_dual=10.0",
+            "worker.actor.loss_avg_mode=seq",
+            "worker.actor.fsdp.torch_dtype=bf16",
+            "worker.actor.optim.strategy=adamw_bf16",
+            "worker.actor.optim.lr_warmup_steps=10",
+            "worker.rollout.max_num_batched_tokens=22528",
+            'worker.rollout.val_override_config={"n":16,"temperature":1.0,"top_p":0.7}',
+            f"worker.reward.reward_function={reward}:compute_score",
+            'worker.reward.reward_function_kwargs={"max_response_length":20480,"overlong_penalty_factor":1.0}',
+            "trainer.max_try_make_batch=10",
+        ]
+    )
+    assert config.worker.reward.reward_function == f"{reward}:compute_score"
+    assert config.worker.reward.reward_function_kwargs == {
+        "max_response_length": 20480,
+        "overlong_penalty_factor": 1.0,
+    }
+    assert config.worker.rollout.val_override_config == {"n": 16, "temperature": 1.0, "top_p": 0.7}
+
+
+# What is refused, and in which words
+
+
+@pytest.mark.parametrize(
+    ("argument", "nearest"),
+    [
+        ("worker.actor.optim.learning_rate=1e-5", "worker.actor.optim.lr"),
+        ("rollout.n=5", "worker.rollout.n"),
+        ("worker.actor.lr=1", "worker.actor.optim.lr"),
+        ("data.max_prompt_len=5", "data.max_prompt_length"),
+        ("worker.actor.optm.weight_decay=0", "worker.actor.optim.weight_decay"),
+        ("worker.actor.model.lora.rnk=8", "worker.actor.model.lora.rank"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_its_value_and_the_nearest_key(argument, nearest):
+    key, value = argument.split("=")
+    assert refusal(argument) == f"unknown key '{key}' (value {value}); did you mean '{nearest}'?"
+
+
+def test_an_unknown_key_in_yaml_is_refused_like_one_on_the_command_line(write_yaml):
+    text = refusal(write_yaml("trainer: {max_step: 3}"))
+    assert text == "unknown key 'trainer.max_step' (value 3); did you mean 'trainer.max_steps'?"
+
+
+def test_a_key_like_no_other_is_refused_with_the_first_words_of_keys():
+    assert refusal("zzz=1") == "unknown key 'zzz' (value 1); keys begin with data, worker, algorithm, trainer"
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("worker.rollout.n=8.0", "worker.rollout.n=8.0 is not a whole number"),
+        ("worker.rollout.n=eight", "worker.rollout.n=eight is not a whole number"),
+        ("worker.rollout.n=null", "worker.rollout.n=null is not a whole number"),
+        ("worker.actor.optim.lr=fast", "worker.actor.optim.lr=fast is not a number"),
+        ("trainer.val_only=maybe", "trainer.val_only=maybe is not true or false"),
+        ("data.train_files=[a,b]", "data.train_files=[a,b] is not a text"),
+        ("data.mini_rollout_batch_size=x", "data.mini_rollout_batch_size=x is not a whole number or null"),
+        ("worker.actor.optim.betas=[0.9]", "worker.actor.optim.betas=[0.9] is not a list of 2 numbers"),
+        ("worker.rollout.val_override_config=3", "is not a mapping such as {key: value}"),
+        ("worker.actor=3", "worker.actor=3 is a section of keys such as worker.actor.strategy"),
+        ("data=null", "data=null is a section of keys such as data.train_files"),
+        ("worker.actor.model.lora.target_modules=5", "is not a module name or a list of them"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_with_what_the_key_takes(argument, words):
+    assert words in refusal(argument)
+
+
+@pytest.mark.parametrize(
+    ("argument", "nearest"),
+    [
+        ("algorithm.adv_estimator=grop", "grpo"),
+        ("algorithm.kl_penalty=low_var", "low_var_kl"),
+        ("algorithm.kl_type=adaptiv", "adaptive"),
+        ("worker.actor.loss_type=gspo-token", "gspo_token"),
+        ("worker.actor.loss_avg_mode=tokens", "token"),
+        ("worker.actor.optim.lr_scheduler_type=cosin", "cosine"),
+        ("worker.actor.optim.strategy=adam", "adamw"),
+        ("worker.actor.fsdp.torch_dtype=bf61", "bf16"),
+        ("worker.rollout.dtype=float", "float32"),
+        ("worker.rollout.name=vlm", "vllm"),
+        ("trainer.logger=[file,wandbb]", "wandb"),
+        ("trainer.logger=tensorbord", "tensorboard"),
+    ],
+)
+def test_a_word_that_is_no_choice_is_refused_with_all_choices_and_the_nearest(argument, nearest):
+    text = refusal(argument)
+    assert text.startswith(f"{argument.split('=')[0]}=")
+    assert "one of" in text
+    assert text.endswith(f"did you mean {nearest}?")
+
+
+def test_the_loss_type_dapo_is_refused_with_what_dapo_is():
+    assert "DAPO is default with clip_ratio_high=0.28" in refusal("worker.actor.loss_type=dapo")
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "data.max_prompt_length=0",
+        "data.val_batch_size=0",
+        "data.min_pixels=5000000",
+        "algorithm.gamma=1.5",
+        "algorithm.filter_low=1.0",
+        "algorithm.kl_coef=-1",
+        "worker.actor.clip_ratio_dual=1.0",
+        "worker.actor.max_grad_norm=0",
+        "worker.actor.optim.lr=-1e-6",
+        "worker.actor.optim.lr=nan",
+        "worker.actor.optim.betas=[0.9,1.0]",
+        "worker.actor.fsdp.fsdp_size=0",
+        "worker.critic.optim.lr_warmup_ratio=2",
+        "worker.rollout.n=0",
+        "worker.rollout.temperature=0",
+        "worker.rollout.top_p=0",
+        "worker.rollout.gpu_memory_utilization=1.2",
+        "trainer.nnodes=0",
+        "trainer.max_steps=0",
+        "trainer.critic_warmup=-1",
+    ],
+)
+def test_a_number_out_of_range_is_refused_under_its_full_key(argument):
+    assert refusal(argument).startswith(f"{argument} ")
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--worker.rollout.n=8", "write worker.rollout.n=8"),
+        ("+worker.rollout.n=8", "write worker.rollout.n=8"),
+        ("worker.rollout.n", "write worker.rollout.n=VALUE"),
+        ("--help", "write key=value"),
+        ("=3", "write key=value"),
+        ("data.prompt_key={a: [", "cannot be read as a YAML value"),
+    ],
+)
+def test_an_argument_that_is_not_key_and_value_is_refused_with_what_to_write(argument, words):
+    text = refusal(argument)
+    assert repr(argument) in text
+    assert words in text
+
+
+def test_all_mistakes_are_told_at_once():
+    lines = refusal("worker.rollout.n=x", "foo.bar=1", "--data.seed=1").splitlines()
+    assert len(lines) == 3
+
+
+def test_an_interpolation_of_nothing_is_refused_with_key_and_value():
+    text = refusal("trainer.experiment_name=${trainer.nme}")
+    assert text.startswith("trainer.experiment_name=${trainer.nme} ")
+    assert "'trainer.nme' not found" in text
+
+
+def test_an_interpolation_of_the_wrong_type_is_refused():
+    assert refusal("worker.rollout.n=${trainer.project_name}").startswith("worker.rollout.n=${trainer.project_name} ")
+
+
+def test_a_value_left_open_is_refused():
+    assert refusal("trainer.experiment_name=???").startswith("trainer.experiment_name=??? ")
+
+
+def test_a_missing_yaml_is_refused_with_the_nearest_file():
+    assert refusal("config=examples/confg.yaml").endswith("did you mean 'examples/config.yaml'?")
+
+
+def test_a_second_yaml_is_refused():
+    assert "second file" in refusal("config=examples/config.yaml", "config=examples/config.yaml")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "data: {seed: 1", "data: {seed: 1, seed: 2}"])
+def test_a_yaml_that_is_no_mapping_of_keys_is_refused(text, write_yaml):
+    assert "config=" in refusal(write_yaml(text))
+
+
+def test_validation_only_without_the_validation_is_refused():
+    text = refusal("trainer.val_only=true", "trainer.val_before_train=false")
+    assert text.startswith("trainer.val_only=true has no effect while trainer.val_before_train=false")
+
+
+def test_an_engine_step_shorter_than_a_sequence_is_refused_with_the_sum():
+    """512 + 9000 = 9512 tokens do not fit into the default 8192; the hf engine has no such step."""
+    text = refusal("data.max_response_length=9000")
+    assert text.startswith("worker.rollout.max_num_batched_tokens=8192 is below")
+    assert "= 9512" in text
+    load_config(["data.max_response_length=9000", "worker.rollout.name=hf"])
+
+
+# Paths
+
+
+PATH_KEYS = [
+    "data.format_prompt",
+    "data.override_chat_template",
+    "data.image_dir",
+    "worker.reward.reward_function",
+    "trainer.load_checkpoint_path",
+]
+
+
+@pytest.mark.parametrize("key", PATH_KEYS)
+def test_a_path_that_is_not_there_is_refused_and_said_where_it_was_looked_for(key):
+    text = refusal(f"{key}=no/such/global_step_1.py")
+    assert text.startswith(f"{key}=no/such/global_step_1.py ")
+    assert f"looked for {ROOT}/no/such/global_step_1.py" in text
+
+
+def test_paths_come_out_absolute(tmp_path, monkeypatch):
+    for name in ("global_step_5", "images", "model", "rows"):
+        (tmp_path / name).mkdir()
+    for name in ("f.jinja", "t.jinja", "r.py", "v.parquet"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config(
+        [
+            "data.train_files=rows@test",
+            "data.val_files=~/v.parquet",
+            "data.format_prompt=./f.jinja",
+            "data.override_chat_template=t.jinja",
+            "data.image_dir=images",
+            "worker.reward.reward_function=r.py:score",
+            "worker.actor.model.model_path=model",
+            "trainer.load_checkpoint_path=global_step_5/",
+            "trainer.save_checkpoint_path=out",
+            "trainer.ray_timeline=timeline.json",
+        ]
+    )
+    assert config.data.train_files == f"{tmp_path}/rows@test"
+    assert config.data.val_files == f"{tmp_path}/v.parquet"
+    assert config.data.format_prompt == f"{tmp_path}/f.jinja"
+    assert config.data.override_chat_template == f"{tmp_path}/t.jinja"
+    assert config.data.image_dir == f"{tmp_path}/images"
+    assert config.worker.reward.reward_function == f"{tmp_path}/r.py:score"
+    assert config.worker.actor.model.model_path == f"{tmp_path}/model"
+    assert config.worker.actor.model.tokenizer_path == f"{tmp_path}/model"
+    assert config.trainer.load_checkpoint_path == f"{tmp_path}/global_step_5"
+    assert config.trainer.save_checkpoint_path == f"{tmp_path}/out"
+    assert config.trainer.ray_timeline == f"{tmp_path}/timeline.json"
+
+
+def test_hub_ids_stay_as_they_are():
+    config = load_config(["data.train_files=org/set@train", "worker.actor.model.model_path=org/model"])
+    assert config.data.train_files == "org/set@train"
+    assert config.worker.actor.model.model_path == "org/model"
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "data.train_files=./nothing",
+        "data.val_files=/nothing@test",
+        "data.train_files=rows/train.parquet",
+        "data.train_files=rows/train.jsonl@train",
+        "worker.actor.model.model_path=./model",
+        "worker.actor.model.tokenizer_path=~/no/model",
+    ],
+)
+def test_data_and_models_that_look_local_must_exist(argument):
+    assert "does not exist" in refusal(argument)
+
+
+@pytest.mark.parametrize("value", ["org/set@", "org/set@a@b"])
+def test_a_split_is_named_once(value):
+    assert "PATH@split" in refusal(f"data.train_files={value}")
+
+
+def test_a_reward_function_without_a_name_is_main(tmp_path):
+    path = tmp_path / "r.py"
+    path.touch()
+    assert RewardConfig(reward_function=str(path)).reward_function == f"{path}:main"
+    assert "path.py:function" in refusal(f"worker.reward.reward_function='{path}:'")
+
+
+def test_a_checkpoint_is_the_folder_of_one_step(tmp_path):
+    text = refusal(f"trainer.load_checkpoint_path={tmp_path}")
+    assert text.startswith(
+        f"trainer.load_checkpoint_path={tmp_path} is not a checkpoint's own folder, global_step_<N>"
+    )
+
+
+def test_the_checkpoint_folder_follows_the_names_of_the_run():
+    config = load_config(["trainer.project_name=p", "trainer.experiment_name=e"])
+    assert config.trainer.save_checkpoint_path == f"{ROOT}/checkpoints/p/e"
+
+
+# Keys of other releases
+
+
+@pytest.mark.parametrize(
+    ("argument", "new_key", "value"),
+    [
+        ("trainer.total_episodes=3", "trainer.total_epochs", 3),
+        ("worker.actor.ulysses_sequence_parallel_size=2", "worker.actor.ulysses_size", 2),
+        ("worker.critic.ulysses_sequence_parallel_size=2", "worker.critic.ulysses_size", 2),
+        ("worker.actor.optim.warmup_style=cosine", "worker.actor.optim.lr_scheduler_type", "cosine"),
+        ("worker.critic.optim.warmup_style=cosine", "worker.critic.optim.lr_scheduler_type", "cosine"),
+        ("worker.reward.score_function_kwargs={a: 1}", "worker.reward.reward_function_kwargs", {"a": 1}),
+    ],
+)
+def test_an_old_key_is_read_as_the_new_one_with_one_warning(argument, new_key, value, caplog):
+    node = load_config([argument])
+    for name in new_key.split("."):
+        node = getattr(node, name)
+    assert node == value
+    assert [record.message.startswith(argument) for record in caplog.records] == [True]
+    assert new_key in caplog.text
+
+
+def test_an_old_reward_key_from_yaml_gives_way_to_the_command_line(write_yaml, tmp_path, caplog):
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).touch()
+    source = write_yaml(f"worker: {{reward: {{score_function: '{tmp_path}/a.py:f'}}}}")
+    assert load_config([source]).worker.reward.reward_function == f"{tmp_path}/a.py:f"
+    config = load_config([source, f"worker.reward.reward_function={tmp_path}/b.py:g"])
+    assert config.worker.reward.reward_function == f"{tmp_path}/b.py:g"
+
+
+def test_an_old_key_beside_its_new_name_is_refused(write_yaml):
+    text = refusal(write_yaml("trainer: {total_episodes: 3, total_epochs: 4}"))
+    assert "trainer.total_episodes=3 is the old name of trainer.total_epochs" in text
+
+
+def test_an_old_key_is_checked_like_the_new_one():
+    text = refusal("worker.actor.optim.warmup_style=linear")
+    assert text.startswith("worker.actor.optim.lr_scheduler_type=linear is not one of constant, cosine")
+
+
+def test_reward_type_is_checked_and_dropped_with_one_warning(write_yaml, caplog):
+    source = write_yaml("worker: {reward: {reward_type: batch}}")
+    assert load_config([source, "worker.reward.reward_type=sequential"]) == PPOConfig()
+    assert len(caplog.records) == 1
+    assert "REWARD_TYPE" in caplog.text
+    assert "is not one of batch, sequential, function" in refusal("worker.reward.reward_type=model")
+
+
+@pytest.mark.parametrize(
+    ("argument", "origin"),
+    [
+        ("worker.rollout.prompt_length=9", "data.max_prompt_length"),
+        ("worker.rollout.response_length=9", "data.max_response_length"),
+        ("worker.rollout.trust_remote_code=false", "worker.actor.model.trust_remote_code"),
+        ("worker.actor.optim.training_steps=9", "trainer.max_steps"),
+        ("worker.actor.global_batch_size_per_device=9", "batch sizes"),
+        ("worker.actor.kl_coef=9", "algorithm.kl_coef"),
+        ("worker.ref.padding_free=false", "worker.actor.padding_free"),
+        ("worker.reward.reward_function_name=f", "worker.reward.reward_function"),
+    ],
+)
+def test_a_derived_key_is_ignored_with_one_warning_that_names_its_origin(argument, origin, caplog):
+    assert load_config([argument]) == PPOConfig()
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert origin in caplog.text
+
+
+# Sections built from Python
+
+
+def test_sections_built_in_python_are_checked_too():
+    with pytest.raises(ValueError, match="loss_type=ppo is not one of default"):
+        ActorConfig(loss_type="ppo")
+    with pytest.raises(ValueError, match="logger=.* is not a list, each item one of console"):
+        TrainerConfig(logger=["console", "stdout"])
+    with pytest.raises(ValueError, match="lr=-1 is below 0"):
+        OptimConfig(lr=-1)
+    with pytest.raises(ValueError, match="target_modules=5 is not"):
+        LoraConfig(target_modules=5)
+    with pytest.raises(ValueError, match="train_files=./nothing.parquet does not exist"):
+        DataConfig(train_files="./nothing.parquet")
+
+
+def test_every_field_is_explained():
+    """A text follows each field in its class's body, sections below aside."""
+    sources = [ROOT / "verl/trainer/config.py", *sorted((ROOT / "verl/workers").rglob("config.py"))]
+    for source in sources:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.ClassDef):
+                for statement, after in zip(node.body, [*node.body[1:], None], strict=True):
+                    if isinstance(statement, ast.AnnAssign) and "Config" not in ast.unparse(statement.annotation):
+                        explained = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                        assert explained, f"{source.name}: {node.name}.{statement.target.id} has no text under it"
+
+
+def test_the_tree_survives_a_trip_to_another_process():
+    config = load_config(["config=examples/config.yaml"])
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_to_dict_gives_plain_values():
+    values = load_config(["worker.rollout.n=3"]).to_dict()
+    assert values["worker"]["rollout"]["n"] == 3
+    assert yaml.safe_dump(values["trainer"])
+
+
+# What this version can do
+
+
+def test_a_plain_run_is_available(runnable):
+    require_available(load_config(runnable))
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "worker.rollout.name=vllm",
+        "worker.hybrid_engine=false",
+        "algorithm.adv_estimator=gae",
+        "algorithm.adv_estimator=rloo",
+        "algorithm.kl_penalty=full",
+        "algorithm.kl_type=adaptive",
+        "algorithm.online_filtering=true",
+        "worker.actor.loss_type=gspo",
+        "worker.actor.ulysses_size=2",
+        "worker.actor.model.lora.rank=8",
+        "worker.actor.model.freeze_vision_tower=true",
+        "worker.actor.optim.strategy=adamw_bf16",
+        "worker.actor.fsdp.fsdp_size=2",
+        "worker.ref.fsdp.enable_cpu_offload=true",
+        "trainer.logger=[console,wandb]",
+    ],
+)
+def test_a_feature_that_is_not_there_yet_is_refused_with_what_to_use(argument, runnable):
+    with pytest.raises(ValueError) as caught:
+        require_available(load_config([*runnable, argument]))
+    assert str(caught.value).startswith(f"{argument} is not available yet; use ")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_reference_is_not_asked_about_where_there_is_none(runnable):
+    require_available(load_config([*runnable, "algorithm.disable_kl=true", "worker.ref.fsdp.enable_cpu_offload=true"]))
+
+
+def test_what_a_run_cannot_do_without_is_asked_for():
+    with pytest.raises(ValueError) as caught:
+        require_available(load_config(["worker.rollout.name=hf", "trainer.logger=console"]))
+    asked = [line.split()[0] for line in str(caught.value).splitlines()]
+    assert asked == [
+        "data.train_files",
+        "data.val_files",
+        "worker.actor.model.model_path",
+        "worker.reward.reward_function",
+    ]
+
+
+def test_switches_without_effect_are_named_while_they_are_on():
+    off = ["worker.actor.padding_free", "worker.actor.dynamic_batching", "worker.actor.use_torch_compile"]
+    off.append("worker.actor.fsdp.enable_rank0_init")
+    assert speed_notes(load_config([])) == [f"{key}=true" for key in off]
+    assert speed_notes(load_config([f"{key}=false" for key in off])) == []
+
+
+def test_reading_a_configuration_loads_nothing_heavy():
+    heavy = {"torch", "ray", "transformers", "vllm", "datasets", "tensordict"}
+    code = (
+        "import sys, verl, verl.trainer.config, verl.utils.batch_plan\n"
+        "verl.trainer.config.load_config(['config=examples/config.yaml'])\n"
+        f"loaded = sorted({heavy!r} & set(sys.modules))\n"
+        "assert not loaded, loaded"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
