@@ -38,3 +38,23 @@ def ray_cluster():
     ray.init(num_cpus=8, include_dashboard=False, logging_level="ERROR", object_store_memory=200 * 2**20)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def lone_process_group():
+    """A default process group of one rank in this very process, without a port."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tiny_model_path: str, ray_cluster):
+    """Two workers that share the tiny model; tests leave its weights as they find them."""
+    from tests.probe import make_config, start_two
+
+    group = start_two(make_config(tiny_model_path, "worker.actor.micro_batch_size_per_device_for_update=2"))
+    yield group
+    group.shutdown()

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from typing import Any
 
 CHECKPOINT_TRACKER = "checkpoint_tracker.json"
@@ -95,6 +96,31 @@ def find_latest_ckpt(path: str) -> tuple[str | None, dict[str, Any]]:
         )
         return None, tracker
     return folder, tracker
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A checkpoint to go on from, and what is known of the best one before it."""
+
+    folder: str
+    step: int
+    best_step: int | None = None
+    best_score: float | None = None
+
+
+def find_resume_point(save_path: str, load_path: str | None, find_last: bool) -> ResumePoint | None:
+    """Where a run begins: `load_path` if given, else the latest checkpoint under `save_path` if `find_last` (or None).
+
+    The best step and score come from the tracker file, and so are unknown for a `load_path`.
+    """
+    if load_path is not None:
+        return ResumePoint(load_path, step_of(load_path))
+    folder, tracker = find_latest_ckpt(save_path) if find_last else (None, {})
+    if folder is None:
+        return None
+    return ResumePoint(
+        folder, step_of(folder), tracker.get("best_global_step"), tracker.get("best_val_reward_score")
+    )
 
 
 def remove_obsolete_ckpt(path: str, global_step: int, best_global_step: int | None, save_limit: int) -> None:

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small batches of real prompts for tests: images of several sizes and text-only rows, through the real dataset."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from verl.data.dataset import RLHFDataset, collate_fn
+from verl.data.vision import MediaHandle
+from verl.protocol import DataProto
+from verl.utils.tokenizer import get_processor, get_tokenizer
+from verl.workers.rollout.base import assemble_batch
+
+PROMPT_LENGTH = 96
+
+ROWS = [
+    {"images": [(56, 84)], "prompt": "<image>What is in the picture?", "answer": "1"},
+    {"images": [(112, 56), (28, 28)], "prompt": "<image>and<image>What is the sum of the digits?", "answer": "2"},
+    {"images": [], "prompt": "Answer in one word.", "answer": "3"},
+    {"images": [], "prompt": "The quick brown fox", "answer": "4"},
+]
+
+
+def random_image(size: tuple[int, int], seed: int) -> Image.Image:
+    """An RGB image of (width, height) `size`, uniform noise."""
+    pixels = np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def write_dataset(path: Path, rows: list[dict], copies: int = 1) -> str:
+    """A parquet file of `rows`, whose images are given as sizes; returns its path."""
+    records = []
+    for index, row in enumerate(rows * copies):
+        images = [random_image(size, seed=10 * index + place) for place, size in enumerate(row["images"])]
+        for place, image in enumerate(images):
+            image.save(path.parent / f"{index}_{place}.png")
+        names = [str(path.parent / f"{index}_{place}.png") for place in range(len(images))]
+        records.append({**row, "images": names})
+    Dataset.from_list(records).to_parquet(str(path))
+    return str(path)
+
+
+def make_prompts(model_path: str, folder: Path, rows: list[dict] | None = None) -> DataProto:
+    """B rows of prompts, left-padded to `PROMPT_LENGTH`, as the trainer hands them to a rollout engine."""
+    tokenizer, processor = get_tokenizer(model_path), get_processor(model_path)
+    dataset = RLHFDataset(
+        write_dataset(folder / "prompts.parquet", rows or ROWS),
+        tokenizer,
+        processor,
+        max_prompt_length=PROMPT_LENGTH,
+        min_pixels=None,
+        max_pixels=None,
+        filter_overlong_prompts_workers=1,
+    )
+    prompts = DataProto.from_single_dict(collate_fn([dataset[index] for index in range(len(dataset))]))
+    media = [
+        None if media is None else [MediaHandle.put(image) for image in media["images"]]
+        for media in prompts.non_tensor_batch["multi_modal_data"]
+    ]
+    return DataProto(
+        batch=prompts.batch,
+        non_tensor_batch={**prompts.non_tensor_batch, "multi_modal_data": media},
+    )
+
+
+def answer_at_random(prompts: DataProto, n: int, response_length: int, seed: int = 0) -> DataProto:
+    """A batch as a rollout returns it, with random words of random lengths as responses, and all loss streams."""
+    generator = torch.Generator().manual_seed(seed)
+    num_rows = len(prompts) * n
+    responses = torch.randint(260, 290, (num_rows, response_length), generator=generator)
+    lengths = torch.randint(1, response_length + 1, (num_rows,), generator=generator)
+    response_mask = (torch.arange(response_length) < lengths[:, None]).long()
+    batch = assemble_batch(prompts, responses, response_mask, n)
+    for name in ("old_log_probs", "ref_log_probs", "advantages"):
+        batch.batch[name] = torch.randn(num_rows, response_length, generator=generator)
+    batch.batch["old_log_probs"] -= 4
+    batch.batch["ref_log_probs"] -= 4
+    batch.non_tensor_batch["multi_modal_data"] = prompts.non_tensor_batch["multi_modal_data"].repeat(n)
+    return batch

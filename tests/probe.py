@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real worker with a few windows into it, for tests that compare numbers across ranks."""
+
+from dataclasses import replace
+
+import torch
+
+from verl.protocol import DataProto
+from verl.single_controller.dispatch import DP_COMPUTE_METRIC, ONE_TO_ALL, register
+from verl.single_controller.worker_group import WorkerGroup
+from verl.trainer.config import PPOConfig, load_config
+from verl.utils.batch_plan import BatchPlan
+from verl.workers.fsdp2 import full_tensor
+from verl.workers.fsdp_workers import FSDPWorker
+from verl.workers.weight_sync import stream_weights
+
+RESPONSE_LENGTH = 12
+RESPONSES_PER_PROMPT = 2
+
+
+class ProbeWorker(FSDPWorker):
+    @register(DP_COMPUTE_METRIC)
+    def gradients(self, mini_batch: DataProto, mode: str) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """The whole gradient by parameter name, and the loss metrics, of one mini-batch under a `loss_avg_mode`."""
+        self.actor.config = replace(self.actor.config, loss_avg_mode=mode)
+        self.model.train()
+        metrics = self.actor.accumulate_gradients(mini_batch)
+        gradients = {name: full_tensor(parameter.grad) for name, parameter in self.model.named_parameters()}
+        self.optimizer.zero_grad()
+        return gradients, metrics
+
+    @register(ONE_TO_ALL)
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: value.clone() for name, value in stream_weights(self.model)}
+
+    @register(ONE_TO_ALL)
+    def rollout_weights(self) -> dict[str, torch.Tensor]:
+        return {name: value.clone() for name, value in self.rollout.model.state_dict().items()}
+
+
+def make_config(model_path: str, *overrides: str) -> PPOConfig:
+    return load_config(
+        [
+            "data.rollout_batch_size=4",
+            "data.max_prompt_length=96",
+            f"data.max_response_length={RESPONSE_LENGTH}",
+            "algorithm.use_kl_loss=true",
+            "algorithm.kl_penalty=low_var_kl",
+            "algorithm.kl_coef=0.1",
+            f"worker.actor.model.model_path={model_path}",
+            "worker.actor.global_batch_size=4",
+            "worker.actor.micro_batch_size_per_device_for_update=8",
+            "worker.actor.micro_batch_size_per_device_for_experience=4",
+            "worker.actor.fsdp.mp_param_dtype=fp32",
+            "worker.ref.fsdp.mp_param_dtype=fp32",
+            "worker.ref.fsdp.torch_dtype=fp32",
+            "worker.rollout.name=hf",
+            f"worker.rollout.n={RESPONSES_PER_PROMPT}",
+            "worker.rollout.dtype=fp32",
+            *overrides,
+        ]
+    )
+
+
+def start_alone(config: PPOConfig) -> ProbeWorker:
+    """One rank in this process; needs the `lone_process_group` fixture."""
+    worker = ProbeWorker(
+        config, BatchPlan.from_config(config, 1), 10, rank=0, world_size=1, local_rank=0, device="cpu"
+    )
+    worker.init_model()
+    return worker
+
+
+def start_two(config: PPOConfig) -> WorkerGroup:
+    group = WorkerGroup(
+        ProbeWorker, 1, 2, "cpu", config=config, plan=BatchPlan.from_config(config, 2), training_steps=10
+    )
+    group.init_model()
+    return group

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+# python -m pytest tests/test_policy_update.py
+"""The gradient of a mini-batch depends neither on micro-batches nor on ranks, and equals one written out by hand."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.batches import answer_at_random, make_prompts
+from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, make_config, start_alone
+from verl.protocol import DataProto
+from verl.single_controller.worker_group import WorkerGroup
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> DataProto:
+    """Eight rows: the first four with images, the last four text only, so that of two ranks one has no image."""
+    prompts = make_prompts(tiny_model_path, tmp_path_factory.mktemp("prompts"))
+    return answer_at_random(prompts, RESPONSES_PER_PROMPT, RESPONSE_LENGTH)
+
+
+def largest_relative_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    assert left.keys() == right.keys()
+    return max(
+        ((left[name] - right[name]).abs().max() / left[name].abs().max().clamp(min=1e-8)).item() for name in left
+    )
+
+
+@pytest.mark.parametrize("loss_avg_mode", ["token", "seq"])
+def test_many_micro_batches_give_the_gradient_of_one(
+    loss_avg_mode: str, tiny_model_path: str, batch: DataProto, lone_process_group
+) -> None:
+    whole, metrics = start_alone(make_config(tiny_model_path)).gradients(batch, loss_avg_mode)
+    for size in (1, 2):
+        split = f"worker.actor.micro_batch_size_per_device_for_update={size}"
+        parts, metrics_of_parts = start_alone(make_config(tiny_model_path, split)).gradients(batch, loss_avg_mode)
+        assert largest_relative_difference(whole, parts) < 1e-5
+        assert metrics_of_parts == pytest.approx(metrics, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_avg_mode", ["token", "seq"])
+def test_two_ranks_give_the_gradient_of_one_though_the_second_has_no_image(
+    loss_avg_mode: str, tiny_model_path: str, batch: DataProto, lone_process_group, two_ranks: WorkerGroup
+) -> None:
+    whole, metrics = start_alone(make_config(tiny_model_path)).gradients(batch, loss_avg_mode)
+    shared, shared_metrics = two_ranks.gradients(batch, loss_avg_mode)
+    assert largest_relative_difference(whole, shared) < 1e-5
+    assert shared_metrics == pytest.approx(metrics, rel=1e-5)
+
+
+def test_two_ranks_give_the_log_probs_of_one_in_the_order_of_the_rows(
+    tiny_model_path: str, batch: DataProto, lone_process_group, two_ranks: WorkerGroup
+) -> None:
+    alone = start_alone(make_config(tiny_model_path))
+    for compute in ("compute_log_probs", "compute_ref_log_probs"):
+        whole, shared = getattr(alone, compute)(batch).batch, getattr(two_ranks, compute)(batch).batch
+        for name in whole.keys():
+            torch.testing.assert_close(shared[name], whole[name], atol=1e-5, rtol=1e-5)
+
+
+def test_token_and_seq_averaging_differ(tiny_model_path: str, batch: DataProto, lone_process_group) -> None:
+    worker = start_alone(make_config(tiny_model_path))
+    gradients = [worker.gradients(batch, mode)[0] for mode in ("token", "seq")]
+    assert largest_relative_difference(*gradients) > 1e-2
+
+
+def test_log_probs_are_those_of_a_plain_forward_of_each_row_alone(
+    tiny_model_path: str, batch: DataProto, lone_process_group
+) -> None:
+    """No padding, no batching, no trimming: each row's real tokens through the bare model, images and all."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    worker = start_alone(make_config(tiny_model_path))
+    log_probs = worker.compute_log_probs(batch).batch["old_log_probs"]
+    processor = AutoProcessor.from_pretrained(tiny_model_path)
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model_path, dtype=torch.float32).eval()
+    banned = [model.config.image_token_id, model.config.video_token_id]
+    for index in range(len(batch)):
+        row = batch[index]
+        real = row.batch["attention_mask"].bool()
+        ids = row.batch["input_ids"][real][None]
+        length = int(row.batch["response_mask"].sum())
+        images = [handle.load() for handle in row.non_tensor_batch["multi_modal_data"] or []]
+        media = processor.image_processor(images, return_tensors="pt") if images else {}
+        token_types = (ids == model.config.image_token_id).long()
+        with torch.no_grad():
+            logits = model(input_ids=ids, mm_token_type_ids=token_types, **media).logits[0]
+        logits[:, banned] = float("-inf")
+        expected = logits.log_softmax(-1)[-length - 1 : -1].gather(1, ids[0, -length:, None])[:, 0]
+        torch.testing.assert_close(log_probs[index, :length], expected, atol=1e-5, rtol=1e-5)
+        assert (log_probs[index, length:] == 0).all()
+
+
+def test_logits_are_made_for_response_positions_only(
+    tiny_model_path: str, batch: DataProto, lone_process_group
+) -> None:
+    worker = start_alone(make_config(tiny_model_path))
+    widths = []
+    worker.model.lm_head.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
+    worker.compute_log_probs(batch)
+    assert widths and max(widths) <= RESPONSE_LENGTH + 1
+
+
+def test_an_update_moves_the_policy_towards_rewarded_responses(
+    tiny_model_path: str, batch: DataProto, lone_process_group
+) -> None:
+    """Equal old log-probs, advantage +1 on row 0 and -1 on row 1: the first becomes likelier, the second less so."""
+    config = make_config(tiny_model_path, "worker.actor.optim.lr=1e-3", "algorithm.kl_coef=0")
+    worker = start_alone(config)
+    rows = batch[[0, 1] * 4]
+    before = worker.compute_log_probs(rows).batch["old_log_probs"]
+    rows.batch["old_log_probs"] = before
+    rows.batch["advantages"] = torch.tensor([1.0, -1.0] * 4)[:, None].expand(8, RESPONSE_LENGTH).contiguous()
+    metrics = worker.update_actor(rows)
+    change = (worker.compute_log_probs(rows).batch["old_log_probs"] - before).sum(dim=1)
+    assert change[0] > 0 > change[1]
+    assert metrics["actor/ppo_kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics["actor/lr"] == pytest.approx(1e-3)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(
+    tiny_model_path: str, batch: DataProto, lone_process_group, caplog
+) -> None:
+    worker = start_alone(make_config(tiny_model_path))
+    before = worker.weights()
+    rows = batch[list(range(8))]
+    rows.batch["advantages"] = torch.full((8, RESPONSE_LENGTH), float("nan"))
+    metrics = worker.update_actor(rows)
+    assert metrics["actor/grad_norm"] != metrics["actor/grad_norm"]
+    assert "skipped" in caplog.text
+    assert all(torch.equal(value, before[name]) for name, value in worker.weights().items())
+
+
+def test_warm_up_starts_at_zero_and_cosine_ends_at_its_floor(
+    tiny_model_path: str, batch: DataProto, lone_process_group
+) -> None:
+    config = make_config(
+        tiny_model_path,
+        "worker.actor.optim.lr=1e-3",
+        "worker.actor.optim.lr_scheduler_type=cosine",
+        "worker.actor.optim.lr_warmup_ratio=0.2",
+        "worker.actor.optim.min_lr_ratio=0.1",
+    )
+    scheduler = start_alone(config).scheduler
+    rates = []
+    for _ in range(11):
+        rates.append(scheduler.get_last_lr()[0])
+        scheduler.optimizer.step()
+        scheduler.step()
+    assert rates[:3] == pytest.approx([0, 5e-4, 1e-3])
+    assert rates[6] == pytest.approx(5.5e-4)
+    assert rates[10] == pytest.approx(1e-4)
+
+
+def test_mixed_precision_keeps_master_weights_in_fp32_and_log_probs_close(
+    tiny_model_path: str, batch: DataProto, lone_process_group
+) -> None:
+    precise = start_alone(make_config(tiny_model_path)).compute_log_probs(batch).batch["old_log_probs"]
+    worker = start_alone(make_config(tiny_model_path, "worker.actor.fsdp.mp_param_dtype=bf16"))
+    assert all(parameter.dtype == torch.float32 for parameter in worker.model.parameters())
+    rounded = worker.compute_log_probs(batch).batch["old_log_probs"]
+    assert 0 < (rounded - precise).abs().max() < 0.1
+
+
+def test_a_checkpoint_restores_weights_optimizer_and_schedule_exactly(
+    tiny_model_path: str, batch: DataProto, lone_process_group, tmp_path: Path
+) -> None:
+    config = make_config(tiny_model_path, "worker.actor.optim.lr=1e-3", "worker.actor.optim.lr_warmup_steps=4")
+    first = start_alone(config)
+    first.update_actor(batch)
+    first.update_actor(batch)
+    first.save_checkpoint(str(tmp_path / "actor"), model_only=False)
+    expected = first.update_actor(batch)
+    second = start_alone(config)
+    second.load_checkpoint(str(tmp_path / "actor"), model_only=False)
+    metrics = second.update_actor(batch)
+    assert {name: value for name, value in metrics.items() if name.startswith("actor/")} == {
+        name: value for name, value in expected.items() if name.startswith("actor/")
+    }
+    after = first.weights()
+    assert all(torch.equal(value, after[name]) for name, value in second.weights().items())
+    saved = torch.load(tmp_path / "actor" / "model_world_size_1_rank_0.pt", weights_only=False)
+    assert saved.keys() == after.keys()
+    assert all(type(value) is torch.Tensor for value in saved.values())
+    assert (tmp_path / "actor" / "huggingface" / "config.json").exists()
+
+
+def test_a_checkpoint_of_two_ranks_has_a_file_a_rank_and_restores_both(
+    batch: DataProto, two_ranks: WorkerGroup, tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "actor")
+    before = two_ranks.weights()[0]
+    two_ranks.save_checkpoint(folder, model_only=False)
+    two_ranks.update_actor(batch)
+    assert any(not torch.equal(value, before[name]) for name, value in two_ranks.weights()[0].items())
+    two_ranks.load_checkpoint(folder, model_only=False)
+    for weights in two_ranks.weights():
+        assert all(torch.equal(value, before[name]) for name, value in weights.items())
+    names = sorted(path.name for path in (tmp_path / "actor").glob("*.pt"))
+    assert names == sorted(
+        f"{kind}_world_size_2_rank_{rank}.pt" for kind in ("model", "optim", "extra_state") for rank in (0, 1)
+    )
+
+
+def test_a_checkpoint_of_another_number_of_workers_is_refused_by_name(
+    tiny_model_path: str, lone_process_group, tmp_path: Path
+) -> None:
+    worker = start_alone(make_config(tiny_model_path))
+    (tmp_path / "model_world_size_4_rank_0.pt").touch()
+    with pytest.raises(ValueError, match="now 1 = trainer.nnodes.*model_world_size_4_rank_0.pt"):
+        worker.load_checkpoint(str(tmp_path), model_only=False)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads a Hugging Face model as the trainer wants it: the right auto class, attention and rope, no silent default."""
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+from transformers.utils import is_flash_attn_2_available
+
+from verl.models.registry import family_of
+from verl.workers.actor.config import ModelConfig
+
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+
+
+def load_model_config(config: ModelConfig) -> PretrainedConfig:
+    """The model's Hugging Face config with `worker.actor.model.override_config` applied.
+
+    An `attn_implementation` among the overrides is not a config field of the model: `load_model` takes it from there.
+    """
+    overrides = {key: value for key, value in config.override_config.items() if key != "attn_implementation"}
+    return AutoConfig.from_pretrained(config.model_path, trust_remote_code=config.trust_remote_code, **overrides)
+
+
+def load_model(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    """A policy with its weights, on the CPU.
+
+    Image-text models load as `AutoModelForImageTextToText`, all others as `AutoModelForCausalLM`. Attention is
+    FlashAttention 2 where a GPU and the package are present, PyTorch's SDPA otherwise, unless
+    `override_config.attn_implementation` says which.
+
+    Args:
+        config: `worker.actor.model`.
+        dtype: of the parameters.
+
+    Raises:
+        OSError: `model_path` is neither a folder with a model nor a reachable hub id (transformers says which).
+    """
+    model_config = load_model_config(config)
+    is_image_text = type(model_config) in AutoModelForImageTextToText._model_mapping
+    auto_class = AutoModelForImageTextToText if is_image_text else AutoModelForCausalLM
+    default_attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+    return auto_class.from_pretrained(
+        config.model_path,
+        config=model_config,
+        dtype=dtype,
+        attn_implementation=config.override_config.get("attn_implementation", default_attention),
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def keep_vision_tower_in_step(model: nn.Module) -> None:
+    """Runs the vision tower on a tiny blank image, times zero, in every forward that has no image.
+
+    Under FSDP2 each rank's forward and backward gathers and scatters the tower's parameters. A rank whose rows have
+    no image would skip those collectives, and the ranks would wait for each other for ever (or crash, on gloo). The
+    result is unchanged; the tower's gradient is an exact zero instead of none, on one rank as on many.
+
+    Call it before sharding. Models without a vision tower are left alone; a tower has to answer to
+    `get_image_features(pixel_values, image_grid_thw)`, as Qwen2-VL's and its successors' do.
+    """
+    if not family_of(model.config).has_vision_tower:
+        return
+    core = model.model
+    vision = model.config.vision_config
+    patch_size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+
+    def add_blank_image(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        decoding = kwargs.get("past_key_values") is not None
+        if decoding or kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None:
+            return None
+        embeds = core.get_input_embeddings()(kwargs["input_ids"])
+        side = 2 * vision.spatial_merge_size
+        grid = torch.tensor([[1, side, side]], device=embeds.device)
+        pixels = embeds.new_zeros(side * side, patch_size)
+        features = core.get_image_features(pixels, grid, return_dict=True)
+        # Qwen3-VL feeds deeper layers from the tower as well: they need a gradient path too.
+        deeper = tree_leaves(features.get("deepstack_features") or [])
+        blank = torch.cat(features.pooler_output).mean() + sum(leaf.mean() for leaf in deeper)
+        return args, {**kwargs, "input_ids": None, "inputs_embeds": embeds + 0.0 * blank}
+
+    core.register_forward_pre_hook(add_blank_image, with_kwargs=True)

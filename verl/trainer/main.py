@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `python3 -m verl.trainer.main config=FILE key=value ...`."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from verl.trainer.config import PPOConfig, load_config, require_available, speed_notes
+from verl.utils.batch_plan import BatchPlan
+
+logger = logging.getLogger("verl.trainer.main")  # __name__ is __main__ under `python -m`
+
+WORKER_ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "true",
+    "NCCL_DEBUG": "WARN",
+    "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Defaults for every process of a run; what the user has set stays."""
+
+
+@contextmanager
+def ray_session(config: PPOConfig) -> Iterator[None]:
+    """A Ray cluster for the run: the one `RAY_ADDRESS` names, or else one on this machine that ends with the run."""
+    for name, value in WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if "RAY_ADDRESS" not in os.environ:
+        # Nobody but this process talks to it, and a token would need a writable home.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    import ray
+
+    joined = ray.is_initialized()
+    if not joined and "RAY_ADDRESS" in os.environ:
+        ray.init(logging_level="ERROR")
+    elif not joined:
+        workers = config.trainer.nnodes * config.trainer.n_gpus_per_node
+        # Workers mostly wait for each other and may share cores: the count is of processes, not of cores.
+        num_cpus = max(os.cpu_count() or 1, workers + config.worker.reward.num_cpus)
+        ray.init(num_cpus=num_cpus, include_dashboard=False, logging_level="ERROR")
+    try:
+        yield
+    finally:
+        if config.trainer.ray_timeline is not None:
+            ray.timeline(config.trainer.ray_timeline)
+        if not joined:
+            ray.shutdown()
+
+
+def run(config: PPOConfig) -> None:
+    """Trains as the config says, from the data on disk to the last checkpoint.
+
+    Raises:
+        ValueError: the config asks for what this version lacks, or its batch numbers do not fit together.
+    """
+    plan = prepare(config)
+    with ray_session(config):
+        _train(config, plan)
+
+
+def prepare(config: PPOConfig) -> BatchPlan:
+    """The run's batch numbers; everything that can be refused without starting a process is refused here."""
+    require_available(config)
+    return BatchPlan.from_config(config, config.trainer.nnodes * config.trainer.n_gpus_per_node)
+
+
+def _train(config: PPOConfig, plan: BatchPlan) -> None:
+    from verl.data.loader import create_dataloader
+    from verl.models.loader import load_model_config
+    from verl.single_controller.worker_group import detect_device
+    from verl.trainer.ray_trainer import RayDAPOTrainer
+    from verl.utils.batch_plan import training_steps
+    from verl.utils.checkpoint import find_resume_point
+    from verl.utils.tokenizer import get_processor, get_tokenizer
+    from verl.utils.tracking import Tracker
+    from verl.workers.reward.function import AutoRewardManager
+
+    device = detect_device()
+    logger.info("%d workers on %s", plan.world_size, device)
+    for line in plan.describe():
+        logger.info(line)
+    notes = speed_notes(config)
+    if notes:
+        logger.warning("without effect in this version, results are the same: %s", ", ".join(notes))
+
+    model, trainer_config = config.worker.actor.model, config.trainer
+    tokenizer = get_tokenizer(model.tokenizer_path, config.data.override_chat_template)
+    processor = get_processor(model.tokenizer_path, config.data.override_chat_template)
+    # Built here first: a mistake in the user's file is then told before any worker starts.
+    reward_manager = AutoRewardManager(config.worker.reward, tokenizer)
+    train_loader, val_loader = create_dataloader(config.data, tokenizer, processor, load_model_config(model))
+    steps = training_steps(config, len(train_loader.dataset))
+    resume_point = find_resume_point(
+        trainer_config.save_checkpoint_path, trainer_config.load_checkpoint_path, trainer_config.find_last_checkpoint
+    )
+    with Tracker(
+        trainer_config.logger,
+        config.to_dict(),
+        trainer_config.project_name,
+        trainer_config.experiment_name,
+        trainer_config.save_checkpoint_path,
+        total_steps=steps,
+        resume_step=resume_point.step if resume_point else 0,
+    ) as tracker:
+        trainer = RayDAPOTrainer(
+            config, plan, steps, tokenizer, train_loader, val_loader, reward_manager, device, tracker, resume_point
+        )
+        try:
+            trainer.init_workers()
+            trainer.fit()
+        finally:
+            trainer.shutdown()
+
+
+def main() -> None:
+    """Parses the command line and runs; a mistake in it ends with a readable message and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("verl").setLevel(logging.INFO)
+    try:
+        config = load_config(sys.argv[1:])
+        prepare(config)
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(2) from None
+    run(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: one controller that drives the workers, step by step.
+
+Shapes: B prompts, n responses each, N = B * n rows, R response length, W workers. DataProto batches hold the streams;
+each phase says which it reads and which it adds.
+"""
+
+import logging
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS
+from verl.algorithms.kl import apply_kl_penalty, compute_kl
+from verl.data.loader import PromptLoader
+from verl.data.vision import MediaHandle
+from verl.protocol import DataProto, pad_dataproto_to_divisor, unpad_dataproto
+from verl.single_controller.worker_group import WorkerGroup
+from verl.trainer.config import PPOConfig
+from verl.trainer.metrics import (
+    compute_data_metrics,
+    compute_throughput_metrics,
+    compute_timing_metrics,
+    reduce_metrics,
+)
+from verl.trainer.validator import ValidationResult, Validator
+from verl.utils.batch_plan import BatchPlan
+from verl.utils.checkpoint import (
+    DATALOADER_FILE,
+    ResumePoint,
+    remove_obsolete_ckpt,
+    step_folder,
+    write_tracker,
+)
+from verl.utils.seqlen_balancing import balanced_order, seqlen_metrics
+from verl.utils.step_record import StepRecord
+from verl.utils.tracking import Tracker
+from verl.workers.fsdp_checkpoint import has_optimizer
+from verl.workers.fsdp_workers import FSDPWorker
+from verl.workers.reward.function import AutoRewardManager
+from verl.workers.rollout.base import Sampling
+
+logger = logging.getLogger(__name__)
+
+TRAIN, VAL = 0, 1
+"""First part of every rollout seed, so that validation never repeats training's draws."""
+
+
+class RayDAPOTrainer:
+    """Trains a policy with GRPO-family algorithms on a Ray cluster.
+
+    Use: `trainer.init_workers()` then `trainer.fit()`, and `trainer.shutdown()` in any case.
+
+    Args:
+        config: of the run.
+        plan: its batch numbers.
+        training_steps: length of the run.
+        tokenizer: of the policy.
+        train_loader: endless source of prompts, with a state that a checkpoint keeps.
+        val_loader: the held-out set, in batches.
+        reward_manager: scores responses; the trainer runs a copy of it in a process of its own.
+        device: "cuda" or "cpu".
+        tracker: where metrics go.
+        resume_point: the checkpoint to go on from; None starts from the model's own weights.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        plan: BatchPlan,
+        training_steps: int,
+        tokenizer: PreTrainedTokenizerBase,
+        train_loader: PromptLoader,
+        val_loader: Iterable[dict[str, Any]],
+        reward_manager: AutoRewardManager,
+        device: str,
+        tracker: Tracker,
+        resume_point: ResumePoint | None,
+    ) -> None:
+        self.config = config
+        self.plan = plan
+        self.training_steps = training_steps
+        self.tokenizer = tokenizer
+        self.train_loader = train_loader
+        self.reward_manager = reward_manager
+        self.device = device
+        self.tracker = tracker
+        self.resume_point = resume_point
+        self.validator = Validator(val_loader, self._generate_for_validation, self._score_now, tokenizer)
+        self.workers: WorkerGroup | None = None
+        self.global_step = 0
+        self.best_step: int | None = None
+        self.best_score: float | None = None
+        self.last_validation: tuple[int, ValidationResult] | None = None
+        self.last_saved_step: int | None = None
+
+    # ---- life ----
+
+    def init_workers(self) -> None:
+        """Starts the reward actor and one worker per device, and loads the policy into them."""
+        reward_class = ray.remote(num_cpus=self.config.worker.reward.num_cpus)(AutoRewardManager)
+        self.reward_actor = reward_class.remote(self.reward_manager.config, self.reward_manager.tokenizer)
+        self.workers = WorkerGroup(
+            FSDPWorker,
+            num_nodes=self.config.trainer.nnodes,
+            workers_per_node=self.config.trainer.n_gpus_per_node,
+            device=self.device,
+            config=self.config,
+            plan=self.plan,
+            training_steps=self.training_steps,
+        )
+        self.tracker.phase("load")
+        self.workers.init_model()
+
+    def shutdown(self) -> None:
+        """Ends every process this trainer started."""
+        if self.workers is not None:
+            self.workers.shutdown()
+            ray.kill(self.reward_actor)
+
+    # ---- the loop ----
+
+    def fit(self) -> None:
+        """Trains to the end of the run, from wherever the checkpoint left off."""
+        self._resume()
+        self._validate_before_training()
+        for step in self._remaining_steps():
+            record = StepRecord(step, on_phase=self.tracker.phase)
+            with record.timed("step"):
+                batch = self._rollout(record)
+                batch = self._balance_across_ranks(batch, record)
+                rewards = self._start_rewards(batch)
+                batch = self._compute_log_probs(batch, record)
+                batch = self._await_rewards(batch, rewards, record)
+                batch = self._compute_advantages(batch, record)
+                self._update_actor(batch, record)
+                self._validate_if_due(record)
+                self._save_if_due(record)
+            self._log(batch, record)
+        self._finish()
+
+    def _remaining_steps(self) -> Iterator[int]:
+        if self.config.trainer.val_only:
+            return
+        while self.global_step < self.training_steps:
+            self.global_step += 1
+            yield self.global_step
+
+    def _rollout(self, record: StepRecord) -> DataProto:
+        """Draws prompts until the step has enough, and n responses for each.
+
+        Adds: everything `Rollout.generate` does, and `uid`, `ground_truth`, `prompt_text`, `extra`,
+        `multi_modal_data`.
+        """
+        sampling = Sampling.for_training(self.config.worker.rollout)
+        draws: list[DataProto] = []
+        with record.timed("gen"), self._awake_rollout_engine():
+            while sum(len(draw) for draw in draws) < self.plan.sequences_per_step:
+                prompts = self._prompts_from(self.train_loader.draw())
+                draws.append(self._generate(prompts, sampling, seed_parts=(TRAIN, record.step, len(draws))))
+        return DataProto.concat(draws)[: self.plan.sequences_per_step]
+
+    def _balance_across_ranks(self, batch: DataProto, record: StepRecord) -> DataProto:
+        """Reorders rows so that every rank gets as many rows and about as many tokens.
+
+        Reads: `attention_mask`. Mini-batches keep their rows, so the optimizer steps do not depend on W.
+        """
+        lengths = batch.batch["attention_mask"].sum(dim=1).tolist()
+        order = balanced_order(lengths, self.plan.world_size, self.plan.mini_batches)
+        batch.reorder(torch.tensor(order))
+        record.add(seqlen_metrics(lengths, order, self.plan.world_size))
+        return batch
+
+    def _start_rewards(self, batch: DataProto) -> ray.ObjectRef:
+        """Sends the responses to the reward actor, which works while the workers do.
+
+        Reads: `responses`, `response_mask`, `ground_truth`, `prompt_text`, `uid`, `multi_modal_data`, `extra`.
+        """
+        return self._send_to_reward(batch, split="train")
+
+    def _compute_log_probs(self, batch: DataProto, record: StepRecord) -> DataProto:
+        """Reads: sequence tensors, media. Adds: `old_log_probs`, and `ref_log_probs` unless KL is off."""
+        sequences = _model_inputs(batch)
+        with record.timed("old"):
+            batch = batch.union(self.workers.compute_log_probs(sequences))
+        if not self.config.algorithm.disable_kl:
+            with record.timed("ref"):
+                batch = batch.union(self.workers.compute_ref_log_probs(sequences))
+        return batch
+
+    def _await_rewards(self, batch: DataProto, rewards: ray.ObjectRef, record: StepRecord) -> DataProto:
+        """Adds: `token_level_scores`. The time recorded is the wait that the passes did not hide."""
+        with record.timed("reward"):
+            token_level_scores, values_by_key = ray.get(rewards)
+        batch.batch["token_level_scores"] = token_level_scores
+        record.add({f"reward/{key}": value for key, value in reduce_metrics(values_by_key).items()})
+        return batch
+
+    def _compute_advantages(self, batch: DataProto, record: StepRecord) -> DataProto:
+        """Reads: `token_level_scores`, `response_mask`, `uid`, log-probs. Adds: `token_level_rewards`, `advantages`,
+        `returns`."""
+        algorithm = self.config.algorithm
+        streams = batch.batch
+        with record.timed("adv"):
+            streams["token_level_rewards"] = streams["token_level_scores"]
+            if not algorithm.disable_kl and not algorithm.use_kl_loss:
+                kl = compute_kl(streams["old_log_probs"], streams["ref_log_probs"], algorithm.kl_penalty)
+                streams["token_level_rewards"], mean_kl = apply_kl_penalty(
+                    streams["token_level_scores"], kl, streams["response_mask"], algorithm.kl_coef
+                )
+                record.add({"actor/kl_penalty": mean_kl, "actor/kl_coef": algorithm.kl_coef})
+            streams["advantages"], streams["returns"] = ADVANTAGE_ESTIMATORS[algorithm.adv_estimator](
+                streams["token_level_rewards"], streams["response_mask"], batch.non_tensor_batch["uid"]
+            )
+        return batch
+
+    def _update_actor(self, batch: DataProto, record: StepRecord) -> None:
+        """Reads: sequence tensors, media, and all the (N, R) streams of the loss."""
+        streams = ["old_log_probs", "advantages"]
+        if not self.config.algorithm.disable_kl:
+            streams.append("ref_log_probs")
+        with record.timed("update_actor"):
+            record.add(self.workers.update_actor(_model_inputs(batch, *streams)))
+
+    def _validate_if_due(self, record: StepRecord) -> None:
+        if _is_due(record.step, self.config.trainer.val_freq):
+            with record.timed("validation"):
+                record.add(self._validate().metrics)
+
+    def _save_if_due(self, record: StepRecord) -> None:
+        if _is_due(record.step, self.config.trainer.save_freq):
+            with record.timed("save_checkpoint"):
+                self._save()
+
+    def _log(self, batch: DataProto, record: StepRecord) -> None:
+        record.add(compute_data_metrics(batch))
+        record.add(compute_timing_metrics(batch, record.timings))
+        record.add(compute_throughput_metrics(batch, record.timings, self.plan.world_size))
+        self.tracker.log(record.metrics, record.step)
+
+    def _validate_before_training(self) -> None:
+        if self.config.trainer.val_before_train:
+            self.tracker.log(self._validate().metrics, self.global_step)
+
+    def _finish(self) -> None:
+        """The last step is always validated and saved, whatever the frequencies."""
+        if self.config.trainer.val_only:
+            return
+        if self.last_validation is None or self.last_validation[0] != self.global_step:
+            self.tracker.log(self._validate().metrics, self.global_step)
+        if self.last_saved_step != self.global_step:
+            self.tracker.phase("save_checkpoint")
+            self._save()
+
+    # ---- prompts and responses ----
+
+    def _prompts_from(self, features: dict[str, Any]) -> DataProto:
+        """One loader batch as the workers take it: every prompt named, every image put in the store once."""
+        prompts = DataProto.from_single_dict(features)
+        prompts.non_tensor_batch["uid"] = _objects(str(uuid.uuid4()) for _ in range(len(prompts)))
+        prompts.non_tensor_batch["multi_modal_data"] = _objects(
+            None if media is None else [MediaHandle.put(image) for image in media["images"]]
+            for media in prompts.non_tensor_batch["multi_modal_data"]
+        )
+        return prompts
+
+    def _generate(self, prompts: DataProto, sampling: Sampling, seed_parts: tuple[int, ...]) -> DataProto:
+        """Responses for B prompts beside the prompts' own streams, repeated: N rows, those of a prompt together."""
+        inputs = prompts.select(
+            ["input_ids", "attention_mask", "position_ids"], ["raw_prompt_ids", "multi_modal_data"], []
+        )
+        inputs.meta_info = {"sampling": sampling, "seed_parts": seed_parts}
+        padded, pad_size = pad_dataproto_to_divisor(inputs, self.plan.world_size)
+        responses = unpad_dataproto(self.workers.generate_sequences(padded), pad_size * sampling.n)
+        carried = prompts.select([], ["uid", "ground_truth", "prompt_text", "extra", "multi_modal_data"], [])
+        return responses.union(carried.repeat(sampling.n, interleave=True))
+
+    @contextmanager
+    def _awake_rollout_engine(self) -> Iterator[None]:
+        self.workers.prepare_rollout_engine()
+        try:
+            yield
+        finally:
+            self.workers.release_rollout_engine()
+
+    # ---- rewards ----
+
+    def _send_to_reward(self, batch: DataProto, split: str) -> ray.ObjectRef:
+        data = batch.select(
+            ["responses", "response_mask"], ["ground_truth", "uid", "prompt_text", "multi_modal_data", "extra"], []
+        )
+        data.meta_info = {"step": self.global_step, "split": split}
+        return self.reward_actor.compute_reward.remote(data)
+
+    def _score_now(self, batch: DataProto) -> tuple[list[float], dict[str, list[float]]]:
+        scores, values_by_key = ray.get(self._send_to_reward(batch, split="val"))
+        return scores.sum(dim=1).tolist(), values_by_key
+
+    # ---- validation ----
+
+    def _generate_for_validation(self, features: dict[str, Any], number: int) -> DataProto:
+        sampling = Sampling.for_validation(self.config.worker.rollout)
+        return self._generate(self._prompts_from(features), sampling, seed_parts=(VAL, number))
+
+    def _validate(self) -> ValidationResult:
+        self.tracker.phase("validation")
+        with self._awake_rollout_engine():
+            result = self.validator.run()
+        self.last_validation = (self.global_step, result)
+        self._log_samples(result)
+        return result
+
+    def _log_samples(self, result: ValidationResult) -> None:
+        """A fixed choice of samples, the same prompts at every validation."""
+        count = self.config.trainer.val_generations_to_log
+        if count > 0:
+            samples = sorted(result.samples, key=lambda sample: sample[0])
+            chosen = np.random.RandomState(42).permutation(len(samples))[:count]
+            self.tracker.log_generations([samples[index] for index in chosen], self.global_step)
+
+    # ---- checkpoints ----
+
+    def _save(self) -> None:
+        trainer = self.config.trainer
+        root = trainer.save_checkpoint_path
+        folder = step_folder(root, self.global_step)
+        self.workers.save_checkpoint(os.path.join(folder, "actor"), trainer.save_model_only)
+        torch.save(self.train_loader.state_dict(), os.path.join(folder, DATALOADER_FILE))
+        self._note_if_best()
+        write_tracker(root, self.global_step, self.best_step, self.best_score)
+        remove_obsolete_ckpt(root, self.global_step, self.best_step, trainer.save_limit)
+        self.last_saved_step = self.global_step
+
+    def _note_if_best(self) -> None:
+        """The best checkpoint is a saved one whose own weights were validated: other weights' scores say nothing."""
+        if self.last_validation is None or self.last_validation[0] != self.global_step:
+            return
+        score = self.last_validation[1].score
+        if self.best_score is None or score > self.best_score:
+            self.best_step, self.best_score = self.global_step, score
+
+    def _resume(self) -> None:
+        """Takes up model, optimizer and data where the checkpoint left them."""
+        point = self.resume_point
+        if point is None:
+            return
+        actor_folder = os.path.join(point.folder, "actor")
+        model_only = not has_optimizer(actor_folder, self.plan.world_size)
+        if model_only:
+            logger.warning("%s has the model only: optimizer and learning-rate schedule start afresh", actor_folder)
+        self.workers.load_checkpoint(actor_folder, model_only)
+        loader_file = os.path.join(point.folder, DATALOADER_FILE)
+        if os.path.exists(loader_file):
+            self.train_loader.load_state_dict(torch.load(loader_file))
+        else:
+            logger.warning("%s does not exist: the data starts from its first epoch", loader_file)
+        self.global_step = self.last_saved_step = point.step
+        self.best_step, self.best_score = point.best_step, point.best_score
+        self.tracker.note(f"resumed from {point.folder} at step {point.step}")
+
+
+def _model_inputs(batch: DataProto, *streams: str) -> DataProto:
+    """What a forward pass over the sequences needs, and the named (N, R) streams."""
+    sequence = ["input_ids", "attention_mask", "position_ids", "responses", "response_mask"]
+    return batch.select([*sequence, *streams], ["multi_modal_data"], [])
+
+
+def _objects(values) -> np.ndarray:
+    values = list(values)
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
+
+
+def _is_due(step: int, frequency: int) -> bool:
+    return frequency > 0 and step % frequency == 0

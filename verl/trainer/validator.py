@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores the held-out set with the current policy."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from verl.protocol import DataProto
+from verl.trainer.metrics import compute_length_metrics, reduce_metrics
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """What one pass over the held-out set gave.
+
+    `metrics` has `val/reward_score` (mean over samples, equal to `score`), `val/<key>_reward` for every key of the
+    reward function and the `val_` lengths; `samples` are (prompt, response, ground truth, score), in the set's order.
+    """
+
+    score: float
+    metrics: dict[str, float]
+    samples: list[tuple[str, str, str, float]]
+
+
+class Validator:
+    """Runs the policy over the held-out set.
+
+    Args:
+        batches: the held-out loader, read anew at every call of `run`.
+        generate: a batch of the loader and its number in, the same with responses out (several rows for a prompt,
+            side by side).
+        score: batch in, (score per row, values per row of every reward key) out.
+        tokenizer: for the samples' texts.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[dict],
+        generate: Callable[[dict, int], DataProto],
+        score: Callable[[DataProto], tuple[list[float], dict[str, list[float]]]],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self.batches = batches
+        self.generate = generate
+        self.score = score
+        self.tokenizer = tokenizer
+
+    def run(self) -> ValidationResult:
+        """One pass over the whole held-out set."""
+        batch = DataProto.concat([self.generate(features, number) for number, features in enumerate(self.batches)])
+        scores, rewards = self.score(batch)
+        score = float(np.mean(scores))
+        metrics = {"val/reward_score": score}
+        metrics.update({f"val/{key}_reward": value for key, value in reduce_metrics(rewards).items()})
+        metrics.update(compute_length_metrics(batch, prefix="val_"))
+        return ValidationResult(score, metrics, self._samples(batch, scores))
+
+    def _samples(self, batch: DataProto, scores: list[float]) -> list[tuple[str, str, str, float]]:
+        lengths = batch.batch["response_mask"].sum(dim=1).tolist()
+        responses = [ids[:length] for ids, length in zip(batch.batch["responses"], lengths, strict=True)]
+        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        prompts = batch.non_tensor_batch["prompt_text"]
+        truths = map(str, batch.non_tensor_batch["ground_truth"])
+        return list(zip(prompts, texts, truths, scores, strict=True))

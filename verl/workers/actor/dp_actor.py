@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data-parallel actor: log-probabilities of a rank's rows, and the policy update over all ranks.
+
+Shapes: N sequences of this rank, R response length, W ranks.
+"""
+
+import logging
+import math
+
+import torch
+import torch.distributed as dist
+
+from verl.algorithms.kl import compute_kl
+from verl.algorithms.policy_loss import POLICY_LOSSES
+from verl.protocol import DataProto
+from verl.trainer.config import PPOConfig
+from verl.utils.batch_plan import BatchPlan
+from verl.utils.masked_ops import aggregate_loss
+from verl.workers.actor.forward import PolicyForward
+from verl.workers.fsdp2 import clip_gradients
+
+logger = logging.getLogger(__name__)
+
+
+def compute_log_probs(forward: PolicyForward, data: DataProto, micro_batch_size: int) -> torch.Tensor:
+    """(N, R) float32 on the CPU: log-probabilities of the responses, without gradient, in micro-batches."""
+    forward.model.eval()
+    with torch.no_grad():
+        return torch.cat([forward(micro_batch).cpu() for micro_batch in data.split(micro_batch_size)])
+
+
+class DataParallelPPOActor:
+    """Updates the sharded policy with a clipped policy gradient, and a KL loss where one is asked for.
+
+    Args:
+        config: of the run; `worker.actor` and the KL keys of `algorithm` are read.
+        plan: the run's batch numbers.
+        forward: the policy's forward pass.
+        optimizer, scheduler: the scheduler advances once per call of `update_policy`.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        plan: BatchPlan,
+        forward: PolicyForward,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+    ) -> None:
+        self.config = config.worker.actor
+        self.algorithm = config.algorithm
+        self.plan = plan
+        self.forward = forward
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+
+    @property
+    def uses_kl_loss(self) -> bool:
+        return self.algorithm.use_kl_loss and not self.algorithm.disable_kl
+
+    def update_policy(self, data: DataProto) -> dict[str, float]:
+        """One pass of optimizer steps over this rank's rows, `ppo_epochs` times.
+
+        The rows are cut, in order, into `plan.mini_batches` mini-batches; row i of every rank's k-th piece belongs to
+        the same optimizer step. Losses are sums over tokens (or rows) divided by the counts of the whole mini-batch
+        over all ranks, so the result depends neither on micro-batches nor on the number of ranks.
+
+        Args:
+            data: `input_ids`, `attention_mask`, `position_ids`, `responses`, `response_mask`, `old_log_probs`,
+                `advantages`, and `ref_log_probs` with a KL loss; non-tensor `multi_modal_data`.
+
+        Returns:
+            `actor/*` metrics, the same on every rank: means over the mini-batch's real response tokens, averaged
+            over the optimizer steps.
+        """
+        self.forward.model.train()
+        steps = []
+        for _ in range(self.config.ppo_epochs):
+            for mini_batch in data.split(self.plan.sequences_per_rank_per_mini_batch):
+                steps.append(self._optimizer_step(mini_batch))
+        learning_rate = self.scheduler.get_last_lr()[0]
+        self.scheduler.step()
+        metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        metrics["actor/lr"] = learning_rate
+        if self.uses_kl_loss:
+            metrics["actor/kl_coef"] = self.algorithm.kl_coef
+        return metrics
+
+    def _optimizer_step(self, mini_batch: DataProto) -> dict[str, float]:
+        metrics = self.accumulate_gradients(mini_batch)
+        grad_norm = clip_gradients(self.forward.model, self.config.max_grad_norm)
+        if math.isfinite(grad_norm):
+            self.optimizer.step()
+        else:
+            logger.warning("gradient norm is %s: this optimizer step is skipped", grad_norm)
+        self.optimizer.zero_grad()
+        return {**metrics, "actor/grad_norm": grad_norm}
+
+    def accumulate_gradients(self, mini_batch: DataProto) -> dict[str, float]:
+        """Leaves the gradient of the whole mini-batch's loss on the parameters, and returns its metrics.
+
+        Args:
+            mini_batch: this rank's rows of it; all ranks have as many rows.
+        """
+        world_size = dist.get_world_size()
+        num_tokens = _sum_over_ranks(mini_batch.batch["response_mask"].sum())
+        num_sequences = len(mini_batch) * world_size
+        micro_batches = mini_batch.split(self.plan.update_micro_batch_size)
+        sums: dict[str, torch.Tensor] = {}
+        for index, micro_batch in enumerate(micro_batches):
+            self.forward.model.set_requires_gradient_sync(index == len(micro_batches) - 1)
+            loss, parts = self._loss(micro_batch, num_tokens, num_sequences)
+            (loss * world_size).backward()  # FSDP averages gradients over the ranks
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + value.detach()
+        return {f"actor/{name}": _sum_over_ranks(value).item() for name, value in sums.items()}
+
+    def _loss(
+        self, rows: DataProto, num_tokens: torch.Tensor, num_sequences: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """This micro-batch's share of the mini-batch's loss, and of its metrics."""
+        device = self.forward.device
+        response_mask = rows.batch["response_mask"].to(device)  # (N, R)
+        old_log_probs = rows.batch["old_log_probs"].to(device)
+        num_tokens = num_tokens.to(device)
+
+        def share(per_token: torch.Tensor, mode: str = "token") -> torch.Tensor:
+            return aggregate_loss(per_token, response_mask, response_mask, mode, num_tokens, num_sequences)
+
+        log_probs = self.forward(rows)  # (N, R)
+        policy_loss, per_token_metrics = POLICY_LOSSES[self.config.loss_type](
+            log_probs,
+            old_log_probs,
+            rows.batch["advantages"].to(device),
+            clip_ratio_low=self.config.clip_ratio_low,
+            clip_ratio_high=self.config.clip_ratio_high,
+            clip_ratio_dual=self.config.clip_ratio_dual,
+        )
+        loss = share(policy_loss, self.config.loss_avg_mode)
+        parts = {"pg_loss": loss, "entropy_loss": share(-log_probs)}
+        parts.update({name: share(values) for name, values in per_token_metrics.items()})
+        if self.uses_kl_loss:
+            kl = compute_kl(log_probs, rows.batch["ref_log_probs"].to(device), self.algorithm.kl_penalty)
+            kl_loss = share(kl, self.config.loss_avg_mode)
+            loss = loss + self.algorithm.kl_coef * kl_loss
+            parts["kl_loss"] = kl_loss
+        return loss, parts
+
+
+def _sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    total = value.detach().to(torch.float64).cpu()
+    dist.all_reduce(total)
+    return total

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saves and restores one rank's part of a sharded model: three files a rank, in EasyR1's layout and names.
+
+`model_*` holds the state dict under Hugging Face names: DTensor shards, or plain tensors at world size 1. `optim_*`
+holds the optimizer's state dict by parameter name, `extra_state_*` the schedule and the random number states. The
+folder `huggingface/` beside them holds config and tokenizer, so that a merger needs nothing else.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from verl.utils.checkpoint import extra_state_file, model_file, optim_file
+
+
+class FSDPCheckpoint:
+    """One rank's view of `<checkpoint>/actor/`.
+
+    Args:
+        model: sharded with FSDP2.
+        optimizer, scheduler: restored with the model, unless the checkpoint has the model only.
+        tokenizer_or_processor: written to `huggingface/` by rank 0.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        tokenizer_or_processor: PreTrainedTokenizerBase | ProcessorMixin,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.tokenizer_or_processor = tokenizer_or_processor
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        # A full state dict is what a single rank holds anyway: its files are then plain tensors, as EasyR1's are.
+        self.options = StateDictOptions(full_state_dict=self.world_size == 1, cpu_offload=True)
+
+    def save(self, folder: str, model_only: bool) -> None:
+        """Writes this rank's files; returns when every rank has written.
+
+        Args:
+            folder: `<checkpoint>/actor`, on storage that all nodes see.
+            model_only: leaves optimizer and extra state out.
+        """
+        root = Path(folder)
+        root.mkdir(parents=True, exist_ok=True)
+        torch.save(get_model_state_dict(self.model, options=self.options), root / self._name(model_file))
+        if not model_only:
+            optimizer_state = get_optimizer_state_dict(self.model, self.optimizer, options=self.options)
+            torch.save(optimizer_state, root / self._name(optim_file))
+            extra_state = {"lr_scheduler": self.scheduler.state_dict(), "rng": _random_states()}
+            torch.save(extra_state, root / self._name(extra_state_file))
+        if self.rank == 0:
+            self.model.config.save_pretrained(root / "huggingface")
+            self.model.generation_config.save_pretrained(root / "huggingface")
+            self.tokenizer_or_processor.save_pretrained(root / "huggingface")
+        dist.barrier()
+
+    def load(self, folder: str, model_only: bool) -> None:
+        """Restores this rank's part.
+
+        Args:
+            model_only: the checkpoint was saved without optimizer; optimizer and schedule keep their fresh state.
+
+        Raises:
+            ValueError: the folder has no file for this rank and world size.
+        """
+        root = Path(folder)
+        model_path = root / self._name(model_file)
+        if not model_path.exists():
+            present = sorted(path.name for path in root.glob("model_world_size_*"))
+            raise ValueError(
+                f"{model_path} does not exist: a checkpoint is resumed with the number of workers that saved it "
+                f"(now {self.world_size} = trainer.nnodes * trainer.n_gpus_per_node); the folder has {present}"
+            )
+        # weights_only=False: shards are DTensors and carry their mesh; the files are the user's own checkpoints.
+        model_state = torch.load(model_path, map_location="cpu", weights_only=False)
+        set_model_state_dict(self.model, model_state, options=self.options)
+        if model_only:
+            return
+        optimizer_state = torch.load(root / self._name(optim_file), map_location="cpu", weights_only=False)
+        set_optimizer_state_dict(self.model, self.optimizer, optimizer_state, options=self.options)
+        extra_state = torch.load(root / self._name(extra_state_file), map_location="cpu", weights_only=False)
+        self.scheduler.load_state_dict(extra_state["lr_scheduler"])
+        _restore_random_states(extra_state["rng"])
+
+    def _name(self, file_name) -> str:
+        return file_name(self.world_size, self.rank)
+
+
+def has_optimizer(folder: str, world_size: int) -> bool:
+    """Whether `<checkpoint>/actor` can continue training exactly, or holds the model only."""
+    return (Path(folder) / optim_file(world_size, 0)).exists()
+
+
+def _random_states() -> dict[str, Any]:
+    states = {"cpu": torch.get_rng_state(), "numpy": np.random.get_state(), "random": random.getstate()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _restore_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["cpu"])
+    np.random.set_state(states["numpy"])
+    random.setstate(states["random"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

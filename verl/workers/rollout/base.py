@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every rollout engine takes and gives: sampling settings in, one batch of responses out.
+
+Shapes: B prompts, n responses each, N = B * n, P prompt length, R response length, S = P + R.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+
+from verl.models.position_ids import extend_position_ids
+from verl.protocol import DataProto
+from verl.workers.rollout.config import RolloutConfig
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. Temperature 0 is greedy; `top_k` -1 and `top_p` 1.0 keep every token."""
+
+    n: int
+    temperature: float
+    top_p: float
+    top_k: int
+    ignore_eos: bool
+
+    @classmethod
+    def for_training(cls, config: RolloutConfig) -> "Sampling":
+        """The settings of `worker.rollout`."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+
+    @classmethod
+    def for_validation(cls, config: RolloutConfig) -> "Sampling":
+        """The settings of `worker.rollout` with `val_override_config` on top; one response per prompt unless it says.
+
+        Raises:
+            ValueError: `val_override_config` has a key that is no sampling setting.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(config.val_override_config) - set(known))
+        if unknown:
+            raise ValueError(
+                f"worker.rollout.val_override_config has {unknown[0]!r}={config.val_override_config[unknown[0]]!r}, "
+                f"which is no sampling setting; it takes {', '.join(known)}"
+            )
+        return replace(cls.for_training(config), **{"n": 1, **config.val_override_config})
+
+
+class Rollout(ABC):
+    """A rollout engine inside one worker.
+
+    Life of a step: `with engine.awake():` `engine.update_weights(stream)` then any number of `engine.generate(...)`.
+    """
+
+    @abstractmethod
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Takes in the policy's weights by Hugging Face name; draws the stream to its end."""
+
+    @abstractmethod
+    def generate(self, prompts: DataProto, sampling: Sampling, seed: int) -> DataProto:
+        """Draws `sampling.n` responses for each prompt.
+
+        Args:
+            prompts: `input_ids`, `attention_mask` (B, P) left-padded, `position_ids` (B, P) or (B, 4, P);
+                non-tensor `multi_modal_data`, `raw_prompt_ids`.
+            seed: fixes every draw; use another for another step.
+
+        Returns:
+            A batch of N = B * n rows, the responses of a prompt side by side: `prompts` (N, P), `responses` (N, R)
+            right-padded, `input_ids`, `attention_mask` (N, S), `response_mask` (N, R), one up to and including the
+            first end-of-sequence token, `position_ids` (N, S) or (N, 4, S).
+        """
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Takes the memory that generation needs."""
+
+    @abstractmethod
+    def sleep(self) -> None:
+        """Gives that memory back to the trainer."""
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Awake inside, asleep after, also after an exception."""
+        self.wake()
+        try:
+            yield
+        finally:
+            self.sleep()
+
+
+def mask_responses(responses: torch.Tensor, eos_token_ids: Iterable[int], ignore_eos: bool) -> torch.Tensor:
+    """(N, R) int64: 1 up to and including each row's first end-of-sequence token; all ones with `ignore_eos`."""
+    if ignore_eos:
+        return torch.ones_like(responses)
+    is_eos = torch.isin(responses, torch.tensor(list(eos_token_ids), device=responses.device)).long()  # (N, R)
+    eos_seen_before = is_eos.cumsum(dim=1) - is_eos
+    return (eos_seen_before == 0).long()
+
+
+def assemble_batch(prompts: DataProto, responses: torch.Tensor, response_mask: torch.Tensor, n: int) -> DataProto:
+    """Joins prompts and responses to the batch every engine returns.
+
+    Args:
+        prompts: B rows as `Rollout.generate` takes them.
+        responses, response_mask: (N, R), the n responses of a prompt side by side.
+    """
+    prompt = {key: prompts.batch[key].repeat_interleave(n, dim=0) for key in prompts.batch.keys()}  # (N, ...)
+    position_ids = torch.cat(
+        [prompt["position_ids"], extend_position_ids(prompt["position_ids"], responses.shape[1])], dim=-1
+    )  # (N, S) or (N, 4, S)
+    return DataProto(
+        batch=TensorDict(
+            {
+                "prompts": prompt["input_ids"],
+                "responses": responses,
+                "input_ids": torch.cat([prompt["input_ids"], responses], dim=1),
+                "attention_mask": torch.cat([prompt["attention_mask"], response_mask], dim=1),
+                "response_mask": response_mask,
+                "position_ids": position_ids,
+            },
+            batch_size=[responses.shape[0]],
+        )
+    )
+
+
+def draw_seed(*parts: int) -> int:
+    """One 31-bit seed from several numbers (run seed, step, rank, ...): different parts, unrelated draws."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0] >> 1)
+
+
+def eos_token_ids_of(generation_config: Any, tokenizer: Any) -> list[int]:
+    """The ids that end a response: the model's generation config where it names any, else the tokenizer's."""
+    ids = generation_config.eos_token_id
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    return list(ids) if isinstance(ids, (list, tuple)) else [ids]
+
+
+def copy_weights(target: Mapping[str, torch.Tensor], weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copies a weight stream into the tensors of `target`, casting to their dtype; names must match exactly."""
+    unseen = set(target)
+    for name, value in weights:
+        target[name].copy_(value)
+        unseen.discard(name)
+    assert not unseen, f"the weight stream lacks {sorted(unseen)[:3]} and {len(unseen)} in all"
