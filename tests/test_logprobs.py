@@ -84,6 +84,24 @@ def test_huge_logits_stay_finite():
     assert torch.isfinite(logits.grad).all()
 
 
+def test_a_suppressed_label_has_the_lowest_log_prob_and_no_gradient_of_its_own():
+    """The other ids' gradient is that of -log-sum-exp; the suppressed id's logit plays no part."""
+    logits, labels = draw()
+    labels[:] = SUPPRESSED[0]
+    log_probs = log_probs_from_logits(logits, labels, 1.0, SUPPRESSED)
+    log_probs.sum().backward()
+    assert log_probs.max().item() < -3e38
+    assert not logits.grad[..., SUPPRESSED].any()
+
+
+def test_a_view_of_the_models_logits_passes_its_gradient_on():
+    """The forward pass hands over all but the last position; that one's gradient is zero."""
+    logits, labels = draw()
+    log_probs_from_logits(logits[:, :-1], labels[:, :-1]).sum().backward()
+    (expected,) = torch.autograd.grad(plain_log_probs(logits, labels, 1.0, [])[:, :-1].sum(), logits)
+    torch.testing.assert_close(logits.grad, expected, atol=1e-6, rtol=0)
+
+
 def test_no_float32_copy_of_the_logits_waits_for_the_backward_pass():
     logits, labels = draw(torch.bfloat16)
     kept = []
