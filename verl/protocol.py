@@ -127,9 +127,7 @@ class DataProto:
         """
         for key, value in data.items():
             if not isinstance(value, (torch.Tensor, np.ndarray)):
-                raise ValueError(  # noqa: TRY004 (errors to users are ValueError)
-                    f"'{key}' is a {type(value).__name__}; it must be a torch.Tensor or a numpy array"
-                )
+                raise ValueError(f"'{key}' is a {type(value).__name__}; it must be a torch.Tensor or a numpy array")
 
         return cls.from_dict(
             tensors={key: value for key, value in data.items() if isinstance(value, torch.Tensor)},

@@ -33,7 +33,7 @@ def aggregate_loss(
     num_tokens: torch.Tensor | float,
     num_sequences: torch.Tensor | float,
 ) -> torch.Tensor:
-    """This micro-batch's part of the loss of a whole mini-batch; the parts of all micro-batches and ranks add up to it.
+    """This micro-batch's part of a mini-batch's loss; the parts of all micro-batches and ranks add up to the whole.
 
     `token`: mean over all response tokens, so long responses count more.
     `seq`: mean over sequences of each one's mean over its tokens, so every response counts the same.
