@@ -50,7 +50,7 @@ def test_gradients_in_the_policys_log_prob_by_hand(kl_penalty, expected):
 
 @pytest.mark.parametrize("difference", [-100.0, -5.0, 100.0])
 def test_low_var_kl_is_bounded_by_ten_and_such_a_token_has_no_gradient(difference):
-    """d = -100 is clamped to -20: exp(20) is 5e8. d = -5: 148 - 1 - 5 = 142. d = 100, clamped: 0 - 1 + 20 = 19. All 10."""
+    """d = -100 is clamped to -20: exp(20) is 5e8. d = -5: 148 - 1 - 5 = 142. d = 100, clamped: 0 - 1 + 20 = 19."""
     log_probs = torch.tensor([[difference]], requires_grad=True)
     kl = compute_kl(log_probs, torch.zeros(1, 1), "low_var_kl")
     kl.sum().backward()
