@@ -19,14 +19,17 @@ HOOK_MODULE = "verl_torchvision_hook"
 OPTIONAL_PACKAGES = ("torchaudio", "torchcodec")
 
 
-def import_error(module: str, site_packages: Path) -> str | None:
-    """Say why `module` cannot be imported without our hook: the error's last line, None when it can.
-
-    `-S` leaves out every `.pth` file of the environment, and with it a hook that is already there.
-    """
-    code = f"import sys; sys.path[:0] = [{str(site_packages)!r}]; import {module}"
-    result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=False)
-    return None if result.returncode == 0 else (result.stderr.strip().splitlines() or ["killed"])[-1]
+def import_error(module: str) -> str | None:
+    """Say why `module` cannot be imported in a Python without our hook: the error's last line, None when it can."""
+    code = (
+        "import sys; "
+        f"sys.meta_path[:] = [finder for finder in sys.meta_path if finder.__module__ != {HOOK_MODULE!r}]; "
+        f"sys.modules.pop({module!r}, None); import {module}"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if result.returncode == 0:
+        return None
+    return (result.stderr.strip().splitlines() or [f"Python ended with status {result.returncode}"])[-1]
 
 
 def mend(site_packages: Path) -> str:
@@ -35,14 +38,11 @@ def mend(site_packages: Path) -> str:
     Raises RuntimeError when torchvision is missing, or still does not import with the hook in place.
     """
     module_file, path_file = site_packages / f"{HOOK_MODULE}.py", site_packages / f"{HOOK_MODULE}.pth"
-    error = import_error("torchvision", site_packages)
+    error = import_error("torchvision")
     if error is not None and "No module named 'torchvision'" in error:
-        raise RuntimeError(f"no torchvision in {site_packages}; run `pip install -r requirements.txt` first")
-    hidden = [
-        name
-        for name in OPTIONAL_PACKAGES
-        if (site_packages / name).is_dir() and import_error(name, site_packages) is not None
-    ]
+        raise RuntimeError(f"{sys.executable} has no torchvision; run `pip install -r requirements.txt` first")
+    optional_errors = {name: import_error(name) for name in OPTIONAL_PACKAGES}
+    hidden = [name for name, why in optional_errors.items() if why is not None and "No module named" not in why]
     if error is None and not hidden:
         module_file.unlink(missing_ok=True)
         path_file.unlink(missing_ok=True)
@@ -53,7 +53,8 @@ def mend(site_packages: Path) -> str:
     check = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, text=True, check=False)
     if check.returncode != 0:
         raise RuntimeError(f"torchvision does not import even with the hook:\n{check.stderr}")
-    return f"torchvision mended ({error or 'it imports'}); hidden: {', '.join(hidden) or 'nothing'}"
+    hiding = f"; hidden, as broken as it was: {', '.join(hidden)}" if hidden else ""
+    return f"torchvision mended (without the hook: {error}){hiding}"
 
 
 if __name__ == "__main__":

@@ -168,9 +168,7 @@ def build_model(
     return model
 
 
-def save_tiny(
-    directory: str | Path, model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor
-) -> str:
+def save_tiny(directory: str | Path, model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor) -> str:
     """Write model, tokenizer and processor as one Hugging Face folder and return its path."""
     model.save_pretrained(directory)
     processor.save_pretrained(directory)

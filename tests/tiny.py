@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
-from tiny_qwen import build_model, build_processor, build_tokenizer, save_tiny  # noqa: E402
+from tiny_qwen import build_model, build_processor, build_tokenizer, save_tiny
 
 CORPUS = (
     "What is the sum of the digits? What is in the picture?",
