@@ -72,22 +72,21 @@ def load_rows(data_path: str) -> Dataset:
     local = Path(path).expanduser()
     try:
         if local.is_file():
-            rows = _load_files([local], "train", split)
-        elif local.is_dir():
-            rows = _load_folder(local, split)
-        elif path.startswith((".", "/", "~")) or local.suffix in FILE_TYPES:
+            return _load_files([local], "train", split)
+        if local.is_dir():
+            return _load_folder(local, split)
+        if path.startswith((".", "/", "~")) or local.suffix in FILE_TYPES:
             raise FileNotFoundError(f"no such file or folder (looked for {local.absolute()})")
-        else:
-            rows = _load_from_hub(path, split)
+        return _load_from_hub(path, split)
     except (DatasetsError, OSError, ValueError) as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise ValueError(f"cannot load the data {data_path!r}: {error}{cause}") from error
-    if len(rows) == 0:
-        raise ValueError(f"the data {data_path!r} has no rows")
-    return rows
 
 
 def _load_files(files: Sequence[Path], file_split: str, split: str) -> Dataset:
+    empty = [file.name for file in files if file.stat().st_size == 0]
+    if empty:
+        raise ValueError(f"{', '.join(empty)} is empty")
     builder = FILE_TYPES.get(files[0].suffix)
     if builder is None:
         raise ValueError(f"{files[0].name} is none of {', '.join(FILE_TYPES)}")
@@ -96,6 +95,8 @@ def _load_files(files: Sequence[Path], file_split: str, split: str) -> Dataset:
 
 def _load_folder(folder: Path, split: str) -> Dataset:
     if (folder / "state.json").is_file():
+        if split != "train":
+            raise ValueError(f"it was saved as one set without splits; leave @{split} out")
         return load_from_disk(str(folder))
     split_name = split.partition("[")[0]
     if (folder / "dataset_dict.json").is_file():
@@ -119,20 +120,23 @@ def _load_from_hub(dataset_id: str, split: str) -> Dataset:
     try:
         return load_dataset(dataset_id, split=split)
     except OSError as error:
-        raise ValueError(
-            f"{dataset_id!r} is no file or folder here, and as a dataset of the hub it cannot be had: {error}"
-        ) from error
+        raise FileNotFoundError("no such file or folder here, and from the hub it cannot be had") from error
 
 
 @lru_cache
-def _format_template(source: str) -> jinja2.Template:
+def _template(source: str) -> jinja2.Template:
     return jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(source)
 
 
 def _read_format_prompt(path: str) -> str:
     source = Path(path).read_text(encoding="utf-8").strip()
-    if "content" not in meta.find_undeclared_variables(jinja2.Environment().parse(source)):
-        raise ValueError(f"data.format_prompt={path} never uses {{{{ content }}}}, so no prompt would hold its question")
+    try:
+        variables = meta.find_undeclared_variables(jinja2.Environment().parse(source))
+        _template(source).render(content="")
+    except jinja2.TemplateError as error:
+        raise ValueError(f"data.format_prompt={path}: {error}; it may use one variable, {{{{ content }}}}") from error
+    if "content" not in variables:
+        raise ValueError(f"data.format_prompt={path} never uses {{{{ content }}}}: no prompt would hold its question")
     return source
 
 
@@ -218,6 +222,8 @@ class RLHFDataset(torch.utils.data.Dataset):
         self._rows = rows.remove_columns([image_key]) if has_images else rows
         self._row_numbers = np.arange(len(rows))  # in the file; rows that are dropped leave gaps
         self._check_prompts()
+        if processor is None:
+            self._media = None  # an image column without images reads as none at all
         if filter_overlong_prompts:
             self._drop_overlong(filter_overlong_prompts_workers)
 
@@ -259,7 +265,7 @@ class RLHFDataset(torch.utils.data.Dataset):
     # ---- one row ----
 
     def _prompt_text(self, prompt: str) -> str:
-        return prompt if self.format_prompt is None else _format_template(self.format_prompt).render(content=prompt)
+        return prompt if self.format_prompt is None else _template(self.format_prompt).render(content=prompt)
 
     def _chat_text(self, prompt_text: str) -> str:
         """The prompt as the model reads it: one user turn in the chat template, the assistant's turn opened."""
@@ -358,7 +364,7 @@ class RLHFDataset(torch.utils.data.Dataset):
         mismatches = []
         for index, (prompt, images) in enumerate(zip(self._rows[self.prompt_key], image_counts, strict=True)):
             if not isinstance(prompt, str):
-                raise ValueError(f"{self._name(index)}: data.prompt_key={self.prompt_key} holds {prompt!r}, not a text")
+                raise ValueError(f"{self._name(index)}: data.prompt_key={self.prompt_key} is {prompt!r}, not a text")
             placeholders = self._prompt_text(prompt).count(IMAGE_PLACEHOLDER)
             if self.processor is not None and placeholders != images:
                 mismatches.append(f"row {index}: {placeholders} placeholders, {images} images")
@@ -371,11 +377,12 @@ class RLHFDataset(torch.utils.data.Dataset):
             )
 
     def _drop_overlong(self, workers: int) -> None:
+        processes = min(workers, len(self) // ROWS_PER_PROCESS)
         lengths = self._rows.select_columns([self.prompt_key]).map(
             self._measure,
             with_indices=True,
             remove_columns=[self.prompt_key],
-            num_proc=max(1, min(workers, len(self) // ROWS_PER_PROCESS)),
+            num_proc=processes if processes > 1 else None,
             # Image files and limits may have changed since a cached result was written.
             load_from_cache_file=False,
             new_fingerprint=uuid.uuid4().hex,

@@ -51,6 +51,8 @@ def open_image(source: ImageSource, image_dir: str | os.PathLike | None = None) 
         raise ValueError(
             f"an image has to be a PIL image, bytes, a path, or a dict with 'bytes' or 'path', not {source!r:.80}"
         )
+    if image.format == "PNG" and "exif" not in image.info:
+        return image  # Pillow would decode it all, to see whether an orientation comes after the pixels
     return ImageOps.exif_transpose(image)
 
 

@@ -1,0 +1,517 @@
+# SPDX-License-Identifier: Apache-2.0
+# python -m pytest tests/test_dataset.py
+"""Rows become prompts with the real processor, and whatever is wrong with a row is said with its number."""
+
+import io
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase, Qwen2_5_VLProcessor
+
+from verl.data.dataset import RLHFDataset, collate_fn, load_rows
+from verl.data.vision import MediaHandle, featurize
+from verl.utils.tokenizer import get_processor, get_tokenizer
+
+P = 64
+SIDE = 28  # pixels of one image token
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps what `datasets` converts out of the user's own cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_path: str) -> PreTrainedTokenizerBase:
+    return get_tokenizer(tiny_model_path)
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_model_path: str) -> Qwen2_5_VLProcessor:
+    return get_processor(tiny_model_path)
+
+
+@pytest.fixture
+def make(tokenizer: PreTrainedTokenizerBase, processor: Qwen2_5_VLProcessor, tmp_path: Path) -> Callable:
+    """`make(rows, **options)` is the dataset of such rows, from a json lines file with images beside it."""
+
+    def build(rows: list[dict[str, Any]], **options: Any) -> RLHFDataset:
+        options = {"image_dir": str(tmp_path), "max_prompt_length": P, "processor": processor, **options}
+        return RLHFDataset(write_json(tmp_path / "rows.jsonl", rows), tokenizer, **options)
+
+    return build
+
+
+def write_json(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def write_image(folder: Path, name: str, width: int, height: int) -> str:
+    """A noise image, so that any change of pixels shows; returns `name`."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / name)
+    return name
+
+
+def row(prompt: str, images: list[Any] | None = None, **columns: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "answer": "1", "images": images, **columns}
+
+
+def real_ids(item: dict[str, Any]) -> list[int]:
+    """The prompt's tokens without padding."""
+    return item["input_ids"][item["attention_mask"].bool()].tolist()
+
+
+# ---- where rows come from ----
+
+
+def as_parquet(rows: datasets.Dataset, folder: Path) -> str:
+    rows.to_parquet(folder / "d.parquet")
+    return str(folder / "d.parquet")
+
+
+def as_json(rows: datasets.Dataset, folder: Path) -> str:
+    (folder / "d.json").write_text(json.dumps(rows.to_list()))
+    return str(folder / "d.json")
+
+
+def as_jsonl(rows: datasets.Dataset, folder: Path) -> str:
+    return write_json(folder / "d.jsonl", rows.to_list())
+
+
+def as_csv(rows: datasets.Dataset, folder: Path) -> str:
+    rows.to_csv(folder / "d.csv")
+    return str(folder / "d.csv")
+
+
+def as_saved_folder(rows: datasets.Dataset, folder: Path) -> str:
+    rows.save_to_disk(folder / "saved")
+    return str(folder / "saved")
+
+
+def as_arrow(rows: datasets.Dataset, folder: Path) -> str:
+    (file,) = Path(as_saved_folder(rows, folder)).glob("*.arrow")
+    return str(file)
+
+
+def as_folder(rows: datasets.Dataset, folder: Path) -> str:
+    """Two files beside an image: a folder of data may hold its media too."""
+    (folder / "d").mkdir()
+    for index in range(2):
+        write_json(folder / "d" / f"part-{index}.jsonl", rows.to_list()[2 * index : 2 * index + 2])
+    write_image(folder / "d", "a.png", SIDE, SIDE)
+    return str(folder / "d")
+
+
+@pytest.mark.parametrize(
+    "write", [as_parquet, as_json, as_jsonl, as_csv, as_arrow, as_saved_folder, as_folder], ids=lambda f: f.__name__
+)
+def test_every_kind_of_file_and_folder_gives_the_same_rows(
+    write: Callable[[datasets.Dataset, Path], str], tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"question {index}", "answer": f"a{index}"} for index in range(4)]
+    path = write(datasets.Dataset.from_list(rows), tmp_path)
+    assert load_rows(path).to_list() == rows
+    assert load_rows(f"{path}@train").to_list() == rows
+
+
+def test_a_split_of_a_folder_is_the_files_named_after_it(tmp_path: Path) -> None:
+    (tmp_path / "d" / "val").mkdir(parents=True)
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test", "val/0"):
+        write_json(tmp_path / "d" / f"{name}.jsonl", [{"prompt": name}])
+    folder = str(tmp_path / "d")
+    assert load_rows(f"{folder}@test")["prompt"][:] == ["test"]
+    assert load_rows(f"{folder}@val")["prompt"][:] == ["val/0"]
+    assert load_rows(folder)["prompt"][:] == ["train-00000-of-00002", "train-00001-of-00002"]
+    assert load_rows(f"{folder}@train[:1]")["prompt"][:] == ["train-00000-of-00002"]
+    with pytest.raises(ValueError, match="no file in the folder is named after the split 'dev'"):
+        load_rows(f"{folder}@dev")
+
+
+def test_a_saved_set_of_splits_is_read_by_split(tmp_path: Path) -> None:
+    splits = {name: datasets.Dataset.from_dict({"prompt": [name]}) for name in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    assert load_rows(f"{tmp_path / 'saved'}@test")["prompt"][:] == ["test"]
+    with pytest.raises(ValueError, match="no split 'dev' in it; its splits are train, test"):
+        load_rows(f"{tmp_path / 'saved'}@dev")
+    with pytest.raises(ValueError, match="saved as one set without splits; leave @test out"):
+        load_rows(f"{tmp_path / 'saved' / 'train'}@test")
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("no/such-dataset", r"no such file or folder here, and from the hub it cannot be had \(Couldn't reach"),
+        ("no/such-dataset@test", "'no/such-dataset@test': .*from the hub it cannot be had"),
+        ("./nowhere", "no such file or folder"),
+        ("nowhere.parquet", "no such file or folder"),
+    ],
+)
+def test_data_that_is_not_there_is_named(path: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HF_HUB_OFFLINE is set for all tests, so the hub is not asked."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=f"cannot load the data.*{problem}"):
+        load_rows(path)
+
+
+def test_a_split_that_a_file_does_not_have_is_named_with_those_it_has(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "d.jsonl", [{"prompt": "a"}])
+    with pytest.raises(ValueError, match=r'd.jsonl@test.*Unknown split "test".*train'):
+        load_rows(f"{path}@test")
+
+
+def test_a_folder_of_mixed_types_and_an_unknown_type_are_refused(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.jsonl", [{"prompt": "a"}])
+    (tmp_path / "b.csv").write_text("prompt\na\n")
+    with pytest.raises(ValueError, match="files of several types: csv, json"):
+        load_rows(str(tmp_path))
+    (tmp_path / "notes.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"notes\.txt is none of \.parquet, \.json"):
+        load_rows(str(tmp_path / "notes.txt"))
+
+
+def test_a_damaged_file_says_what_is_wrong_with_it(tmp_path: Path) -> None:
+    (tmp_path / "d.parquet").write_bytes(b"not parquet")
+    with pytest.raises(ValueError, match=r"cannot load the data.*d\.parquet.*[Pp]arquet magic bytes"):
+        load_rows(str(tmp_path / "d.parquet"))
+
+
+# ---- one item ----
+
+
+def test_an_item_holds_what_processor_and_tokenizer_make_of_the_chat(
+    make: Callable, tokenizer: PreTrainedTokenizerBase, processor: Qwen2_5_VLProcessor, tmp_path: Path
+) -> None:
+    """56 x 84 pixels are 2 x 3 tokens and 28 x 28 are one, of 28 x 28 pixels each."""
+    wide, square = write_image(tmp_path, "a.png", 84, 56), write_image(tmp_path, "b.png", 28, 28)
+    dataset = make([row("<image>one<image>two", [wide, square], level=3, source="here")])
+    item = dataset[0]
+    chat = (
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>one"
+        "<|vision_start|><|image_pad|><|vision_end|>two<|im_end|>\n<|im_start|>assistant\n"
+    )
+    images = [Image.open(tmp_path / name) for name in (wide, square)]
+    expected = processor(text=[chat], images=images, return_tensors="pt")
+
+    assert item["raw_prompt_ids"] == tokenizer.encode(chat)
+    assert real_ids(item) == expected["input_ids"][0].tolist()
+    assert real_ids(item).count(processor.image_token_id) == 6 + 1
+    assert item["prompt_text"] == "<image>one<image>two"
+    assert item["ground_truth"] == "1"
+    assert item["extra"] == {"level": 3, "source": "here"}
+    assert [image.size for image in item["multi_modal_data"]["images"]] == [(84, 56), (28, 28)]
+
+
+def test_prompts_are_padded_on_the_left_and_positions_start_at_the_text(
+    make: Callable, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    item = make([row("<image>?", [write_image(tmp_path, "a.png", 84, 56)])])[0]
+    length = item["attention_mask"].sum().item()
+    assert item["input_ids"].shape == item["attention_mask"].shape == (P,)
+    assert item["input_ids"].dtype == item["attention_mask"].dtype == item["position_ids"].dtype == torch.int64
+    assert item["attention_mask"].tolist() == [0] * (P - length) + [1] * length
+    assert (item["input_ids"][: P - length] == tokenizer.pad_token_id).all()
+    assert item["position_ids"].shape == (4, P)
+    assert item["position_ids"][0].tolist() == [0] * (P - length) + list(range(length))
+    assert (item["position_ids"][:, : P - length] == 0).all()
+    # The image takes 6 tokens and 3 positions.
+    assert (item["position_ids"][1:, -1] == length - 1 - 3).all()
+
+
+@pytest.mark.parametrize("features", ["images", "structs", "bytes"])
+def test_parquet_rows_hold_images_in_three_ways_and_give_the_same_pixels(
+    features: str, make: Callable, tokenizer: PreTrainedTokenizerBase, processor: Qwen2_5_VLProcessor, tmp_path: Path
+) -> None:
+    """As the library's own Image feature, as plain {"bytes", "path"} structs, and as raw bytes."""
+    write_image(tmp_path, "a.png", 84, 56)
+    image, data = Image.open(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes()
+    cell = {"images": [image], "structs": [{"bytes": data, "path": None}], "bytes": [data]}[features]
+    columns = {"prompt": ["<image>?", "text"], "answer": ["1", "2"], "images": [cell, None]}
+    schema = {"prompt": datasets.Value("string"), "answer": datasets.Value("string")}
+    schema["images"] = datasets.List(
+        {
+            "images": datasets.Image(),
+            "structs": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+            "bytes": datasets.Value("binary"),
+        }[features]
+    )
+    path = as_parquet(datasets.Dataset.from_dict(columns, features=datasets.Features(schema)), tmp_path)
+    dataset = RLHFDataset(path, tokenizer, processor, max_prompt_length=P)
+    by_path = make([row("<image>?", ["a.png"])])[0]
+    assert np.array_equal(dataset[0]["multi_modal_data"]["images"][0], by_path["multi_modal_data"]["images"][0])
+    assert torch.equal(dataset[0]["input_ids"], by_path["input_ids"])
+    assert dataset[1]["multi_modal_data"] is None
+
+
+def test_rows_without_images_stand_beside_rows_with_them(make: Callable, tmp_path: Path) -> None:
+    name = write_image(tmp_path, "a.png", SIDE, SIDE)
+    dataset = make([row("<image>a", [name]), row("b", None), row("b", []), row("<image><image>", [name, name])])
+    batch = collate_fn([dataset[index] for index in range(4)])
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (4, P)
+    assert batch["position_ids"].shape == (4, 4, P)
+    counts = [len(media["images"]) if media else 0 for media in batch["multi_modal_data"]]
+    assert counts == [1, 0, 0, 2]
+    assert torch.equal(batch["input_ids"][1], batch["input_ids"][2])
+
+
+def test_a_text_row_reads_the_same_with_an_image_column_as_without(make: Callable) -> None:
+    without = make([{"prompt": "What?", "answer": "1"}])[0]
+    beside = make([row("What?", None)])[0]
+    for key in ("input_ids", "attention_mask", "position_ids"):
+        assert torch.equal(without[key], beside[key])
+    assert without["raw_prompt_ids"] == beside["raw_prompt_ids"]
+
+
+def test_a_text_model_gets_single_positions_and_ignores_an_empty_image_column(make: Callable) -> None:
+    item = make([row("What is <image> in html?", None)], processor=None)[0]
+    assert item["position_ids"].shape == (P,)
+    assert item["multi_modal_data"] is None
+
+
+def test_everything_but_tensors_is_collated_to_objects_of_one_dimension(make: Callable) -> None:
+    """Two equal lists of ids are the case that numpy would make a matrix of."""
+    dataset = make([row("same", note={"a": [1, 2]}), row("same", note={"a": [1, 2]})])
+    batch = collate_fn([dataset[0], dataset[1]])
+    for key in ("raw_prompt_ids", "prompt_text", "ground_truth", "multi_modal_data", "extra"):
+        assert batch[key].shape == (2,)
+        assert batch[key].dtype == object
+    assert batch["raw_prompt_ids"][0] == dataset[0]["raw_prompt_ids"]
+    assert batch["extra"][1] == {"note": {"a": [1, 2]}}
+
+
+def test_format_prompt_renders_the_question_into_the_user_turn(
+    make: Callable, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    (tmp_path / "f.jinja").write_text("{{ content | trim }} Answer in one word.\n")
+    name = write_image(tmp_path, "a.png", SIDE, SIDE)
+    item = make([row("<image>What?  ", [name])], format_prompt=str(tmp_path / "f.jinja"))[0]
+    assert item["prompt_text"] == "<image>What? Answer in one word."
+    assert "<|vision_end|>What? Answer in one word.<|im_end|>" in tokenizer.decode(item["raw_prompt_ids"])
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("Answer in one word.", "never uses {{ content }}"),
+        ("{{ content }} {{ hint }}", "'hint' is undefined; it may use one variable, {{ content }}"),
+        ("{{ content", "unexpected end"),
+    ],
+)
+def test_a_format_prompt_that_cannot_work_is_refused(
+    template: str, problem: str, make: Callable, tmp_path: Path
+) -> None:
+    (tmp_path / "f.jinja").write_text(template)
+    with pytest.raises(ValueError, match=f"data.format_prompt=.*f.jinja.*{problem}"):
+        make([row("What?")], format_prompt=str(tmp_path / "f.jinja"))
+
+
+@pytest.mark.parametrize(
+    ("limits", "tokens"),
+    [
+        (dict(), 5 * 10),
+        (dict(max_pixels=(5 * SIDE) * (10 * SIDE) // 25), 1 * 2),
+        (dict(min_pixels=(5 * SIDE) * (10 * SIDE) * 4), 10 * 20),
+    ],
+)
+def test_the_worker_featurizes_the_pixels_whose_tokens_the_dataset_counted(
+    limits: dict[str, int], tokens: int, make: Callable, processor: Qwen2_5_VLProcessor, tmp_path: Path
+) -> None:
+    """An image of 5 x 10 tokens; a 25th of its area is 1 x 2, four times its area 10 x 20."""
+    name = write_image(tmp_path, "a.png", 10 * SIDE, 5 * SIDE)
+    item = make([row("<image>", [name])], max_prompt_length=256, **limits)[0]
+    handles = [MediaHandle.put(image) for image in item["multi_modal_data"]["images"]]
+    features = featurize([handles], processor.image_processor)
+    assert real_ids(item).count(processor.image_token_id) == tokens
+    assert features["image_grid_thw"].prod().item() // processor.image_processor.merge_size**2 == tokens
+
+
+# ---- length ----
+
+
+def test_rows_longer_than_the_limit_are_dropped_and_counted(
+    make: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By text or by image, at the limit exactly: a row that fits to the token stays, with one token less it goes."""
+    small, large = write_image(tmp_path, "a.png", SIDE, SIDE), write_image(tmp_path, "b.png", 8 * SIDE, 8 * SIDE)
+    rows = [row("a"), row("word " * 200), row("<image>", [large]), row("<image>", [small]), row("bb cc dd 123456")]
+    lengths = [len(real_ids(make([each], max_prompt_length=1000)[0])) for each in rows]
+    with caplog.at_level(logging.INFO, logger="verl"):
+        dataset = make(rows, max_prompt_length=lengths[4])
+    assert "kept 3 of 5 prompts, dropped 2 longer than data.max_prompt_length" in caplog.text
+    assert [item["prompt_text"] for item in dataset] == ["a", "<image>", "bb cc dd 123456"]
+    assert len(make(rows, max_prompt_length=lengths[4] - 1)) == 2
+
+
+def test_several_processes_drop_the_rows_that_one_drops(make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row("word " * (index % 7) * 5, number=index) for index in range(30)]
+    one = make(rows, max_prompt_length=25)
+    monkeypatch.setattr("verl.data.dataset.ROWS_PER_PROCESS", 10)
+    several = make(rows, max_prompt_length=25, filter_overlong_prompts_workers=2)
+    assert 0 < len(one) < 30
+    assert [item["extra"]["number"] for item in several] == [item["extra"]["number"] for item in one]
+
+
+def test_a_set_with_no_row_short_enough_says_how_long_they_are(make: Callable) -> None:
+    with pytest.raises(
+        ValueError, match=r"every row of .* is longer than data.max_prompt_length=4: \d+ to \d+ tokens"
+    ):
+        make([row("a"), row("bb cc")], max_prompt_length=4)
+
+
+@pytest.mark.parametrize(("side", "kept"), [("left", slice(-P, None)), ("right", slice(P))])
+def test_truncation_cuts_the_same_text_from_both_id_lists(side: str, kept: slice, make: Callable) -> None:
+    whole = make([row("abc " * 40)], max_prompt_length=500)[0]
+    item = make([row("abc " * 40)], filter_overlong_prompts=False, truncation=side)[0]
+    assert real_ids(item) == item["raw_prompt_ids"] == whole["raw_prompt_ids"][kept]
+
+
+def test_truncation_leaves_images_whole_or_names_the_row(
+    make: Callable, processor: Qwen2_5_VLProcessor, tmp_path: Path
+) -> None:
+    name = write_image(tmp_path, "a.png", 2 * SIDE, 2 * SIDE)
+    options = dict(filter_overlong_prompts=False, truncation="right")
+    dataset = make([row("<image>" + "abc " * 90, [name]), row("abc " * 90 + "<image>", [name])], **options)
+    item = dataset[0]
+    assert len(real_ids(item)) == P
+    assert real_ids(item).count(processor.image_token_id) == 4
+    assert len(item["raw_prompt_ids"]) == P - 4 + 1
+    assert real_ids(item)[-20:] == item["raw_prompt_ids"][-20:]
+    with pytest.raises(ValueError, match=r"row 1 of .*cutting it would cut through an image"):
+        dataset[1]
+
+
+def test_without_truncation_a_long_row_is_named_with_both_lengths(make: Callable) -> None:
+    dataset = make([row("a"), row("abc " * 90)], filter_overlong_prompts=False)
+    with pytest.raises(ValueError, match=rf"row 1 of .* has \d+ tokens, data.max_prompt_length={P}; raise it"):
+        dataset[1]
+
+
+# ---- what is wrong with a row ----
+
+
+def test_placeholders_that_do_not_match_the_images_are_reported_for_all_rows_at_once(
+    make: Callable, tmp_path: Path
+) -> None:
+    """Before the overlong filter, which would drop row 1, and whatever form the missing images take."""
+    name = write_image(tmp_path, "a.png", SIDE, SIDE)
+    rows = [
+        row("<image>", [name]),
+        row("<image><image>" + "abc " * 200, [name]),
+        row("no placeholder", [name]),
+        row("<image>", None),
+        row("<image>", []),
+    ]
+    with pytest.raises(ValueError) as caught:
+        make(rows)
+    message = str(caught.value)
+    assert message.startswith("4 of 5 rows")
+    for part in (
+        "row 1: 2 placeholders, 1 images",
+        "row 2: 0 placeholders, 1 images",
+        "row 3: 1 placeholders, 0 images",
+        "row 4: 1 placeholders, 0 images",
+    ):
+        assert part in message
+    assert "row 0" not in message
+
+
+def test_a_long_list_of_mismatches_is_cut_short(make: Callable) -> None:
+    with pytest.raises(ValueError, match=r"20 of 20 rows.*row 9: [^;]*; \.\.\.$"):
+        make([row("<image>")] * 20)
+
+
+def test_placeholders_in_a_set_without_the_image_column_name_that_column(make: Callable) -> None:
+    with pytest.raises(ValueError, match="There is no column data.image_key=images. row 0: 1 placeholders, 0 images"):
+        make([{"prompt": "<image>", "answer": "1", "picture": []}])
+
+
+def test_a_template_that_adds_a_placeholder_is_caught(make: Callable, tmp_path: Path) -> None:
+    (tmp_path / "f.jinja").write_text("<image>{{ content }}")
+    name = write_image(tmp_path, "a.png", SIDE, SIDE)
+    with pytest.raises(ValueError, match="row 0: 2 placeholders, 1 images"):
+        make([row("<image>", [name])], format_prompt=str(tmp_path / "f.jinja"))
+
+
+def test_a_prompt_that_spells_out_a_media_token_is_caught(make: Callable) -> None:
+    with pytest.raises(ValueError, match=r"row 1 of .* has 0 images, but 1 of <\|image_pad\|>"):
+        make([row("a"), row("what does <|image_pad|> mean?")])
+
+
+@pytest.mark.parametrize("cell", [["absent.png"], ["broken.png"], [{"bytes": None, "path": None}]])
+def test_an_image_that_cannot_be_opened_names_its_row_when_loading(
+    cell: list[Any], make: Callable, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"row 1 of .*rows\.jsonl'?: image 0 cannot be read"):
+        make([row("a"), row("<image>", cell)])
+
+
+def test_an_image_whose_pixels_are_damaged_names_its_row_in_the_file(make: Callable, tmp_path: Path) -> None:
+    """Row 0 is dropped for its length, which must not move the number; the header of the image is whole."""
+    buffer = io.BytesIO()
+    Image.open(tmp_path / write_image(tmp_path, "a.png", 100, 100)).save(buffer, format="PNG")
+    (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:2000])
+    dataset = make([row("abc " * 200), row("<image>", ["cut.png"])])
+    with pytest.raises(ValueError, match="row 1 of .*: image 0 cannot be read"):
+        dataset[0]
+
+
+def test_an_image_too_narrow_for_the_processor_names_its_row(make: Callable, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="row 0 of .*: image 0 cannot be read: .*aspect ratio"):
+        make([row("<image>", [write_image(tmp_path, "a.png", 2000, 2)])])
+
+
+@pytest.mark.parametrize(
+    ("option", "key"), [("prompt_key", "problem"), ("answer_key", "solution")], ids=["prompt", "answer"]
+)
+def test_a_missing_column_is_named_with_those_there_are(option: str, key: str, make: Callable) -> None:
+    with pytest.raises(ValueError, match=f"data.{option}={key} is no column of .*; it has prompt, answer, images"):
+        make([row("a")], **{option: key})
+
+
+def test_columns_may_have_other_names(make: Callable, tmp_path: Path) -> None:
+    name = write_image(tmp_path, "a.png", SIDE, SIDE)
+    rows = [{"problem": "<image>?", "solution": 7, "picture": [name], "images": "kept"}]
+    item = make(rows, prompt_key="problem", answer_key="solution", image_key="picture")[0]
+    assert item["ground_truth"] == 7
+    assert item["extra"] == {"images": "kept"}
+    assert len(item["multi_modal_data"]["images"]) == 1
+
+
+def test_a_prompt_that_is_no_text_names_its_row(make: Callable) -> None:
+    with pytest.raises(ValueError, match="row 1 of .*: data.prompt_key=prompt is None, not a text"):
+        make([row("a"), row(None)])
+
+
+def test_a_single_image_instead_of_a_list_is_refused(make: Callable) -> None:
+    with pytest.raises(ValueError, match="data.image_key=images: each row of .* needs a list of images"):
+        make([row("<image>", "a.png")])
+
+
+def test_images_for_a_text_model_name_the_first_row_that_has_them(make: Callable) -> None:
+    with pytest.raises(ValueError, match="row 1 of .* has images, but .* is a model of text alone"):
+        make([row("a"), row("<image>", ["a.png"])], processor=None)
+
+
+def test_videos_are_refused_for_now_and_an_empty_column_is_not(make: Callable) -> None:
+    assert len(make([row("a", videos=None), row("b", videos=[])])) == 2
+    with pytest.raises(ValueError, match=r"data.video_key=videos: .* has videos, which this version cannot train on"):
+        make([row("a", videos=["a.mp4"])])
+
+
+def test_a_set_without_rows_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    empty = datasets.Dataset.from_dict({"prompt": [], "answer": []})
+    with pytest.raises(ValueError, match=r"cannot load the data .*d\.parquet.* no data"):
+        RLHFDataset(as_parquet(empty, tmp_path), tokenizer, None)
+    with pytest.raises(ValueError, match=r"cannot load the data .*: d\.jsonl is empty"):
+        RLHFDataset(as_jsonl(empty, tmp_path), tokenizer, None)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+# python -m pytest tests/test_tokenizer.py
+"""Tokenizer and processor come ready for generation, and a machine that cannot load one says what to do."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, Qwen2_5_VLProcessor
+
+from tests.tiny import CORPUS, build_tokenizer
+from verl.utils.tokenizer import check_torchvision, get_processor, get_tokenizer
+
+TEMPLATE = "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def text_model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a model of text alone, as far as config and tokenizer go."""
+    folder = tmp_path_factory.mktemp("text_model")
+    build_tokenizer(CORPUS).save_pretrained(folder)
+    LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2).save_pretrained(folder)
+    return str(folder)
+
+
+def test_padding_goes_to_the_left_in_tokenizer_and_processor(tiny_model_path: str) -> None:
+    for tokenizer in (get_tokenizer(tiny_model_path), get_processor(tiny_model_path).tokenizer):
+        batch = tokenizer(["a", "a b c d"], padding=True)
+        assert batch["attention_mask"][0][0] == 0
+        assert batch["attention_mask"][0][-1] == 1
+
+
+def test_a_padding_token_is_borrowed_from_the_end_of_sequence(tiny_model_path: str) -> None:
+    tokenizer = get_tokenizer(tiny_model_path, pad_token=None)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_a_vision_language_model_has_its_own_processor_class(tiny_model_path: str) -> None:
+    assert isinstance(get_processor(tiny_model_path), Qwen2_5_VLProcessor)
+
+
+def test_a_text_model_has_no_processor(text_model_path: str) -> None:
+    assert get_processor(text_model_path) is None
+
+
+def test_an_overriding_template_comes_from_a_file_or_as_text(tiny_model_path: str, tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    for override in (str(tmp_path / "chat.jinja"), TEMPLATE):
+        for owner in (get_tokenizer(tiny_model_path, override), get_processor(tiny_model_path, override)):
+            assert owner.apply_chat_template(MESSAGES, tokenize=False) == "[user]hi"
+
+
+def test_a_template_file_that_is_not_there_is_named(tiny_model_path: str) -> None:
+    with pytest.raises(ValueError, match=r"override_chat_template=/no/chat\.jinja is not a file"):
+        get_tokenizer(tiny_model_path, "/no/chat.jinja")
+
+
+def test_a_torchvision_that_cannot_load_names_the_script_that_mends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package on the path fails with the words of the real wheel beside a CPU-only torch."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    with pytest.raises(RuntimeError, match=r"torchvision::nms does not exist.*scripts/mend_torchvision\.py"):
+        check_torchvision()

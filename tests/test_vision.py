@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+# python -m pytest tests/test_vision.py
+"""One image, whatever its form, is one set of pixels: in the dataset, on the wire and as model features."""
+
+import io
+import pickle
+from pathlib import Path
+
+import cloudpickle
+import numpy as np
+import pytest
+import ray
+import torch
+from PIL import Image
+from transformers import Qwen2VLImageProcessor
+
+from verl.data.vision import MediaHandle, featurize, image_token_count, open_image, process_image, target_size
+
+
+def make_image(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Noise, so that any change of pixels shows."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def png(image: Image.Image, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", **options)
+    return buffer.getvalue()
+
+
+def same_pixels(left: Image.Image, right: Image.Image) -> bool:
+    return np.array_equal(np.asarray(left), np.asarray(right))
+
+
+def image_processor() -> Qwen2VLImageProcessor:
+    return Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
+
+
+def test_every_form_of_an_image_opens_to_the_same_pixels(tmp_path: Path) -> None:
+    image = make_image(30, 20)
+    (tmp_path / "a.png").write_bytes(png(image))
+    forms = [
+        image,
+        png(image),
+        {"bytes": png(image), "path": None},
+        {"bytes": None, "path": "a.png"},
+        "a.png",
+        Path("a.png"),
+        str(tmp_path / "a.png"),
+    ]
+    for form in forms:
+        assert same_pixels(open_image(form, tmp_path), image)
+
+
+def test_a_photo_taken_on_its_side_is_turned_upright_in_every_form(tmp_path: Path) -> None:
+    """Orientation 6 of the Exif standard: the image is to be shown rotated by 90 degrees clockwise."""
+    image = make_image(30, 20)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = png(image, exif=exif)
+    for form in (turned, Image.open(io.BytesIO(turned))):
+        assert same_pixels(open_image(form), image.transpose(Image.Transpose.ROTATE_270))
+
+
+@pytest.mark.parametrize("source", [None, 3, {"bytes": None, "path": None}])
+def test_something_that_is_no_image_is_shown_in_the_error(source: object) -> None:
+    with pytest.raises(ValueError, match=r"PIL image, bytes, a path.*not (None|3)"):
+        open_image(source)
+
+
+@pytest.mark.parametrize("size", [(1000, 500), (500, 1000), (10, 5), (100, 100), (4000, 1)])
+def test_an_image_is_brought_within_its_bounds_and_keeps_its_shape(size: tuple[int, int]) -> None:
+    """Rounding down may lose one pixel on each side, so an area may miss the lower bound by width + height."""
+    width, height = target_size(*size, min_pixels=2_500, max_pixels=40_000)
+    assert width * height <= 40_000
+    assert width * height >= 2_500 - width - height
+    assert abs(width * size[1] - height * size[0]) <= max(size)
+
+
+def test_bounds_by_hand_and_no_bounds() -> None:
+    """1000 x 500 to an area of 5000: both sides by sqrt(5000 / 500000) = 1/10."""
+    assert target_size(1000, 500, None, 5_000) == (100, 50)
+    assert target_size(10, 5, 5_000, None) == (100, 50)
+    assert target_size(1000, 500, None, None) == (1000, 500)
+    assert target_size(1000, 500, 5_000, 500_000) == (1000, 500)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
+def test_every_mode_becomes_rgb_of_the_size_foretold(mode: str) -> None:
+    image = process_image(make_image(60, 40).convert(mode), 28 * 28, 600)
+    assert image.mode == "RGB"
+    assert image.size == target_size(60, 40, 28 * 28, 600)
+
+
+@pytest.mark.parametrize("size", [(28, 28), (61, 43), (300, 90), (20, 130), (500, 500)])
+def test_tokens_counted_from_the_size_are_those_of_the_processed_image(size: tuple[int, int]) -> None:
+    """The last size is above the processor's own limit, which it applies once more."""
+    processor = image_processor()
+    grid = processor(images=[make_image(*size)], return_tensors="pt")["image_grid_thw"]
+    assert image_token_count(size, processor) == grid.prod().item() // processor.merge_size**2
+
+
+def test_a_handle_is_equal_to_its_copies_and_to_no_other_handle_of_the_same_image() -> None:
+    image = make_image(30, 20)
+    handle, other = MediaHandle.put(image), MediaHandle.put(image)
+    copy = pickle.loads(pickle.dumps(handle))
+    assert handle == copy
+    assert hash(handle) == hash(copy)
+    assert handle != other
+    assert same_pixels(copy.load(), image)
+
+
+def test_under_ray_a_handle_travels_small_and_loads_elsewhere(ray_cluster: None) -> None:
+    image = make_image(400, 300)
+    handle = MediaHandle.put(image)
+
+    @ray.remote
+    def load_there(rows: list[list[MediaHandle]]) -> tuple[bool, np.ndarray]:
+        return rows[0][0] == rows[1][0], np.asarray(rows[0][0].load())
+
+    are_equal, pixels = ray.get(load_there.remote([[handle], [handle]]))
+    assert are_equal
+    assert np.array_equal(pixels, np.asarray(image))
+    assert same_pixels(handle.load(), image)
+    assert len(cloudpickle.dumps(handle)) < 2_000 < len(image.tobytes())
+
+
+def test_features_are_those_of_each_image_alone_in_row_order() -> None:
+    """Shared, repeated, absent and several images a row; the slow path processes each occurrence by itself."""
+    processor = image_processor()
+    first, second, third = (
+        MediaHandle.put(make_image(*size, seed)) for seed, size in enumerate([(60, 40), (90, 90), (60, 40)])
+    )
+    media = [[second, first], None, [first], [], [third, first, second]]
+    features = featurize(media, processor)
+
+    alone = [processor(images=[handle.load()], return_tensors="pt") for row in media if row for handle in row]
+    for key in ("pixel_values", "image_grid_thw"):
+        assert torch.equal(features[key], torch.cat([single[key] for single in alone]))
+
+
+def test_each_distinct_image_is_processed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    processed = []
+    preprocess = Qwen2VLImageProcessor.preprocess
+
+    def counting(self: Qwen2VLImageProcessor, images: list[Image.Image], **options: object) -> object:
+        processed.extend(images)
+        return preprocess(self, images, **options)
+
+    monkeypatch.setattr(Qwen2VLImageProcessor, "preprocess", counting)
+    first, second = MediaHandle.put(make_image(60, 40)), MediaHandle.put(make_image(40, 60))
+    copies = [pickle.loads(pickle.dumps(first)) for _ in range(3)]
+    features = featurize([[copy] for copy in copies] + [[second]], image_processor())
+    assert len(processed) == 2
+    assert len(features["image_grid_thw"]) == 4
+
+
+def test_rows_without_images_have_no_features() -> None:
+    assert featurize([None, []], image_processor()) == {}
