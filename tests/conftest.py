@@ -17,7 +17,9 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",
     RAY_DEDUP_LOGS="0",
 )
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "scripts"))
 
 import pytest
 

@@ -40,8 +40,8 @@ def run(python: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
 
 
 def test_a_torchvision_without_its_operators_is_mended_and_torch_stays_unloaded_until_then(environment) -> None:
-    """Mending tells the error that users would see. After it the import works, but neither starting Python nor looking for the package
-    (as transformers does) loads torch. A broken torchcodec, which transformers would import, looks uninstalled."""
+    """Mending tells the error that users would see. After it the import works, but neither starting Python nor looking
+    for the package (as transformers does) loads torch. A broken torchcodec looks uninstalled."""
     python, site_packages = environment
     install_package(site_packages, "torchvision", DECORATE)
     (site_packages / "torchvision" / "_C.so").write_bytes(b"not a library")
