@@ -11,6 +11,7 @@ from tests.batches import answer_at_random, make_prompts
 from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, make_config, start_alone
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
+from verl.workers.actor.dp_actor import compute_log_probs
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,31 @@ def test_two_ranks_give_the_log_probs_of_one_in_the_order_of_the_rows(
         whole, shared = getattr(alone, compute)(batch).batch, getattr(two_ranks, compute)(batch).batch
         for name in whole.keys():
             torch.testing.assert_close(shared[name], whole[name], atol=1e-5, rtol=1e-5)
+
+
+def test_recomputing_activations_changes_no_gradient(
+    tiny_model_path: str, batch: DataProto, lone_process_group
+) -> None:
+    """Checkpointing is on by default; layers are then run twice, which shows in the number of their forwards."""
+    results, forwards = [], []
+    for switch in ("true", "false"):
+        config = make_config(tiny_model_path, f"worker.actor.model.enable_gradient_checkpointing={switch}")
+        worker = start_alone(config)
+        calls = []
+        first_layer = worker.model.model.language_model.layers[0]
+        first_layer.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        results.append(worker.gradients(batch, "token")[0])
+        forwards.append(len(calls))
+    assert largest_relative_difference(*results) < 1e-6
+    assert forwards == [2, 1]
+
+
+def test_log_prob_passes_take_a_smaller_last_micro_batch(
+    tiny_model_path: str, batch: DataProto, lone_process_group
+) -> None:
+    worker = start_alone(make_config(tiny_model_path))
+    whole = compute_log_probs(worker.actor.forward, batch, micro_batch_size=8)
+    torch.testing.assert_close(compute_log_probs(worker.actor.forward, batch, micro_batch_size=3), whole)
 
 
 def test_token_and_seq_averaging_differ(tiny_model_path: str, batch: DataProto, lone_process_group) -> None:

@@ -23,10 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 def compute_log_probs(forward: PolicyForward, data: DataProto, micro_batch_size: int) -> torch.Tensor:
-    """(N, R) float32 on the CPU: log-probabilities of the responses, without gradient, in micro-batches."""
+    """(N, R) float32 on the CPU: log-probabilities of the responses, without gradient.
+
+    Rows go through in micro-batches, the last one smaller if need be; all ranks have as many rows.
+    """
     forward.model.eval()
+    starts = range(0, len(data), micro_batch_size)
     with torch.no_grad():
-        return torch.cat([forward(micro_batch).cpu() for micro_batch in data.split(micro_batch_size)])
+        return torch.cat([forward(data[start : start + micro_batch_size]).cpu() for start in starts])
 
 
 class DataParallelPPOActor:

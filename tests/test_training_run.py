@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+# python -m pytest tests/test_training_run.py
+"""Whole runs: from the command line to checkpoints and curves, interrupted and resumed, and runs that must fail."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tests.batches import ROWS, write_dataset
+from verl.trainer.config import load_config
+from verl.trainer.main import run
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def data_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A training set of 24 rows and a held-out set of 5 (no multiple of any batch size), half of them text only."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "val").mkdir()
+    train = write_dataset(folder / "train.parquet", ROWS, copies=6)
+    val = write_dataset(folder / "val" / "val.parquet", [*ROWS, ROWS[0]])
+    return [f"data.train_files={train}", f"data.val_files={val}"]
+
+
+def arguments(model_path: str, data_files: list[str], output: Path, *overrides: str) -> list[str]:
+    return [
+        *data_files,
+        "data.rollout_batch_size=4",
+        "data.mini_rollout_batch_size=2",
+        "data.max_prompt_length=96",
+        "data.max_response_length=10",
+        "data.min_pixels=null",
+        "data.filter_overlong_prompts_workers=1",
+        "algorithm.use_kl_loss=true",
+        "algorithm.kl_penalty=low_var_kl",
+        f"worker.actor.model.model_path={model_path}",
+        "worker.actor.global_batch_size=2",
+        "worker.actor.micro_batch_size_per_device_for_update=2",
+        "worker.actor.micro_batch_size_per_device_for_experience=4",
+        "worker.actor.optim.lr=1e-3",
+        "worker.actor.fsdp.mp_param_dtype=fp32",
+        "worker.rollout.name=hf",
+        "worker.rollout.n=4",
+        "worker.rollout.dtype=fp32",
+        "worker.rollout.disable_tqdm=true",
+        f"worker.reward.reward_function={ROOT}/tests/rewards.py:compute_score",
+        "trainer.logger=[file]",
+        "trainer.n_gpus_per_node=1",
+        "trainer.max_steps=3",
+        f"trainer.save_checkpoint_path={output}",
+        *overrides,
+    ]
+
+
+def command(*args: str, mark: str = "", **variables: str) -> subprocess.CompletedProcess:
+    """Runs the trainer as a user does; every process it starts carries `mark` in its environment."""
+    return subprocess.run(
+        [sys.executable, "-m", "verl.trainer.main", *args],
+        cwd=ROOT,
+        env={**os.environ, **variables, "VERL_TEST_MARK": mark},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def processes_marked(mark: str) -> list[int]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("VERL_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def lines_of(log: Path) -> list[dict]:
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def flat_names(record: dict) -> set[str]:
+    return {f"{area}/{name}" for area, values in record.items() if isinstance(values, dict) for name in values}
+
+
+def test_three_steps_on_two_workers_leave_logs_checkpoints_and_curves(
+    tiny_model_path: str, data_files: list[str], tmp_path: Path
+) -> None:
+    mark = uuid.uuid4().hex
+    args = arguments(
+        tiny_model_path,
+        data_files,
+        tmp_path,
+        "trainer.logger=[console,file,tensorboard]",
+        "trainer.n_gpus_per_node=2",
+        "trainer.val_freq=2",
+        "trainer.val_generations_to_log=2",
+        "trainer.save_freq=1",
+        "trainer.save_limit=2",
+        "worker.actor.offload.offload_params=true",
+        "worker.actor.offload.offload_optimizer=true",
+        "worker.rollout.val_override_config={temperature: 0.5, n: 2}",
+    )
+    finished = command(*args, mark=mark, TENSORBOARD_DIR=str(tmp_path / "tensorboard"))
+    assert finished.returncode == 0, finished.stderr
+    assert "2 workers on cpu" in finished.stderr
+    assert processes_marked(mark) == []
+
+    records = lines_of(tmp_path / "experiment_log.jsonl")
+    assert [record["step"] for record in records] == [0, 1, 2, 3, 3]
+    expected = {
+        *(f"actor/{name}" for name in ("pg_loss", "ppo_kl", "entropy_loss", "pg_clipfrac_higher")),
+        *(f"actor/{name}" for name in ("pg_clipfrac_lower", "grad_norm", "lr", "kl_loss", "kl_coef")),
+        *(f"global_seqlen/{n}" for n in ("min", "max", "minmax_diff", "balanced_min", "balanced_max", "mean")),
+        *(f"response_length/{name}" for name in ("mean", "max", "min", "clip_ratio")),
+        *(f"timing_s/{name}" for name in ("gen", "reward", "old", "ref", "adv", "update_actor", "step")),
+        *(f"perf/{name}" for name in ("total_num_tokens", "time_per_step", "throughput", "cpu_memory_used_gb")),
+        "reward/overall",
+        "reward/with_image",
+    }
+    assert expected <= flat_names(records[1])
+    assert set(records[1]["critic"]) == {"score", "rewards", "advantages", "returns"}
+    assert {"val/reward_score", "val/overall_reward", "val/with_image_reward"} <= flat_names(records[0])
+    assert records[0]["val"]["with_image_reward"] == pytest.approx(3 / 5)
+
+    steps = sorted(path.name for path in tmp_path.glob("global_step_*"))
+    assert "global_step_3" in steps and len(steps) == 2
+    tracker = json.loads((tmp_path / "checkpoint_tracker.json").read_text())
+    assert tracker["last_global_step"] == 3
+    assert tracker["best_global_step"] in (2, None)
+    assert (tmp_path / "global_step_3" / "dataloader.pt").exists()
+    assert len(list((tmp_path / "global_step_3" / "actor").glob("*_world_size_2_rank_*.pt"))) == 6
+    assert list((tmp_path / "tensorboard").rglob("events.out.tfevents.*"))
+    assert "[prompt]" in (tmp_path / "generations.log").read_text()
+
+
+def test_a_resumed_run_ends_with_the_weights_of_one_that_was_never_interrupted(
+    tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster
+) -> None:
+    quiet = "trainer.val_before_train=false"
+    run(load_config(arguments(tiny_model_path, data_files, tmp_path / "whole", quiet)))
+    for steps in (2, 3):
+        run(load_config(arguments(tiny_model_path, data_files, tmp_path / "parts", quiet, f"trainer.max_steps={steps}")))
+    weights = [
+        torch.load(tmp_path / name / "global_step_3" / "actor" / "model_world_size_1_rank_0.pt")
+        for name in ("whole", "parts")
+    ]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    start = torch.load(tmp_path / "parts" / "global_step_2" / "actor" / "model_world_size_1_rank_0.pt")
+    assert any(not torch.equal(value, weights[1][name]) for name, value in start.items())
+    records = lines_of(tmp_path / "parts" / "experiment_log.jsonl")
+    assert [record["step"] for record in records if "actor" in record] == [1, 2, 3]
+
+
+def test_a_checkpoint_of_the_model_only_can_be_resumed_with_a_fresh_optimizer(
+    tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster, caplog
+) -> None:
+    args = arguments(
+        tiny_model_path, data_files, tmp_path, "trainer.save_model_only=true", "trainer.val_before_train=false"
+    )
+    run(load_config([*args, "trainer.max_steps=1"]))
+    folder = tmp_path / "global_step_1"
+    assert not list((folder / "actor").glob("optim_*"))
+    run(load_config([*args, "trainer.max_steps=2", f"trainer.load_checkpoint_path={folder}"]))
+    assert "model only" in caplog.text
+    assert (tmp_path / "global_step_2").exists()
+
+
+def test_val_only_validates_once_and_neither_trains_nor_saves(
+    tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster
+) -> None:
+    run(load_config(arguments(tiny_model_path, data_files, tmp_path, "trainer.val_only=true")))
+    records = lines_of(tmp_path / "experiment_log.jsonl")
+    assert len(records) == 1 and "val" in records[0]
+    assert not list(tmp_path.glob("global_step_*"))
+
+
+def test_a_reward_function_that_raises_ends_the_run_with_the_sample_named_and_no_process_left(
+    tiny_model_path: str, data_files: list[str], tmp_path: Path
+) -> None:
+    mark = uuid.uuid4().hex
+    reward = f"worker.reward.reward_function={ROOT}/tests/rewards.py:fail_in_training"
+    finished = command(*arguments(tiny_model_path, data_files, tmp_path, reward), mark=mark)
+    assert finished.returncode == 1
+    assert "ZeroDivisionError: no grade for this one" in finished.stderr
+    assert "for sample 0 (uid" in finished.stderr
+    assert "in fail_in_training" in finished.stderr
+    assert processes_marked(mark) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("worker.actor.optim.learning_rate=1", "did you mean 'worker.actor.optim.lr'"),
+        ("data.rollout_batch_size=5", "is not a multiple of worker.actor.global_batch_size=2"),
+        ("algorithm.adv_estimator=gae", "algorithm.adv_estimator=gae is not available yet"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_message_and_exit_code_2_within_seconds(
+    override: str, message: str, tiny_model_path: str, data_files: list[str], tmp_path: Path
+) -> None:
+    start = time.monotonic()
+    finished = command(*arguments(tiny_model_path, data_files, tmp_path, override))
+    assert finished.returncode == 2
+    assert message in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert time.monotonic() - start < 20
