@@ -17,9 +17,8 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",
     RAY_DEDUP_LOGS="0",
 )
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import pytest
 
