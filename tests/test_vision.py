@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from transformers import Qwen2VLImageProcessor
 
 from verl.data.vision import MediaHandle, featurize, image_token_count, open_image, process_image, target_size
@@ -56,10 +56,21 @@ def test_a_photo_taken_on_its_side_is_turned_upright_in_every_form(tmp_path: Pat
     """Orientation 6 of the Exif standard: the image is to be shown rotated by 90 degrees clockwise."""
     image = make_image(30, 20)
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[ExifTags.Base.Orientation] = 6
     turned = png(image, exif=exif)
     for form in (turned, Image.open(io.BytesIO(turned))):
         assert same_pixels(open_image(form), image.transpose(Image.Transpose.ROTATE_270))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
+def test_opening_decodes_no_pixels(file_format: str) -> None:
+    """Half a file has its size and no more; counting tokens over a whole set must not cost a decoding of it."""
+    buffer = io.BytesIO()
+    make_image(100, 100).save(buffer, format=file_format)
+    half = open_image(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    assert half.size == (100, 100)
+    with pytest.raises(OSError, match="truncated"):
+        process_image(half, None, None)
 
 
 @pytest.mark.parametrize("source", [None, 3, {"bytes": None, "path": None}])

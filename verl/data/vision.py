@@ -17,13 +17,15 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers import BaseImageProcessor
 
 ImageSource = Image.Image | bytes | Mapping[str, Any] | str | os.PathLike
 
 UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What opening or decoding a broken image raises; Pillow uses SyntaxError for damaged PNG files."""
+
+UPRIGHT = 1  # the orientation of the Exif standard that needs no turning
 
 
 def open_image(source: ImageSource, image_dir: str | os.PathLike | None = None) -> Image.Image:
@@ -51,9 +53,11 @@ def open_image(source: ImageSource, image_dir: str | os.PathLike | None = None) 
         raise ValueError(
             f"an image has to be a PIL image, bytes, a path, or a dict with 'bytes' or 'path', not {source!r:.80}"
         )
-    if image.format == "PNG" and "exif" not in image.info:
-        return image  # Pillow would decode it all, to see whether an orientation comes after the pixels
-    return ImageOps.exif_transpose(image)
+    # Pillow decodes all pixels before it turns an image, and a PNG's even before it looks for an orientation.
+    may_be_turned = image.format != "PNG" or "exif" in image.info
+    if may_be_turned and image.getexif().get(ExifTags.Base.Orientation, UPRIGHT) != UPRIGHT:
+        image = ImageOps.exif_transpose(image)
+    return image
 
 
 def target_size(width: int, height: int, min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads a model's tokenizer and processor the way training wants them: padded on the left, chat template replaceable."""
+"""Loads a model's tokenizer and processor as training wants them: padded on the left, chat template replaceable."""
 
 from __future__ import annotations
 
