@@ -94,7 +94,7 @@ def test_the_package_does_not_print(path):
 def test_a_module_begins_with_its_one_job(path):
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     assert docstring, "no module docstring"
-    assert len(docstring.splitlines()) <= 30
+    assert len(docstring.splitlines()) <= 12
 
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if path.stat().st_size], ids=relative)

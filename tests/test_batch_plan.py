@@ -4,8 +4,11 @@
 
 import pytest
 
-from verl.trainer.config import load_config
+from verl.trainer.config import DataConfig, PPOConfig, load_config
 from verl.utils.batch_plan import BatchPlan, training_steps
+from verl.workers.actor.config import ActorConfig
+from verl.workers.config import WorkerConfig
+from verl.workers.rollout.config import RolloutConfig
 
 SMALL = {
     "data.rollout_batch_size": 16,
@@ -130,16 +133,13 @@ def test_the_workers_must_share_a_mini_batch_evenly():
 def test_the_values_an_error_offers_do_hold(n, workers):
     """Whatever is refused, the numbers after `use` pass the rule that refused."""
     for prompts in range(1, 13):
-        changes = {
-            "data__rollout_batch_size": prompts,
-            "worker__actor__global_batch_size": prompts,
-            "worker__actor__micro_batch_size_per_device_for_update": 1,
-            "worker__actor__micro_batch_size_per_device_for_experience": 1,
-            "worker__rollout__n": n,
-        }
         if prompts * n % workers == 0:
             continue
-        offered = refusal(workers, **changes).split("; use ")[1].split(" or ")
+        actor = ActorConfig(global_batch_size=prompts, micro_batch_size_per_device_for_experience=1)
+        worker = WorkerConfig(actor=actor, rollout=RolloutConfig(n=n))
+        with pytest.raises(ValueError) as caught:
+            BatchPlan.from_config(PPOConfig(data=DataConfig(rollout_batch_size=prompts), worker=worker), workers)
+        offered = str(caught.value).split("; use ")[1].split(" or ")
         assert all(int(value) * n % workers == 0 for value in offered)
 
 
@@ -154,7 +154,7 @@ def test_hf_rollout_does_not_ask_about_tensor_parallelism():
         ({"trainer__total_epochs": 2}, 16, 2),
         ({"trainer__max_steps": 3}, 1, 3),
         ({"data__mini_rollout_batch_size": 4, "trainer__total_epochs": 1}, 62, 3),  # 15 draws x 4 = 60; 60 // 16 = 3
-        ({"data__mini_rollout_batch_size": 24, "trainer__total_epochs": 1}, 50, 3),  # 2 draws x 24 = 48; 48 // 16 = 3
+        ({"data__mini_rollout_batch_size": 24, "trainer__total_epochs": 1}, 70, 3),  # 2 draws x 24 = 48; 48 // 16 = 3
     ],
 )
 def test_training_steps_follow_from_the_data(changes, prompts, steps):

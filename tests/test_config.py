@@ -142,6 +142,12 @@ def test_interpolation_sees_defaults_yaml_and_command_line(write_yaml):
     assert config.trainer.experiment_name == "easy_r1_7"
 
 
+def test_interpolation_gives_a_list_for_a_list():
+    source = "worker.actor.model.override_config={sinks: [file, console]}"
+    config = load_config([source, "trainer.logger=${worker.actor.model.override_config.sinks}"])
+    assert config.trainer.logger == ["file", "console"]
+
+
 def test_numbers_become_names():
     config = load_config(["trainer.project_name=5", "trainer.experiment_name=1"])
     assert (config.trainer.project_name, config.trainer.experiment_name) == ("5", "1")
@@ -241,6 +247,11 @@ def test_an_unknown_key_is_refused_with_its_value_and_the_nearest_key(argument, 
 def test_an_unknown_key_in_yaml_is_refused_like_one_on_the_command_line(write_yaml):
     text = refusal(write_yaml("trainer: {max_step: 3}"))
     assert text == "unknown key 'trainer.max_step' (value 3); did you mean 'trainer.max_steps'?"
+
+
+def test_an_unknown_key_is_refused_even_when_it_holds_nothing(write_yaml):
+    assert "unknown key 'trainer.hooks'" in refusal(write_yaml("trainer: {hooks: {}}"))
+    assert "unknown key 'trainer.hooks'" in refusal(write_yaml("trainer: {hooks: null}"))
 
 
 def test_a_key_like_no_other_is_refused_with_the_first_words_of_keys():
@@ -454,7 +465,8 @@ def test_hub_ids_stay_as_they_are():
         "data.train_files=rows/train.parquet",
         "data.train_files=rows/train.jsonl@train",
         "worker.actor.model.model_path=./model",
-        "worker.actor.model.tokenizer_path=~/no/model",
+        "worker.actor.model.model_path=data/no/model",
+        "worker.actor.model.tokenizer_path=~/no",
     ],
 )
 def test_data_and_models_that_look_local_must_exist(argument):

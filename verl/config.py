@@ -95,8 +95,8 @@ def absolute(path: str) -> str:
 
 
 def looks_local(path: str, suffixes: Sequence[str] = ()) -> bool:
-    """Whether `path` must be meant for this machine rather than for the hub: by its first character or its suffix."""
-    return path.startswith((".", "/", "~")) or path.endswith(tuple(suffixes))
+    """Whether `path` cannot be a hub id, which is `name` or `owner/name`, by its start, its depth or its suffix."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(tuple(suffixes))
 
 
 def load_sections(
