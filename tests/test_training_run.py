@@ -149,7 +149,8 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_never_interrupted(
     quiet = "trainer.val_before_train=false"
     run(load_config(arguments(tiny_model_path, data_files, tmp_path / "whole", quiet)))
     for steps in (2, 3):
-        run(load_config(arguments(tiny_model_path, data_files, tmp_path / "parts", quiet, f"trainer.max_steps={steps}")))
+        until = f"trainer.max_steps={steps}"
+        run(load_config(arguments(tiny_model_path, data_files, tmp_path / "parts", quiet, until)))
     weights = [
         torch.load(tmp_path / name / "global_step_3" / "actor" / "model_world_size_1_rank_0.pt")
         for name in ("whole", "parts")

@@ -112,7 +112,7 @@ class WorkerGroup:
 
 def _driven_methods(worker_class: type[Worker]) -> dict[str, Callable]:
     members = {name: getattr(worker_class, name) for name in dir(worker_class)}
-    return {name: member for name, member in members.items() if isinstance(getattr(member, "dispatch", None), Dispatch)}
+    return {name: member for name, member in members.items() if hasattr(member, "dispatch")}
 
 
 def _check_resources(num_nodes: int, workers_per_node: int, device: str) -> None:

@@ -223,6 +223,8 @@ class RayDAPOTrainer:
 
     def _update_actor(self, batch: DataProto, record: StepRecord) -> None:
         """Reads: sequence tensors, media, and all the (N, R) streams of the loss."""
+        if record.step < self.config.trainer.critic_warmup:
+            return
         streams = ["old_log_probs", "advantages"]
         if not self.config.algorithm.disable_kl:
             streams.append("ref_log_probs")

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+# python -m pytest tests/test_example_rewards.py
+"""The example reward functions grade as their docstrings say, with the real `mathruler`."""
+
+from pathlib import Path
+
+import pytest
+
+from verl.workers.reward.config import RewardConfig
+from verl.workers.reward.function import AutoRewardManager
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "reward_function"
+
+
+def load(name: str):
+    config = RewardConfig(reward_function=f"{EXAMPLES / name}:compute_score")
+    return AutoRewardManager(config, tokenizer=None)._function
+
+
+@pytest.mark.parametrize(
+    ("response", "truth", "form", "accuracy"),
+    [
+        (r"<think>half of it</think> \boxed{\frac{1}{2}}", "0.5", 1, 1),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", 0, 1),
+        (r"<think>hm</think> \boxed{3}", "4", 1, 0),
+        ("I do not know", "4", 0, 0),
+    ],
+)
+def test_math_gives_a_tenth_for_form_and_the_rest_for_an_equal_value(
+    response: str, truth: str, form: float, accuracy: float
+) -> None:
+    (score,) = load("math.py")([{"response": response, "ground_truth": truth}])
+    assert score == {"overall": pytest.approx(0.1 * form + 0.9 * accuracy), "format": form, "accuracy": accuracy}
+
+
+@pytest.mark.parametrize(
+    ("response", "truth", "form", "accuracy"),
+    [
+        ("<think>count</think><answer>7</answer>", "7", 1, 1),
+        ("<answer> 7 </answer>", "7", 0, 1),
+        ("<think>count</think><answer>8</answer>", "7", 1, 0),
+    ],
+)
+def test_r1v_gives_half_for_form_and_half_for_the_answer(
+    response: str, truth: str, form: float, accuracy: float
+) -> None:
+    score = load("r1v.py")({"response": response, "ground_truth": truth})
+    assert score == {"overall": pytest.approx(0.5 * form + 0.5 * accuracy), "format": form, "accuracy": accuracy}
