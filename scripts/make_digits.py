@@ -105,6 +105,24 @@ def response_batch(
     return encoded.input_ids, encoded.attention_mask
 
 
+def response_loss(
+    model: transformers.Qwen2_5_VLForConditionalGeneration,
+    prompts: dict[str, torch.Tensor],
+    responses: torch.Tensor,
+    response_mask: torch.Tensor,
+) -> torch.Tensor:
+    """Mean cross-entropy (nats) of the real tokens of `responses` (N, R) after `prompts`; a scalar with gradient."""
+    inputs = prompts | {
+        "input_ids": torch.cat([prompts["input_ids"], responses], dim=1),  # (N, S)
+        "attention_mask": torch.cat([prompts["attention_mask"], response_mask], dim=1),  # (N, S)
+        # Without token types the model falls back to one-dimensional positions and says nothing.
+        "mm_token_type_ids": torch.cat([prompts["mm_token_type_ids"], torch.zeros_like(responses)], dim=1),  # (N, S)
+    }
+    logits = model(**inputs, logits_to_keep=responses.shape[1] + 1).logits[:, :-1]  # (N, R, V)
+    per_token = torch.nn.functional.cross_entropy(logits.transpose(1, 2), responses, reduction="none")  # (N, R)
+    return (per_token * response_mask).sum() / response_mask.sum()
+
+
 def warm_start(
     model: transformers.Qwen2_5_VLForConditionalGeneration,
     processor: transformers.Qwen2_5_VLProcessor,
@@ -114,8 +132,8 @@ def warm_start(
 ) -> None:
     """Teach `model` the form of an answer by `steps` batches of supervised pairs; updates it in place.
 
-    The loss is the mean cross-entropy of the response tokens alone. It is stopped early on purpose, when the form is
-    right and the reading is mediocre, so that there is something left for reinforcement learning to find.
+    It stops early on purpose, when the form is right and the reading is mediocre, so that there is something left for
+    reinforcement learning to find.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=SFT_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / SFT_WARMUP_STEPS))
@@ -124,16 +142,9 @@ def warm_start(
     for _ in bar:
         pairs = rng.integers(NUM_SUPERVISED_IMAGES, size=(SFT_BATCH_SIZE, 2)).tolist()
         labels = [(digits.labels[left], digits.labels[right]) for left, right in pairs]
-        inputs = encode_prompts(processor, [digits.pair(*pair) for pair in pairs], QUESTION)
+        prompts = encode_prompts(processor, [digits.pair(*pair) for pair in pairs], QUESTION)
         responses, response_mask = response_batch(processor.tokenizer, [solution(*pair) for pair in labels])  # (N, R)
-        response_length = responses.shape[1]
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], responses], dim=1)  # (N, S)
-        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], response_mask], dim=1)
-        # Without token types the model falls back to one-dimensional positions and says nothing.
-        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(responses)], dim=1)
-        logits = model(**inputs, logits_to_keep=response_length + 1).logits[:, :-1]  # (N, R, V)
-        per_token = torch.nn.functional.cross_entropy(logits.transpose(1, 2), responses, reduction="none")  # (N, R)
-        loss = (per_token * response_mask).sum() / response_mask.sum()
+        loss = response_loss(model, prompts, responses, response_mask)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -55,16 +55,21 @@ def draw_learning_curve(log: dict[int, dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     axes.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1)
     axes.plot(steps, running, color="tab:blue", label=f"training reward, mean of {WINDOW} steps")
-    axes.plot(
-        list(accuracies), list(accuracies.values()), "o-", color="tab:orange", label="held-out accuracy (greedy)"
-    )
-    first, last = list(accuracies.values())[0], list(accuracies.values())[-1]
-    for level, name in ((first, "before"), (last, "after")):
+    levels = list(accuracies.values())
+    axes.plot(list(accuracies), levels, "o-", color="tab:orange", label="held-out accuracy (greedy)")
+    for level, name, points in ((levels[0], "before", -4), (levels[-1], "after", 4)):  # below and above their lines
         axes.axhline(level, color="tab:orange", linestyle=":", linewidth=1)
         axes.annotate(
-            f"{name} {level:.1%}", (1, level), xycoords=("axes fraction", "data"), xytext=(-4, 3),
-            textcoords="offset points", ha="right", color="tab:orange", fontsize=9,
-        )  # fmt: skip
+            f"{name} {level:.1%}",
+            (1, level),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, points),
+            textcoords="offset points",
+            horizontalalignment="right",
+            verticalalignment="top" if points < 0 else "bottom",
+            color="tab:orange",
+            fontsize=9,
+        )
     axes.set(xlabel="step", ylim=(0, 1), title="GRPO on sums of handwritten digits by writers it never saw")
     axes.grid(alpha=0.25)
     axes.legend(loc="lower right")
