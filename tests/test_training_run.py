@@ -112,7 +112,7 @@ def test_three_steps_on_two_workers_leave_logs_checkpoints_and_curves(
     )
     finished = command(*args, mark=mark, TENSORBOARD_DIR=str(tmp_path / "tensorboard"))
     assert finished.returncode == 0, finished.stderr
-    assert "2 workers on cpu" in finished.stderr
+    assert "running on cpu: 2 worker" in finished.stderr
     assert processes_marked(mark) == []
 
     records = lines_of(tmp_path / "experiment_log.jsonl")

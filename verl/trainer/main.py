@@ -79,7 +79,7 @@ def _train(config: PPOConfig, plan: BatchPlan) -> None:
     from verl.workers.reward.function import AutoRewardManager
 
     device = detect_device()
-    logger.info("%d workers on %s", plan.world_size, device)
+    logger.info("running on %s: %d worker(s)", device, plan.world_size)
     for line in plan.describe():
         logger.info(line)
     notes = speed_notes(config)
