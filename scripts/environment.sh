@@ -5,6 +5,8 @@
 
 # One thread a process: several processes that each take all cores are many times slower than ones that share.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# pip leaves compiling to the first import (below), which must then be allowed to keep what it compiled.
+unset PYTHONDONTWRITEBYTECODE
 venv="${VERL_VENV:-.venv}"
 python="$venv/bin/python"
 
@@ -49,8 +51,9 @@ prepare_environment() {
         }
         "${PYTHON:-python3}" -m venv "$venv"
     fi
+    # --no-compile: compiling every file of every package takes longer than the quickstart's training.
     run_quietly "installing requirements into $venv" "$venv/install.log" \
-        "$python" -m pip install --disable-pip-version-check --progress-bar off -r requirements.txt
+        "$python" -m pip install --no-compile --disable-pip-version-check --progress-bar off -r requirements.txt
     "$python" scripts/mend_torchvision.py
     echo "$wanted" >"$stamp"
 }
