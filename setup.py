@@ -14,7 +14,7 @@ PINS = {line.split("==")[0]: line for line in LINES if line and not line.startsw
 EXTRAS = {
     "quickstart": [PINS.pop(name) for name in ("scikit-learn", "matplotlib")],
     "test": [PINS.pop(name) for name in ("pytest", "ruff")],
-    "math": ["mathruler"],
+    "math": [PINS.pop(name) for name in ("mathruler", "pylatexenc")],
     "gpu": ["flash-attn"],
     "vllm": ["vllm==0.32.0"],
     # A rebuild of vLLM for CPUs by a third party; it asks for the CPU build of torch.
