@@ -24,9 +24,21 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     """The model's Hugging Face config with `worker.actor.model.override_config` applied.
 
     An `attn_implementation` among the overrides is not a config field of the model: `load_model` takes it from there.
+
+    Raises:
+        ValueError: an override that the model's config has no field for.
     """
     overrides = {key: value for key, value in config.override_config.items() if key != "attn_implementation"}
-    return AutoConfig.from_pretrained(config.model_path, trust_remote_code=config.trust_remote_code, **overrides)
+    model_config, unused = AutoConfig.from_pretrained(
+        config.model_path, trust_remote_code=config.trust_remote_code, return_unused_kwargs=True, **overrides
+    )
+    if unused:
+        name, value = next(iter(unused.items()))
+        raise ValueError(
+            f"worker.actor.model.override_config has {name}={value!r}, but {type(model_config).__name__} has no such "
+            f"field; a field of a part is written below it, such as text_config: {{{name}: ...}}"
+        )
+    return model_config
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype) -> nn.Module:

@@ -87,8 +87,9 @@ def _train(config: PPOConfig, plan: BatchPlan) -> None:
         logger.warning("without effect in this version, results are the same: %s", ", ".join(notes))
 
     model, trainer_config = config.worker.actor.model, config.trainer
-    tokenizer = get_tokenizer(model.tokenizer_path, config.data.override_chat_template)
-    processor = get_processor(model.tokenizer_path, config.data.override_chat_template)
+    source = (model.tokenizer_path, config.data.override_chat_template)
+    tokenizer = get_tokenizer(*source, trust_remote_code=model.trust_remote_code)
+    processor = get_processor(*source, trust_remote_code=model.trust_remote_code)
     # Built here first: a mistake in the user's file is then told before any worker starts.
     reward_manager = AutoRewardManager(config.worker.reward, tokenizer)
     train_loader, val_loader = create_dataloader(config.data, tokenizer, processor, load_model_config(model))

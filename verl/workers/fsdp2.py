@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import get_constant_schedule_with_warmup, get_cosine_with_min_lr_schedule_with_warmup
 
@@ -24,6 +24,7 @@ def build_mesh(device: torch.device) -> DeviceMesh:
 def shard_model(model: nn.Module, mesh: DeviceMesh, config: FSDPConfig) -> None:
     """Shards the model in place, one group per transformer layer and one for the rest.
 
+    With `enable_cpu_offload` on CUDA, shards rest in host memory and each group is fetched when it computes.
     Gradients come out averaged over the ranks: a loss that is normalised over all ranks has to be multiplied by the
     world size.
     """
@@ -33,12 +34,15 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, config: FSDPConfig) -> None:
         # True would round the vision tower's fp32 rope tables to bf16: logits off by 6e-3.
         cast_forward_inputs=False,
     )
+    # In a CPU process parameters are in host memory anyway.
+    offloads = config.enable_cpu_offload and mesh.device_type == "cuda"
+    shared = dict(mesh=mesh, mp_policy=precision, offload_policy=CPUOffloadPolicy() if offloads else OffloadPolicy())
     layer_classes = model._no_split_modules
     for module in [module for module in model.modules() if type(module).__name__ in layer_classes]:
-        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=config.enable_full_shard)
+        fully_shard(module, reshard_after_forward=config.enable_full_shard, **shared)
     # Said outright for the root: its default leaves it gathered after a forward without backward, and optimizer
     # state and state dicts then meet plain tensors where they expect shards.
-    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    fully_shard(model, reshard_after_forward=True, **shared)
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:

@@ -56,9 +56,9 @@ class FSDPWorker(Worker):
     def init_model(self) -> None:
         """Loads and shards the policy, its optimizer, the rollout engine and, if KL is on, the reference."""
         actor = self.config.worker.actor
-        tokenizer_path = actor.model.tokenizer_path
-        self.tokenizer = get_tokenizer(tokenizer_path, self.config.data.override_chat_template)
-        self.processor = get_processor(tokenizer_path, self.config.data.override_chat_template)
+        source = (actor.model.tokenizer_path, self.config.data.override_chat_template)
+        self.tokenizer = get_tokenizer(*source, trust_remote_code=actor.model.trust_remote_code)
+        self.processor = get_processor(*source, trust_remote_code=actor.model.trust_remote_code)
         self.mesh = build_mesh(self.device)
 
         self.model = self._load_sharded(actor.fsdp, DTYPES[actor.fsdp.torch_dtype or "fp32"])
