@@ -77,8 +77,10 @@ def draw_learning_curve(log: dict[int, dict[str, Any]], path: Path) -> None:
 
 
 def load_checkpoint(actor: Path) -> PreTrainedModel:
-    """Load the model of a checkpoint's `actor` folder, from the files of however many workers wrote it."""
-    files = sorted(actor.glob("model_world_size_*_rank_*.pt"), key=lambda file: int(file.stem.rsplit("_", 1)[1]))
+    """Load the model of a checkpoint's `actor` folder, from the files of however many workers wrote it last."""
+    newest = max(actor.glob("model_world_size_*_rank_0.pt"), key=lambda file: file.stat().st_mtime)
+    world_size = int(newest.stem.split("_")[3])
+    files = [actor / f"model_world_size_{world_size}_rank_{rank}.pt" for rank in range(world_size)]
     shards = [torch.load(file, map_location="cpu", weights_only=False) for file in files]
     if len(shards) == 1:
         state = shards[0]
