@@ -14,7 +14,7 @@ from verl.workers.actor.config import ModelConfig
 
 def test_overrides_reach_the_config_and_attention_is_the_one_asked_for(tiny_model_path: str) -> None:
     overrides = {"text_config": {"rms_norm_eps": 0.5}, "attn_implementation": "eager"}
-    model = load_model(ModelConfig(model_path=tiny_model_path, override_config=overrides), torch.float32)
+    model = load_model(ModelConfig(model_path=tiny_model_path, override_config=overrides), torch.float32, torch.float32)
     assert model.config.text_config.rms_norm_eps == 0.5
     assert model.config.text_config.vocab_size == load_model_config(
         ModelConfig(model_path=tiny_model_path)
@@ -31,7 +31,7 @@ def test_an_override_without_a_field_is_refused_by_name(tiny_model_path: str) ->
 def test_a_text_model_loads_as_a_causal_model_and_has_no_tower_to_keep_in_step(tmp_path) -> None:
     sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     Qwen3ForCausalLM(Qwen3Config(vocab_size=64, num_key_value_heads=1, head_dim=16, **sizes)).save_pretrained(tmp_path)
-    model = load_model(ModelConfig(model_path=str(tmp_path)), torch.bfloat16)
+    model = load_model(ModelConfig(model_path=str(tmp_path)), torch.bfloat16, torch.bfloat16)
     assert type(model) is Qwen3ForCausalLM
     assert model.dtype == torch.bfloat16
     keep_vision_tower_in_step(model)

@@ -136,7 +136,10 @@ def test_three_steps_on_two_workers_leave_logs_checkpoints_and_curves(
     assert "global_step_3" in steps and len(steps) == 2
     tracker = json.loads((tmp_path / "checkpoint_tracker.json").read_text())
     assert tracker["last_global_step"] == 3
-    assert tracker["best_global_step"] in (2, None)
+    scores = {record["step"]: record["val"]["reward_score"] for record in records[1:] if "val" in record}
+    assert set(scores) == {2, 3}
+    assert tracker["best_global_step"] == max(scores, key=scores.get)
+    assert tracker["best_val_reward_score"] == pytest.approx(max(scores.values()), abs=1e-4)
     assert (tmp_path / "global_step_3" / "dataloader.pt").exists()
     assert len(list((tmp_path / "global_step_3" / "actor").glob("*_world_size_2_rank_*.pt"))) == 6
     assert list((tmp_path / "tensorboard").rglob("events.out.tfevents.*"))

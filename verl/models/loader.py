@@ -41,16 +41,17 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     return model_config
 
 
-def load_model(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+def load_model(config: ModelConfig, dtype: torch.dtype, compute_dtype: torch.dtype) -> nn.Module:
     """A policy with its weights, on the CPU.
 
     Image-text models load as `AutoModelForImageTextToText`, all others as `AutoModelForCausalLM`. Attention is
-    FlashAttention 2 where a GPU and the package are present, PyTorch's SDPA otherwise, unless
-    `override_config.attn_implementation` says which.
+    FlashAttention 2 where a GPU and the package are present and the model computes in half precision, PyTorch's SDPA
+    otherwise, unless `override_config.attn_implementation` says which.
 
     Args:
         config: `worker.actor.model`.
         dtype: of the parameters.
+        compute_dtype: of the forward pass, which mixed precision may set apart from `dtype`.
 
     Raises:
         OSError: `model_path` is neither a folder with a model nor a reachable hub id (transformers says which).
@@ -58,7 +59,8 @@ def load_model(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     model_config = load_model_config(config)
     is_image_text = type(model_config) in AutoModelForImageTextToText._model_mapping
     auto_class = AutoModelForImageTextToText if is_image_text else AutoModelForCausalLM
-    default_attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+    can_flash = compute_dtype in (torch.float16, torch.bfloat16) and is_flash_attn_2_available()
+    default_attention = "flash_attention_2" if can_flash else "sdpa"
     return auto_class.from_pretrained(
         config.model_path,
         config=model_config,

@@ -39,6 +39,8 @@ class WorkerGroup:
 
     Raises:
         ValueError: the Ray cluster has fewer GPUs or CPUs than asked for.
+
+    Its methods raise what a worker raised, or Ray's `ActorDiedError` where its process died.
     """
 
     def __init__(
@@ -79,6 +81,8 @@ class WorkerGroup:
 
     def _drive(self, name: str, dispatch: Dispatch) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
+            if not self.alive:
+                raise RuntimeError(f"{name} was called on workers that were shut down, after a failure or at the end")
             by_rank = dispatch.split(self.world_size, args, kwargs)
             answers = [
                 getattr(worker, name).remote(*worker_args, **worker_kwargs)
@@ -88,15 +92,21 @@ class WorkerGroup:
 
         return call
 
+    @property
+    def alive(self) -> bool:
+        """False once the group was shut down, by its owner or by a failure."""
+        return bool(self._workers)
+
     def _gather(self, references: list[ray.ObjectRef]) -> list[Any]:
         """The answers in the order of `references`; raises at the first failure, whichever rank it is."""
+        answers: dict[ray.ObjectRef, Any] = {}
         pending = references
         try:
             while pending:
                 # ray.get on the whole list could wait for a rank that waits for the failed one.
-                ready, pending = ray.wait(pending, num_returns=1)
-                ray.get(ready)
-            return ray.get(references)
+                (ready,), pending = ray.wait(pending, num_returns=1)
+                answers[ready] = ray.get(ready)
+            return [answers[reference] for reference in references]
         except Exception:
             self.shutdown()
             raise

@@ -4,8 +4,10 @@
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from verl.trainer.config import PPOConfig, load_config, require_available, speed_notes
 from verl.utils.batch_plan import BatchPlan
@@ -22,31 +24,40 @@ WORKER_ENVIRONMENT = {
 }
 """Defaults for every process of a run; what the user has set stays."""
 
+RAY_START_NOTE = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
+"""Where `ray start` leaves the address of the cluster that this machine belongs to, and `ray stop` takes it away."""
+
 
 @contextmanager
 def ray_session(config: PPOConfig) -> Iterator[None]:
-    """A Ray cluster for the run: the one `RAY_ADDRESS` names, or else one on this machine that ends with the run."""
+    """A Ray cluster for the run.
+
+    The one this process is connected to already, or the one that `RAY_ADDRESS` or `ray start` on this machine names,
+    or else a new one on this machine that ends with the run.
+    """
     for name, value in WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if "RAY_ADDRESS" not in os.environ:
-        # Nobody but this process talks to it, and a token would need a writable home.
+    joins = "RAY_ADDRESS" in os.environ or RAY_START_NOTE.exists()
+    if not joins:
+        # Nobody but this process talks to a cluster of its own, and a token would need a writable home.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
 
-    joined = ray.is_initialized()
-    if not joined and "RAY_ADDRESS" in os.environ:
-        ray.init(logging_level="ERROR")
-    elif not joined:
+    is_callers = ray.is_initialized()
+    if not is_callers and joins:
+        variables = {name: os.environ[name] for name in WORKER_ENVIRONMENT}
+        ray.init(logging_level="ERROR", runtime_env={"env_vars": variables})
+    elif not is_callers:
         workers = config.trainer.nnodes * config.trainer.n_gpus_per_node
         # Workers mostly wait for each other and may share cores: the count is of processes, not of cores.
         num_cpus = max(os.cpu_count() or 1, workers + config.worker.reward.num_cpus)
-        ray.init(num_cpus=num_cpus, include_dashboard=False, logging_level="ERROR")
+        ray.init("local", num_cpus=num_cpus, include_dashboard=False, logging_level="ERROR")
     try:
         yield
     finally:
         if config.trainer.ray_timeline is not None:
             ray.timeline(config.trainer.ray_timeline)
-        if not joined:
+        if not is_callers:
             ray.shutdown()
 
 

@@ -95,6 +95,7 @@ class RayDAPOTrainer:
         self.resume_point = resume_point
         self.validator = Validator(val_loader, self._generate_for_validation, self._score_now, tokenizer)
         self.workers: WorkerGroup | None = None
+        self.reward_actor: ray.actor.ActorHandle | None = None
         self.global_step = 0
         self.best_step: int | None = None
         self.best_score: float | None = None
@@ -105,8 +106,6 @@ class RayDAPOTrainer:
 
     def init_workers(self) -> None:
         """Starts the reward actor and one worker per device, and loads the policy into them."""
-        reward_class = ray.remote(num_cpus=self.config.worker.reward.num_cpus)(AutoRewardManager)
-        self.reward_actor = reward_class.remote(self.reward_manager.config, self.reward_manager.tokenizer)
         self.workers = WorkerGroup(
             FSDPWorker,
             num_nodes=self.config.trainer.nnodes,
@@ -116,6 +115,8 @@ class RayDAPOTrainer:
             plan=self.plan,
             training_steps=self.training_steps,
         )
+        reward_class = ray.remote(num_cpus=self.config.worker.reward.num_cpus)(AutoRewardManager)
+        self.reward_actor = reward_class.remote(self.reward_manager.config, self.reward_manager.tokenizer)
         self.tracker.phase("load")
         self.workers.init_model()
 
@@ -123,6 +124,7 @@ class RayDAPOTrainer:
         """Ends every process this trainer started."""
         if self.workers is not None:
             self.workers.shutdown()
+        if self.reward_actor is not None:
             ray.kill(self.reward_actor)
 
     # ---- the loop ----
@@ -257,21 +259,22 @@ class RayDAPOTrainer:
             return
         if self.last_validation is None or self.last_validation[0] != self.global_step:
             self.tracker.log(self._validate().metrics, self.global_step)
+        self.tracker.phase("save_checkpoint")
         if self.last_saved_step != self.global_step:
-            self.tracker.phase("save_checkpoint")
             self._save()
+        else:
+            self._track_checkpoint()
 
     # ---- prompts and responses ----
 
     def _prompts_from(self, features: dict[str, Any]) -> DataProto:
         """One loader batch as the workers take it: every prompt named, every image put in the store once."""
-        prompts = DataProto.from_single_dict(features)
-        prompts.non_tensor_batch["uid"] = _objects(str(uuid.uuid4()) for _ in range(len(prompts)))
-        prompts.non_tensor_batch["multi_modal_data"] = _objects(
+        handles = [
             None if media is None else [MediaHandle.put(image) for image in media["images"]]
-            for media in prompts.non_tensor_batch["multi_modal_data"]
-        )
-        return prompts
+            for media in features["multi_modal_data"]
+        ]
+        uids = [str(uuid.uuid4()) for _ in handles]
+        return DataProto.from_single_dict({**features, "multi_modal_data": _objects(handles), "uid": _objects(uids)})
 
     def _generate(self, prompts: DataProto, sampling: Sampling, seed_parts: tuple[int, ...]) -> DataProto:
         """Responses for B prompts beside the prompts' own streams, repeated: N rows, those of a prompt together."""
@@ -290,7 +293,8 @@ class RayDAPOTrainer:
         try:
             yield
         finally:
-            self.workers.release_rollout_engine()
+            if self.workers.alive:  # else there is nothing to release, and the failure must not be hidden
+                self.workers.release_rollout_engine()
 
     # ---- rewards ----
 
@@ -331,22 +335,25 @@ class RayDAPOTrainer:
 
     def _save(self) -> None:
         trainer = self.config.trainer
-        root = trainer.save_checkpoint_path
-        folder = step_folder(root, self.global_step)
+        folder = step_folder(trainer.save_checkpoint_path, self.global_step)
         self.workers.save_checkpoint(os.path.join(folder, "actor"), trainer.save_model_only)
         torch.save(self.train_loader.state_dict(), os.path.join(folder, DATALOADER_FILE))
-        self._note_if_best()
+        self.last_saved_step = self.global_step
+        self._track_checkpoint()
+
+    def _track_checkpoint(self) -> None:
+        """Writes down that this step's checkpoint is the latest, and perhaps the best; removes what is obsolete.
+
+        Only a score of the saved weights themselves can make a checkpoint the best.
+        """
+        trainer = self.config.trainer
+        if self.last_validation is not None and self.last_validation[0] == self.global_step:
+            score = self.last_validation[1].score
+            if self.best_score is None or score > self.best_score:
+                self.best_step, self.best_score = self.global_step, score
+        root = trainer.save_checkpoint_path
         write_tracker(root, self.global_step, self.best_step, self.best_score)
         remove_obsolete_ckpt(root, self.global_step, self.best_step, trainer.save_limit)
-        self.last_saved_step = self.global_step
-
-    def _note_if_best(self) -> None:
-        """The best checkpoint is a saved one whose own weights were validated: other weights' scores say nothing."""
-        if self.last_validation is None or self.last_validation[0] != self.global_step:
-            return
-        score = self.last_validation[1].score
-        if self.best_score is None or score > self.best_score:
-            self.best_step, self.best_score = self.global_step, score
 
     def _resume(self) -> None:
         """Takes up model, optimizer and data where the checkpoint left them."""
@@ -354,7 +361,7 @@ class RayDAPOTrainer:
         if point is None:
             return
         actor_folder = os.path.join(point.folder, "actor")
-        model_only = not has_optimizer(actor_folder, self.plan.world_size)
+        model_only = not has_optimizer(actor_folder)
         if model_only:
             logger.warning("%s has the model only: optimizer and learning-rate schedule start afresh", actor_folder)
         self.workers.load_checkpoint(actor_folder, model_only)
@@ -374,8 +381,8 @@ def _model_inputs(batch: DataProto, *streams: str) -> DataProto:
     return batch.select([*sequence, *streams], ["multi_modal_data"], [])
 
 
-def _objects(values) -> np.ndarray:
-    values = list(values)
+def _objects(values: list[Any]) -> np.ndarray:
+    """A one-dimensional object array; numpy by itself would make rows of equal length a matrix."""
     array = np.empty(len(values), dtype=object)
     array[:] = values
     return array

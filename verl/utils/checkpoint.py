@@ -111,16 +111,15 @@ class ResumePoint:
 def find_resume_point(save_path: str, load_path: str | None, find_last: bool) -> ResumePoint | None:
     """Where a run begins: `load_path` if given, else the latest checkpoint under `save_path` if `find_last` (or None).
 
-    The best step and score come from the tracker file, and so are unknown for a `load_path`.
+    The best step and score come from the tracker file under `save_path`; a `load_path` from another run brings none.
     """
-    if load_path is not None:
-        return ResumePoint(load_path, step_of(load_path))
-    folder, tracker = find_latest_ckpt(save_path) if find_last else (None, {})
+    latest, tracker = find_latest_ckpt(save_path)
+    folder = load_path if load_path is not None else (latest if find_last else None)
     if folder is None:
         return None
-    return ResumePoint(
-        folder, step_of(folder), tracker.get("best_global_step"), tracker.get("best_val_reward_score")
-    )
+    if os.path.dirname(os.path.abspath(folder)) != os.path.abspath(save_path):
+        tracker = {}
+    return ResumePoint(folder, step_of(folder), tracker.get("best_global_step"), tracker.get("best_val_reward_score"))
 
 
 def remove_obsolete_ckpt(path: str, global_step: int, best_global_step: int | None, save_limit: int) -> None:

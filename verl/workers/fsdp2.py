@@ -80,7 +80,7 @@ def build_scheduler(
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Scales the gradients to `max_norm` at most; returns the norm before, the same on every rank."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return full_tensor(norm).item()
 
 
 def full_tensor(value: torch.Tensor) -> torch.Tensor:

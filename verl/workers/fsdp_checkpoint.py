@@ -7,6 +7,8 @@ folder `huggingface/` beside them holds config and tokenizer, so that a merger n
 """
 
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +61,14 @@ class FSDPCheckpoint:
             model_only: leaves optimizer and extra state out.
         """
         root = Path(folder)
-        root.mkdir(parents=True, exist_ok=True)
+        if self.rank == 0:
+            # What an earlier run left there would be taken for this one's.
+            shutil.rmtree(root, ignore_errors=True)
+            root.mkdir(parents=True)
+        dist.barrier()
         torch.save(get_model_state_dict(self.model, options=self.options), root / self._name(model_file))
         if not model_only:
-            optimizer_state = get_optimizer_state_dict(self.model, self.optimizer, options=self.options)
-            torch.save(optimizer_state, root / self._name(optim_file))
+            torch.save(self._optimizer_state(), root / self._name(optim_file))
             extra_state = {"lr_scheduler": self.scheduler.state_dict(), "rng": _random_states()}
             torch.save(extra_state, root / self._name(extra_state_file))
         if self.rank == 0:
@@ -95,18 +100,39 @@ class FSDPCheckpoint:
         if model_only:
             return
         optimizer_state = torch.load(root / self._name(optim_file), map_location="cpu", weights_only=False)
-        set_optimizer_state_dict(self.model, self.optimizer, optimizer_state, options=self.options)
         extra_state = torch.load(root / self._name(extra_state_file), map_location="cpu", weights_only=False)
-        self.scheduler.load_state_dict(extra_state["lr_scheduler"])
+        self._restore_optimizer(optimizer_state, extra_state["lr_scheduler"])
         _restore_random_states(extra_state["rng"])
 
-    def _name(self, file_name) -> str:
+    def _optimizer_state(self) -> dict[str, Any]:
+        """Empty before the first step: reading the state would make one up, with a step that never was."""
+        if not self.optimizer.state:
+            return {}
+        return get_optimizer_state_dict(self.model, self.optimizer, options=self.options)
+
+    def _restore_optimizer(self, optimizer_state: dict[str, Any], scheduler_state: dict[str, Any]) -> None:
+        """Takes moments and the place in the schedule from the checkpoint, rates and decay from this run's config."""
+        settings = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
+        base_rates = self.scheduler.base_lrs
+        if optimizer_state:
+            set_optimizer_state_dict(self.model, self.optimizer, optimizer_state, options=self.options)
+        self.scheduler.load_state_dict({**scheduler_state, "base_lrs": base_rates})
+        factors = [factor(self.scheduler.last_epoch) for factor in self.scheduler.lr_lambdas]
+        for group, setting, rate, factor in zip(
+            self.optimizer.param_groups, settings, base_rates, factors, strict=True
+        ):
+            group.update(setting, lr=rate * factor)
+        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _name(self, file_name: Callable[[int, int], str]) -> str:
         return file_name(self.world_size, self.rank)
 
 
-def has_optimizer(folder: str, world_size: int) -> bool:
+def has_optimizer(folder: str) -> bool:
     """Whether `<checkpoint>/actor` can continue training exactly, or holds the model only."""
-    return (Path(folder) / optim_file(world_size, 0)).exists()
+    return any(Path(folder).glob("optim_world_size_*"))
 
 
 def _random_states() -> dict[str, Any]:

@@ -21,6 +21,7 @@ from verl.single_controller.worker import Worker
 from verl.trainer.config import PPOConfig
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.tokenizer import get_processor, get_tokenizer
+from verl.workers.actor.config import FSDPConfig
 from verl.workers.actor.dp_actor import DataParallelPPOActor, compute_log_probs
 from verl.workers.actor.forward import PolicyForward
 from verl.workers.fsdp2 import build_mesh, build_optimizer, build_scheduler, resident, shard_model
@@ -61,7 +62,7 @@ class FSDPWorker(Worker):
         self.processor = get_processor(*source, trust_remote_code=actor.model.trust_remote_code)
         self.mesh = build_mesh(self.device)
 
-        self.model = self._load_sharded(actor.fsdp, DTYPES[actor.fsdp.torch_dtype or "fp32"])
+        self.model = self._load_sharded(actor.fsdp, default_dtype="fp32")
         if actor.model.enable_gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = build_optimizer(self.model, actor.optim)
@@ -74,16 +75,18 @@ class FSDPWorker(Worker):
         )
         self.rollout = self._build_rollout()
         if not self.config.algorithm.disable_kl:
-            ref = self.config.worker.ref
-            self.ref_model = self._load_sharded(ref.fsdp, DTYPES[ref.fsdp.torch_dtype or "bf16"])
+            self.ref_model = self._load_sharded(self.config.worker.ref.fsdp, default_dtype="bf16")
             self.ref_model.requires_grad_(False)
+            with self._reference_resident():
+                pass  # from here on it rests where it does between phases, and so does the actor
         with self._actor_resident(optimizer=True):
-            pass  # leaves everything where it rests between phases
+            pass
 
-    def _load_sharded(self, fsdp_config, dtype: torch.dtype) -> nn.Module:
-        model = load_model(self.config.worker.actor.model, dtype)
+    def _load_sharded(self, fsdp: FSDPConfig, default_dtype: str) -> nn.Module:
+        dtype = DTYPES[fsdp.torch_dtype or default_dtype]
+        model = load_model(self.config.worker.actor.model, dtype, DTYPES[fsdp.mp_param_dtype])
         keep_vision_tower_in_step(model)
-        shard_model(model, self.mesh, fsdp_config)
+        shard_model(model, self.mesh, fsdp)
         return model
 
     def _forward_of(self, model: nn.Module) -> PolicyForward:
@@ -100,7 +103,7 @@ class FSDPWorker(Worker):
         # replaced at the first sync.
         rollout = self.config.worker.rollout
         return HFRollout(
-            load_model(self.config.worker.actor.model, DTYPES[rollout.dtype]),
+            load_model(self.config.worker.actor.model, DTYPES[rollout.dtype], DTYPES[rollout.dtype]),
             self.tokenizer,
             self.processor,
             rollout,
@@ -115,6 +118,12 @@ class FSDPWorker(Worker):
             model=self.model if offload.offload_params else None,
             optimizer=self.optimizer if optimizer and offload.offload_optimizer else None,
         )
+
+    def _reference_resident(self) -> AbstractContextManager:
+        ref = self.config.worker.ref
+        # FSDP's own CPU offload fetches each layer by itself.
+        moves = ref.offload.offload_params and not ref.fsdp.enable_cpu_offload
+        return resident(self.device, model=self.ref_model if moves else None)
 
     @register(ONE_TO_ALL)
     def prepare_rollout_engine(self) -> None:
@@ -149,8 +158,7 @@ class FSDPWorker(Worker):
     @register(DP_COMPUTE_PROTO)
     def compute_ref_log_probs(self, data: DataProto) -> DataProto:
         """Adds `ref_log_probs` (N, R): those of the policy the run began with."""
-        offloaded = self.config.worker.ref.offload.offload_params
-        with resident(self.device, model=self.ref_model if offloaded else None):
+        with self._reference_resident():
             log_probs = compute_log_probs(
                 self._forward_of(self.ref_model), data, self.plan.experience_micro_batch_size
             )

@@ -5,8 +5,7 @@ Shapes: B prompts, n responses each, N = B * n, P prompt length, R response leng
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -36,25 +35,14 @@ class Sampling:
 
     @classmethod
     def for_validation(cls, config: RolloutConfig) -> "Sampling":
-        """The settings of `worker.rollout` with `val_override_config` on top; one response per prompt unless it says.
-
-        Raises:
-            ValueError: `val_override_config` has a key that is no sampling setting.
-        """
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(config.val_override_config) - set(known))
-        if unknown:
-            raise ValueError(
-                f"worker.rollout.val_override_config has {unknown[0]!r}={config.val_override_config[unknown[0]]!r}, "
-                f"which is no sampling setting; it takes {', '.join(known)}"
-            )
+        """The settings of `worker.rollout` under those of `val_override_config`; one response a prompt by default."""
         return replace(cls.for_training(config), **{"n": 1, **config.val_override_config})
 
 
 class Rollout(ABC):
     """A rollout engine inside one worker.
 
-    Life of a step: `with engine.awake():` `engine.update_weights(stream)` then any number of `engine.generate(...)`.
+    Life of a step: `wake()`, `update_weights(stream)`, any number of `generate(...)`, `sleep()`.
     """
 
     @abstractmethod
@@ -83,15 +71,6 @@ class Rollout(ABC):
     @abstractmethod
     def sleep(self) -> None:
         """Gives that memory back to the trainer."""
-
-    @contextmanager
-    def awake(self) -> Iterator[None]:
-        """Awake inside, asleep after, also after an exception."""
-        self.wake()
-        try:
-            yield
-        finally:
-            self.sleep()
 
 
 def mask_responses(responses: torch.Tensor, eos_token_ids: Iterable[int], ignore_eos: bool) -> torch.Tensor:

@@ -5,10 +5,12 @@ The copy is filled from the sharded policy's weight stream, as any engine's weig
 its own, so ranks may stop at different lengths without waiting for each other.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import GenerationConfig, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from verl.data.vision import featurize
 from verl.models.registry import media_token_ids, media_token_types
@@ -40,7 +42,7 @@ class HFRollout(Rollout):
     def __init__(
         self,
         model: nn.Module,
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         processor: ProcessorMixin | None,
         config: RolloutConfig,
         response_length: int,
@@ -53,6 +55,10 @@ class HFRollout(Rollout):
         self.device = device
         self.pad_token_id = tokenizer.pad_token_id
         self.eos_token_ids = eos_token_ids_of(model.generation_config, tokenizer)
+        # transformers fills what a call leaves unset from the model's own settings: a repetition penalty that the
+        # checkpoint ships would bend the samples away from the policy that the loss sees, and end-of-sequence ids
+        # would stop responses that are to run on.
+        model.generation_config = GenerationConfig()
         self.banned_token_ids = media_token_ids(model.config)
 
     def wake(self) -> None:
@@ -62,7 +68,7 @@ class HFRollout(Rollout):
         self.model.to("cpu")
 
     @torch.no_grad()
-    def update_weights(self, weights) -> None:
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         copy_weights(self.model.state_dict(), weights)
 
     @torch.no_grad()
@@ -74,7 +80,8 @@ class HFRollout(Rollout):
         responses = []
         cuda_devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda_devices):
-            chunks = tqdm(rows.split(rows_at_once), desc="generate", leave=False, disable=self.config.disable_tqdm)
+            disable = True if self.config.disable_tqdm else None  # None shows the bar on a terminal only
+            chunks = tqdm(rows.split(rows_at_once), desc="generate", leave=False, disable=disable)
             for index, chunk in enumerate(chunks):
                 torch.manual_seed(draw_seed(seed, index))
                 responses.append(self._generate_rows(prompts[chunk], generation_config))
