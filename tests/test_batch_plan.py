@@ -67,6 +67,19 @@ def test_a_draw_may_be_smaller_than_a_step():
     assert (plan.prompts_per_draw, plan.prompts_per_step) == (4, 16)
 
 
+def test_a_draw_need_not_divide_among_the_workers():
+    """Two prompts for eight workers: the trainer pads the call."""
+    plan = BatchPlan.from_config(config_of(data__mini_rollout_batch_size=2), world_size=8)
+    assert plan.prompts_per_draw == 2
+
+
+def test_a_filter_may_draw_more_than_a_step_needs():
+    plan = BatchPlan.from_config(
+        config_of(data__mini_rollout_batch_size=24, algorithm__online_filtering="true"), world_size=2
+    )
+    assert (plan.prompts_per_draw, plan.prompts_per_step) == (24, 16)
+
+
 def test_the_plan_is_told_in_five_lines_with_its_numbers():
     lines = BatchPlan.from_config(config_of(), world_size=2).describe()
     assert len(lines) == 5
@@ -97,7 +110,13 @@ def test_the_plan_is_told_in_five_lines_with_its_numbers():
         ),
         (
             {"data__mini_rollout_batch_size": 5},
-            "data.mini_rollout_batch_size=5 is not a multiple of 2 workers; use 4 or 6",
+            "data.rollout_batch_size=16 is not a multiple of data.mini_rollout_batch_size=5, so generated responses "
+            "would go unused; use 2 or 4",
+        ),
+        (
+            {"data__mini_rollout_batch_size": 24},
+            "data.rollout_batch_size=16 is not a multiple of data.mini_rollout_batch_size=24, so generated responses "
+            "would go unused; use 8 or 16",
         ),
         (
             {"worker__rollout__name": "vllm", "worker__rollout__tensor_parallel_size": 4},

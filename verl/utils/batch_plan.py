@@ -56,9 +56,14 @@ class BatchPlan:
         data, rollout, actor = config.data, config.worker.rollout, config.worker.actor
         n = rollout.n
         workers = f"{world_size} workers"
-        draw_key, prompts_per_draw = "data.mini_rollout_batch_size", data.mini_rollout_batch_size
-        if prompts_per_draw is None:
-            draw_key, prompts_per_draw = "data.rollout_batch_size", data.rollout_batch_size
+        prompts_per_draw = data.mini_rollout_batch_size or data.rollout_batch_size
+        # A filter leaves an unforeseeable number of each draw's prompts, so that drawing more than a step is no waste.
+        if data.rollout_batch_size % prompts_per_draw and not config.algorithm.online_filtering:
+            raise ValueError(
+                f"data.rollout_batch_size={data.rollout_batch_size} is not a multiple of "
+                f"data.mini_rollout_batch_size={prompts_per_draw}, so generated responses would go unused; "
+                f"use {_nearest_divisors(data.rollout_batch_size, prompts_per_draw)}"
+            )
 
         if config.algorithm.adv_estimator in COMPARING_ESTIMATORS and n < 2:
             raise ValueError(
@@ -78,14 +83,11 @@ class BatchPlan:
             _require_multiple(f"{name}.global_batch_size", batch_size, world_size, workers, n)
             per_rank = batch_size * n // world_size
             if per_rank % micro_batch_size:
-                divisors = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
-                nearest = sorted(sorted(divisors, key=lambda size, wanted=micro_batch_size: abs(size - wanted))[:2])
                 raise ValueError(
                     f"{batch} x worker.rollout.n={n} / {workers} = {per_rank} sequences is not a multiple of "
                     f"{name}.micro_batch_size_per_device_for_update={micro_batch_size}; "
-                    f"use {' or '.join(str(size) for size in nearest)}"
+                    f"use {_nearest_divisors(per_rank, micro_batch_size)}"
                 )
-        _require_multiple(draw_key, prompts_per_draw, world_size, workers)
         if rollout.name == "vllm":
             parallel = f"worker.rollout.tensor_parallel_size={rollout.tensor_parallel_size}"
             key = "trainer.nnodes x trainer.n_gpus_per_node"
@@ -144,6 +146,12 @@ def training_steps(config: PPOConfig, prompts_in_dataset: int) -> int:
             f"data.rollout_batch_size={config.data.rollout_batch_size}; use a smaller batch or more data"
         )
     return steps_per_epoch * config.trainer.total_epochs
+
+
+def _nearest_divisors(total: int, wanted: int) -> str:
+    divisors = [size for size in range(1, total + 1) if total % size == 0]
+    nearest = sorted(divisors, key=lambda size: abs(size - wanted))[:2]
+    return " or ".join(str(size) for size in sorted(nearest))
 
 
 def _require_multiple(key: str, value: int, divisor: int, divisor_text: str, responses_per_prompt: int = 1) -> None:
