@@ -45,8 +45,8 @@ prepare_environment() {
         return
     fi
     if [ ! -x "$python" ]; then
-        "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-            echo "Python 3.10 or newer is needed; name one with PYTHON=/path/to/python3" >&2
+        "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+            echo "Python 3.11 or newer is needed; name one with PYTHON=/path/to/python3" >&2
             return 1
         }
         "${PYTHON:-python3}" -m venv "$venv"
