@@ -1,11 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of generation: the engine, how it samples and how much memory it takes."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from verl.config import ConfigSection
+from verl.config import ConfigSection, ConfigValueError
 from verl.workers.actor.config import Dtype
+
+VALIDATION_SETTINGS: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
+    "n": ((int,), lambda value: value >= 1, "a whole number above 0"),
+    "temperature": ((int, float), lambda value: 0 <= value < math.inf, "a number, 0 (greedy) or above"),
+    "top_p": ((int, float), lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
+    "top_k": ((int,), lambda value: value >= -1, "a whole number not below -1"),
+    "ignore_eos": ((bool,), lambda value: True, "true or false"),
+}
+"""What `val_override_config` takes: a setting's types, its range, and both in words."""
 
 
 @dataclass(frozen=True)
@@ -58,3 +69,11 @@ class RolloutConfig(ConfigSection):
         self.require(self.temperature > 0, "temperature", remedy)
         for key in ("top_p", "gpu_memory_utilization"):
             self.require(0 < getattr(self, key) <= 1, key, "is not above 0 and at most 1")
+        for name, value in self.val_override_config.items():
+            key = f"val_override_config.{name}"
+            if name not in VALIDATION_SETTINGS:
+                known = ", ".join(VALIDATION_SETTINGS)
+                raise ConfigValueError(key, value, f"is no setting of validation, which takes {known}")
+            types, is_in_range, expected = VALIDATION_SETTINGS[name]
+            if type(value) not in types or not is_in_range(value):
+                raise ConfigValueError(key, value, f"is not {expected}")
