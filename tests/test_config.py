@@ -6,17 +6,22 @@ import ast
 import logging
 import os
 import pickle
+import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields, is_dataclass
+from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 from verl.trainer.config import DataConfig, PPOConfig, TrainerConfig, load_config, require_available, speed_notes
+from verl.trainer.main import prepare
 from verl.workers.actor.config import ActorConfig, LoraConfig, OptimConfig
 from verl.workers.reward.config import RewardConfig
+from verl.workers.rollout.config import RolloutConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.yaml") if path.name != "runtime_env.yaml")
@@ -148,6 +153,18 @@ def test_interpolation_gives_a_list_for_a_list():
     assert config.trainer.logger == ["file", "console"]
 
 
+def test_a_section_takes_over_another_and_single_keys_still_go_over_it(write_yaml):
+    source = write_yaml("worker: {ref: {fsdp: '${worker.actor.fsdp}'}, actor: {fsdp: {fsdp_size: 4}}}")
+    config = load_config([source, "worker.ref.fsdp.torch_dtype=fp32", "worker.actor.fsdp.mp_param_dtype=fp16"])
+    ref, actor = config.worker.ref.fsdp, config.worker.actor.fsdp
+    assert (ref.fsdp_size, ref.mp_param_dtype, ref.torch_dtype) == (4, "fp16", "fp32")
+    assert actor.torch_dtype is None
+
+
+def test_an_empty_section_says_nothing(write_yaml):
+    assert load_config([write_yaml("algorithm: {}\nworker: {actor: {}}")]) == PPOConfig()
+
+
 def test_numbers_become_names():
     config = load_config(["trainer.project_name=5", "trainer.experiment_name=1"])
     assert (config.trainer.project_name, config.trainer.experiment_name) == ("5", "1")
@@ -178,6 +195,31 @@ def test_every_example_parses(name):
     assert isinstance(load_config([f"config=examples/{name}", *made_by_scripts]), PPOConfig)
 
 
+USUAL_KEYS = [
+    *(f"data.{key}" for key in DataConfig.__dataclass_fields__),
+    *(f"algorithm.{key}" for key in ("adv_estimator", "disable_kl", "use_kl_loss", "kl_penalty", "kl_coef")),
+    *(f"algorithm.{key}" for key in ("online_filtering", "filter_key", "filter_low", "filter_high")),
+    "worker.actor.global_batch_size",
+    "worker.actor.micro_batch_size_per_device_for_update",
+    "worker.actor.micro_batch_size_per_device_for_experience",
+    *(f"worker.actor.{key}" for key in ("max_grad_norm", "padding_free", "dynamic_batching", "ulysses_size")),
+    *(f"worker.actor.model.{key}" for key in ("model_path", "enable_gradient_checkpointing", "trust_remote_code")),
+    "worker.actor.model.freeze_vision_tower",
+    *(f"worker.actor.model.lora.{key}" for key in ("rank", "alpha", "target_modules", "exclude_modules")),
+    *(f"worker.actor.optim.{key}" for key in ("lr", "weight_decay", "strategy", "lr_warmup_ratio")),
+    *(f"worker.actor.fsdp.{key}" for key in ("enable_full_shard", "enable_cpu_offload", "enable_rank0_init")),
+    *(f"worker.actor.offload.{key}" for key in ("offload_params", "offload_optimizer")),
+    *(f"worker.rollout.{key}" for key in ("n", "temperature", "top_p", "limit_images", "gpu_memory_utilization")),
+    *(f"worker.rollout.{key}" for key in ("enforce_eager", "enable_chunked_prefill", "tensor_parallel_size")),
+    *(f"worker.rollout.{key}" for key in ("disable_tqdm", "val_override_config")),
+    "worker.ref.fsdp.enable_cpu_offload",
+    "worker.reward.reward_function",
+    *(f"trainer.{key}" for key in ("total_epochs", "project_name", "experiment_name", "logger", "nnodes")),
+    *(f"trainer.{key}" for key in ("n_gpus_per_node", "max_try_make_batch", "val_freq", "val_generations_to_log")),
+    *(f"trainer.{key}" for key in ("save_freq", "save_limit")),
+]
+
+
 def test_the_shipped_configuration_sets_the_keys_that_users_override():
     """The keys of the compatible command lines are there to be seen, and the values differ from the defaults."""
     sections = yaml.safe_load((ROOT / "examples/config.yaml").read_text())
@@ -188,6 +230,30 @@ def test_the_shipped_configuration_sets_the_keys_that_users_override():
     assert config.worker.rollout.val_override_config == {"temperature": 0.6, "top_p": 0.95, "n": 1}
     assert config.worker.actor.model.trust_remote_code is False
     assert config.trainer.logger == ["file", "wandb"]
+
+    def keys_of(section, prefix=""):
+        for name, value in section.items():
+            yield prefix + name
+            if isinstance(value, dict):
+                yield from keys_of(value, f"{prefix}{name}.")
+
+    assert set(USUAL_KEYS) - set(keys_of(sections)) == set()
+
+
+def test_the_command_in_the_shipped_configuration_can_run():
+    command = next(
+        line for line in (ROOT / "examples/config.yaml").read_text().splitlines() if "verl.trainer.main" in line
+    )
+    assert prepare(load_config(command.split("verl.trainer.main ")[1].split())).world_size == 8
+
+
+def test_the_readmes_own_run_can_run():
+    """The command under "Your own run": hub ids, eight GPUs, everything else from the shipped configuration."""
+    command = re.search(r"python3 -m verl\.trainer\.main (config=(?:.*\\\n)*.*)", (ROOT / "README.md").read_text())[1]
+    arguments = command.replace("\\\n", " ").split()
+    assert {"config=examples/config.yaml", "worker.rollout.name=hf"} < set(arguments)
+    plan = prepare(load_config(arguments))
+    assert (plan.world_size, plan.sequences_per_step, plan.optimizer_steps_per_step) == (8, 512 * 5, 4)
 
 
 def test_a_long_command_line_of_an_existing_script_works(tmp_path):
@@ -313,14 +379,21 @@ def test_the_loss_type_dapo_is_refused_with_what_dapo_is():
         "data.max_prompt_length=0",
         "data.val_batch_size=0",
         "data.min_pixels=5000000",
+        "data.video_fps=0",
         "algorithm.gamma=1.5",
         "algorithm.filter_low=1.0",
+        "algorithm.filter_low=0.99",
+        "algorithm.filter_high=nan",
+        "algorithm.kl_coef=inf",
         "algorithm.kl_coef=-1",
         "worker.actor.clip_ratio_dual=1.0",
         "worker.actor.max_grad_norm=0",
         "worker.actor.optim.lr=-1e-6",
         "worker.actor.optim.lr=nan",
+        "worker.actor.optim.lr=inf",
+        "worker.actor.clip_ratio_high=nan",
         "worker.actor.optim.betas=[0.9,1.0]",
+        "worker.actor.optim.betas=[nan,0.9]",
         "worker.actor.fsdp.fsdp_size=0",
         "worker.critic.optim.lr_warmup_ratio=2",
         "worker.rollout.n=0",
@@ -358,6 +431,47 @@ def test_all_mistakes_are_told_at_once():
     assert len(lines) == 3
 
 
+def test_values_out_of_range_in_several_sections_are_told_at_once():
+    lines = refusal("worker.rollout.n=0", "data.max_prompt_length=0", "worker.actor.optim.lr=-1").splitlines()
+    assert sorted(line.split()[0] for line in lines) == [
+        "data.max_prompt_length=0",
+        "worker.actor.optim.lr=-1",
+        "worker.rollout.n=0",
+    ]
+
+
+def test_the_adaptive_coefficient_needs_a_target_and_the_fixed_one_does_not():
+    load_config(["algorithm.kl_horizon=0.0", "algorithm.kl_target=0.0"])
+    for key in ("kl_horizon", "kl_target"):
+        text = refusal("algorithm.kl_type=adaptive", f"algorithm.{key}=0.0")
+        assert text == f"algorithm.{key}=0.0 is not above 0"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("temprature: 0.6", "temprature=0.6 is no setting of validation, which takes n, temperature, top_p, top_k"),
+        ("repetition_penalty: 1.1", "repetition_penalty=1.1 is no setting of validation"),
+        ("n: 0", "n=0 is not a whole number above 0"),
+        ("n: true", "n=true is not a whole number above 0"),
+        ("temperature: -1", "temperature=-1 is not a number, 0 (greedy) or above"),
+        ("temperature: inf", "temperature=inf is not a number, 0 (greedy) or above"),
+        ("top_p: x", "top_p=x is not a number above 0 and at most 1"),
+        ("top_p: 0", "top_p=0 is not a number above 0 and at most 1"),
+        ("top_k: 1.5", "top_k=1.5 is not a whole number not below -1"),
+        ("ignore_eos: 1", "ignore_eos=1 is not true or false"),
+    ],
+)
+def test_a_validation_setting_is_checked_before_the_run(given, words):
+    text = refusal(f"worker.rollout.val_override_config={{{given}}}")
+    assert text.startswith(f"worker.rollout.val_override_config.{words}")
+
+
+def test_every_validation_setting_is_taken():
+    settings = {"n": 2, "temperature": 0, "top_p": 1, "top_k": -1, "ignore_eos": True}
+    assert RolloutConfig(val_override_config=settings).val_override_config == settings
+
+
 def test_an_interpolation_of_nothing_is_refused_with_key_and_value():
     text = refusal("trainer.experiment_name=${trainer.nme}")
     assert text.startswith("trainer.experiment_name=${trainer.nme} ")
@@ -369,7 +483,12 @@ def test_an_interpolation_of_the_wrong_type_is_refused():
 
 
 def test_a_value_left_open_is_refused():
-    assert refusal("trainer.experiment_name=???").startswith("trainer.experiment_name=??? ")
+    for key in ("trainer.experiment_name", "worker.reward.reward_function_kwargs.scale"):
+        assert refusal(f"{key}=???") == f"{key}=??? leaves the value open; put one in its place"
+
+
+def test_a_section_left_null_is_refused(write_yaml):
+    assert "data=null is a section of keys" in refusal(write_yaml("data:\nworker: {rollout: {n: 4}}"))
 
 
 def test_a_missing_yaml_is_refused_with_the_nearest_file():
@@ -398,6 +517,13 @@ def test_an_engine_step_shorter_than_a_sequence_is_refused_with_the_sum():
     load_config(["data.max_response_length=9000", "worker.rollout.name=hf"])
 
 
+def test_an_engine_that_holds_less_than_a_sequence_is_refused_with_the_sum():
+    text = refusal("worker.rollout.max_model_len=1023")
+    assert text.startswith("worker.rollout.max_model_len=1023 is below")
+    assert "= 1024" in text
+    load_config(["worker.rollout.max_model_len=1024"])
+
+
 # Paths
 
 
@@ -415,6 +541,25 @@ def test_a_path_that_is_not_there_is_refused_and_said_where_it_was_looked_for(ke
     text = refusal(f"{key}=no/such/global_step_1.py")
     assert text.startswith(f"{key}=no/such/global_step_1.py ")
     assert f"looked for {ROOT}/no/such/global_step_1.py" in text
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("data.format_prompt=examples", "is not a file"),
+        ("data.override_chat_template=examples", "is not a file"),
+        ("data.image_dir=setup.py", "is not a folder"),
+        ("worker.actor.model.model_path=./setup.py", "is not a folder"),
+        ("worker.reward.reward_function=examples:compute_score", "names no file"),
+    ],
+)
+def test_a_folder_is_no_file_and_a_file_no_folder(argument, words):
+    assert refusal(argument).startswith(f"{argument} {words} ")
+
+
+def test_a_checkpoint_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "global_step_5").touch()
+    assert "is not a folder" in refusal(f"trainer.load_checkpoint_path={tmp_path}/global_step_5")
 
 
 def test_paths_come_out_absolute(tmp_path, monkeypatch):
@@ -531,12 +676,14 @@ def test_an_old_reward_key_from_yaml_gives_way_to_the_command_line(write_yaml, t
 
 def test_an_old_key_beside_its_new_name_is_refused(write_yaml):
     text = refusal(write_yaml("trainer: {total_episodes: 3, total_epochs: 4}"))
-    assert "trainer.total_episodes=3 is the old name of trainer.total_epochs" in text
+    assert text == "trainer.total_epochs=4 and trainer.total_episodes are two names of trainer.total_epochs; keep one"
+    assert refusal("trainer.total_episodes=3", "trainer.total_epochs=4") == text
 
 
-def test_an_old_key_is_checked_like_the_new_one():
+def test_an_old_key_is_checked_like_the_new_one_and_said_to_be_old_all_the_same(caplog):
     text = refusal("worker.actor.optim.warmup_style=linear")
     assert text.startswith("worker.actor.optim.lr_scheduler_type=linear is not one of constant, cosine")
+    assert "worker.actor.optim.warmup_style=linear is an old key" in caplog.text
 
 
 def test_reward_type_is_checked_and_dropped_with_one_warning(write_yaml, caplog):
@@ -628,7 +775,8 @@ def test_a_plain_run_is_available(runnable):
         "worker.actor.model.freeze_vision_tower=true",
         "worker.actor.optim.strategy=adamw_bf16",
         "worker.actor.fsdp.fsdp_size=2",
-        "worker.ref.fsdp.enable_cpu_offload=true",
+        "worker.ref.fsdp.fsdp_size=2",
+        "worker.actor.fsdp.enable_cpu_offload=true",
         "trainer.logger=[console,wandb]",
     ],
 )
@@ -640,7 +788,13 @@ def test_a_feature_that_is_not_there_yet_is_refused_with_what_to_use(argument, r
 
 
 def test_the_reference_is_not_asked_about_where_there_is_none(runnable):
-    require_available(load_config([*runnable, "algorithm.disable_kl=true", "worker.ref.fsdp.enable_cpu_offload=true"]))
+    require_available(load_config([*runnable, "algorithm.disable_kl=true", "worker.ref.fsdp.fsdp_size=2"]))
+
+
+def test_the_reference_may_rest_in_host_memory_and_the_policy_is_told_what_it_may(runnable):
+    require_available(load_config([*runnable, "worker.ref.fsdp.enable_cpu_offload=true"]))
+    with pytest.raises(ValueError, match="use worker.actor.fsdp.enable_cpu_offload=false with worker.actor.offload"):
+        require_available(load_config([*runnable, "worker.actor.fsdp.enable_cpu_offload=true"]))
 
 
 def test_what_a_run_cannot_do_without_is_asked_for():
@@ -660,6 +814,18 @@ def test_switches_without_effect_are_named_while_they_are_on():
     off.append("worker.actor.fsdp.enable_rank0_init")
     assert speed_notes(load_config([])) == [f"{key}=true" for key in off]
     assert speed_notes(load_config([f"{key}=false" for key in off])) == []
+
+
+def test_the_promised_python_is_one_that_every_pinned_package_takes():
+    """The lowest Python that setup.py names, also told to the scripts and the linter."""
+    lowest = re.search(r'python_requires=">=(3\.\d+)"', (ROOT / "setup.py").read_text())[1]
+    assert f'target-version = "py{lowest.replace(".", "")}"' in (ROOT / "pyproject.toml").read_text()
+    script = (ROOT / "scripts/environment.sh").read_text()
+    assert f"({lowest.replace('.', ', ')})" in script
+    assert f"Python {lowest} or newer" in script
+    pins = [line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line]
+    too_new = [name for name in pins if lowest not in SpecifierSet(metadata(name)["Requires-Python"] or "")]
+    assert too_new == []
 
 
 def test_reading_a_configuration_loads_nothing_heavy():

@@ -6,7 +6,9 @@ order dataclass < YAML < command line, and collects every mistake before it give
 """
 
 import logging
+import math
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
@@ -16,7 +18,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +52,16 @@ class RetiredKey:
 
 @dataclass(frozen=True)
 class ConfigSection:
-    """Base of all sections: holds `Literal` fields to their values and offers the checks that sections share."""
+    """Base of all sections: holds `Literal` fields to their values and floats to finite ones, and offers checks."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if _choices(field.type) and _wrong_items(field.type, value):
                 raise ConfigValueError(field.name, value, _expected(field.type, value, field.metadata))
+            for number in value if isinstance(value, (list, tuple)) else [value]:
+                is_finite = not isinstance(number, float) or math.isfinite(number)
+                self.require(is_finite, field.name, "is not a finite number")
 
     def require(self, condition: bool, key: str, problem: str) -> None:
         """Raise `ConfigValueError` for `key`, with its value and `problem`, unless `condition` holds."""
@@ -79,13 +84,18 @@ class ConfigSection:
         """Write a normal form over what was given. For `__post_init__` alone: afterwards sections do not change."""
         object.__setattr__(self, key, value)
 
-    def settle_path(self, key: str, must_exist: bool = True) -> None:
-        """Make the path under `key` absolute, since workers run in other folders; null stays null."""
+    def settle_path(self, key: str, kind: Literal["file", "folder", "output"]) -> None:
+        """Make the path under `key` absolute, since workers run in other folders; null stays null.
+
+        A `file` or `folder` must be there as one; an `output` may come later.
+        """
         value = getattr(self, key)
         if value is None:
             return
         path = absolute(value)
-        self.require(not must_exist or os.path.exists(path), key, f"does not exist (looked for {path})")
+        if kind != "output":
+            self.require(os.path.exists(path), key, f"does not exist (looked for {path})")
+            self.require(os.path.isdir(path) == (kind == "folder"), key, f"is not a {kind} (looked at {path})")
         self.settle(key, path)
 
 
@@ -105,29 +115,30 @@ def load_sections(
     """Build `config_class`, a frozen dataclass of sections, from `config=FILE` and `key=value` arguments.
 
     Values merge in the order dataclass default < YAML < command line; mappings merge into mappings and
-    `${other.key}` interpolates. A bare word for a list is a list of one.
+    `${other.key}` interpolates, whole sections too. A bare word for a list is a list of one, an empty section `{}`
+    says nothing. A section left null is refused on purpose: it reads like keys that got lost.
 
     Raises:
-        ValueError: an unknown key, a value of the wrong type or out of range, a file that is not there, an argument
-            that is not `key=value`. Every such mistake of the sources is told, one a line.
+        ValueError: one line for every argument that is not `key=value`, unknown key and value of the wrong type; or,
+            where there is none of these, for the first value out of range or path to nothing of each section whose
+            own sections are right.
     """
     retired_keys = retired_keys or {}
     leaves = dict(_leaf_fields(config_class))
-    tree = _defaults(config_class)
+    tree = OmegaConf.structured(config_class)
+    _reset(tree, config_class)
     texts: dict[str, str] = {}
     problems: list[str] = []
     warnings: dict[str, str] = {}
+    names: dict[tuple[bool, str], str] = {}
 
     for values, text_of in _read_sources(argv, problems):
-        given = dict(_flatten(values, leaves.keys() | retired_keys.keys()))
-        for key, value in given.items():
-            text = text_of.get(key, _shown(value))
+        for key, value in _flatten(values, leaves, retired_keys):
+            name, text = key, text_of.get(key, _shown(value))
             if key in retired_keys:
                 old = retired_keys[key]
                 if old.allowed and value not in old.allowed:
                     problems.append(f"{key}={text} is not one of {', '.join(old.allowed)}")
-                if old.moved_to in given:
-                    problems.append(f"{key}={text} is the old name of {old.moved_to}, which is given too; keep one")
                 warnings[key] = f"{key}={text} {old.note}"
                 if old.moved_to is None:
                     continue
@@ -135,6 +146,10 @@ def load_sections(
             if key not in leaves:
                 problems.append(_unknown(key, text, list(leaves)))
                 continue
+            # The command line overrides the file under either name; within one of them, neither name overrides.
+            other = names.setdefault((bool(text_of), key), name)
+            if other != name:
+                problems.append(f"{name}={text} and {other} are two names of {key}; keep one")
             texts[key] = text
             if get_origin(leaves[key].type) is list and isinstance(value, str) and not value.startswith("${"):
                 value = [value]
@@ -143,18 +158,22 @@ def load_sections(
             except OmegaConfBaseException:
                 problems.append(f"{key}={text} {_expected(leaves[key].type, value, leaves[key].metadata)}")
 
-    if problems:
-        raise ValueError("\n".join(problems))
     for warning in warnings.values():
         logger.warning("%s", warning)
+    if problems:
+        raise ValueError("\n".join(problems))
     try:
         values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{error.full_key}=??? leaves the value open; put one in its place") from None
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}={texts.get(error.full_key, '')} {str(error).splitlines()[0]}") from None
-    try:
-        return _build(config_class, values)
-    except ConfigValueError as error:
-        raise ValueError(f"{error.key}={texts.get(error.key, _shown(error.value))} {error.problem}") from None
+    errors: list[ConfigValueError] = []
+    config = _build(config_class, values, errors)
+    if errors:
+        lines = [f"{error.key}={texts.get(error.key, _shown(error.value))} {error.problem}" for error in errors]
+        raise ValueError("\n".join(lines))
+    return config
 
 
 def _read_sources(argv: Sequence[str], problems: list[str]) -> list[tuple[Mapping[str, Any], Mapping[str, str]]]:
@@ -186,12 +205,20 @@ def _read_sources(argv: Sequence[str], problems: list[str]) -> list[tuple[Mappin
     return files + overrides
 
 
-def _flatten(values: Mapping[str, Any], stop_at: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (full key, value), opening mappings until a key in `stop_at` or a value that is no mapping."""
+def _flatten(
+    values: Mapping[str, Any], leaves: Collection[str], retired: Collection[str], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Yield (full key, value), opening sections down to a key of `leaves` or `retired`, or one that nobody knows.
+
+    A section that interpolates another one becomes its leaves, so that single keys can still go over them.
+    """
     for name, value in values.items():
         key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and value and key not in stop_at:
-            yield from _flatten(value, stop_at, f"{key}.")
+        below = [leaf.removeprefix(f"{key}.") for leaf in leaves if leaf.startswith(f"{key}.")]
+        if isinstance(value, Mapping) and key not in leaves and key not in retired and (value or below):
+            yield from _flatten(value, leaves, retired, f"{key}.")
+        elif below and isinstance(value, str) and (origin := re.fullmatch(r"\$\{(\w[\w.]*)\}", value)):
+            yield from ((f"{key}.{leaf}", f"${{{origin[1]}.{leaf}}}") for leaf in below)
         else:
             yield key, value
 
@@ -211,26 +238,18 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return OmegaConf.to_container(tree, resolve=False)
 
 
-def _defaults(config_class: type) -> DictConfig:
-    """The structured config of the fields' own defaults, writable.
+def _reset(tree: DictConfig, config_class: type) -> None:
+    """Make `tree`, a structured config of frozen dataclasses, writable and give it the fields' own defaults.
 
     OmegaConf fills a nested section from an *instance*, in which `__post_init__` has already settled values (a
-    checkpoint folder named after the default experiment, say) that must follow the user's; those are taken back.
+    checkpoint folder named after the default experiment, say) that must follow the user's.
     """
-    tree = OmegaConf.structured(config_class)
-    _thaw(tree, config_class)
-    for key, field in _leaf_fields(config_class):
-        if field.default is not MISSING and OmegaConf.select(tree, key) != field.default:
-            OmegaConf.update(tree, key, field.default)
-    return tree
-
-
-def _thaw(tree: DictConfig, config_class: type) -> None:
-    """Lift the write protection that OmegaConf gives to every frozen dataclass."""
     OmegaConf.set_readonly(tree, False)
     for field in fields(config_class):
         if is_dataclass(field.type):
-            _thaw(tree[field.name], field.type)
+            _reset(tree[field.name], field.type)
+        elif field.default is not MISSING:
+            tree[field.name] = field.default
 
 
 def _leaf_fields(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -242,16 +261,22 @@ def _leaf_fields(config_class: type, prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{field.name}", field
 
 
-def _build(config_class: type[Section], values: Mapping[str, Any], prefix: str = "") -> Section:
-    """Turn resolved plain values into the section and the sections below it."""
-    values = dict(values)
-    for field in fields(config_class):
-        if is_dataclass(field.type):
-            values[field.name] = _build(field.type, values[field.name], f"{prefix}{field.name}.")
+def _build(
+    config_class: type[Section], values: Mapping[str, Any], errors: list[ConfigValueError], prefix: str = ""
+) -> Section | None:
+    """Turn resolved plain values into the section and those below it; null, with the reason in `errors`, if not."""
+    sections = {
+        field.name: _build(field.type, values[field.name], errors, f"{prefix}{field.name}.")
+        for field in fields(config_class)
+        if is_dataclass(field.type)
+    }
+    if None in sections.values():
+        return None
     try:
-        return config_class(**values)
+        return config_class(**{**values, **sections})
     except ConfigValueError as error:
-        raise error.under(prefix) from None
+        errors.append(error.under(prefix))
+        return None
 
 
 def _unknown(key: str, text: str, known: Sequence[str]) -> str:

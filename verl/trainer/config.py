@@ -66,8 +66,9 @@ class DataConfig(ConfigSection):
         super().__post_init__()
         for key in ("train_files", "val_files"):
             self._settle_data_path(key)
-        for key in ("image_dir", "format_prompt", "override_chat_template"):
-            self.settle_path(key)
+        for key in ("format_prompt", "override_chat_template"):
+            self.settle_path(key, "file")
+        self.settle_path("image_dir", "folder")
         self.require_at_least(1, "max_prompt_length", "max_response_length", "rollout_batch_size", "max_pixels")
         self.require_at_least(1, "mini_rollout_batch_size", "filter_overlong_prompts_workers", "min_pixels")
         self.require(self.video_fps > 0, "video_fps", "is not above 0")
@@ -124,7 +125,8 @@ class AlgorithmConfig(ConfigSection):
         self.require_between(0, 1, "gamma", "lam")
         self.require_at_least(0, "kl_coef")
         for key in ("kl_horizon", "kl_target"):
-            self.require(getattr(self, key) > 0, key, "is not above 0")
+            # Only the adaptive coefficient reads them; existing configurations with a fixed one hold 0.
+            self.require(self.kl_type == "fixed" or getattr(self, key) > 0, key, "is not above 0")
         bound = f"is not below filter_high={self.filter_high}"
         self.require(self.filter_low < self.filter_high, "filter_low", bound)
 
@@ -184,9 +186,9 @@ class TrainerConfig(ConfigSection):
         self.require(self.val_before_train or not self.val_only, "val_only", useless)
         if self.save_checkpoint_path is None:
             self.settle("save_checkpoint_path", os.path.join("checkpoints", self.project_name, self.experiment_name))
-        self.settle_path("save_checkpoint_path", must_exist=False)
-        self.settle_path("ray_timeline", must_exist=False)
-        self.settle_path("load_checkpoint_path")
+        self.settle_path("save_checkpoint_path", "output")
+        self.settle_path("ray_timeline", "output")
+        self.settle_path("load_checkpoint_path", "folder")
         if self.load_checkpoint_path is not None:
             is_step = "global_step_" in os.path.basename(self.load_checkpoint_path)
             self.require(is_step, "load_checkpoint_path", "is not a checkpoint's own folder, global_step_<N>")
@@ -319,14 +321,17 @@ def require_available(config: PPOConfig) -> None:
             f"worker.actor.optim.strategy={actor.optim.strategy}",
             "worker.actor.optim.strategy=adamw",
         ),
+        (
+            actor.fsdp.enable_cpu_offload,
+            "worker.actor.fsdp.enable_cpu_offload=true",
+            "worker.actor.fsdp.enable_cpu_offload=false with worker.actor.offload.offload_params=true",
+        ),
         (bool(loggers), f"trainer.logger=[{','.join(trainer.logger)}]", "console, file and tensorboard"),
     ]
     sharded = {"worker.actor": actor} if algorithm.disable_kl else {"worker.actor": actor, "worker.ref": worker.ref}
     for prefix, part in sharded.items():
         size = f"{prefix}.fsdp.fsdp_size"
         wanted.append((part.fsdp.fsdp_size > 0, f"{size}={part.fsdp.fsdp_size}", f"{size}=-1"))
-        remedy = f"{prefix}.offload.offload_params=true"
-        wanted.append((part.fsdp.enable_cpu_offload, f"{prefix}.fsdp.enable_cpu_offload=true", remedy))
     problems += [f"{asked} is not available yet; use {remedy}" for is_asked, asked, remedy in wanted if is_asked]
     if problems:
         raise ValueError("\n".join(problems))

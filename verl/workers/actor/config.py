@@ -60,7 +60,7 @@ class ModelConfig(ConfigSection):
         for key in ("model_path", "tokenizer_path"):
             path = getattr(self, key)
             if path is not None and (looks_local(path) or os.path.exists(path)):
-                self.settle_path(key)
+                self.settle_path(key, "folder")
         if self.tokenizer_path is None:
             self.settle("tokenizer_path", self.model_path)
 
@@ -114,7 +114,7 @@ class FSDPConfig(ConfigSection):
     mp_reduce_dtype: Dtype = "fp32"
     """Precision of the gradient reduction."""
     mp_buffer_dtype: Dtype = "fp32"
-    """Precision of the buffers."""
+    """Accepted for existing configurations, no effect: FSDP2 leaves buffers in the precision they were stored in."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
