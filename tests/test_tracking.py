@@ -146,3 +146,13 @@ def test_a_terminal_sees_a_bar_with_the_phase_and_the_latest_figures(tmp_path, m
     assert "reward 0.500, held-out 0.250" in shown
     assert "validation at step 2: reward_score 0.250" in shown
     assert "step 2, sample 1 of 1, score 1.000\n[prompt] What digit?\n[output] It is 7.\n[ground_truth] 7" in shown
+
+
+def test_a_number_that_is_not_finite_is_null_in_the_log_since_json_has_no_word_for_it(tmp_path):
+    with Tracker(["file"], {}, "project", "run", tmp_path, total_steps=1) as tracker:
+        tracker.log({"actor/grad_norm": float("nan"), "actor/lr": 1.0, "actor/pg_loss": float("-inf")}, 1)
+    line = (tmp_path / "experiment_log.jsonl").read_text()
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "step": 1,
+        "actor": {"grad_norm": None, "lr": 1.0, "pg_loss": None},
+    }

@@ -372,7 +372,13 @@ class RayDAPOTrainer:
             logger.warning("%s does not exist: the data starts from its first epoch", loader_file)
         self.global_step = self.last_saved_step = point.step
         self.best_step, self.best_score = point.best_step, point.best_score
-        self.tracker.note(f"resumed from {point.folder} at step {point.step}")
+        self.tracker.note(f"resumed from {point.folder} at step {point.step} of {self.training_steps}")
+        if point.step >= self.training_steps:
+            logger.warning(
+                "the run ends at step %d, which %s has reached: raise trainer.max_steps or trainer.total_epochs to go on",
+                self.training_steps,
+                point.folder,
+            )
 
 
 def _model_inputs(batch: DataProto, *streams: str) -> DataProto:

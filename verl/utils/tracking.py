@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -145,7 +146,9 @@ class FileSink(Sink):
                 (run.output_dir / name).write_text("", "utf-8")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self._append(self.LOG, json.dumps({"step": step, **nested(metrics)}) + "\n")
+        # JSON has no word for NaN and infinity.
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._append(self.LOG, json.dumps({"step": step, **nested(finite)}) + "\n")
 
     def log_generations(self, samples: Sequence[Generation], step: int) -> None:
         for sample in samples:
@@ -250,7 +253,7 @@ class Tracker:
         self.close()
 
 
-def nested(metrics: Mapping[str, float]) -> dict[str, Any]:
+def nested(metrics: Mapping[str, float | None]) -> dict[str, Any]:
     """`{"a/b": 1, "a/c": 2}` as `{"a": {"b": 1, "c": 2}}`.
 
     Raises:
