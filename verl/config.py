@@ -2,7 +2,7 @@
 """What every configuration section shares: its checks, and its way in from YAML and command line.
 
 A section is a frozen dataclass. `load_sections` fills a tree of them through an OmegaConf structured config, in the
-order dataclass < YAML < command line, and collects every mistake before it gives up.
+order dataclass < YAML < command line, and tells as many mistakes at once as it can.
 """
 
 import logging
