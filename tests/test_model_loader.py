@@ -14,7 +14,8 @@ from verl.workers.actor.config import ModelConfig
 
 def test_overrides_reach_the_config_and_attention_is_the_one_asked_for(tiny_model_path: str) -> None:
     overrides = {"text_config": {"rms_norm_eps": 0.5}, "attn_implementation": "eager"}
-    model = load_model(ModelConfig(model_path=tiny_model_path, override_config=overrides), torch.float32, torch.float32)
+    config = ModelConfig(model_path=tiny_model_path, override_config=overrides)
+    model = load_model(config, torch.float32, torch.float32)
     assert model.config.text_config.rms_norm_eps == 0.5
     assert model.config.text_config.vocab_size == load_model_config(
         ModelConfig(model_path=tiny_model_path)

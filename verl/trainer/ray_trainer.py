@@ -375,9 +375,9 @@ class RayDAPOTrainer:
         self.tracker.note(f"resumed from {point.folder} at step {point.step} of {self.training_steps}")
         if point.step >= self.training_steps:
             logger.warning(
-                "the run ends at step %d, which %s has reached: raise trainer.max_steps or trainer.total_epochs to go on",
-                self.training_steps,
+                "%s has reached the run's last step, %d: raise trainer.max_steps or trainer.total_epochs to go on",
                 point.folder,
+                self.training_steps,
             )
 
 
