@@ -11,9 +11,12 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLProcessor
 
 from verl.data.dataset import RLHFDataset, collate_fn, load_rows
@@ -45,8 +48,8 @@ def make(tokenizer: PreTrainedTokenizerBase, processor: Qwen2_5_VLProcessor, tmp
     """`make(rows, **options)` is the dataset of such rows, from a json lines file with images beside it."""
 
     def build(rows: list[dict[str, Any]], **options: Any) -> RLHFDataset:
-        options = {"image_dir": str(tmp_path), "max_prompt_length": P, "processor": processor, **options}
-        return RLHFDataset(write_json(tmp_path / "rows.jsonl", rows), tokenizer, **options)
+        options = {"tokenizer": tokenizer, "processor": processor, "max_prompt_length": P, **options}
+        return RLHFDataset(write_json(tmp_path / "rows.jsonl", rows), **{"image_dir": str(tmp_path), **options})
 
     return build
 
@@ -125,17 +128,66 @@ def test_every_kind_of_file_and_folder_gives_the_same_rows(
     assert load_rows(f"{path}@train").to_list() == rows
 
 
-def test_a_split_of_a_folder_is_the_files_named_after_it(tmp_path: Path) -> None:
-    (tmp_path / "d" / "val").mkdir(parents=True)
-    for name in ("train-00000-of-00002", "train-00001-of-00002", "test", "val/0"):
-        write_json(tmp_path / "d" / f"{name}.jsonl", [{"prompt": name}])
-    folder = str(tmp_path / "d")
-    assert load_rows(f"{folder}@test")["prompt"][:] == ["test"]
-    assert load_rows(f"{folder}@val")["prompt"][:] == ["val/0"]
-    assert load_rows(folder)["prompt"][:] == ["train-00000-of-00002", "train-00001-of-00002"]
-    assert load_rows(f"{folder}@train[:1]")["prompt"][:] == ["train-00000-of-00002"]
-    with pytest.raises(ValueError, match="no file in the folder is named after the split 'dev'"):
-        load_rows(f"{folder}@dev")
+def folder_of(folder: Path, *names: str) -> str:
+    """A folder of json lines files whose one row is the file's name, and of such other files as are named."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_json(folder / name, [{"prompt": name}])
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "expected"),
+    [
+        (["train-0.jsonl", "train-1.jsonl", "test.jsonl"], "", ["train-0.jsonl", "train-1.jsonl"]),
+        (["train-0.jsonl", "train-1.jsonl"], "@train[:1]", ["train-0.jsonl"]),
+        (["train.jsonl", "test.jsonl"], "@test", ["test.jsonl"]),
+        (["train.jsonl", "val.jsonl"], "@validation", ["val.jsonl"]),
+        (["train.jsonl", "test.jsonl"], "@train+test", ["train.jsonl", "test.jsonl"]),
+        (["train/0.jsonl", "test/0.jsonl"], "@test", ["test/0.jsonl"]),
+        (["train.jsonl", ".ipynb_checkpoints/train-checkpoint.jsonl"], "", ["train.jsonl"]),
+        (["a.jsonl", "dataset_infos.json", "README.md", "images/a.png"], "", ["a.jsonl"]),
+    ],
+)
+def test_a_split_of_a_folder_is_the_data_files_named_after_it(
+    names: list[str], split: str, expected: list[str], tmp_path: Path
+) -> None:
+    assert load_rows(folder_of(tmp_path / "d", *names) + split)["prompt"][:] == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (["a.jsonl", "test.jsonl"], r'Unknown split "train". Should be one of \[\'test\'\]'),
+        (["validation.jsonl", "test.jsonl"], r'Unknown split "train". Should be one of'),
+        (
+            ["rows.jsonl", "train/a.png"],
+            r"no \.parquet, .* where its split names lead \(.*a\.png\); name the data file",
+        ),
+        (["README.md"], "doesn't contain any data files"),
+    ],
+)
+def test_held_out_rows_never_become_training_rows(names: list[str], problem: str, tmp_path: Path) -> None:
+    """A folder without the split asked for is refused, rather than read otherwise."""
+    with pytest.raises(ValueError, match=problem):
+        load_rows(folder_of(tmp_path / "d", *names))
+
+
+def test_loading_a_small_file_leaves_the_console_quiet(make: Callable, capfd: pytest.CaptureFixture) -> None:
+    """And the library's switch as it was."""
+    make([row("a")] * 3)
+    assert capfd.readouterr() == ("", "")
+    assert not datasets.are_progress_bars_disabled()
+
+
+def test_counting_the_prompts_of_a_large_set_shows_a_bar(
+    make: Callable, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("verl.data.dataset.ROWS_PER_PROCESS", 3)
+    make([row("a")] * 3)
+    output = capfd.readouterr().err
+    assert "counting prompt tokens" in output
+    assert "Generating" not in output
 
 
 def test_a_saved_set_of_splits_is_read_by_split(tmp_path: Path) -> None:
@@ -173,7 +225,7 @@ def test_a_split_that_a_file_does_not_have_is_named_with_those_it_has(tmp_path: 
 def test_a_folder_of_mixed_types_and_an_unknown_type_are_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "a.jsonl", [{"prompt": "a"}])
     (tmp_path / "b.csv").write_text("prompt\na\n")
-    with pytest.raises(ValueError, match="files of several types: csv, json"):
+    with pytest.raises(ValueError, match=r"files of several types \(\.csv, \.json\)"):
         load_rows(str(tmp_path))
     (tmp_path / "notes.txt").write_text("a")
     with pytest.raises(ValueError, match=r"notes\.txt is none of \.parquet, \.json"):
@@ -253,6 +305,18 @@ def test_parquet_rows_hold_images_in_three_ways_and_give_the_same_pixels(
     assert dataset[1]["multi_modal_data"] is None
 
 
+def test_lists_of_a_fixed_size_hold_as_many_images(
+    tokenizer: PreTrainedTokenizerBase, processor: Qwen2_5_VLProcessor, tmp_path: Path
+) -> None:
+    data = (tmp_path / write_image(tmp_path, "a.png", SIDE, SIDE)).read_bytes()
+    images = pa.array([[data, data], None], pa.list_(pa.binary(), 2))
+    table = pa.table({"prompt": ["<image><image>", "a"], "answer": ["1", "2"], "images": images})
+    pa.parquet.write_table(table, tmp_path / "d.parquet")
+    dataset = RLHFDataset(str(tmp_path / "d.parquet"), tokenizer, processor, max_prompt_length=P)
+    assert len(dataset[0]["multi_modal_data"]["images"]) == 2
+    assert dataset[1]["multi_modal_data"] is None
+
+
 def test_rows_without_images_stand_beside_rows_with_them(make: Callable, tmp_path: Path) -> None:
     name = write_image(tmp_path, "a.png", SIDE, SIDE)
     dataset = make([row("<image>a", [name]), row("b", None), row("b", []), row("<image><image>", [name, name])])
@@ -276,6 +340,18 @@ def test_a_text_model_gets_single_positions_and_ignores_an_empty_image_column(ma
     item = make([row("What is <image> in html?", None)], processor=None)[0]
     assert item["position_ids"].shape == (P,)
     assert item["multi_modal_data"] is None
+
+
+def test_special_tokens_come_from_the_chat_template_alone(make: Callable, tiny_model_path: str) -> None:
+    """Llama's tokenizer puts a first token before every text, and its template writes that token too."""
+    tokenizer = get_tokenizer(tiny_model_path)
+    plain = make([row("a")], processor=None)[0]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))]
+    )
+    assert len(tokenizer.encode("a")) == 1 + len(tokenizer.encode("a", add_special_tokens=False))
+    item = make([row("a")], processor=None, tokenizer=tokenizer)[0]
+    assert item["raw_prompt_ids"] == real_ids(item) == plain["raw_prompt_ids"]
 
 
 def test_everything_but_tensors_is_collated_to_objects_of_one_dimension(make: Callable) -> None:
@@ -305,14 +381,20 @@ def test_format_prompt_renders_the_question_into_the_user_turn(
         ("Answer in one word.", "never uses {{ content }}"),
         ("{{ content }} {{ hint }}", "'hint' is undefined; it may use one variable, {{ content }}"),
         ("{{ content", "unexpected end"),
+        ("é {{ content }}", "cannot be read as a UTF-8 text file: .*can't decode byte 0xe9"),
     ],
 )
 def test_a_format_prompt_that_cannot_work_is_refused(
     template: str, problem: str, make: Callable, tmp_path: Path
 ) -> None:
-    (tmp_path / "f.jinja").write_text(template)
+    (tmp_path / "f.jinja").write_text(template, encoding="latin-1")
     with pytest.raises(ValueError, match=f"data.format_prompt=.*f.jinja.*{problem}"):
         make([row("What?")], format_prompt=str(tmp_path / "f.jinja"))
+
+
+def test_a_folder_as_format_prompt_is_refused(make: Callable, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data.format_prompt=.* cannot be read as a UTF-8 text file: .*directory"):
+        make([row("What?")], format_prompt=str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ Shapes: B prompts, P prompt length (`data.max_prompt_length`).
 from __future__ import annotations
 
 import logging
-import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,13 +19,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import torch
-from datasets import Dataset, DatasetDict, LargeList, List, Value, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    LargeList,
+    List,
+    Value,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetsError
 from jinja2 import meta
 from PIL import Image
 from torch.nn import functional
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from verl.config import looks_local
 from verl.data.vision import (
     UNREADABLE_IMAGE,
     ImageSource,
@@ -36,6 +49,7 @@ from verl.data.vision import (
 )
 from verl.models.position_ids import prompt_position_ids
 from verl.models.registry import media_token_ids
+from verl.trainer.config import DATA_SUFFIXES
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -46,11 +60,10 @@ T = TypeVar("T")
 
 IMAGE_PLACEHOLDER = "<image>"
 
-FILE_TYPES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
-"""Suffix of a data file and the builder of the `datasets` library that reads it."""
+HUB_METADATA = ("dataset_infos.json", "dataset_info.json")
 
-ROWS_PER_PROCESS = 1000
-"""Below this a further process takes longer to start than to work."""
+ROWS_PER_PROCESS = 5000
+"""Below this a further process takes longer to start than to work, and nobody needs a progress bar."""
 
 MISMATCHES_SHOWN = 10
 
@@ -61,8 +74,8 @@ def load_rows(data_path: str) -> Dataset:
     Args:
         data_path: a data file, a folder of them (or one that `save_to_disk` wrote), or a dataset id on the hub; then,
             optionally, `@split`, where split may carry a slice as in `@train[:100]`. The default split is train.
-            In a folder a split takes the files that have its name in theirs (`test-00000.parquet`, `test/0.jsonl`);
-            train takes all of them when none is named after it.
+            Which files of a folder are which split is the `datasets` library's rule: those with the split's name in
+            theirs (`test-00000.parquet`, `test/0.jsonl`), or all of them train when none is named after a split.
 
     Raises:
         ValueError: nothing is there, or it has no such split or no rows.
@@ -71,11 +84,14 @@ def load_rows(data_path: str) -> Dataset:
     split = split or "train"
     local = Path(path).expanduser()
     try:
-        if local.is_file():
-            return _load_files([local], "train", split)
-        if local.is_dir():
-            return _load_folder(local, split)
-        if path.startswith((".", "/", "~")) or local.suffix in FILE_TYPES:
+        if local.exists():
+            with _progress_bars(shown=False):
+                if local.is_dir():
+                    return _load_folder(local, split)
+                if local.suffix not in DATA_SUFFIXES:
+                    raise ValueError(f"{local.name} is none of {', '.join(DATA_SUFFIXES)}")
+                return _load_files({"train": [local]}, split)
+        if looks_local(path, DATA_SUFFIXES):
             raise FileNotFoundError(f"no such file or folder (looked for {local.absolute()})")
         return _load_from_hub(path, split)
     except (DatasetsError, OSError, ValueError) as error:
@@ -83,14 +99,30 @@ def load_rows(data_path: str) -> Dataset:
         raise ValueError(f"cannot load the data {data_path!r}: {error}{cause}") from error
 
 
-def _load_files(files: Sequence[Path], file_split: str, split: str) -> Dataset:
-    empty = [file.name for file in files if file.stat().st_size == 0]
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    """Switch the bars of the `datasets` library, which are on or off for the whole process, for a while."""
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def _load_files(files: Mapping[str, Sequence[Path]], split: str) -> Dataset:
+    """Load a split out of data files by split, all of one type."""
+    paths = [path for of_split in files.values() for path in of_split]
+    suffixes = {".json" if path.suffix == ".jsonl" else path.suffix for path in paths}
+    if len(suffixes) != 1:
+        raise ValueError(f"it has files of several types ({', '.join(sorted(suffixes))}); name one of them")
+    empty = [path.name for path in paths if path.stat().st_size == 0]
     if empty:
         raise ValueError(f"{', '.join(empty)} is empty")
-    builder = FILE_TYPES.get(files[0].suffix)
-    if builder is None:
-        raise ValueError(f"{files[0].name} is none of {', '.join(FILE_TYPES)}")
-    return load_dataset(builder, data_files={file_split: [str(file) for file in files]}, split=split)
+    builder = suffixes.pop().removeprefix(".")
+    return load_dataset(builder, data_files={name: list(map(str, files[name])) for name in files}, split=split)
 
 
 def _load_folder(folder: Path, split: str) -> Dataset:
@@ -98,22 +130,24 @@ def _load_folder(folder: Path, split: str) -> Dataset:
         if split != "train":
             raise ValueError(f"it was saved as one set without splits; leave @{split} out")
         return load_from_disk(str(folder))
-    split_name = split.partition("[")[0]
     if (folder / "dataset_dict.json").is_file():
         splits: DatasetDict = load_from_disk(str(folder))
         if split not in splits:
             raise ValueError(f"no split {split!r} in it; its splits are {', '.join(splits)}")
         return splits[split]
 
-    files = sorted(file for file in folder.rglob("*") if file.suffix in FILE_TYPES)
-    builders = {FILE_TYPES[file.suffix] for file in files}
-    if len(builders) != 1:
-        found = f"files of several types: {', '.join(sorted(builders))}" if builders else "no data files"
-        raise ValueError(f"the folder has {found}; give it files of one type of {', '.join(FILE_TYPES)}")
-    named = [file for file in files if split_name in re.split(r"[^A-Za-z0-9]+", str(file.relative_to(folder)))]
-    if not named and split_name != "train":
-        raise ValueError(f"no file in the folder is named after the split {split_name!r}")
-    return _load_files(named or files, split_name, split)
+    base_path = folder.resolve().as_posix()
+    found = DataFilesDict.from_patterns(get_data_patterns(base_path), base_path=base_path)
+    # What is left out are the media that rows refer to and what the hub keeps beside the data.
+    files = {
+        name: [Path(path) for path in paths if path.endswith(DATA_SUFFIXES) and not path.endswith(HUB_METADATA)]
+        for name, paths in found.items()
+    }
+    files = {name: paths for name, paths in files.items() if paths}
+    if not files:
+        example = next(iter(found.values()))[0]
+        raise ValueError(f"no {', '.join(DATA_SUFFIXES)} where its split names lead ({example}); name the data file")
+    return _load_files(files, split)
 
 
 def _load_from_hub(dataset_id: str, split: str) -> Dataset:
@@ -129,7 +163,10 @@ def _template(source: str) -> jinja2.Template:
 
 
 def _read_format_prompt(path: str) -> str:
-    source = Path(path).read_text(encoding="utf-8").strip()
+    try:
+        source = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"data.format_prompt={path} cannot be read as a UTF-8 text file: {error}") from error
     try:
         variables = meta.find_undeclared_variables(jinja2.Environment().parse(source))
         _template(source).render(content="")
@@ -169,8 +206,8 @@ class RLHFDataset(torch.utils.data.Dataset):
     Raises:
         ValueError: when loading, for a column that is not there, a prompt that is no text, placeholders that do not
             match the images, videos, images for a model of text alone, an image file that is not there, no row left.
-            When drawing, for a row that cannot be decoded or is longer than P. Messages count rows from 0, as the
-            data file has them.
+            When drawing, for a row that cannot be decoded or is longer than P. Messages count rows from 0, as
+            `load_rows` returns them: within a slice, and with those that are later dropped for their length.
     """
 
     def __init__(
@@ -220,7 +257,7 @@ class RLHFDataset(torch.utils.data.Dataset):
         has_images = image_key in rows.column_names
         self._media = rows.select_columns([image_key]).with_format("arrow") if has_images else None
         self._rows = rows.remove_columns([image_key]) if has_images else rows
-        self._row_numbers = np.arange(len(rows))  # in the file; rows that are dropped leave gaps
+        self._row_numbers = np.arange(len(rows))  # as loaded; rows that are dropped leave gaps
         self._check_prompts()
         if processor is None:
             self._media = None  # an image column without images reads as none at all
@@ -378,16 +415,17 @@ class RLHFDataset(torch.utils.data.Dataset):
 
     def _drop_overlong(self, workers: int) -> None:
         processes = min(workers, len(self) // ROWS_PER_PROCESS)
-        lengths = self._rows.select_columns([self.prompt_key]).map(
-            self._measure,
-            with_indices=True,
-            remove_columns=[self.prompt_key],
-            num_proc=processes if processes > 1 else None,
-            # Image files and limits may have changed since a cached result was written.
-            load_from_cache_file=False,
-            new_fingerprint=uuid.uuid4().hex,
-            desc="counting prompt tokens",
-        )
+        with _progress_bars(shown=len(self) >= ROWS_PER_PROCESS):
+            lengths = self._rows.select_columns([self.prompt_key]).map(
+                self._measure,
+                with_indices=True,
+                remove_columns=[self.prompt_key],
+                num_proc=processes if processes > 1 else None,
+                # Image files and limits may have changed since a cached result was written.
+                load_from_cache_file=False,
+                new_fingerprint=uuid.uuid4().hex,
+                desc="counting prompt tokens",
+            )
         lengths = np.asarray(lengths["length"])
         kept = np.flatnonzero(lengths <= self.max_prompt_length)
         if len(kept) == 0:
@@ -445,6 +483,6 @@ def _expanded_length(raw_prompt_ids: Sequence[int], image_token_counts: Sequence
 def _entry_counts(rows: Dataset, column: str) -> list[int]:
     """How many entries each row of a column has: the length of a list, 0 for null, 1 for anything else."""
     values = rows.select_columns([column]).with_format("arrow")[:].column(column)
-    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+    if isinstance(values.type, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
         return pa.compute.fill_null(pa.compute.list_value_length(values), 0).to_pylist()
     return [int(valid) for valid in values.is_valid().to_pylist()]
