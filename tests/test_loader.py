@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import pytest
+from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from verl.data.dataset import RLHFDataset
@@ -53,7 +54,6 @@ def flat(batches: list[list[int]]) -> list[int]:
 def test_an_epoch_draws_no_row_twice_and_the_next_one_begins_by_itself(make_set: Callable) -> None:
     """10 rows in batches of 3: three draws an epoch, one row left out of each."""
     loader = PromptLoader(make_set(10), batch_size=3, shuffle=True, seed=1)
-    assert loader.prompts_per_epoch == 9
     epochs = [flat(draw(loader, 3)) for _ in range(4)]
     for rows in epochs:
         assert len(set(rows)) == 9
@@ -103,6 +103,8 @@ def test_a_state_of_other_data_is_refused(make_set: Callable) -> None:
         PromptLoader(make_set(11), 3, True, seed=1).load_state_dict(state)
     with pytest.raises(ValueError, match="seed=1, this run has 2"):
         PromptLoader(make_set(10), 3, True, seed=2).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"shuffle=True, this run has False.*use the same data, data\.shuffle"):
+        PromptLoader(make_set(10), 3, False, seed=1).load_state_dict(state)
 
 
 def test_loader_processes_change_neither_the_order_nor_the_saved_place(
@@ -153,6 +155,62 @@ def test_batches_follow_the_config_and_no_held_out_row_is_lost(
     assert batch["position_ids"].shape == (train_batch, 4, 32)
     for _ in range(2):  # validation reads the set again and again
         assert [batch["ground_truth"].tolist() for batch in val] == val_batches
+
+
+def test_every_data_key_reaches_both_sets(
+    tiny_model_path: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """The 112 x 112 image is four times max_pixels, so it has 2 x 2 tokens of 28 x 28 pixels; videos are not asked for
+    in their usual column. The second row of each file is longer than the limit.
+    """
+    (tmp_path / "media").mkdir()
+    Image.new("RGB", (112, 112)).save(tmp_path / "media" / "a.png")
+    (tmp_path / "f.jinja").write_text("{{ content }} Look!")
+    for name in ("train", "val"):
+        short = {"question": f"<image>{name}", "solution": name, "pictures": ["a.png"], "videos": ["v.mp4"]}
+        rows = [short, {**short, "question": "<image>" + "long " * 100}]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    config = DataConfig(
+        train_files=str(tmp_path / "train.json"),
+        val_files=str(tmp_path / "val.json"),
+        prompt_key="question",
+        answer_key="solution",
+        image_key="pictures",
+        video_key="films",
+        image_dir=str(tmp_path / "media"),
+        video_fps=1.0,
+        max_prompt_length=60,
+        rollout_batch_size=1,
+        format_prompt=str(tmp_path / "f.jinja"),
+        shuffle=False,
+        min_pixels=28 * 28,
+        max_pixels=56 * 56,
+        filter_overlong_prompts_workers=1,
+    )
+    processor = get_processor(tiny_model_path)
+    train, val = create_dataloader(config, tokenizer, processor)
+    for dataset, name in ((train.dataset, "train"), (val.dataset, "val")):
+        assert len(dataset) == 1
+        assert dataset[0]["prompt_text"] == f"<image>{name} Look!"
+        assert dataset[0]["ground_truth"] == name
+        assert dataset[0]["input_ids"].tolist().count(processor.image_token_id) == 4
+        assert dataset[0]["extra"] == {"videos": ["v.mp4"]}
+        assert dataset.video_fps == 1.0
+
+    enlarging = dataclasses.replace(config, min_pixels=140 * 140, max_pixels=None, max_prompt_length=100)
+    image = create_dataloader(enlarging, tokenizer, processor)[0].dataset[0]["multi_modal_data"]["images"][0]
+    assert image.size == (140, 140)
+
+
+def test_a_long_prompt_is_refused_when_drawn_where_none_is_dropped(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Cut short on the right, it would lose the turn in which the model is to answer."""
+    config = data_config(tmp_path, filter_overlong_prompts=False)
+    (tmp_path / "10.jsonl").write_text(json.dumps({"prompt": "long " * 100, "answer": 1}) * 4)
+    train, _ = create_dataloader(config, tokenizer, None)
+    with pytest.raises(ValueError, match=r"max_prompt_length=32; raise it, .* data\.filter_overlong_prompts=true"):
+        train.draw()
 
 
 def test_no_data_is_refused_by_the_key_that_should_name_it(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -79,11 +79,6 @@ class PromptLoader:
         self._loader = _data_loader(dataset, batch_size, sampler=self._sampler, drop_last=True)
         self._batches: Iterator[dict[str, Any]] | None = None
 
-    @property
-    def prompts_per_epoch(self) -> int:
-        """Prompts that an epoch draws: the full batches of the set."""
-        return len(self.dataset) // self.batch_size * self.batch_size
-
     def draw(self) -> dict[str, Any]:
         """Return the next `batch_size` prompts, collated: tensors and object arrays by name."""
         if self._sampler.num_rows - self._sampler.position < self.batch_size:
@@ -99,25 +94,22 @@ class PromptLoader:
 
     def state_dict(self) -> dict[str, int]:
         """Return where the next draw begins, for `load_state_dict`."""
-        return {
-            "epoch": self._sampler.epoch,
-            "position": self._sampler.position,
-            "num_rows": self._sampler.num_rows,
-            "seed": self._sampler.seed,
-        }
+        names = ("epoch", "position", "num_rows", "shuffle", "seed")
+        return {name: getattr(self._sampler, name) for name in names}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on exactly where `state_dict` was taken, in the middle of an epoch too.
 
         Raises:
-            ValueError: the set has another number of rows or another seed than then, so that its order is another.
+            ValueError: the set has another number of rows, or is shuffled otherwise, so that its order is another.
         """
-        for name, now in (("num_rows", self._sampler.num_rows), ("seed", self._sampler.seed)):
+        for name in ("num_rows", "shuffle", "seed"):
+            now = getattr(self._sampler, name)
             if state[name] != now:
                 raise ValueError(
                     f"the checkpoint's data loader had {name}={state[name]}, this run has {now}, so its order cannot "
-                    "be taken up; use the same data and data.seed, or delete the checkpoint's dataloader.pt to start "
-                    "the data anew"
+                    "be taken up; use the same data, data.shuffle and data.seed, or delete the checkpoint's "
+                    "dataloader.pt to start the data anew"
                 )
         self._sampler.epoch = state["epoch"]
         self._sampler.position = state["position"]
@@ -170,7 +162,7 @@ def _dataset(
         image_dir=config.image_dir,
         video_fps=config.video_fps,
         max_prompt_length=config.max_prompt_length,
-        truncation="right",
+        truncation="error",  # a prompt cut short would lose the opening of the answer, or its question
         format_prompt=config.format_prompt,
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
