@@ -57,7 +57,6 @@ def make_batch(tokenizer, texts=TEXTS, max_response_length=64):
 
 
 THREE_FIELDS = """
-    REWARD_NAME = "test"
     REWARD_TYPE = "batch"
 
     def compute_score(reward_inputs, bonus=0.0):
@@ -83,7 +82,6 @@ def test_overall_lands_on_the_last_response_token_and_nowhere_else(make_manager,
     assert rewards.dtype == torch.float32
     assert torch.equal(rewards, expected)
     assert metrics == {"overall": [1.5, 0.5, 1.5], "length": lengths.tolist()}
-    assert manager.reward_name == "test"
 
 
 def test_sequential_and_batch_functions_give_the_same(make_manager, tokenizer):
@@ -206,8 +204,8 @@ def result_for_the_second(value):
         ('{"overall": "1.0"}', "'overall': '1.0'"),
         ('{"overall": None}', "'overall': None"),
         ('{"overall": [1.0, 2.0]}', r"'overall': \[1.0, 2.0\]"),
-        ('{"accuracy": 1.0}', r"missing \['overall'\], new \['accuracy'\]"),
-        ('{"overall": 1.0, "accuracy": 1.0}', r"missing \[\], new \['accuracy'\]"),
+        ('{"overall": 1.0, "accuracy": nan}', "'accuracy': nan"),
+        ('{"accuracy": 1.0}', r"returned {'accuracy': 1.0}.*must return a dict.*'overall'"),
         ("0.5", "returned 0.5.*must return a dict.*'overall'"),
         ("1 / 0", "raised ZeroDivisionError: division by zero"),
     ],
@@ -240,8 +238,58 @@ def test_an_exception_that_no_sample_raises_alone_says_so(make_manager, tokenize
             return [{"overall": 1.0}]
         """
     )
-    with pytest.raises(RuntimeError, match="one at a time, please.*3 samples together, though for none alone"):
+    with pytest.raises(RuntimeError, match="one at a time.*samples 1 to 2 together, though for neither half alone"):
         manager.compute_reward(make_batch(tokenizer))
+
+
+@pytest.mark.parametrize("guilty", [0, 5, 63])
+def test_the_guilty_sample_is_found_in_few_calls(make_manager, guilty):
+    """Halving 64 samples takes six rounds of at most two calls."""
+    manager = make_manager(
+        f"""
+        calls = 0
+        def compute_score(samples):
+            global calls
+            calls += 1
+            return [{{"overall": 1 / (sample["uid"] - {guilty})}} for sample in samples]
+        """
+    )
+    samples = [{"uid": uid, "ground_truth": "", "response": ""} for uid in range(64)]
+    with pytest.raises(RuntimeError, match=f"ZeroDivisionError.* for sample {guilty} .uid {guilty},"):
+        manager._score(samples)
+    assert manager._function.__globals__["calls"] <= 1 + 2 * 6
+
+
+def test_a_function_of_one_sample_without_reward_type_is_told_of_it(make_manager, tokenizer):
+    manager = make_manager("def compute_score(sample): return {'overall': float(sample['response'] == '')}")
+    with pytest.raises(RuntimeError, match='list indices.*put REWARD_TYPE = "sequential" in its file'):
+        manager.compute_reward(make_batch(tokenizer))
+
+
+@pytest.mark.parametrize("form", ["tuple", "iter", "lambda results: (result for result in results)"])
+def test_results_may_come_in_any_iterable(make_manager, tokenizer, form):
+    source = f"def compute_score(samples): return ({form})([{{'overall': 0.5}} for _ in samples])"
+    assert make_manager(source).compute_reward(make_batch(tokenizer))[1] == {"overall": [0.5] * 3}
+
+
+def test_an_exception_of_a_generator_names_its_sample(make_manager, tokenizer):
+    source = "def compute_score(samples):\n    for s in samples: yield {'overall': {'12': 1}[s['ground_truth']]}"
+    with pytest.raises(RuntimeError, match="raised KeyError: '7' for sample 1 .uid a"):
+        make_manager(source).compute_reward(make_batch(tokenizer))
+
+
+def test_a_key_that_only_some_samples_return_has_their_values_alone(make_manager, tokenizer):
+    manager = make_manager(result_for_the_second('{"overall": 0.5, "accuracy": 0.25}'))
+    rewards, metrics = manager.compute_reward(make_batch(tokenizer))
+    assert metrics == {"overall": [1.0, 0.5, 1.0], "accuracy": [0.25]}
+    assert rewards.sum() == 2.5
+
+
+def test_a_response_without_tokens_is_our_own_mistake(make_manager, tokenizer):
+    batch = make_batch(tokenizer)
+    batch.batch["response_mask"][1] = 0
+    with pytest.raises(AssertionError, match=r"responses \[1\] have no tokens"):
+        make_manager(THREE_FIELDS).compute_reward(batch)
 
 
 @pytest.mark.parametrize(
@@ -250,8 +298,9 @@ def test_an_exception_that_no_sample_raises_alone_says_so(make_manager, tokenize
         ("[{'overall': 1.0}] * 2", "2 results for 3 samples; the last with a result is sample 1"),
         ("[{'overall': 1.0}] * 4", "4 results for 3 samples; the last with a result is sample 2"),
         ("[]", "0 results for 3 samples; none has a result"),
-        ("{'overall': 1.0}", "a dict for a list of 3 samples.*REWARD_TYPE = 'sequential'"),
-        ("[{'accuracy': 1.0}] * 3", r"the keys \['accuracy'\] for sample 0.*'overall', the reward, is missing"),
+        ("1.0", "returned a float for a list of 3 samples.*must return a list"),
+        ("{'overall': 1.0}", "a dict for a list of 3 samples.*REWARD_TYPE = .sequential"),
+        ("[{'accuracy': 1.0}] * 3", "returned {'accuracy': 1.0} for sample 0.*'overall', the reward"),
     ],
 )
 def test_a_wrong_number_of_rows_or_no_overall_is_an_error(make_manager, tokenizer, body, message):
@@ -277,8 +326,10 @@ def test_a_missing_function_is_an_error_that_lists_those_there_are(make_manager)
 def test_kwargs_that_do_not_fit_are_an_error_before_the_run(make_manager):
     with pytest.raises(ValueError, match=r"\(reward_inputs, bonus=0.0\).*reward_function_kwargs=.*'bonsu'"):
         make_manager(THREE_FIELDS, reward_function_kwargs={"bonsu": 1.0})
-    with pytest.raises(ValueError, match=r"\(response, ground_truth\).*one positional argument"):
-        make_manager("def compute_score(response, ground_truth): return 1.0")
+    for parameters in ("predict_str, ground_truth", "predicts, ground_truths, format_weight=0.1"):
+        problem = re.escape(f"({parameters})") + r'.*one positional argument.*read sample\["response"\] and'
+        with pytest.raises(ValueError, match=problem):
+            make_manager(f"def compute_score({parameters}): return 1.0")
 
 
 def test_an_unknown_reward_type_is_an_error(make_manager):

@@ -3,7 +3,6 @@
 
 The function lives in any file, takes one dict a sample and returns one:
 
-    REWARD_NAME = "digits"
     REWARD_TYPE = "batch"  # a list of samples at a time; "sequential": one sample at a time
 
     def compute_score(reward_inputs: list[dict], **reward_function_kwargs) -> list[dict[str, float]]:
@@ -17,7 +16,8 @@ import inspect
 import math
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +26,8 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import DataProto
 from verl.workers.reward.config import RewardConfig
+
+IF_SEQUENTIAL = 'If the function takes one sample at a time, put REWARD_TYPE = "sequential" in its file'
 
 
 class AutoRewardManager:
@@ -52,7 +54,6 @@ class AutoRewardManager:
         module = _load_module(path)
         self._function = _find_function(module, function_name)
         self._check_kwargs()
-        self.reward_name = getattr(module, "REWARD_NAME", "unknown")
         self.reward_type = getattr(module, "REWARD_TYPE", "batch")
         if self.reward_type not in ("batch", "sequential"):
             raise ValueError(
@@ -72,28 +73,28 @@ class AutoRewardManager:
 
         The function gets a dict a sample: `response` (text), `response_length` (tokens), `ground_truth`, `prompt`
         (text), `uid` (the same for all responses to one prompt), `images` (handles; `.load()` gives the PIL image),
-        `extra`, `step`, `split` (`train` or `val`). It returns a dict of numbers a sample: `overall` is the reward,
-        and all of them become metrics.
+        `extra`, `step`, `split` (`train` or `val`). It returns a dict of numbers a sample: `overall` is the reward;
+        all become metrics, and those other than `overall` may be left out where they do not apply.
 
         Returns:
             Float32 scores (N, R), `overall` on the last token of each response and zero elsewhere; and every returned
-            key with its N values.
+            key with its values, one from each sample that has it.
 
         Raises:
             RuntimeError: the function raised; its own exception is the cause.
-            ValueError: the wrong number of results, a result without `overall`, results whose keys differ, or a value
-                that is not a finite number.
+            ValueError: the wrong number of results, a result without `overall`, or a value that is not a finite
+                number.
         """
         samples = self._samples(data)
         results = self._score(samples)
         last_tokens = data.batch["response_mask"].sum(-1) - 1  # (N,)
         rewards = torch.zeros(data.batch["responses"].shape, dtype=torch.float32)  # (N, R)
-        metrics: dict[str, list[float]] = {key: [] for key in self._keys(results, samples)}
+        metrics: dict[str, list[float]] = defaultdict(list)
         for index, (sample, result) in enumerate(zip(samples, results, strict=True)):
-            for key, values in metrics.items():
-                values.append(self._number(key, result[key], index, sample))
+            for key, value in result.items():
+                metrics[key].append(self._number(key, value, index, sample))
             rewards[index, last_tokens[index]] = metrics["overall"][index]
-        return rewards, metrics
+        return rewards, dict(metrics)
 
     def _samples(self, data: DataProto) -> list[dict[str, Any]]:
         lengths = data.batch["response_mask"].sum(-1).tolist()  # N ints
@@ -116,17 +117,17 @@ class AutoRewardManager:
             for index, length in enumerate(lengths)
         ]
 
-    def _score(self, samples: list[dict[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    def _score(self, samples: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
         """Calls the function, on copies lest it changes what later errors show, and checks for one dict a sample."""
         if self.reward_type == "sequential":
             results = [self._score_one(index, sample) for index, sample in enumerate(samples)]
         else:
             results = self._score_batch(samples)
         for index, (sample, result) in enumerate(zip(samples, results, strict=True)):
-            if not isinstance(result, Mapping):
+            if not isinstance(result, Mapping) or "overall" not in result:
                 raise ValueError(
                     f"{self._function_label} returned {_shorten(result)} for {_describe(index, sample)}; "
-                    "it must return a dict of numbers with the key 'overall'"
+                    "it must return a dict of numbers with the key 'overall', the reward"
                 )
         return results
 
@@ -136,25 +137,15 @@ class AutoRewardManager:
         except Exception as error:
             raise self._raised(error, _describe(index, sample)) from error
 
-    def _score_batch(self, samples: list[dict[str, Any]]) -> Sequence[Any]:
-        kwargs = self.config.reward_function_kwargs
+    def _score_batch(self, samples: list[dict[str, Any]]) -> list[Any]:
         try:
-            results = self._function([dict(sample) for sample in samples], **kwargs)
+            results = self._call(samples)
         except Exception as error:
-            # A list says nothing of which sample failed: the first one that fails alone is the one to name.
-            for index, sample in enumerate(samples):
-                try:
-                    self._function([dict(sample)], **kwargs)
-                except Exception as error_alone:
-                    raise self._raised(error_alone, _describe(index, sample)) from error_alone
-            blame = f"the {len(samples)} samples together, though for none alone; the first is"
-            raise self._raised(error, f"{blame} {_describe(0, samples[0])}") from error
-
-        if not isinstance(results, (list, tuple)):
+            raise self._guilty(error, samples) from error
+        if not isinstance(results, list):
             raise ValueError(
                 f"{self._function_label} returned a {type(results).__name__} for a list of {len(samples)} samples; "
-                "with REWARD_TYPE = 'batch' it must return a list of one dict a sample. A function of one sample "
-                "needs REWARD_TYPE = 'sequential' in its file"
+                f"it must return a list of one dict a sample. {IF_SEQUENTIAL}"
             )
         if len(results) != len(samples):
             last = min(len(results), len(samples)) - 1
@@ -165,23 +156,33 @@ class AutoRewardManager:
             )
         return results
 
-    def _keys(self, results: Sequence[Mapping[str, Any]], samples: list[dict[str, Any]]) -> list[str]:
-        """The keys that all results share; it is an error if they do not share them all."""
-        keys = list(results[0])
-        if "overall" not in keys:
-            raise ValueError(
-                f"{self._function_label} returned the keys {keys} for {_describe(0, samples[0])}; "
-                "'overall', the reward, is missing"
-            )
-        for index, (sample, result) in enumerate(zip(samples, results, strict=True)):
-            missing, surplus = set(keys) - set(result), set(result) - set(keys)
-            if missing or surplus:
-                raise ValueError(
-                    f"{self._function_label} returned the keys {list(result)} for {_describe(index, sample)}, but "
-                    f"{keys} for sample 0: missing {sorted(missing)}, new {sorted(surplus)}. "
-                    "Every sample needs the same keys; give those that do not apply a neutral value"
-                )
-        return keys
+    def _call(self, samples: list[dict[str, Any]]) -> Any:
+        """The results as a list, whatever they come in; what cannot be one result a sample comes as it is."""
+        results = self._function([dict(sample) for sample in samples], **self.config.reward_function_kwargs)
+        several = isinstance(results, Iterable) and not isinstance(results, (Mapping, str))
+        return list(results) if several else results
+
+    def _guilty(self, error: Exception, samples: list[dict[str, Any]]) -> RuntimeError:
+        """The error with the sample it is for: a list says nothing of that, so it is halved until one is left.
+
+        A call per sample would be simpler, and hours where a call asks a slow judge.
+        """
+        first, end = 0, len(samples)
+        while end - first > 1:
+            middle = (first + end) // 2
+            for half in ((first, middle), (middle, end)):
+                try:
+                    self._call(samples[slice(*half)])
+                except Exception as narrower:  # noqa: BLE001 (raised by the caller)
+                    error = narrower
+                    first, end = half
+                    break
+            else:
+                break
+        blame = _describe(first, samples[first])
+        if end - first > 1:
+            blame = f"samples {first} to {end - 1} together, though for neither half alone; the first is {blame}"
+        return self._raised(error, f"{blame}. {IF_SEQUENTIAL}")
 
     def _number(self, key: str, value: Any, index: int, sample: dict[str, Any]) -> float:
         try:
@@ -208,9 +209,12 @@ class AutoRewardManager:
         try:
             signature.bind([], **kwargs)
         except TypeError as error:
+            separate = any(name.startswith("ground_truth") for name in signature.parameters)
+            remedy = '; read sample["response"] and sample["ground_truth"] of each dict instead' if separate else ""
             raise ValueError(
                 f"{self._function_label} has the signature {signature}, which does not fit one positional argument "
-                f"(the samples) and worker.reward.reward_function_kwargs={kwargs}: {error}"
+                f"(a list of sample dicts, or one with REWARD_TYPE = 'sequential') and "
+                f"worker.reward.reward_function_kwargs={kwargs}: {error}{remedy}"
             ) from error
 
 
