@@ -14,6 +14,7 @@ from transformers import (
     Qwen2VLModel,
     Qwen3VLConfig,
     Qwen3VLModel,
+    Qwen3VLMoeConfig,
 )
 
 from verl.models.position_ids import extend_position_ids, prompt_position_ids
@@ -112,6 +113,10 @@ def test_media_tokens_are_marked_by_kind_and_only_where_the_model_takes_marks() 
     assert media_token_types(config, input_ids)["mm_token_type_ids"].tolist() == [[0, 1, 2]]
     assert media_token_ids(LlamaConfig()) == []
     assert media_token_types(LlamaConfig(), input_ids) == {}
+
+
+def test_a_mixture_of_experts_is_of_the_family_of_its_dense_model() -> None:
+    assert family_of(Qwen3VLMoeConfig()) is family_of(Qwen3VLConfig())
 
 
 def test_a_multimodal_model_of_no_known_family_is_refused_with_those_that_are() -> None:

@@ -36,6 +36,14 @@ def test_a_padding_token_is_borrowed_from_the_end_of_sequence(tiny_model_path: s
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
 
 
+def test_a_gemma_chat_ends_with_its_turn_and_any_other_with_its_own_token(text_model_path: str) -> None:
+    gemma = dict(bos_token="<bos>", eos_token="<eos>", extra_special_tokens={"end_of_turn": "<end_of_turn>"})
+    tokenizer = get_tokenizer(text_model_path, **gemma)
+    assert tokenizer.eos_token == "<end_of_turn>"
+    assert tokenizer.decode(tokenizer.eos_token_id) == "<end_of_turn>"
+    assert get_tokenizer(text_model_path, **{**gemma, "bos_token": "<s>"}).eos_token == "<eos>"
+
+
 def test_a_vision_language_model_has_its_own_processor_class(tiny_model_path: str) -> None:
     assert isinstance(get_processor(tiny_model_path), Qwen2_5_VLProcessor)
 
