@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells what a quickstart run learned: `python scripts/report_quickstart.py RUN_FOLDER`.
+"""Tells what a quickstart run learned: `python scripts/report_quickstart.py RUN`.
 
-Draws RUN_FOLDER/learning_curve.png from the run's log, answers the held-out questions with the model before and after
-(greedily, outside the trainer), also without the right image, and prints both as one table.
+Draws RUN/learning_curve.png from the run's log, answers the held-out questions with the model before and after
+(greedily, outside the trainer), also without the right image, and prints both as one table. With several runs, and
+`--picture FILE`, prints them side by side with their mean and draws them in one picture.
 """
 
 from __future__ import annotations
@@ -46,17 +47,36 @@ def accuracies_of(log: dict[int, dict[str, Any]]) -> dict[int, float]:
     return {step: metrics["val"]["accuracy_reward"] for step, metrics in log.items() if "val" in metrics}
 
 
-def draw_learning_curve(log: dict[int, dict[str, Any]], path: Path) -> None:
-    """Draw training reward (every step and a running mean) and held-out accuracy with its first and last level."""
-    rewards, accuracies = rewards_of(log), accuracies_of(log)
-    steps, values = list(rewards), list(rewards.values())
-    running = [sum(values[max(0, i + 1 - WINDOW) : i + 1]) / min(WINDOW, i + 1) for i in range(len(values))]
+def running_means(values: Sequence[float]) -> list[float]:
+    """Replace each value by the mean of itself and up to `WINDOW - 1` before it."""
+    return [sum(values[max(0, end - WINDOW) : end]) / min(WINDOW, end) for end in range(1, len(values) + 1)]
+
+
+def mean_over_runs(curves: Sequence[dict[int, float]]) -> dict[int, float]:
+    """Average curves (step -> value) at the steps that all of them have."""
+    steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+    return {step: sum(curve[step] for curve in curves) / len(curves) for step in steps}
+
+
+def draw_learning_curves(logs: Sequence[dict[int, dict[str, Any]]], path: Path) -> None:
+    """Draw training reward and held-out accuracy, the mean over runs bold and each run faint, and the two levels.
+
+    The format follows the ending of `path`. A single run shows every step's reward faintly instead.
+    """
+    rewards, accuracies = [rewards_of(log) for log in logs], [accuracies_of(log) for log in logs]
+    smooth = [dict(zip(curve, running_means(list(curve.values())), strict=True)) for curve in rewards]
     figure = Figure(figsize=(7.2, 4.0), layout="constrained")  # not pyplot, which would look for a display
     axes = figure.subplots()
-    axes.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1)
-    axes.plot(steps, running, color="tab:blue", label=f"training reward, mean of {WINDOW} steps")
-    levels = list(accuracies.values())
-    axes.plot(list(accuracies), levels, "o-", color="tab:orange", label="held-out accuracy (greedy)")
+    for curve in rewards if len(logs) == 1 else smooth:
+        axes.plot(list(curve), list(curve.values()), color="tab:blue", alpha=0.3, linewidth=1)
+    for curve in accuracies if len(logs) > 1 else ():
+        axes.plot(list(curve), list(curve.values()), "o-", color="tab:orange", alpha=0.3, linewidth=1, markersize=3)
+    over = f", mean of {len(logs)} runs" if len(logs) > 1 else ""
+    reward, accuracy = mean_over_runs(smooth), mean_over_runs(accuracies)
+    label = f"training reward, mean of {WINDOW} steps{over}"
+    axes.plot(list(reward), list(reward.values()), color="tab:blue", label=label)
+    levels = list(accuracy.values())
+    axes.plot(list(accuracy), levels, "o-", color="tab:orange", label=f"held-out accuracy (greedy){over}")
     for level, name, points in ((levels[0], "before", -4), (levels[-1], "after", 4)):  # below and above their lines
         axes.axhline(level, color="tab:orange", linestyle=":", linewidth=1)
         axes.annotate(
@@ -115,14 +135,11 @@ def table(rows: Sequence[tuple[str, float, float]]) -> str:
     return "\n".join(lines)
 
 
-def main(run: Path) -> None:
-    """Draw the curve of the run in `run`, check its model against the held-out set and print the summary."""
+def summarize(run: Path) -> list[tuple[str, float, float]]:
+    """Return what the run in `run` changed, as (name, before, after): its log's figures, and its models asked anew."""
     log = read_log(run)
-    picture = run / "learning_curve.png"
-    draw_learning_curve(log, picture)
-
     config = json.loads((run / "experiment_config.json").read_text(encoding="utf-8"))
-    checkpoint = run / f"global_step_{max(log)}"
+    actor = run / f"global_step_{max(log)}" / "actor"
     start = config["worker"]["actor"]["model"]["model_path"]
     rows = datasets.load_dataset("parquet", data_files=config["data"]["val_files"], split="train")
     images, answers, prompt = [row[0] for row in rows["images"]], list(rows["answer"]), rows[0]["prompt"]
@@ -130,30 +147,53 @@ def main(run: Path) -> None:
         control_accuracies(model, AutoProcessor.from_pretrained(folder), images, answers, prompt)
         for model, folder in (
             (AutoModelForImageTextToText.from_pretrained(start, dtype=torch.float32), start),
-            (load_checkpoint(checkpoint / "actor"), checkpoint / "actor" / "huggingface"),
+            (load_checkpoint(actor), actor / "huggingface"),
         )
     )
     rewards, accuracies = list(rewards_of(log).values()), list(accuracies_of(log).values())
     ends = [values[:WINDOW] for values in (rewards, rewards[::-1])]
-    print(f"\n{max(log)} steps of GRPO, {len(answers)} held-out sums by other writers\n")
-    print(
-        table(
-            [
-                (f"training reward (first, last {WINDOW} steps)", *(sum(values) / len(values) for values in ends)),
-                ("held-out accuracy, by the trainer", accuracies[0], accuracies[-1]),
-                *((f"held-out accuracy with {name}", before[name], after[name]) for name in before),
-            ]
-        )
-    )
+    return [
+        (f"training reward (first, last {WINDOW} steps)", *(sum(values) / len(values) for values in ends)),
+        ("held-out accuracy, by the trainer", accuracies[0], accuracies[-1]),
+        *((f"held-out accuracy with {name}", before[name], after[name]) for name in before),
+    ]
+
+
+def compare(runs: Sequence[Path]) -> str:
+    """Lay out the runs' figures and their mean as a Markdown table, each cell `before -> after`."""
+    summaries = [summarize(run) for run in runs]
+    lines = ["| | " + " | ".join(run.name for run in runs) + " | mean |", "|---" * (len(runs) + 2) + "|"]
+    for same in zip(*summaries, strict=True):
+        mean = [sum(row[column] for row in same) / len(same) for column in (1, 2)]
+        cells = [f"{before:.3f} → {after:.3f}" for before, after in [*(row[1:] for row in same), mean]]
+        lines.append(f"| {same[0][0]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(run: Path) -> None:
+    """Draw the curve of the run in `run`, check its model against the held-out set and print the summary."""
+    log = read_log(run)
+    picture = run / "learning_curve.png"
+    draw_learning_curves([log], picture)
+    print(f"\n{max(log)} steps of GRPO; held-out sums are by other writers\n")
+    print(table(summarize(run)))
+    config = json.loads((run / "experiment_config.json").read_text(encoding="utf-8"))
     tensorboard = f"tensorboard --logdir tensorboard_log/{config['trainer']['project_name']}"
     print(f"\nlearning curve  {picture}\nlog             {run / 'experiment_log.jsonl'}  ({tensorboard})")
-    print(f"checkpoint      {checkpoint}\n")
+    print(f"checkpoint      {run / f'global_step_{max(log)}'}\n")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="trainer.save_checkpoint_path of the run")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="trainer.save_checkpoint_path of a run")
+    parser.add_argument("--picture", type=Path, help="where several runs are drawn in one, as .svg or .png")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    main(parser.parse_args().run)
+    arguments = parser.parse_args()
+    if len(arguments.runs) == 1 and arguments.picture is None:
+        main(arguments.runs[0])
+    else:
+        print(compare(arguments.runs))
+        if arguments.picture is not None:
+            draw_learning_curves([read_log(run) for run in arguments.runs], arguments.picture)
