@@ -33,6 +33,7 @@ while [ $# -gt 0 ]; do
             usage
             exit
             ;;
+        -*) fail "unknown argument $1" ;;
         *=*) overrides+=("$1") ;;
         *) fail "unknown argument $1" ;;
     esac

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import transformers
 from digits_task import generate_answers, score_answers
 from matplotlib.figure import Figure
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 WINDOW = 5  # steps averaged in the curve and in the table's rewards
 
@@ -114,15 +115,15 @@ def load_checkpoint(actor: Path) -> PreTrainedModel:
 
 
 def control_accuracies(
-    model: PreTrainedModel, processor: ProcessorMixin, images: Sequence[Image.Image], answers: list[str], prompt: str
+    read: Callable[[Sequence[Image.Image]], list[str]], images: Sequence[Image.Image], answers: list[str]
 ) -> dict[str, float]:
     """Accuracy with each row's own image, with a blank one and with another row's.
 
-    Greedy answers depend on the picture alone (the question never changes), so the blank picture is answered once,
+    `read` gives the model's answer to each of some images. Greedy answers depend on the picture alone (the question never changes), so the blank picture is answered once,
     and the answers to other rows' pictures are the answers to the own ones, moved on by one row.
     """
-    own = generate_answers(model, processor, images, prompt)
-    blank = generate_answers(model, processor, [Image.new("RGB", images[0].size, "white")], prompt) * len(images)
+    own = read(images)
+    blank = read([Image.new("RGB", images[0].size, "white")]) * len(images)
     others = own[1:] + own[:1]
     by_name = {"its own image": own, "a blank image": blank, "another row's image": others}
     return {name: score_answers(given, answers)["accuracy"] for name, given in by_name.items()}
@@ -144,7 +145,9 @@ def summarize(run: Path) -> list[tuple[str, float, float]]:
     rows = datasets.load_dataset("parquet", data_files=config["data"]["val_files"], split="train")
     images, answers, prompt = [row[0] for row in rows["images"]], list(rows["answer"]), rows[0]["prompt"]
     before, after = (
-        control_accuracies(model, AutoProcessor.from_pretrained(folder), images, answers, prompt)
+        control_accuracies(
+            partial(generate_answers, model, AutoProcessor.from_pretrained(folder), prompt=prompt), images, answers
+        )
         for model, folder in (
             (AutoModelForImageTextToText.from_pretrained(start, dtype=torch.float32), start),
             (load_checkpoint(actor), actor / "huggingface"),

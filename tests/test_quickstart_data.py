@@ -216,23 +216,25 @@ def test_the_summary_reads_the_log_and_draws_the_curve(
     assert accuracy.split()[-2:] == ["0.125", "0.625"]
     assert sum("image" in line and line.endswith("0.000   0.000") for line in lines) == 3
     assert (tmp_path / "run" / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    beside = report_quickstart.compare([tmp_path / "run", tmp_path / "run"]).splitlines()
+    assert beside[0] == "| | run | run | mean |"
+    assert beside[3].count("0.125 → 0.625") == 3
 
 
-def test_controls_swap_and_blank_the_image(digits: make_digits.DigitImages, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_controls_swap_and_blank_the_image(digits: make_digits.DigitImages) -> None:
     """A reader that is never wrong: own images 1, blank 0 (it sees no digits), the next row's image right only where
     the next sum is the same: sums 1, 1, 5 -> one of three."""
     images = [digits.pair(0, 1), digits.pair(1, 0), digits.pair(2, 3)]
     sums = {image.tobytes(): str(total) for image, total in zip(images, (1, 1, 5), strict=True)}
 
-    def read_perfectly(model, processor, images, prompt) -> list[str]:
+    def read_perfectly(images) -> list[str]:
         return [f"\\boxed{{{sums.get(image.tobytes(), 99)}}}" for image in images]
 
-    monkeypatch.setattr(report_quickstart, "generate_answers", read_perfectly)
-    accuracies = report_quickstart.control_accuracies(None, None, images, ["1", "1", "5"], make_digits.QUESTION)
+    accuracies = report_quickstart.control_accuracies(read_perfectly, images, ["1", "1", "5"])
     assert list(accuracies.values()) == pytest.approx([1.0, 0.0, 1 / 3])
 
 
-@pytest.mark.parametrize("arguments", [["--engine", "warp"], ["--seed", "two"], ["--seed"], ["steps"]])
+@pytest.mark.parametrize("arguments", [["--engine", "warp"], ["--seed", "two"], ["--seed"], ["--seed=3"], ["steps"]])
 def test_the_quickstart_refuses_what_it_does_not_know_before_it_installs_anything(arguments: list[str]) -> None:
     result = subprocess.run(
         ["bash", "scripts/quickstart.sh", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
