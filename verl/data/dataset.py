@@ -60,8 +60,6 @@ T = TypeVar("T")
 
 IMAGE_PLACEHOLDER = "<image>"
 
-HUB_METADATA = ("dataset_infos.json", "dataset_info.json")
-
 ROWS_PER_PROCESS = 5000
 """Below this a further process takes longer to start than to work, and nobody needs a progress bar."""
 
@@ -138,11 +136,8 @@ def _load_folder(folder: Path, split: str) -> Dataset:
 
     base_path = folder.resolve().as_posix()
     found = DataFilesDict.from_patterns(get_data_patterns(base_path), base_path=base_path)
-    # What is left out are the media that rows refer to and what the hub keeps beside the data.
-    files = {
-        name: [Path(path) for path in paths if path.endswith(DATA_SUFFIXES) and not path.endswith(HUB_METADATA)]
-        for name, paths in found.items()
-    }
+    # Left out are the media that rows refer to; the library already passed over what the hub keeps beside the data.
+    files = {name: [Path(path) for path in paths if path.endswith(DATA_SUFFIXES)] for name, paths in found.items()}
     files = {name: paths for name, paths in files.items() if paths}
     if not files:
         example = next(iter(found.values()))[0]
