@@ -119,8 +119,9 @@ def control_accuracies(
 ) -> dict[str, float]:
     """Accuracy with each row's own image, with a blank one and with another row's.
 
-    `read` gives the model's answer to each of some images. Greedy answers depend on the picture alone (the question never changes), so the blank picture is answered once,
-    and the answers to other rows' pictures are the answers to the own ones, moved on by one row.
+    `read` gives the model's answer to each of some images. Greedy answers depend on the picture alone (the question
+    never changes), so the blank picture is answered once, and the answers to other rows' pictures are the answers to
+    the own ones, moved on by one row.
     """
     own = read(images)
     blank = read([Image.new("RGB", images[0].size, "white")]) * len(images)

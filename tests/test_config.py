@@ -380,6 +380,8 @@ def test_the_loss_type_dapo_is_refused_with_what_dapo_is():
         "data.val_batch_size=0",
         "data.min_pixels=5000000",
         "data.video_fps=0",
+        "data.seed=-1",
+        "worker.rollout.seed=-1",
         "algorithm.gamma=1.5",
         "algorithm.filter_low=1.0",
         "algorithm.filter_low=0.99",

@@ -105,6 +105,8 @@ def test_a_state_of_other_data_is_refused(make_set: Callable) -> None:
         PromptLoader(make_set(10), 3, True, seed=2).load_state_dict(state)
     with pytest.raises(ValueError, match=r"shuffle=True, this run has False.*use the same data, data\.shuffle"):
         PromptLoader(make_set(10), 3, False, seed=1).load_state_dict(state)
+    with pytest.raises(ValueError, match="another program .it lacks epoch, num_rows.*delete it"):
+        PromptLoader(make_set(10), 3, True, seed=1).load_state_dict({"_snapshot": {}})
 
 
 def test_loader_processes_change_neither_the_order_nor_the_saved_place(

@@ -101,8 +101,15 @@ class PromptLoader:
         """Go on exactly where `state_dict` was taken, in the middle of an epoch too.
 
         Raises:
-            ValueError: the set has another number of rows, or is shuffled otherwise, so that its order is another.
+            ValueError: the set has another number of rows, or is shuffled otherwise, so that its order is another; or
+                `state` is another program's.
         """
+        missing = sorted(set(self.state_dict()) - set(state))
+        if missing:
+            raise ValueError(
+                f"the checkpoint's dataloader.pt was written by another program (it lacks {', '.join(missing)}); delete "
+                "it to go on with the model and start the data anew"
+            )
         for name in ("num_rows", "shuffle", "seed"):
             now = getattr(self._sampler, name)
             if state[name] != now:

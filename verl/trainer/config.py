@@ -71,6 +71,7 @@ class DataConfig(ConfigSection):
         self.settle_path("image_dir", "folder")
         self.require_at_least(1, "max_prompt_length", "max_response_length", "rollout_batch_size", "max_pixels")
         self.require_at_least(1, "mini_rollout_batch_size", "filter_overlong_prompts_workers", "min_pixels")
+        self.require_at_least(0, "seed")
         self.require(self.video_fps > 0, "video_fps", "is not above 0")
         val_batch_size = self.val_batch_size
         self.require(val_batch_size == -1 or val_batch_size > 0, "val_batch_size", "is neither -1 nor above 0")

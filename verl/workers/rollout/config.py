@@ -63,7 +63,7 @@ class RolloutConfig(ConfigSection):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_at_least(1, "n", "tensor_parallel_size", "max_model_len", "max_num_batched_tokens")
-        self.require_at_least(0, "limit_images")
+        self.require_at_least(0, "limit_images", "seed")
         self.require_at_least(-1, "top_k")
         remedy = "is not above 0; greedy decoding is for validation, in worker.rollout.val_override_config"
         self.require(self.temperature > 0, "temperature", remedy)
