@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+# python -m pytest tests/test_fsdp2.py
+"""What is sharded, in which precision it computes and adds up, what is clipped, and what moves between phases."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.overrides import TorchFunctionMode
+
+from tests.batches import answer_at_random, make_prompts
+from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, make_config, start_alone
+from verl.protocol import DataProto
+from verl.single_controller.worker_group import WorkerGroup
+from verl.workers.fsdp2 import clip_gradients, resident
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> DataProto:
+    """Eight rows: the first four with images, the last four text only."""
+    prompts = make_prompts(tiny_model_path, tmp_path_factory.mktemp("prompts"))
+    return answer_at_random(prompts, RESPONSES_PER_PROMPT, RESPONSE_LENGTH)
+
+
+def global_norm(parameters: list[nn.Parameter]) -> float:
+    """Written out: the root of the sum of all squared entries."""
+    return sum(parameter.grad.detach().double().square().sum().item() for parameter in parameters) ** 0.5
+
+
+def test_every_layer_of_both_towers_and_the_root_are_sharding_groups(tiny_model_path: str, lone_process_group) -> None:
+    """The tiny model has two decoder layers and one vision block: gathered one by one, never all at once."""
+    worker = start_alone(make_config(tiny_model_path))
+    for model in (worker.model, worker.ref_model):
+        groups = {name for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+        layers = {f"model.language_model.layers.{index}" for index in (0, 1)}
+        assert groups == {"", "model.visual.blocks.0", *layers}
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_layers_and_head_compute_in_mp_param_dtype(
+    name: str, dtype: torch.dtype, tiny_model_path: str, batch: DataProto, lone_process_group
+) -> None:
+    worker = start_alone(make_config(tiny_model_path, f"worker.actor.fsdp.mp_param_dtype={name}"))
+    seen = []
+    core = worker.model.model
+    inside = [core.visual.blocks[0].attn.qkv, core.language_model.layers[1].mlp.up_proj, worker.model.lm_head]
+    for module in inside:
+        module.register_forward_pre_hook(lambda module, _: seen.append(module.weight.dtype))
+    worker.compute_log_probs(batch)
+    assert len(seen) >= len(inside)
+    assert set(seen) == {dtype}
+
+
+@pytest.mark.parametrize(("name", "is_rounded"), [("bf16", True), ("fp32", False)])
+def test_gradients_of_micro_batches_add_up_in_mp_reduce_dtype(
+    name: str, is_rounded: bool, tiny_model_path: str, batch: DataProto, lone_process_group
+) -> None:
+    """Each micro-batch's gradient is bf16; a sum of four of them fits into bf16 only if it was rounded to it."""
+    config = make_config(
+        tiny_model_path,
+        "worker.actor.fsdp.mp_param_dtype=bf16",
+        f"worker.actor.fsdp.mp_reduce_dtype={name}",
+        "worker.actor.micro_batch_size_per_device_for_update=2",
+    )
+    gradients, _ = start_alone(config).gradients(batch, "token")
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    rounded = all(torch.equal(gradient, gradient.bfloat16().float()) for gradient in gradients.values())
+    assert rounded == is_rounded
+
+
+def test_clipping_scales_the_gradient_to_the_bound_and_tells_the_norm_before() -> None:
+    """3 and 4 in two parameters have norm 5; a bound of 2 leaves 6/5 and 8/5, a bound of 10 leaves them alone."""
+    model = nn.ParameterList([nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))])
+    for bound, expected in ((10.0, [3.0, 4.0]), (2.0, [1.2, 1.6])):
+        model[0].grad, model[1].grad = torch.tensor([3.0]), torch.tensor([4.0])
+        assert clip_gradients(model, bound) == pytest.approx(5.0)
+        assert [parameter.grad.item() for parameter in model] == pytest.approx(expected)
+
+
+def test_the_optimizer_sees_gradients_within_max_grad_norm(
+    tiny_model_path: str, batch: DataProto, lone_process_group
+) -> None:
+    worker = start_alone(make_config(tiny_model_path, "worker.actor.max_grad_norm=0.01"))
+    norms = []
+    worker.optimizer.register_step_pre_hook(lambda *_: norms.append(global_norm(list(worker.model.parameters()))))
+    metrics = worker.update_actor(batch)
+    assert norms == [pytest.approx(0.01, rel=1e-3)]
+    assert metrics["actor/grad_norm"] > 0.02
+
+
+def test_two_ranks_without_any_image_work_as_one_does(
+    tiny_model_path: str, batch: DataProto, lone_process_group, two_ranks: WorkerGroup
+) -> None:
+    text_only = batch[[4, 5, 6, 7]]
+    alone = start_alone(make_config(tiny_model_path, "worker.actor.micro_batch_size_per_device_for_update=2"))
+    whole, shared = alone.gradients(text_only, "token")[0], two_ranks.gradients(text_only, "token")[0]
+    for name, gradient in whole.items():
+        torch.testing.assert_close(shared[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+class Moves(TorchFunctionMode):
+    """Writes down which tensors are sent to which device, and leaves them where they are: it may not be there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[str, int]] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.to and len(args) > 1 and isinstance(args[1], torch.device):
+            self.made.append((args[1].type, id(args[0])))
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
+def adam_with_state(model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize(("with_model", "with_optimizer"), [(True, True), (True, False), (False, True)])
+def test_what_is_offloaded_is_sent_to_the_device_and_back_also_after_an_exception(
+    with_model: bool, with_optimizer: bool, raises: bool
+) -> None:
+    model = nn.Linear(2, 3)
+    optimizer = adam_with_state(model)
+    tensors = [*model.parameters()] if with_model else []
+    tensors += moments_of(optimizer) if with_optimizer else []
+    parts = (model if with_model else None, optimizer if with_optimizer else None)
+    with Moves() as moves:
+        try:
+            with resident(torch.device("cuda"), *parts):
+                sent = list(moves.made)
+                if raises:
+                    raise KeyError("in the middle of a phase")
+        except KeyError:
+            assert raises
+    assert sorted(sent) == sorted(("cuda", id(tensor)) for tensor in tensors)
+    assert sorted(moves.made[len(sent) :]) == sorted(("cpu", id(tensor)) for tensor in tensors)
+
+
+@pytest.mark.parametrize("switch", ["true", "false"])
+def test_each_phase_fetches_what_it_needs_of_what_is_offloaded_and_nothing_else(
+    switch: str, tiny_model_path: str, batch: DataProto, lone_process_group, tmp_path: Path
+) -> None:
+    """On a CPU nothing moves, but every phase asks for it, once before and once after."""
+    keys = ("worker.actor.offload.offload_params", "worker.actor.offload.offload_optimizer")
+    overrides = [f"{key}={switch}" for key in (*keys, "worker.ref.offload.offload_params")]
+    worker = start_alone(make_config(tiny_model_path, *overrides))
+    worker.update_actor(batch)  # the optimizer has no state before
+    parts = {
+        "parameters": set(map(id, worker.model.parameters())),
+        "moments": set(map(id, moments_of(worker.optimizer))),
+        "reference": set(map(id, worker.ref_model.parameters())),
+    }
+    phases = {
+        "prepare_rollout_engine": ((), {"parameters"}),
+        "compute_log_probs": ((batch,), {"parameters"}),
+        "compute_ref_log_probs": ((batch,), {"reference"}),
+        "update_actor": ((batch,), {"parameters", "moments"}),
+        "save_checkpoint": ((str(tmp_path / "actor"), False), {"parameters", "moments"}),
+        "load_checkpoint": ((str(tmp_path / "actor"), True), {"parameters", "moments"}),
+    }
+    for phase, (arguments, expected) in phases.items():
+        with Moves() as moves:
+            getattr(worker, phase)(*arguments)
+        moved = [tensor for _, tensor in moves.made]
+        fetched = {name for name, tensors in parts.items() if tensors <= set(moved)}
+        touched = {name for name, tensors in parts.items() if tensors & set(moved)}
+        assert fetched == touched == (expected if switch == "true" else set()), phase
+        assert all(moved.count(tensor) == 2 for name in fetched for tensor in parts[name]), phase

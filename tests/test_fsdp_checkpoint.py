@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+# python -m pytest tests/test_fsdp_checkpoint.py
+"""What is saved comes back exactly, what is not saved is not left over, and this run's settings stay in force."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.batches import answer_at_random, make_prompts
+from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, make_config, start_alone
+from verl.protocol import DataProto
+from verl.single_controller.worker_group import WorkerGroup
+from verl.workers.fsdp2 import full_tensor
+from verl.workers.fsdp_checkpoint import has_optimizer
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> DataProto:
+    """Eight rows: the first four with images, the last four text only."""
+    prompts = make_prompts(tiny_model_path, tmp_path_factory.mktemp("prompts"))
+    return answer_at_random(prompts, RESPONSES_PER_PROMPT, RESPONSE_LENGTH)
+
+
+def test_a_checkpoint_restores_weights_optimizer_and_schedule_exactly(
+    tiny_model_path: str, batch: DataProto, lone_process_group, tmp_path: Path
+) -> None:
+    config = make_config(tiny_model_path, "worker.actor.optim.lr=1e-3", "worker.actor.optim.lr_warmup_steps=4")
+    first = start_alone(config)
+    first.update_actor(batch)
+    first.update_actor(batch)
+    first.save_checkpoint(str(tmp_path / "actor"), model_only=False)
+    expected = first.update_actor(batch)
+    second = start_alone(config)
+    second.load_checkpoint(str(tmp_path / "actor"), model_only=False)
+    metrics = second.update_actor(batch)
+    assert {name: value for name, value in metrics.items() if name.startswith("actor/")} == {
+        name: value for name, value in expected.items() if name.startswith("actor/")
+    }
+    after = first.weights()
+    assert all(torch.equal(value, after[name]) for name, value in second.weights().items())
+    saved = torch.load(tmp_path / "actor" / "model_world_size_1_rank_0.pt", weights_only=False)
+    assert saved.keys() == after.keys()
+    assert all(type(value) is torch.Tensor for value in saved.values())
+    assert (tmp_path / "actor" / "huggingface" / "config.json").exists()
+
+
+def test_a_checkpoint_of_two_ranks_has_a_file_a_rank_and_restores_both(
+    batch: DataProto, two_ranks: WorkerGroup, tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "actor")
+    before = two_ranks.weights()[0]
+    two_ranks.save_checkpoint(folder, model_only=False)
+    two_ranks.update_actor(batch)
+    assert any(not torch.equal(value, before[name]) for name, value in two_ranks.weights()[0].items())
+    two_ranks.load_checkpoint(folder, model_only=False)
+    for weights in two_ranks.weights():
+        assert all(torch.equal(value, before[name]) for name, value in weights.items())
+    names = sorted(path.name for path in (tmp_path / "actor").glob("*.pt"))
+    assert names == sorted(
+        f"{kind}_world_size_2_rank_{rank}.pt" for kind in ("model", "optim", "extra_state") for rank in (0, 1)
+    )
+
+
+def test_a_checkpoint_of_another_number_of_workers_is_refused_by_name(
+    tiny_model_path: str, lone_process_group, tmp_path: Path
+) -> None:
+    worker = start_alone(make_config(tiny_model_path))
+    (tmp_path / "model_world_size_4_rank_0.pt").touch()
+    with pytest.raises(ValueError, match="now 1 = trainer.nnodes.*model_world_size_4_rank_0.pt"):
+        worker.load_checkpoint(str(tmp_path), model_only=False)
+
+
+def test_saving_the_model_only_over_a_full_checkpoint_leaves_nothing_of_it(
+    tiny_model_path: str, lone_process_group, tmp_path: Path
+) -> None:
+    worker = start_alone(make_config(tiny_model_path))
+    folder = tmp_path / "actor"
+    worker.save_checkpoint(str(folder), model_only=False)
+    assert has_optimizer(str(folder))
+    worker.save_checkpoint(str(folder), model_only=True)
+    assert [path.name for path in folder.glob("*.pt")] == ["model_world_size_1_rank_0.pt"]
+    assert not has_optimizer(str(folder))
+
+
+def test_a_resumed_run_goes_on_with_its_own_rate_and_the_moments_and_the_schedule_of_the_checkpoint(
+    tiny_model_path: str, batch: DataProto, lone_process_group, tmp_path: Path
+) -> None:
+    """Warm-up over 4 steps: the third step, the first after resuming, runs at 2/4 of the new rate."""
+    warm_up = "worker.actor.optim.lr_warmup_steps=4"
+    first = start_alone(make_config(tiny_model_path, warm_up, "worker.actor.optim.lr=1e-3"))
+    first.update_actor(batch)
+    first.update_actor(batch)
+    first.save_checkpoint(str(tmp_path / "actor"), model_only=False)
+    settings = ["worker.actor.optim.lr=4e-4", "worker.actor.optim.weight_decay=0.25"]
+    second = start_alone(make_config(tiny_model_path, warm_up, *settings))
+    second.load_checkpoint(str(tmp_path / "actor"), model_only=False)
+    (group,) = second.optimizer.param_groups
+    assert group["weight_decay"] == 0.25
+    assert group["lr"] == pytest.approx(2e-4)
+    for restored, saved in zip(second.optimizer.state.values(), first.optimizer.state.values(), strict=True):
+        assert all(torch.equal(full_tensor(restored[name]), full_tensor(saved[name])) for name in saved)
+    assert [second.update_actor(batch)["actor/lr"] for _ in range(3)] == pytest.approx([2e-4, 3e-4, 4e-4])
+
+
+def test_saving_before_the_first_step_changes_nothing_for_the_run_or_the_one_that_resumes_it(
+    tiny_model_path: str, batch: DataProto, lone_process_group, tmp_path: Path
+) -> None:
+    config = make_config(tiny_model_path, "worker.actor.optim.lr=1e-3")
+    untouched, saved, resumed = start_alone(config), start_alone(config), start_alone(config)
+    saved.save_checkpoint(str(tmp_path / "actor"), model_only=False)
+    resumed.load_checkpoint(str(tmp_path / "actor"), model_only=False)
+    for worker in (saved, resumed):
+        assert not worker.optimizer.state
+    for worker in (untouched, saved, resumed):
+        worker.update_actor(batch)
+        assert {int(full_tensor(state["step"])) for state in worker.optimizer.state.values()} == {1}
+    expected = untouched.weights()
+    for worker in (saved, resumed):
+        assert all(torch.equal(value, expected[name]) for name, value in worker.weights().items())
