@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reward functions that the tests train with."""
 
+import json
+import time
+from pathlib import Path
+
 REWARD_NAME = "tests"
 REWARD_TYPE = "batch"
 
@@ -21,3 +25,30 @@ def fail_in_training(samples: list[dict]) -> list[dict[str, float]]:
     if samples[0]["split"] == "train":
         raise ZeroDivisionError("no grade for this one")
     return compute_score(samples)
+
+
+SCORES_OF_VALIDATIONS = {1: 0.3, 2: 0.9, 3: 0.2, 4: 0.5, 5: 0.8}
+"""By step: the second is the best."""
+
+
+def follow_a_plan(samples: list[dict], folder: str) -> list[dict[str, float]]:
+    """Validation scores by the table above; in training, vowels until the fourth step, and then all the same.
+
+    In training it notes that it has begun, with what it was given, and ends only when the log-prob passes have.
+    """
+    step = samples[0]["step"]
+    if samples[0]["split"] == "val":
+        return [{"overall": SCORES_OF_VALIDATIONS[step]} for _ in samples]
+    texts = [[sample["prompt"], sample["response"]] for sample in samples]
+    Path(folder, f"rewards_began_{step}.tmp").write_text(json.dumps(texts))
+    Path(folder, f"rewards_began_{step}.tmp").rename(Path(folder, f"rewards_began_{step}"))
+    wait_for(Path(folder, f"passes_ended_{step}"))
+    return [{"overall": 1.0} for _ in samples] if step >= 4 else compute_score(samples)
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path.name} was not there after {seconds} s")
+        time.sleep(0.02)

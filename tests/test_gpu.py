@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from tests.batches import ROWS, write_dataset
 from tests.test_training_run import arguments, command, lines_of
+from verl.workers.fsdp2 import resident
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,3 +40,30 @@ def test_a_run_goes_to_the_gpu_by_itself_in_bf16_with_everything_offloaded_betwe
     assert len(steps) == 2
     assert all(record["perf"]["max_memory_allocated_gb"] > 0 for record in steps)
     assert all(record["actor"]["grad_norm"] > 0 for record in steps)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_model_and_optimizer_rest_on_the_cpu_and_work_on_the_gpu_also_after_an_exception(raises: bool) -> None:
+    model = nn.Linear(64, 64).cuda()
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step() -> None:
+        model(torch.ones(1, 64, device="cuda")).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def places() -> set[str]:
+        moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        return {tensor.device.type for tensor in (*model.parameters(), *moments)}
+
+    step()
+    for _ in range(2):
+        try:
+            with resident(torch.device("cuda"), model, optimizer):
+                assert places() == {"cuda"}
+                step()
+                if raises:
+                    raise KeyError("in the middle of a phase")
+        except KeyError:
+            assert raises
+        assert places() == {"cpu"}

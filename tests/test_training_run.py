@@ -13,10 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
 from tests.batches import ROWS, write_dataset
+from tests.rewards import wait_for
+from tests.tiny import make_tiny_model
 from verl.trainer.config import load_config
 from verl.trainer.main import run
+from verl.trainer.ray_trainer import RayDAPOTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -161,8 +165,14 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_never_interrupted(
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     start = torch.load(tmp_path / "parts" / "global_step_2" / "actor" / "model_world_size_1_rank_0.pt")
     assert any(not torch.equal(value, weights[1][name]) for name, value in start.items())
-    records = lines_of(tmp_path / "parts" / "experiment_log.jsonl")
-    assert [record["step"] for record in records if "actor" in record] == [1, 2, 3]
+    whole, parts = (
+        {record["step"]: record for record in lines_of(tmp_path / name / "experiment_log.jsonl") if "actor" in record}
+        for name in ("whole", "parts")
+    )
+    assert list(whole) == list(parts) == [1, 2, 3]
+    for step, record in whole.items():  # the first two say that a seed repeats a run
+        for area in ("actor", "critic", "reward", "response_length", "global_seqlen"):
+            assert parts[step][area] == record[area]
 
 
 def test_a_checkpoint_of_the_model_only_can_be_resumed_with_a_fresh_optimizer(
@@ -188,6 +198,143 @@ def test_val_only_validates_once_and_neither_trains_nor_saves(
     assert not list(tmp_path.glob("global_step_*"))
 
 
+EQUAL_LENGTH = 10
+"""Tokens of every response in the planned run, which goes past the end of sequence."""
+
+
+@pytest.fixture(scope="module")
+def planned_run(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory, ray_cluster) -> list[str]:
+    """Arguments of a run of four steps on the same four prompts that has ended.
+
+    The actor is updated from the third step on; KL is in the reward; rewards come from `follow_a_plan`. Each log-prob
+    pass waits for the rewards to begin, and the rewards wait for the passes to end.
+    """
+    folder = tmp_path_factory.mktemp("planned")
+    data = write_dataset(folder / "data.parquet", ROWS)
+    args = arguments(
+        tiny_model_path,
+        [f"data.train_files={data}", f"data.val_files={data}"],
+        folder,
+        "algorithm.use_kl_loss=false",
+        "algorithm.kl_penalty=kl",
+        "algorithm.kl_coef=0.5",
+        "worker.actor.optim.lr=1e-2",
+        "worker.ref.fsdp.torch_dtype=fp32",
+        "worker.ref.fsdp.mp_param_dtype=fp32",
+        "worker.rollout.ignore_eos=true",
+        f"worker.reward.reward_function={ROOT}/tests/rewards.py:follow_a_plan",
+        f"worker.reward.reward_function_kwargs={{folder: {folder}}}",
+        "trainer.critic_warmup=3",
+        "trainer.val_before_train=false",
+        "trainer.val_freq=1",
+        "trainer.save_freq=1",
+        "trainer.save_limit=2",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RayDAPOTrainer, "_compute_log_probs", _meet_the_rewards(folder))
+        run(load_config([*args, "trainer.max_steps=4"]))
+    return args
+
+
+def _meet_the_rewards(folder: Path):
+    compute_log_probs = RayDAPOTrainer._compute_log_probs
+
+    def compute(trainer: RayDAPOTrainer, batch, record):
+        wait_for(folder / f"rewards_began_{record.step}")
+        batch = compute_log_probs(trainer, batch, record)
+        (folder / f"passes_ended_{record.step}").touch()
+        return batch
+
+    return compute
+
+
+def output_of(args: list[str]) -> Path:
+    (path,) = (arg.partition("=")[2] for arg in args if arg.startswith("trainer.save_checkpoint_path="))
+    return Path(path)
+
+
+def weights_at(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return torch.load(folder / f"global_step_{step}" / "actor" / "model_world_size_1_rank_0.pt")
+
+
+def test_rewards_are_computed_while_the_log_prob_passes_run(planned_run: list[str]) -> None:
+    """Had either waited for the other, the fixture's run would have ended with a timeout."""
+    folder = output_of(planned_run)
+    assert all((folder / f"passes_ended_{step}").exists() for step in (1, 2, 3, 4))
+
+
+def test_the_same_prompts_get_other_responses_in_another_step(planned_run: list[str]) -> None:
+    """Steps 1 and 2 have the same weights and the same prompts; only the draws can differ."""
+    first, second = (json.loads((output_of(planned_run) / f"rewards_began_{step}").read_text()) for step in (1, 2))
+    assert sorted(prompt for prompt, _ in first) == sorted(prompt for prompt, _ in second)
+    assert not {response for _, response in first} & {response for _, response in second}
+
+
+def test_steps_before_critic_warmup_leave_the_actor_alone(planned_run: list[str], tiny_model_path: str) -> None:
+    """Steps 1 and 2 of 4; what they log under actor/ is the KL that went into the reward."""
+    folder = output_of(planned_run)
+    updates = ["update_actor" in record["timing_s"] for record in lines_of(folder / "experiment_log.jsonl")]
+    assert updates == [False, False, True, True]
+    for record, updated in zip(lines_of(folder / "experiment_log.jsonl"), updates, strict=True):
+        assert (set(record["actor"]) == {"kl_penalty", "kl_coef"}) is not updated
+    initial = AutoModelForImageTextToText.from_pretrained(tiny_model_path, dtype=torch.float32).state_dict()
+    before, after = weights_at(folder, 2), weights_at(folder, 4)
+    assert all(torch.equal(value, initial[name]) for name, value in before.items())
+    assert any(not torch.equal(value, initial[name]) for name, value in after.items())
+
+
+def test_kl_in_the_reward_is_taken_off_every_score_and_reaches_the_advantages(planned_run: list[str]) -> None:
+    """All responses have 10 tokens, so the mean reward is the mean score less kl_coef * 10 * the mean KL of a token.
+
+    Before the first update policy and reference are the same. In step 4 all scores are equal: without the KL all
+    advantages would be zero.
+    """
+    records = lines_of(output_of(planned_run) / "experiment_log.jsonl")
+    for record in records:
+        kl = record["actor"]["kl_penalty"]
+        assert record["actor"]["kl_coef"] == 0.5
+        expected = record["critic"]["score"]["mean"] - 0.5 * EQUAL_LENGTH * kl
+        assert record["critic"]["rewards"]["mean"] == pytest.approx(expected, abs=1e-5)
+        assert abs(kl) < 1e-5 if record["step"] <= 3 else kl > 1e-3
+    assert records[3]["critic"]["score"]["min"] == records[3]["critic"]["score"]["max"] == 1
+    assert records[3]["critic"]["advantages"]["max"] > 0.1
+
+
+def test_the_best_checkpoint_is_kept_and_known_to_a_run_that_goes_on_from_a_later_one(
+    planned_run: list[str],
+) -> None:
+    """Scores .3, .9, .2, .5, then .8: with two places, step 2 keeps one for good."""
+    folder = output_of(planned_run)
+    assert sorted(path.name for path in folder.glob("global_step_*")) == ["global_step_2", "global_step_4"]
+    for step in (4, 5):
+        if step == 5:
+            for name in ("rewards_began_5", "passes_ended_5"):
+                (folder / name).touch()
+            start = f"trainer.load_checkpoint_path={folder}/global_step_4"
+            run(load_config([*planned_run, "trainer.max_steps=5", start]))
+        tracker = json.loads((folder / "checkpoint_tracker.json").read_text())
+        assert (tracker["best_global_step"], tracker["best_val_reward_score"]) == (2, 0.9)
+        assert tracker["last_global_step"] == step
+    assert sorted(path.name for path in folder.glob("global_step_*")) == ["global_step_2", "global_step_5"]
+
+
+def test_a_failure_during_generation_ends_the_run_with_its_own_message_and_no_process_left(
+    data_files: list[str], tmp_path: Path
+) -> None:
+    """Weights that are not numbers, as a broken checkpoint has them: there is nothing to sample from."""
+    mark = uuid.uuid4().hex
+    broken = make_tiny_model(tmp_path / "model")
+    model = AutoModelForImageTextToText.from_pretrained(broken, dtype=torch.float32)
+    model.model.language_model.norm.weight.data.fill_(float("nan"))
+    model.save_pretrained(broken)
+    finished = command(*arguments(broken, data_files, tmp_path / "run"), mark=mark)
+    assert finished.returncode == 1
+    assert "probability tensor contains either" in finished.stderr
+    assert "in generate_sequences" in finished.stderr
+    assert "shut down" not in finished.stderr
+    assert processes_marked(mark) == []
+
+
 def test_a_reward_function_that_raises_ends_the_run_with_the_sample_named_and_no_process_left(
     tiny_model_path: str, data_files: list[str], tmp_path: Path
 ) -> None:
@@ -205,7 +352,7 @@ def test_a_reward_function_that_raises_ends_the_run_with_the_sample_named_and_no
     ("override", "message"),
     [
         ("worker.actor.optim.learning_rate=1", "did you mean 'worker.actor.optim.lr'"),
-        ("data.rollout_batch_size=5", "is not a multiple of worker.actor.global_batch_size=2"),
+        ("worker.actor.global_batch_size=3", "is not a multiple of worker.actor.global_batch_size=3"),
         ("algorithm.adv_estimator=gae", "algorithm.adv_estimator=gae is not available yet"),
     ],
 )
