@@ -107,8 +107,8 @@ class PromptLoader:
         missing = sorted(set(self.state_dict()) - set(state))
         if missing:
             raise ValueError(
-                f"the checkpoint's dataloader.pt was written by another program (it lacks {', '.join(missing)}); delete "
-                "it to go on with the model and start the data anew"
+                f"the checkpoint's dataloader.pt was written by another program (it lacks {', '.join(missing)}); "
+                "delete it to go on with the model and start the data anew"
             )
         for name in ("num_rows", "shuffle", "seed"):
             now = getattr(self._sampler, name)
