@@ -188,6 +188,13 @@ def test_a_checkpoint_of_the_model_only_can_be_resumed_with_a_fresh_optimizer(
     assert "model only" in caplog.text
     assert (tmp_path / "global_step_2").exists()
 
+    elsewhere = tmp_path / "elsewhere"
+    again = [f"trainer.load_checkpoint_path={folder}", f"trainer.save_checkpoint_path={elsewhere}"]
+    run(load_config([*args, "trainer.max_steps=1", *again]))
+    assert "has reached the run's last step, 1" in caplog.text
+    assert json.loads((elsewhere / "checkpoint_tracker.json").read_text())["last_global_step"] == 1
+    assert (elsewhere / "global_step_1" / "actor").exists()
+
 
 def test_val_only_validates_once_and_neither_trains_nor_saves(
     tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster

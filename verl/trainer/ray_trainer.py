@@ -357,7 +357,7 @@ class RayDAPOTrainer:
 
     def _resume(self) -> None:
         """Takes up model, optimizer and data where the checkpoint left them."""
-        point = self.resume_point
+        point, trainer = self.resume_point, self.config.trainer
         if point is None:
             return
         actor_folder = os.path.join(point.folder, "actor")
@@ -370,7 +370,9 @@ class RayDAPOTrainer:
             self.train_loader.load_state_dict(torch.load(loader_file))
         else:
             logger.warning("%s does not exist: the data starts from its first epoch", loader_file)
-        self.global_step = self.last_saved_step = point.step
+        self.global_step = point.step
+        if os.path.dirname(os.path.abspath(point.folder)) == trainer.save_checkpoint_path:
+            self.last_saved_step = point.step
         self.best_step, self.best_score = point.best_step, point.best_score
         self.tracker.note(f"resumed from {point.folder} at step {point.step} of {self.training_steps}")
         if point.step >= self.training_steps:
