@@ -72,7 +72,7 @@ class DataConfig(ConfigSection):
         self.require_at_least(1, "max_prompt_length", "max_response_length", "rollout_batch_size", "max_pixels")
         self.require_at_least(1, "mini_rollout_batch_size", "filter_overlong_prompts_workers", "min_pixels")
         self.require_at_least(0, "seed")
-        self.require(self.video_fps > 0, "video_fps", "is not above 0")
+        self.require_above_0("video_fps")
         val_batch_size = self.val_batch_size
         self.require(val_batch_size == -1 or val_batch_size > 0, "val_batch_size", "is neither -1 nor above 0")
         if self.min_pixels is not None and self.max_pixels is not None:
@@ -125,9 +125,8 @@ class AlgorithmConfig(ConfigSection):
         super().__post_init__()
         self.require_between(0, 1, "gamma", "lam")
         self.require_at_least(0, "kl_coef")
-        for key in ("kl_horizon", "kl_target"):
-            # Only the adaptive coefficient reads them; existing configurations with a fixed one hold 0.
-            self.require(self.kl_type == "fixed" or getattr(self, key) > 0, key, "is not above 0")
+        if self.kl_type == "adaptive":  # existing configurations with a fixed coefficient hold 0 here
+            self.require_above_0("kl_horizon", "kl_target")
         bound = f"is not below filter_high={self.filter_high}"
         self.require(self.filter_low < self.filter_high, "filter_low", bound)
 

@@ -132,8 +132,8 @@ class OffloadConfig(ConfigSection):
 
 
 @dataclass(frozen=True)
-class ActorConfig(ConfigSection):
-    """The policy: its batches, its loss, its model. Batch sizes count prompts where not said otherwise."""
+class TrainedModelConfig(ConfigSection):
+    """What every trained model has: its batches, averaging and sharding. Batch sizes count prompts where not said."""
 
     strategy: str = "fsdp"
     """Accepted for existing configurations, no effect: sharding is always FSDP2."""
@@ -142,22 +142,11 @@ class ActorConfig(ConfigSection):
     micro_batch_size_per_device_for_update: int = 4
     """Sequences a worker takes through forward and backward at once."""
     micro_batch_size_per_device_for_experience: int = 16
-    """Sequences a worker takes through a log-prob pass at once; the reference uses it too."""
+    """Sequences a worker takes through a forward pass at once; the reference follows the actor."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
-    clip_ratio_low: float = 0.2
-    """The ratio is clipped below 1 - this."""
-    clip_ratio_high: float = 0.3
-    """The ratio is clipped above 1 + this."""
-    clip_ratio_dual: float = 3.0
-    """Bound, in units of -advantage, on the loss of tokens with a negative advantage."""
     loss_avg_mode: Literal["token", "seq"] = "token"
     """Mean over all tokens of the mini-batch, or over its sequences' own means."""
-    loss_type: Literal["default", "gspo", "gspo_token", "cispo", "sapo"] = field(
-        default="default",
-        metadata={"hints": {"dapo": "DAPO is default with clip_ratio_high=0.28 and algorithm.online_filtering=true"}},
-    )
-    """The policy loss."""
     ppo_epochs: int = 1
     """Passes over each rollout batch."""
     padding_free: bool = True
@@ -166,12 +155,6 @@ class ActorConfig(ConfigSection):
     """Fill micro-batches by tokens instead of by sequences."""
     ulysses_size: int = 1
     """Workers that share one sequence."""
-    use_torch_compile: bool = True
-    """Compile the log-probability function."""
-    tau_positive: float = 1.0
-    """SAPO's temperature for tokens with a positive advantage."""
-    tau_negative: float = 1.05
-    """SAPO's temperature for tokens with a negative advantage."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     fsdp: FSDPConfig = field(default_factory=FSDPConfig)
@@ -182,11 +165,37 @@ class ActorConfig(ConfigSection):
         self.require_at_least(1, "global_batch_size", "ppo_epochs", "ulysses_size")
         self.require_at_least(1, "micro_batch_size_per_device_for_update")
         self.require_at_least(1, "micro_batch_size_per_device_for_experience")
+        self.require_above_0("max_grad_norm")
+
+
+@dataclass(frozen=True)
+class ActorConfig(TrainedModelConfig):
+    """The policy and its loss."""
+
+    clip_ratio_low: float = 0.2
+    """The ratio is clipped below 1 - this."""
+    clip_ratio_high: float = 0.3
+    """The ratio is clipped above 1 + this."""
+    clip_ratio_dual: float = 3.0
+    """Bound, in units of -advantage, on the loss of tokens with a negative advantage."""
+    loss_type: Literal["default", "gspo", "gspo_token", "cispo", "sapo"] = field(
+        default="default",
+        metadata={"hints": {"dapo": "DAPO is default with clip_ratio_high=0.28 and algorithm.online_filtering=true"}},
+    )
+    """The policy loss."""
+    use_torch_compile: bool = True
+    """Compile the log-probability function."""
+    tau_positive: float = 1.0
+    """SAPO's temperature for tokens with a positive advantage."""
+    tau_negative: float = 1.05
+    """SAPO's temperature for tokens with a negative advantage."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.require_between(0, 1, "clip_ratio_low")
         self.require_at_least(0, "clip_ratio_high")
         self.require(self.clip_ratio_dual > 1, "clip_ratio_dual", "is not above 1, where dual clipping begins")
-        for key in ("max_grad_norm", "tau_positive", "tau_negative"):
-            self.require(getattr(self, key) > 0, key, "is not above 0")
+        self.require_above_0("tau_positive", "tau_negative")
 
 
 @dataclass(frozen=True)
