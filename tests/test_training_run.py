@@ -196,6 +196,14 @@ def test_a_checkpoint_of_the_model_only_can_be_resumed_with_a_fresh_optimizer(
     assert (elsewhere / "global_step_1" / "actor").exists()
 
 
+def test_a_cluster_without_a_cpu_for_the_rewards_is_refused_before_workers_start(
+    tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster
+) -> None:
+    args = arguments(tiny_model_path, data_files, tmp_path, "worker.reward.num_cpus=20")
+    with pytest.raises(ValueError, match=r"1 workers .* worker.reward.num_cpus=20 ask for 21 CPUs, but Ray sees 8"):
+        run(load_config(args))
+
+
 def test_val_only_validates_once_and_neither_trains_nor_saves(
     tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster
 ) -> None:

@@ -105,7 +105,12 @@ class RayDAPOTrainer:
     # ---- life ----
 
     def init_workers(self) -> None:
-        """Starts the reward actor and one worker per device, and loads the policy into them."""
+        """Starts the reward actor and one worker per device, and loads the policy into them.
+
+        Raises:
+            ValueError: the Ray cluster is too small for them.
+        """
+        self._require_cpus()
         self.workers = WorkerGroup(
             FSDPWorker,
             num_nodes=self.config.trainer.nnodes,
@@ -119,6 +124,17 @@ class RayDAPOTrainer:
         self.reward_actor = reward_class.remote(self.reward_manager.config, self.reward_manager.tokenizer)
         self.tracker.phase("load")
         self.workers.init_model()
+
+    def _require_cpus(self) -> None:
+        """The reward actor waits for ever where the workers leave it no CPU: say so first."""
+        num_cpus = self.config.worker.reward.num_cpus
+        wanted, present = self.plan.world_size + num_cpus, int(ray.cluster_resources().get("CPU", 0))
+        if wanted > present:
+            raise ValueError(
+                f"{self.plan.world_size} workers (trainer.nnodes x trainer.n_gpus_per_node) with one CPU each and "
+                f"worker.reward.num_cpus={num_cpus} ask for {wanted} CPUs, but Ray sees {present}; lower them or add "
+                "nodes"
+            )
 
     def shutdown(self) -> None:
         """Ends every process this trainer started."""
