@@ -32,6 +32,22 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def tokenizer(tiny_model_path: str):
+    """The tiny model's tokenizer."""
+    from verl.utils.tokenizer import get_tokenizer
+
+    return get_tokenizer(tiny_model_path)
+
+
+@pytest.fixture
+def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps what `datasets` converts out of the user's own cache."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
 def ray_cluster():
     """One Ray for all tests that need it; more CPUs than cores, since workers mostly wait for each other."""
     import ray

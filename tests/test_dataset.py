@@ -27,15 +27,7 @@ P = 64
 SIDE = 28  # pixels of one image token
 
 
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keeps what `datasets` converts out of the user's own cache."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model_path: str) -> PreTrainedTokenizerBase:
-    return get_tokenizer(tiny_model_path)
+pytestmark = pytest.mark.usefixtures("private_cache")
 
 
 @pytest.fixture(scope="module")

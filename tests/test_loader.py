@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
@@ -16,18 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from verl.data.dataset import RLHFDataset
 from verl.data.loader import PromptLoader, ResumableSampler, create_dataloader
 from verl.trainer.config import DataConfig
-from verl.utils.tokenizer import get_processor, get_tokenizer
+from verl.utils.tokenizer import get_processor
 
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keeps what `datasets` converts out of the user's own cache."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model_path: str) -> PreTrainedTokenizerBase:
-    return get_tokenizer(tiny_model_path)
+pytestmark = pytest.mark.usefixtures("private_cache")
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from textwrap import dedent
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from verl.protocol import DataProto
 from verl.workers.reward.config import RewardConfig
@@ -17,11 +16,6 @@ from verl.workers.reward.function import AutoRewardManager
 
 TEXTS = ["I see 3 and 9. 3+9=12.", "What is the sum?", "The quick brown fox"]
 TRUTHS = ["12", "7", "fox"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model_path):
-    return AutoTokenizer.from_pretrained(tiny_model_path)
 
 
 @pytest.fixture

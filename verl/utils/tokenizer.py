@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ def check_torchvision() -> None:
             CUDA and breaks beside a CPU-only torch, though image resizing does not need that binary.
     """
     try:
-        import torchvision  # noqa: F401
+        importlib.import_module("torchvision")
     except ModuleNotFoundError as error:
         raise RuntimeError(f"{error}; run `pip install -r requirements.txt`") from error
     except (ImportError, OSError, RuntimeError) as error:

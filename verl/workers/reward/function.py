@@ -173,7 +173,7 @@ class AutoRewardManager:
             for half in ((first, middle), (middle, end)):
                 try:
                     self._call(samples[slice(*half)])
-                except Exception as narrower:  # noqa: BLE001 (raised by the caller)
+                except Exception as narrower:  # noqa: BLE001  the user's code raises anything
                     error = narrower
                     first, end = half
                     break
