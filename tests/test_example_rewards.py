@@ -46,3 +46,18 @@ def test_r1v_gives_half_for_form_and_half_for_the_answer(
 ) -> None:
     score = load("r1v.py")({"response": response, "ground_truth": truth})
     assert score == {"overall": pytest.approx(0.5 * form + 0.5 * accuracy), "format": form, "accuracy": accuracy}
+
+
+def test_the_weighted_answer_weighs_the_tokens_that_write_it_with_mean_one() -> None:
+    """Three of six tokens touch `\\boxed{12}`: raw weights 1, 1, 2, 2, 2, 1 have mean 1.5."""
+    tokens = ["It ", "is ", "\\box", "ed{1", "2}.", "<|im_end|>"]
+    sample = {"response": "It is \\boxed{12}.", "ground_truth": "12", "response_tokens": tokens}
+    score = load("weighted_answer.py")(sample)
+    weights = score.pop("token_weights")
+    assert score == {"overall": 1.0, "accuracy": 1.0}
+    assert weights == pytest.approx([2 / 3, 2 / 3, 4 / 3, 4 / 3, 4 / 3, 2 / 3])
+
+
+def test_the_weighted_answer_leaves_a_response_without_an_answer_to_others() -> None:
+    score = load("weighted_answer.py")({"response": "twelve", "ground_truth": "12", "response_tokens": ["twelve"]})
+    assert score == {"overall": 0.0, "accuracy": 0.0, "token_weights": None}

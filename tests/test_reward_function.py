@@ -105,6 +105,9 @@ def test_the_function_sees_the_whole_sample(make_manager, tokenizer):
     batch = make_batch(tokenizer)
     manager.compute_reward(batch)
     seen = manager._function.__globals__["seen"]
+    tokens = seen[0].pop("response_tokens")
+    assert len(tokens) == seen[0]["response_length"]
+    assert "".join(tokens) == TEXTS[0] + "<|im_end|>"
     assert seen[0] == {
         "response": TEXTS[0],
         "response_length": batch.batch["response_mask"][0].sum().item(),
@@ -118,6 +121,27 @@ def test_the_function_sees_the_whole_sample(make_manager, tokenizer):
     }
     assert [sample["response"] for sample in seen] == TEXTS
     assert [sample["images"] for sample in seen] == [["handle"], [], []]
+
+
+@pytest.mark.parametrize("reward_type", ["batch", "sequential"])
+def test_token_weights_come_as_they_were_returned_and_are_no_metric(make_manager, tokenizer, reward_type):
+    """The first sample has weights, the second says None, the third nothing at all."""
+    body = """
+        def one(sample):
+            extra = {"12": {"token_weights": [0.5] * sample["response_length"]}, "7": {"token_weights": None}}
+            return {"overall": 1.0, **extra.get(sample["ground_truth"], {})}
+
+        def compute_score(given):
+            return one(given) if REWARD_TYPE == "sequential" else [one(sample) for sample in given]
+    """
+    batch = make_batch(tokenizer)
+    length = batch.batch["response_mask"][0].sum().item()
+    _, values = make_manager(f"REWARD_TYPE = '{reward_type}'\n" + dedent(body)).compute_reward(batch)
+    assert values == {"overall": [1.0, 1.0, 1.0], "token_weights": [[0.5] * length, None, None]}
+
+
+def test_a_function_without_token_weights_leaves_no_trace_of_them(make_manager, tokenizer):
+    assert "token_weights" not in make_manager(THREE_FIELDS).compute_reward(make_batch(tokenizer))[1]
 
 
 def test_special_tokens_are_kept_on_request(make_manager, tokenizer):

@@ -18,6 +18,7 @@ import sys
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +27,9 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import DataProto
 from verl.workers.reward.config import RewardConfig
+
+TOKEN_WEIGHTS = "token_weights"
+"""The one key of a result that is no metric: a list of one weight per response token, or None."""
 
 IF_SEQUENTIAL = 'If the function takes one sample at a time, put REWARD_TYPE = "sequential" in its file'
 
@@ -54,6 +58,7 @@ class AutoRewardManager:
         module = _load_module(path)
         self._function = _find_function(module, function_name)
         self._check_kwargs()
+        self._text_of_token = cache(lambda token_id: tokenizer.decode([token_id]))
         self.reward_type = getattr(module, "REWARD_TYPE", "batch")
         if self.reward_type not in ("batch", "sequential"):
             raise ValueError(
@@ -65,20 +70,23 @@ class AutoRewardManager:
         # The user's module has no importable name, so another process loads it from the file again.
         return AutoRewardManager, (self.config, self.tokenizer)
 
-    def compute_reward(self, data: DataProto) -> tuple[torch.Tensor, dict[str, list[float]]]:
+    def compute_reward(self, data: DataProto) -> tuple[torch.Tensor, dict[str, list[Any]]]:
         """Scores N responses of at most R tokens.
 
         Reads: `responses`, `response_mask` (N, R); objects `ground_truth`, `uid`, `prompt_text`, `multi_modal_data`
         (the sample's media handles, or None), `extra` (the dataset row's other columns); meta `step`, `split`.
 
-        The function gets a dict a sample: `response` (text), `response_length` (tokens), `ground_truth`, `prompt`
-        (text), `uid` (the same for all responses to one prompt), `images` (handles; `.load()` gives the PIL image),
-        `extra`, `step`, `split` (`train` or `val`). It returns a dict of numbers a sample: `overall` is the reward;
-        all become metrics, and those other than `overall` may be left out where they do not apply.
+        The function gets a dict a sample: `response` (text), `response_length` (tokens), `response_tokens` (the text
+        of each token; a character that several tokens share shows as a replacement character in each),
+        `ground_truth`, `prompt` (text), `uid` (the same for all responses to one prompt), `images` (handles;
+        `.load()` gives the PIL image), `extra`, `step`, `split` (`train` or `val`). It returns a dict of numbers a
+        sample: `overall` is the reward; all become metrics, and those other than `overall` may be left out where they
+        do not apply. One more key, `token_weights`, may hold a list of one weight per response token, or None.
 
         Returns:
             Float32 scores (N, R), `overall` on the last token of each response and zero elsewhere; and every returned
-            key with its values, one from each sample that has it.
+            key with its values, one from each sample that has it. `token_weights` alone, where any sample has it,
+            comes as it was returned, with one entry a sample.
 
         Raises:
             RuntimeError: the function raised; its own exception is the cause.
@@ -92,8 +100,11 @@ class AutoRewardManager:
         metrics: dict[str, list[float]] = defaultdict(list)
         for index, (sample, result) in enumerate(zip(samples, results, strict=True)):
             for key, value in result.items():
-                metrics[key].append(self._number(key, value, index, sample))
+                if key != TOKEN_WEIGHTS:
+                    metrics[key].append(self._number(key, value, index, sample))
             rewards[index, last_tokens[index]] = metrics["overall"][index]
+        if any(TOKEN_WEIGHTS in result for result in results):
+            metrics[TOKEN_WEIGHTS] = [result.get(TOKEN_WEIGHTS) for result in results]
         return rewards, dict(metrics)
 
     def _samples(self, data: DataProto) -> list[dict[str, Any]]:
@@ -106,6 +117,9 @@ class AutoRewardManager:
                     data.batch["responses"][index, :length], skip_special_tokens=self.config.skip_special_tokens
                 ),
                 "response_length": length,
+                "response_tokens": [
+                    self._text_of_token(token_id) for token_id in data.batch["responses"][index, :length].tolist()
+                ],
                 "ground_truth": columns["ground_truth"][index],
                 "prompt": columns["prompt_text"][index],
                 "uid": columns["uid"][index],
@@ -192,7 +206,7 @@ class AutoRewardManager:
         if not math.isfinite(number):
             raise ValueError(
                 f"{self._function_label} returned {key!r}: {_shorten(value)} for {_describe(index, sample)}; "
-                "every value must be a finite number"
+                f"every value but {TOKEN_WEIGHTS!r} must be a finite number"
             )
         return number
 
