@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # python -m pytest tests/test_gpu.py
-"""What only a CUDA device can show: the run goes there by itself, and offloaded memory comes back."""
+"""What only a CUDA device can show: the run goes there by itself, offloaded memory comes back, kernels are right."""
 
 from pathlib import Path
 
@@ -10,6 +10,8 @@ from torch import nn
 
 from tests.batches import ROWS, write_dataset
 from tests.test_training_run import arguments, command, lines_of
+from verl.models.kernels.attention_mass import BACKENDS, KeyPlan, default_backend
+from verl.utils.attention_metrics import KeyKind
 from verl.workers.fsdp2 import resident
 
 pytestmark = [
@@ -67,3 +69,36 @@ def test_model_and_optimizer_rest_on_the_cpu_and_work_on_the_gpu_also_after_an_e
         except KeyError:
             assert raises
         assert places() == {"cpu"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("heads", "key_heads", "dimension"), [(28, 4, 128), (16, 8, 256), (12, 2, 80)])
+@pytest.mark.parametrize("extras", [False, True])
+def test_the_attention_kernel_equals_the_reference_and_keeps_no_scores(
+    dtype: torch.dtype, heads: int, key_heads: int, dimension: int, extras: bool
+) -> None:
+    """Two samples of 2048 columns, padded differently; an attention matrix of one would be 16 MB a head."""
+    length, response_length = 2048, 512
+    key_kinds = torch.full((2, length), KeyKind.TEXT, dtype=torch.int8)
+    key_kinds[0, 0] = KeyKind.SINK
+    key_kinds[1, :301], key_kinds[1, 300] = KeyKind.PADDING, KeyKind.SINK
+    key_kinds[:, 400:1100] = KeyKind.VISION
+    key_kinds[:, 1400:1420] = KeyKind.PROMPT
+    key_kinds[:, -response_length:] = KeyKind.RESPONSE
+    key_kinds[1, -100:] = KeyKind.PADDING
+    plan = KeyPlan.from_kinds(key_kinds, response_length)
+
+    torch.manual_seed(0)
+    query = 3 * torch.randn(2, length, heads, dimension, dtype=dtype, device="cuda").transpose(1, 2)
+    key = torch.randn(2, length, key_heads, dimension, dtype=dtype, device="cuda").transpose(1, 2)
+    options = {"softcap": 20.0, "sinks": torch.randn(heads, device="cuda")} if extras else {}
+    arguments = (query, key, plan, dimension**-0.5)
+
+    plan.to(query.device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    masses = BACKENDS[default_backend(query.device)](*arguments, **options)
+    extra_memory = torch.cuda.max_memory_allocated() - before
+    expected = BACKENDS["reference"](*arguments, **options)
+    torch.testing.assert_close(masses.double(), expected, atol=2e-6, rtol=0)
+    assert extra_memory < 2 * 2**20

@@ -11,7 +11,8 @@ Shapes: N samples, R response columns, S sequence length, B batch rows, H heads,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 
@@ -21,28 +22,33 @@ from verl.utils.attention_metrics import KeyKind
 _KEY_ORDER = (KeyKind.TEXT, KeyKind.VISION, KeyKind.PROMPT, KeyKind.SINK, KeyKind.RESPONSE, KeyKind.PADDING)
 _RANK_OF_KIND = torch.tensor(_KEY_ORDER).argsort()
 
-_CPU_CHUNK = 2**18
-_GPU_CHUNK = 2**27
 
+class SamplePlan(NamedTuple):
+    """Where the queries and keys of one sample are; plain integers, so that reading them waits for no device.
 
-@dataclass(frozen=True)
-class SamplePlan:
-    """Where the queries and keys of one sample are.
-
-    index: row of the result. batch_row: row of the query and key tensors. queries: its part of the plan's
-    `query_positions` and `result_columns`. keys: its part of `key_positions`, in the order text, vision, other prompt
-    tokens, sink, response. num_text, num_vision: how many keys these kinds have. num_prompt: of the first three
-    together. num_prompt_and_sink: of the first four; response keys are the rest.
+    Its keys lie in the plan's `key_positions` in this order: text, vision, other prompt tokens, sink, response. The
+    `end_of_` fields count them from the sample's first key.
     """
 
-    index: int
-    batch_row: int
-    queries: slice
-    keys: slice
-    num_text: int
-    num_vision: int
-    num_prompt: int
-    num_prompt_and_sink: int
+    row: int  # of the result
+    batch_row: int  # of the query and key tensors
+    first_query: int  # of the plan's query_positions and result_columns
+    num_queries: int
+    first_key: int  # of the plan's key_positions
+    end_of_text: int
+    end_of_vision: int
+    end_of_prompt: int
+    end_of_sink: int
+
+    @property
+    def queries(self) -> slice:
+        """The sample's part of `KeyPlan.query_positions` and `KeyPlan.result_columns`."""
+        return slice(self.first_query, self.first_query + self.num_queries)
+
+    @property
+    def keys(self) -> slice:
+        """The sample's part of `KeyPlan.key_positions`."""
+        return slice(self.first_key, self.first_key + self.end_of_sink + self.num_queries - 1)
 
 
 @dataclass(frozen=True)
@@ -52,12 +58,13 @@ class KeyPlan:
     The queries of a sample are its last prompt token and its response tokens but the last: the positions whose outputs
     predict the response. Query i of a sample sees all keys of its prompt and the first i of its response; nobody sees
     the last. A sample without response, or without prompt (no mass to measure, no query for its first token), is left
-    out and its rows of the result stay 0.
+    out and its row of the result stays 0.
 
     samples: those that have queries. num_samples: N, of the whole batch. response_length: R.
     query_positions: (Q,) int64, places in the query tensor, one sample after the other.
     result_columns: (Q,) int64, the response column that each query predicts.
     key_positions: (K,) int64, places in the key tensor, one sample after the other.
+    table: (len(samples), 9) int64, `samples` as a tensor.
     """
 
     samples: tuple[SamplePlan, ...]
@@ -66,13 +73,14 @@ class KeyPlan:
     query_positions: torch.Tensor
     result_columns: torch.Tensor
     key_positions: torch.Tensor
+    table: torch.Tensor
     _on_devices: dict[torch.device, KeyPlan] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def from_kinds(cls, key_kinds: torch.Tensor, response_length: int) -> KeyPlan:
         """The plan of a padded batch.
 
-        key_kinds: (N, S) integers of `KeyKind`, on any device; made once per forward, on the CPU. The last
+        key_kinds: (N, S) integers of `KeyKind`, on any device; the plan is made on the CPU. The last
             `response_length` columns are the response's; padding may stand anywhere.
         """
         rows = key_kinds.cpu()
@@ -87,8 +95,8 @@ class KeyPlan:
     ) -> KeyPlan:
         """The plan of samples that lie end to end in a single batch row.
 
-        key_kinds: (total,) integers of `KeyKind`, on any device.
-        cumulative_lengths: (N + 1,) integers; sample n is the tokens from the nth of them to the one before the next.
+        key_kinds: (total,) integers of `KeyKind`, on any device; the plan is made on the CPU.
+        cumulative_lengths: (N + 1,) integers; sample n begins at the nth of them and ends before the next.
         response_length: R; no response is longer. Each response's result begins at column 0.
         """
         tokens = key_kinds.cpu()
@@ -102,55 +110,42 @@ class KeyPlan:
     def _of(
         cls, spans: list[tuple[int, int, torch.Tensor]], columns: list[torch.Tensor], response_length: int
     ) -> KeyPlan:
-        """spans: batch row, first position and kinds of each sample. columns: of the response tokens of each."""
+        """spans: batch row, first position and kinds of each sample. columns: of each one's response tokens."""
         samples: list[SamplePlan] = []
-        queries, result_columns, keys = [], [], []
-        num_queries = num_keys = 0
-        for index, ((batch_row, start, kinds), own_columns) in enumerate(zip(spans, columns, strict=True)):
-            count = torch.bincount(kinds.long(), minlength=len(KeyKind)).tolist()
-            num_prompt = count[KeyKind.TEXT] + count[KeyKind.VISION] + count[KeyKind.PROMPT]
-            num_prompt_and_sink = num_prompt + count[KeyKind.SINK]
-            num_responses = count[KeyKind.RESPONSE]
-            if num_responses == 0 or num_prompt_and_sink == 0:
+        nothing = torch.empty(0, dtype=torch.int64)
+        queries, result_columns, keys = [nothing], [nothing], [nothing]
+        first_query = first_key = 0
+        for row, ((batch_row, start, kinds), own_columns) in enumerate(zip(spans, columns, strict=True)):
+            ranks = _RANK_OF_KIND[kinds.long()]
+            positions = start + ranks.argsort(stable=True)
+            ends = torch.bincount(ranks, minlength=len(KeyKind)).cumsum(0).tolist()
+            prompt, response = positions[: ends[3]], positions[ends[3] : ends[4]]
+            if len(prompt) == 0 or len(response) == 0:
                 continue
 
-            positions = start + _RANK_OF_KIND[kinds.long()].argsort(stable=True)
-            prompt = positions[:num_prompt_and_sink]
-            response = positions[num_prompt_and_sink : num_prompt_and_sink + num_responses]
-            assert prompt.max() < response[0], "a prompt key stands after the response began"
+            assert prompt.max() < response[0], "a prompt key stands after the response's first"
             queries.append(torch.cat([prompt.max().view(1), response[:-1]]))
             keys.append(torch.cat([prompt, response[:-1]]))
             result_columns.append(own_columns)
-            samples.append(
-                SamplePlan(
-                    index,
-                    batch_row,
-                    slice(num_queries, num_queries + len(queries[-1])),
-                    slice(num_keys, num_keys + len(keys[-1])),
-                    count[KeyKind.TEXT],
-                    count[KeyKind.VISION],
-                    num_prompt,
-                    num_prompt_and_sink,
-                )
-            )
-            num_queries, num_keys = samples[-1].queries.stop, samples[-1].keys.stop
+            samples.append(SamplePlan(row, batch_row, first_query, len(response), first_key, *ends[:4]))
+            first_query += len(queries[-1])
+            first_key += len(keys[-1])
 
-        def join(parts: list[torch.Tensor]) -> torch.Tensor:
-            return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
-
-        return cls(tuple(samples), len(spans), response_length, join(queries), join(result_columns), join(keys))
+        return cls(
+            samples=tuple(samples),
+            num_samples=len(spans),
+            response_length=response_length,
+            query_positions=torch.cat(queries),
+            result_columns=torch.cat(result_columns),
+            key_positions=torch.cat(keys),
+            table=torch.tensor(samples, dtype=torch.int64).view(-1, len(SamplePlan._fields)),
+        )
 
     def to(self, device: torch.device) -> KeyPlan:
         """The plan with its tensors on `device`; copied at the first call and kept."""
         if device not in self._on_devices:
-            self._on_devices[device] = KeyPlan(
-                self.samples,
-                self.num_samples,
-                self.response_length,
-                self.query_positions.to(device),
-                self.result_columns.to(device),
-                self.key_positions.to(device),
-            )
+            names = ("query_positions", "result_columns", "key_positions", "table")
+            self._on_devices[device] = replace(self, **{name: getattr(self, name).to(device) for name in names})
         return self._on_devices[device]
 
 
@@ -175,15 +170,16 @@ def reference(
         scores = own_query @ own_key.mT * scaling  # (H, Q, K)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-
-        num_queries, num_keys = scores.shape[1:]
-        visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
-        visible = visible.tril(sample.num_prompt_and_sink - 1)
+        visible = torch.ones(scores.shape[1:], dtype=torch.bool, device=query.device).tril(sample.end_of_sink - 1)
         scores = scores.masked_fill(~visible, -torch.inf)
         if sinks is not None:
-            scores = torch.cat([scores, sinks.double().view(-1, 1, 1).expand(-1, num_queries, 1)], dim=-1)
+            scores = torch.cat([scores, sinks.double().view(-1, 1, 1).expand(-1, sample.num_queries, 1)], dim=-1)
+
         attention = scores.softmax(dim=-1).mean(dim=0)  # (Q, K)
-        masses[sample.index, plan.result_columns[sample.queries]] = _group_sums(attention, sample)
+        text = attention[:, : sample.end_of_text].sum(dim=-1)
+        vision = attention[:, sample.end_of_text : sample.end_of_vision].sum(dim=-1)
+        prompt = attention[:, : sample.end_of_prompt].sum(dim=-1)
+        masses[sample.row, plan.result_columns[sample.queries]] = torch.stack([text, vision, prompt], dim=-1)
     return masses
 
 
@@ -194,57 +190,115 @@ def chunked(
     scaling: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
-    chunk_elements: int | None = None,
+    block: tuple[int, int] | None = None,
 ) -> torch.Tensor:
-    """Attention mass in float32 with plain torch operations, some queries at a time.
+    """Attention mass with plain torch operations, for one block of scores at a time, in float32.
+
+    The softmax is made on the way (Milakov and Gimelshein, arXiv 1805.02867): when a block raises a query's highest
+    score, the sums so far are scaled down to it. A block holds keys of one kind, so that it adds to one sum.
 
     query: (B, H, S, D); key: (B, Hkv, S, D), any floating type, as they enter the attention (after rotary embedding).
     plan: which of them belong together.
     scaling: what their products are multiplied by.
     softcap: scores x become softcap * tanh(x / softcap), as in Gemma 2.
     sinks: (H,) one more score for every query of a head, whose attention goes nowhere, as in gpt-oss.
-    chunk_elements: how many scores are held at a time.
+    block: queries and keys of a block, which is for all heads; by default what suits the device.
 
-    Returns (N, R, 3) float32: attention, mean over the heads, on text keys, on vision keys, and on all keys of the
+    Returns (N, R, 3) float32: attention, mean over the heads, to text keys, to vision keys, and to all keys of the
     prompt but the sink; 0 where there is no response token.
     """
     plan = plan.to(query.device)
-    heads, dimension = query.shape[1], query.shape[3]
-    key_heads = key.shape[1]
-    if chunk_elements is None:
-        chunk_elements = _CPU_CHUNK if query.device.type == "cpu" else _GPU_CHUNK
+    block_queries, block_keys = block or _block_size(query)
     masses = query.new_zeros(plan.num_samples, plan.response_length, 3, dtype=torch.float32)
     for sample in plan.samples:
-        query_positions = plan.query_positions[sample.queries]
+        own_query = query[sample.batch_row].index_select(1, plan.query_positions[sample.queries])  # (H, Q, D)
+        own_query = own_query.float() * scaling
+        own_key = key[sample.batch_row].index_select(1, plan.key_positions[sample.keys])  # (Hkv, K, D)
+        own_key = own_key.float().mT.contiguous()  # (Hkv, D, K)
         columns = plan.result_columns[sample.queries]
-        own_key = key[sample.batch_row].index_select(1, plan.key_positions[sample.keys]).float().mT  # (Hkv, D, K)
-        rows = max(1, chunk_elements // (heads * own_key.shape[2]))
-        for first in range(0, len(columns), rows):
-            chunk = slice(first, first + rows)
-            own_query = query[sample.batch_row].index_select(1, query_positions[chunk]).float() * scaling  # (H, c, D)
-            length = own_query.shape[1]
-            num_keys = sample.num_prompt_and_sink + first + length - 1  # the last of these queries sees so many
-            scores = own_query.reshape(key_heads, -1, dimension) @ own_key[..., :num_keys]
-            scores = scores.view(heads, length, num_keys)
-            if softcap is not None:
-                scores = scores.div_(softcap).tanh_().mul_(softcap)
-            future = torch.ones(length, length - 1, dtype=torch.bool, device=query.device).triu()
-            scores[..., num_keys - (length - 1) :].masked_fill_(future, -torch.inf)
-            if sinks is not None:
-                scores = torch.cat([scores, sinks.float().view(-1, 1, 1).expand(-1, length, 1)], dim=-1)
-            attention = scores.softmax(dim=-1).mean(dim=0)  # (c, K)
-            masses[sample.index, columns[chunk]] = _group_sums(attention, sample)
+        for first in range(0, sample.num_queries, block_queries):
+            rows = slice(first, first + block_queries)
+            masses[sample.row, columns[rows]] = _masses_of_queries(
+                own_query[:, rows], own_key, first, sample, softcap, sinks, block_keys
+            )
     return masses
 
 
-def _group_sums(attention: torch.Tensor, sample: SamplePlan) -> torch.Tensor:
-    """attention: (Q, K) on keys in the plan's order. Returns (Q, 3): on text, vision, the prompt without the sink."""
-    sizes = [sample.num_text, sample.num_vision, sample.num_prompt - sample.num_text - sample.num_vision]
-    text, vision, other = (part.sum(dim=-1) for part in attention[:, : sample.num_prompt].split(sizes, dim=-1))
+def _block_size(query: torch.Tensor) -> tuple[int, int]:
+    # On a CPU the scores of a block (1 MB) and its keys stay in the core's cache; a GPU wants few, large operations.
+    num_scores, block_keys = (2**18, 512) if query.device.type == "cpu" else (2**26, 4096)
+    return max(1, num_scores // (query.shape[1] * block_keys)), block_keys
+
+
+def _masses_of_queries(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    first: int,
+    sample: SamplePlan,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    block_keys: int,
+) -> torch.Tensor:
+    """Masses (Q, 3) of some successive queries (H, Q, D), scaled, number `first` of the sample and on.
+
+    key: (Hkv, D, K), those of the whole sample.
+    """
+    heads, length, dimension = query.shape
+    query = query.reshape(key.shape[0], -1, dimension)  # (Hkv, H / Hkv * Q, D)
+    all_see = sample.end_of_sink + first  # that many keys; the second query sees one more
+    starts = (0, sample.end_of_text, sample.end_of_vision, sample.end_of_prompt)
+    ends = (sample.end_of_text, sample.end_of_vision, sample.end_of_prompt, all_see + length - 1)
+
+    # The extra score enters the last sum as one key. Where there is none it is -inf, and the first block wipes it out.
+    highest = query.new_full((heads, length, 1), -torch.inf)
+    if sinks is not None:
+        highest = sinks.float().view(-1, 1, 1).expand_as(highest)
+    sums = query.new_zeros(4, heads, length)
+    sums[3] = 1.0
+
+    for group, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        for left in range(start, end, block_keys):
+            right = min(left + block_keys, end)
+            scores = torch.bmm(query, key[..., left:right]).view(heads, length, -1)  # (H, Q, k)
+            if softcap is not None:
+                scores.div_(softcap).tanh_().mul_(softcap)
+            if right > all_see:
+                future = torch.ones(scores.shape[1:], dtype=torch.bool, device=query.device).triu(all_see - left)
+                scores.masked_fill_(future, -torch.inf)
+            higher = torch.maximum(highest, scores.amax(dim=-1, keepdim=True))
+            sums *= (highest - higher).exp_().squeeze(-1)
+            sums[group] += scores.sub_(higher).exp_().sum(dim=-1)
+            highest = higher
+
+    text, vision, other = (sums[:3] / sums.sum(dim=0)).mean(dim=1)  # (Q,) each
     return torch.stack([text, vision, text + vision + other], dim=-1)
 
 
-BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"reference": reference, "chunked": chunked}
+def triton(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    plan: KeyPlan,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention mass from one kernel that writes no scores at all. Arguments and result as in `chunked`.
+
+    Products of bfloat16 or float16 are added up in float32; those of float32 are not rounded to TF32.
+
+    Raises ImportError where the package `triton` is missing.
+    """
+    try:
+        from verl.models.kernels import attention_mass_triton
+    except ImportError as error:
+        raise ImportError(
+            "attention back end 'triton' needs the package triton, which CUDA builds of torch bring along; "
+            "use 'chunked' instead"
+        ) from error
+    return attention_mass_triton.launch(query, key, plan, scaling, softcap, sinks)
+
+
+BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"reference": reference, "chunked": chunked, "triton": triton}
 
 
 def default_backend(device: torch.device) -> str:
