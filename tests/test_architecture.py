@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import verl.utils
+
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ["utils", "algorithms", "models", "data", "single_controller", "workers", "trainer"]
 MODULES = sorted(path for path in (ROOT / "verl").rglob("*.py") if path.name != "__init__.py")
@@ -69,7 +71,14 @@ def test_an_upward_import_is_found_wherever_it_hides():
 
 
 @pytest.mark.parametrize("path", PACKAGES, ids=relative)
-def test_packages_are_empty_but_for_the_version(path):
+def test_packages_are_empty_but_for_the_version_and_what_users_call(path):
+    if relative(path) == "verl/utils/__init__.py":
+        for name in verl.utils._HOMES:
+            function = getattr(verl.utils, name)
+            assert (function.__module__, name in dir(verl.utils)) == (verl.utils._HOMES[name], True)
+        with pytest.raises(AttributeError, match="no_such_name"):
+            _ = verl.utils.no_such_name
+        return
     if relative(path) != "verl/__init__.py":
         assert path.read_text() == ""
         return

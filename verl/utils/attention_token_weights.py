@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decides what VGR means for the loss: one weight per response token, of mean one, more for those that look at images.
+
+Where the weights come from (attention, or the user's reward function) and how they are brought to a batch's shape. The
+attention itself is measured in `attention_metrics`.
+
+Shapes: N samples, P prompt length, R response length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from verl.utils.attention_metrics import (
+    classify_generated,
+    count_keys,
+    mass_from_attentions,
+    vgr_epsilon,
+    vgr_from_mass,
+)
+
+
+def build_token_vgr_weights_for_batch(
+    outputs_attentions: Sequence[Sequence[torch.Tensor | None]] | None,
+    input_ids: torch.Tensor,
+    sequences: torch.Tensor,
+    processor: Any,
+    image_grid_thw: torch.Tensor | None = None,
+    exclude_special: bool = True,
+    smooth_sigma: float = 0.0,
+    clip_range: tuple[float, float] = (0.2, 3.0),
+    last_k_layers: int | None = None,
+) -> tuple[list[list[float]], dict[str, list[list[float]]]]:
+    """Token weights from Hugging Face `generate(output_attentions=True)`, for notebooks and reward functions.
+
+    The same numbers as in training, where they come from the log-prob pass. The image of a sample does not have to be
+    known: its tokens are found by their ids, so `image_grid_thw` is accepted and not needed.
+
+    Args:
+        outputs_attentions: steps x layers x (N, H, queries, keys); layers may be None. None or empty where nothing was
+            collected.
+        input_ids: (N, P) prompts, possibly left-padded.
+        sequences: (N, P + R) what `generate` returned.
+        processor: of a Qwen-VL model, or any that names its `image_token_id`.
+        exclude_special: False counts special tokens of the prompt as instruction text.
+        smooth_sigma, clip_range: as in `token_weights_from_vgr`.
+        last_k_layers: use this many of the last layers; None uses every layer that is there.
+
+    Returns:
+        The weights of each sample, one per response token up to and including the first end-of-sequence token; and
+        under `vgr_token`, `p_text` and `p_vision` lists of the same lengths: VGR (NaN where undefined) and the shares
+        of the attention to the prompt that fall on text and on images. Lists are empty where nothing was collected.
+
+    Raises:
+        ValueError: a chosen layer is missing, or there are fewer steps than response tokens.
+    """
+    if not outputs_attentions:
+        empty: list[list[float]] = [[] for _ in input_ids]
+        return empty, {name: [[] for _ in input_ids] for name in ("vgr_token", "p_text", "p_vision")}
+    key_kinds, response_mask = classify_generated(input_ids, sequences, processor, exclude_special)
+    mass = mass_from_attentions(outputs_attentions, key_kinds, response_mask.shape[1], last_k_layers)  # (N, R, 2)
+    keys = count_keys(key_kinds)  # (N, 2)
+    vgr = vgr_from_mass(mass, keys)  # (N, R)
+    weights = token_weights_from_vgr(vgr, response_mask, clip_range, smooth_sigma, vgr_epsilon(keys))
+    streams = {"weights": weights, "vgr_token": vgr, "p_text": mass[..., 0], "p_vision": mass[..., 1]}
+    lengths = response_mask.sum(dim=1).tolist()
+    lists = {
+        name: [row[:length].tolist() for row, length in zip(values, lengths, strict=True)]
+        for name, values in streams.items()
+    }
+    return lists.pop("weights"), lists
+
+
+def choose_token_weights(
+    lists: Sequence[Any] | None,
+    attention_mass: torch.Tensor | None,
+    attention_keys: torch.Tensor | None,
+    response_mask: torch.Tensor,
+    clip_range: tuple[float, float],
+    smooth_sigma: float,
+) -> torch.Tensor | None:
+    """A batch's weights from what there is: (N, R) float32, or None where there is nothing to weigh by.
+
+    Weights that the reward function gave go first, sample by sample; samples without them take VGR weights from the
+    attention, and weigh 1 where none was collected.
+
+    Args:
+        lists: what the reward function returned, as `token_weights_from_lists` takes it; None if it returned nothing.
+        attention_mass, attention_keys: (N, R, 2) and (N, 2); None if they were not collected.
+        response_mask: (N, R), 1 on response tokens.
+        clip_range, smooth_sigma: of VGR weights; the reward function's are used as they are.
+
+    Raises:
+        ValueError: as `token_weights_from_lists`.
+    """
+    weights = None
+    if attention_mass is not None:
+        vgr = vgr_from_mass(attention_mass, attention_keys)
+        weights = token_weights_from_vgr(vgr, response_mask, clip_range, smooth_sigma, vgr_epsilon(attention_keys))
+    if lists is not None and any(given is not None for given in lists):
+        given, is_given = token_weights_from_lists(lists, response_mask)
+        weights = given if weights is None else torch.where(is_given[:, None], given, weights)
+    return weights
+
+
+def token_weights_from_vgr(
+    vgr: torch.Tensor,
+    response_mask: torch.Tensor,
+    clip_range: tuple[float, float] = (0.2, 3.0),
+    smooth_sigma: float = 0.0,
+    eps: float | torch.Tensor = 1e-6,
+) -> torch.Tensor:
+    """Weights that grow with the attention to images: (N, R) float32, 0 outside the responses.
+
+    1 / (VGR + eps), smoothed along the response if asked for, over its mean over the response, clipped. Tokens whose
+    VGR is not finite take no part in smoothing and mean and weigh exactly 1, as do single tokens and equal ones. The
+    mean is one before clipping; after it, it is not restored.
+
+    Args:
+        vgr: (N, R). response_mask: (N, R), 1 on response tokens.
+        clip_range: lowest and highest weight.
+        smooth_sigma: width of the gaussian, in tokens; 0 leaves the weights as they are.
+        eps: keeps a VGR of zero finite; `vgr_epsilon` of the sample, (N, 1), in the trainer.
+    """
+    is_response = response_mask.bool()
+    takes_part = is_response & vgr.isfinite()
+    # In double precision equal weights come out as exactly 1, and padding cannot show in the order of a sum.
+    weights = torch.where(takes_part, 1 / (vgr.double() + eps), 0)
+    if smooth_sigma > 0:
+        weights = _smooth(weights, takes_part, smooth_sigma)
+    mean = weights.sum(dim=1, keepdim=True) / takes_part.sum(dim=1, keepdim=True)  # (N, 1)
+    weights = torch.where(takes_part, (weights / mean).clamp(*clip_range), 1)
+    return torch.where(is_response, weights, 0).float()
+
+
+def token_weights_from_lists(
+    lists: Sequence[Any], response_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights as a reward function gives them: (N, R) float32, 0 outside the responses, and (N,) bool who has any.
+
+    A list shorter than its response is filled up with 1.0; samples without one weigh 1.
+
+    Args:
+        lists: per sample a list (or array, or tensor) of numbers, or None.
+        response_mask: (N, R), 1 on response tokens.
+
+    Raises:
+        ValueError: not one entry per sample, an entry that is no list of finite numbers not below 0, or one that is
+            longer than its response.
+    """
+    if len(lists) != len(response_mask):
+        raise ValueError(f"token_weights has {len(lists)} entries for {len(response_mask)} samples; give one for each")
+    weights = response_mask.float()  # (N, R)
+    lengths = response_mask.sum(dim=1).tolist()
+    for index, (given, length) in enumerate(zip(lists, lengths, strict=True)):
+        if given is not None:
+            numbers = _checked_weights(given, index, length)
+            weights[index, : len(numbers)] = torch.tensor(numbers, dtype=torch.float32, device=weights.device)
+    is_given = torch.tensor([given is not None for given in lists], device=weights.device)
+    return weights, is_given
+
+
+def align_token_weights(token_weights: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+    """Weights in the mask's shape (N, R), float32 on its device: cut on the right, or filled up with 1.0 there.
+
+    Args:
+        token_weights: (N, any length). response_mask: (N, R).
+    """
+    missing = response_mask.shape[1] - token_weights.shape[1]  # a negative pad cuts
+    aligned = functional.pad(token_weights.float(), (0, missing), value=1.0)
+    return aligned.to(response_mask.device)
+
+
+def _smooth(weights: torch.Tensor, takes_part: torch.Tensor, sigma: float) -> torch.Tensor:
+    """A gaussian mean along (N, R) over the tokens that take part, the kernel renormalised where it lacks others."""
+    half = max(1, math.floor(3 * sigma))
+    offsets = torch.arange(-half, half + 1, dtype=weights.dtype, device=weights.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)[None, None]  # (1, 1, 2 half + 1)
+    present = takes_part.to(weights.dtype)
+    sums = functional.conv1d(torch.stack([weights * present, present])[:, :, None].flatten(0, 1), kernel, padding=half)
+    numerator, denominator = sums[:, 0].unflatten(0, (2, len(weights)))  # each (N, R)
+    return torch.where(takes_part, numerator / denominator, 0)
+
+
+def _checked_weights(given: Any, index: int, length: int) -> list[float]:
+    tolist = getattr(given, "tolist", None)
+    numbers = tolist() if callable(tolist) else given
+    if not isinstance(numbers, (list, tuple)):
+        raise ValueError(f"token_weights of sample {index} is {given!r}; it must be a list of numbers, or None")
+    for position, number in enumerate(numbers):
+        is_number = isinstance(number, Real) and not isinstance(number, bool)
+        if not is_number or not math.isfinite(number) or number < 0:
+            raise ValueError(
+                f"token_weights of sample {index} has {number!r} at token {position}; every weight must be a finite "
+                "number, 0 or above"
+            )
+    if len(numbers) > length:
+        raise ValueError(
+            f"token_weights of sample {index} has {len(numbers)} weights for a response of {length} tokens; give at "
+            "most one for each"
+        )
+    return list(numbers)
