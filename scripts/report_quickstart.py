@@ -163,6 +163,18 @@ def summarize(run: Path) -> list[tuple[str, float, float]]:
     ]
 
 
+def describe_token_weights(log: dict[int, dict[str, Any]]) -> str:
+    """One line on what VGR weights did, from the means over the steps; empty where they were off."""
+    steps = [metrics for metrics in log.values() if "vgr" in metrics and "token_weights" in metrics]
+    if not steps:
+        return ""
+    vgr, std, ess = (
+        sum(metrics[area][name] for metrics in steps) / len(steps)
+        for area, name in (("vgr", "median"), ("token_weights", "std"), ("token_weights", "ess"))
+    )
+    return f"VGR token weights: standard deviation {std:.2f}, effective sample size {ess:.0%}; median VGR {vgr:.2f}"
+
+
 def compare(runs: Sequence[Path]) -> str:
     """Lay out the runs' figures and their mean as a Markdown table, each cell `before -> after`."""
     summaries = [summarize(run) for run in runs]
@@ -181,6 +193,7 @@ def main(run: Path) -> None:
     draw_learning_curves([log], picture)
     print(f"\n{max(log)} steps of GRPO; held-out sums are by other writers\n")
     print(table(summarize(run)))
+    print(f"\n{describe_token_weights(log)}")
     config = json.loads((run / "experiment_config.json").read_text(encoding="utf-8"))
     tensorboard = f"tensorboard --logdir tensorboard_log/{config['trainer']['project_name']}"
     print(f"\nlearning curve  {picture}\nlog             {run / 'experiment_log.jsonl'}  ({tensorboard})")

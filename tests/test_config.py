@@ -17,7 +17,15 @@ import pytest
 import yaml
 from packaging.specifiers import SpecifierSet
 
-from verl.trainer.config import DataConfig, PPOConfig, TrainerConfig, load_config, require_available, speed_notes
+from verl.trainer.config import (
+    AlgorithmConfig,
+    DataConfig,
+    PPOConfig,
+    TrainerConfig,
+    load_config,
+    require_available,
+    speed_notes,
+)
 from verl.trainer.main import prepare
 from verl.workers.actor.config import ActorConfig, LoraConfig, OptimConfig
 from verl.workers.reward.config import RewardConfig
@@ -66,6 +74,29 @@ def refusal(*arguments: str) -> str:
 
 
 # What is accepted
+
+
+def test_token_weights_are_off_unless_asked_for():
+    algorithm = AlgorithmConfig()
+    assert algorithm.enable_token_weights is False
+    assert algorithm.token_weight_clip == (0.2, 3.0)
+    assert algorithm.token_weight_smooth_sigma == 0.0
+    assert algorithm.token_weight_last_k_layers is None
+    assert load_config([]).worker.rollout.collect_attentions is False
+
+
+@pytest.mark.parametrize("text", ["[0.5,2.0]", "[0.5, 2]", "[1,1]", "[0,5.0]"])
+def test_the_bounds_of_token_weights_are_read_from_the_command_line_and_from_yaml(text, write_yaml):
+    bounds = tuple(float(bound) for bound in text.strip("[]").split(","))
+    assert load_config([f"algorithm.token_weight_clip={text}"]).algorithm.token_weight_clip == bounds
+    source = write_yaml(f"algorithm: {{token_weight_clip: {text}}}")
+    assert load_config([source]).algorithm.token_weight_clip == bounds
+
+
+@pytest.mark.parametrize("bounds", [(0.2,), (0.1, 0.2, 3.0), ()])
+def test_bounds_of_token_weights_that_are_not_two_are_refused(bounds):
+    with pytest.raises(ValueError, match="token_weight_clip"):
+        AlgorithmConfig(token_weight_clip=bounds)
 
 
 def test_no_argument_gives_the_defaults_of_the_dataclasses():
@@ -388,6 +419,12 @@ def test_the_loss_type_dapo_is_refused_with_what_dapo_is():
         "algorithm.filter_high=nan",
         "algorithm.kl_coef=inf",
         "algorithm.kl_coef=-1",
+        "algorithm.token_weight_clip=[-0.1,3.0]",
+        "algorithm.token_weight_clip=[1.1,3.0]",
+        "algorithm.token_weight_clip=[0.2,0.9]",
+        "algorithm.token_weight_clip=[0.2,inf]",
+        "algorithm.token_weight_smooth_sigma=-0.5",
+        "algorithm.token_weight_last_k_layers=0",
         "worker.actor.clip_ratio_dual=1.0",
         "worker.actor.max_grad_norm=0",
         "worker.actor.optim.lr=-1e-6",

@@ -7,10 +7,12 @@ import torch
 
 from verl.protocol import DataProto
 from verl.trainer.metrics import (
+    compute_attention_metrics,
     compute_data_metrics,
     compute_length_metrics,
     compute_throughput_metrics,
     compute_timing_metrics,
+    compute_token_weight_metrics,
     reduce_metrics,
 )
 
@@ -108,3 +110,70 @@ def test_lists_are_averaged_and_an_empty_one_is_an_error_that_names_it():
     }
     with pytest.raises(ValueError, match="accuracy"):
         reduce_metrics({"overall": [1.0], "accuracy": []})
+
+
+def with_attention(batch):
+    """Adds attention: 10 text keys and 40 image keys in the first sample, no image in the second.
+
+    VGR of the first, (text / 10) / (image / 40): 2, 1, 4, 0.5.
+    """
+    mass = torch.full((2, 4, 2), 9.0)
+    mass[0] = torch.tensor([[0.2, 0.4], [0.1, 0.4], [0.4, 0.4], [0.1, 0.8]])
+    mass[1, 0] = torch.tensor([0.7, 0.0])
+    batch.batch["attention_mass"] = mass
+    batch.batch["attention_keys"] = torch.tensor([[10, 40], [10, 0]])
+    return batch
+
+
+def test_attention_metrics_are_those_of_the_samples_that_have_both_modalities():
+    """VGR 0.5, 1, 2, 4: mean 1.875, median 1.5, and quantiles at 0.3 and 2.7 of the three gaps. Mean masses: text
+    0.8/4 = 0.2, image 2.0/4 = 0.5. Attention shares of the tokens: text 1/3, 1/5, 1/2, 1/9, mean 0.286111; of the
+    keys 10/50 are text, so AEI of text is 0.286111/0.2 and of images 0.713889/0.8."""
+    metrics = compute_attention_metrics(with_attention(make_batch()))
+    expected = {
+        "vgr/mean": 1.875,
+        "vgr/median": 1.5,
+        "vgr/p10": 0.65,
+        "vgr/p90": 3.4,
+        "attention/text_mass": 0.2,
+        "attention/vision_mass": 0.5,
+        "attention/aei_text": 1.4305556,
+        "attention/aei_vision": 0.8923611,
+    }
+    assert metrics == pytest.approx(expected, rel=1e-4)
+
+
+def test_attention_metrics_are_left_out_where_there_is_nothing_to_tell():
+    assert compute_attention_metrics(make_batch()) == {}
+    batch = with_attention(make_batch())
+    batch.batch["attention_keys"] = torch.tensor([[10, 0], [10, 0]])
+    assert compute_attention_metrics(batch) == {}
+
+
+def test_token_weight_metrics_show_what_the_weights_do():
+    """Weights 0.2, 1, 1.8, 3 and, in the second sample, 1: mean 1.4, mean square 2.856 + 0, so the standard
+    deviation is sqrt(2.856 - 1.96) and the effective sample size 1.96 / 2.856. One in five is at each bound."""
+    batch = make_batch()
+    batch.batch["token_weights"] = torch.tensor([[0.2, 1.0, 1.8, 3.0], [1.0, 9.0, 9.0, 9.0]])
+    assert compute_token_weight_metrics(batch, (0.2, 3.0)) == pytest.approx(
+        {
+            "token_weights/mean": 1.4,
+            "token_weights/std": 0.9465728,
+            "token_weights/min": 0.2,
+            "token_weights/max": 3.0,
+            "token_weights/clipped_low": 0.2,
+            "token_weights/clipped_high": 0.2,
+            "token_weights/ess": 0.6862745,
+            "token_weights/weighted_rows": 0.5,
+        }
+    )
+
+
+@pytest.mark.parametrize("weights", [None, torch.ones(2, 4)])
+def test_weights_that_do_nothing_show_as_such(weights):
+    batch = make_batch()
+    if weights is not None:
+        batch.batch["token_weights"] = weights
+    metrics = compute_token_weight_metrics(batch, (0.2, 3.0))
+    assert (metrics["token_weights/ess"], metrics["token_weights/std"]) == (1.0, 0.0)
+    assert metrics["token_weights/weighted_rows"] == 0.0

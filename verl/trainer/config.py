@@ -120,6 +120,14 @@ class AlgorithmConfig(ConfigSection):
     """Lower bound."""
     filter_high: float = 0.99
     """Upper bound."""
+    enable_token_weights: bool = False
+    """Weigh the tokens in the actor's loss: by the `token_weights` that the reward function returns, else by VGR."""
+    token_weight_clip: tuple[float, float] = (0.2, 3.0)
+    """Bounds of a VGR weight; a response's weights have mean one before they are clipped."""
+    token_weight_smooth_sigma: float = 0.0
+    """Width in tokens of a gaussian along the response that smooths VGR weights; 0 leaves them as they are."""
+    token_weight_last_k_layers: int | None = None
+    """Take attention from this many of the last full-attention layers; null takes it from all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,6 +137,11 @@ class AlgorithmConfig(ConfigSection):
             self.require_above_0("kl_horizon", "kl_target")
         bound = f"is not below filter_high={self.filter_high}"
         self.require(self.filter_low < self.filter_high, "filter_low", bound)
+        bounds = self.token_weight_clip
+        are_bounds = len(bounds) == 2 and 0 <= bounds[0] <= 1 <= bounds[1]
+        self.require(are_bounds, "token_weight_clip", "is not [low, high] with 0 <= low <= 1 <= high")
+        self.require_at_least(0, "token_weight_smooth_sigma")
+        self.require_at_least(1, "token_weight_last_k_layers")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from verl.protocol import DataProto
+from verl.utils.attention_metrics import attention_metrics_from_mass, vgr_from_mass
 
 PHASES_PER_RESPONSE_TOKEN = ("gen", "reward")
 """Phases whose cost grows with what is generated."""
@@ -100,6 +101,63 @@ def compute_throughput_metrics(batch: DataProto, timings: Mapping[str, float], n
         "perf/time_per_step": timings["step"],
         "perf/throughput": num_tokens / (timings["step"] * num_devices),
     }
+
+
+def compute_attention_metrics(batch: DataProto) -> dict[str, float]:
+    """What the responses attended to; nothing where attention was not collected or no sample has both modalities.
+
+    `vgr/*`: mean, median and the 10 % and 90 % quantiles over the response tokens that have a VGR.
+    `attention/{text,vision}_mass`: share of a token's attention to the prompt (first token aside) that falls on the
+    instruction text or on the images. `attention/aei_{text,vision}`: a modality's share of the attention over its
+    share of the tokens, above 1 where it gets more than its size. Means over tokens, then over samples with both
+    modalities.
+
+    Reads: `response_mask` (N, R), `attention_mass` (N, R, 2), `attention_keys` (N, 2).
+    """
+    tensors = batch.batch
+    if "attention_mass" not in tensors.keys():
+        return {}
+    mass, keys, response_mask = (tensors[name] for name in ("attention_mass", "attention_keys", "response_mask"))
+    vgr = vgr_from_mass(mass, keys)[response_mask.bool()]  # (response tokens,)
+    vgr = vgr[vgr.isfinite()]
+    if vgr.numel() == 0:
+        return {}
+    of_samples = attention_metrics_from_mass(mass, keys, response_mask)
+    both = (keys > 0).all(-1)  # (N,)
+    p10, median, p90 = np.quantile(vgr.numpy(), (0.1, 0.5, 0.9)).tolist()
+    metrics = {"vgr/mean": vgr.mean().item(), "vgr/median": median, "vgr/p10": p10, "vgr/p90": p90}
+    for name in ("text_mass", "vision_mass", "aei_text", "aei_vision"):
+        metrics[f"attention/{name}"] = of_samples[name][both].nanmean().item()
+    return metrics
+
+
+def compute_token_weight_metrics(batch: DataProto, clip_range: tuple[float, float]) -> dict[str, float]:
+    """`token_weights/*`: what the weights really do to the loss, so that weights that do nothing show.
+
+    Over response tokens: `mean`, `std`, `min`, `max`; `clipped_low` and `clipped_high`, the shares at or beyond the
+    bounds; `ess`, the effective sample size as a share of the tokens, (sum w)^2 / (n sum w^2), 1 where all weigh
+    alike. `weighted_rows` is the share of responses in which any token's weight is not 1. Without weights all tokens
+    count as 1.
+
+    Reads: `response_mask` (N, R), `token_weights` (N, R) if there are any.
+    """
+    tensors = batch.batch
+    is_response = tensors["response_mask"].bool()
+    token_weights = tensors.get("token_weights", torch.ones(is_response.shape))
+    weights = token_weights[is_response]  # (response tokens,)
+    low, high = torch.tensor(clip_range, dtype=weights.dtype)
+    weighted_rows = ((token_weights != 1) & is_response).any(-1)  # (N,)
+    values = {
+        "mean": weights.mean(),
+        "std": weights.std(correction=0),
+        "min": weights.min(),
+        "max": weights.max(),
+        "clipped_low": (weights <= low).float().mean(),
+        "clipped_high": (weights >= high).float().mean(),
+        "ess": weights.sum() ** 2 / (weights.numel() * weights.square().sum()).clamp(min=1e-12),
+        "weighted_rows": weighted_rows.float().mean(),
+    }
+    return {f"token_weights/{name}": value.item() for name, value in values.items()}
 
 
 def reduce_metrics(metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:

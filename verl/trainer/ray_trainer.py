@@ -25,12 +25,15 @@ from verl.protocol import DataProto, pad_dataproto_to_divisor, unpad_dataproto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.config import PPOConfig
 from verl.trainer.metrics import (
+    compute_attention_metrics,
     compute_data_metrics,
     compute_throughput_metrics,
     compute_timing_metrics,
+    compute_token_weight_metrics,
     reduce_metrics,
 )
 from verl.trainer.validator import ValidationResult, Validator
+from verl.utils.attention_token_weights import choose_token_weights
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.checkpoint import (
     DATALOADER_FILE,
@@ -44,7 +47,7 @@ from verl.utils.step_record import StepRecord
 from verl.utils.tracking import Tracker
 from verl.workers.fsdp_checkpoint import has_optimizer
 from verl.workers.fsdp_workers import FSDPWorker
-from verl.workers.reward.function import AutoRewardManager
+from verl.workers.reward.function import TOKEN_WEIGHTS, AutoRewardManager
 from verl.workers.rollout.base import Sampling
 
 logger = logging.getLogger(__name__)
@@ -70,6 +73,8 @@ class RayDAPOTrainer:
         tracker: where metrics go.
         resume_point: the checkpoint to go on from; None starts from the model's own weights.
     """
+
+    _has_warned_of_no_weights = False
 
     def __init__(
         self,
@@ -156,7 +161,8 @@ class RayDAPOTrainer:
                 batch = self._balance_across_ranks(batch, record)
                 rewards = self._start_rewards(batch)
                 batch = self._compute_log_probs(batch, record)
-                batch = self._await_rewards(batch, rewards, record)
+                batch, reward_values = self._await_rewards(batch, rewards, record)
+                batch = self._attach_token_weights(batch, reward_values, record)
                 batch = self._compute_advantages(batch, record)
                 self._update_actor(batch, record)
                 self._validate_if_due(record)
@@ -204,7 +210,8 @@ class RayDAPOTrainer:
         return self._send_to_reward(batch, split="train")
 
     def _compute_log_probs(self, batch: DataProto, record: StepRecord) -> DataProto:
-        """Reads: sequence tensors, media. Adds: `old_log_probs`, and `ref_log_probs` unless KL is off."""
+        """Reads: sequence tensors, media. Adds: `old_log_probs`; `attention_mass` and `attention_keys` if they are
+        collected; `ref_log_probs` unless KL is off."""
         sequences = _model_inputs(batch)
         with record.timed("old"):
             batch = batch.union(self.workers.compute_log_probs(sequences))
@@ -213,13 +220,69 @@ class RayDAPOTrainer:
                 batch = batch.union(self.workers.compute_ref_log_probs(sequences))
         return batch
 
-    def _await_rewards(self, batch: DataProto, rewards: ray.ObjectRef, record: StepRecord) -> DataProto:
-        """Adds: `token_level_scores`. The time recorded is the wait that the passes did not hide."""
+    def _await_rewards(
+        self, batch: DataProto, rewards: ray.ObjectRef, record: StepRecord
+    ) -> tuple[DataProto, dict[str, list[Any]]]:
+        """Adds: `token_level_scores`. Beside the batch it returns what the reward function gave, by key.
+
+        The time recorded is the wait that the passes did not hide.
+        """
         with record.timed("reward"):
             token_level_scores, values_by_key = ray.get(rewards)
         batch.batch["token_level_scores"] = token_level_scores
-        record.add({f"reward/{key}": value for key, value in reduce_metrics(values_by_key).items()})
+        means = reduce_metrics(_without_token_weights(values_by_key))
+        record.add({f"reward/{key}": value for key, value in means.items()})
+        return batch, values_by_key
+
+    def _attach_token_weights(
+        self, batch: DataProto, reward_values: dict[str, list[Any]], record: StepRecord
+    ) -> DataProto:
+        """Reads: `response_mask`, `attention_mask`, and `attention_mass`, `attention_keys` if they were collected.
+        Adds: `token_weights`, if they are enabled and there is something to weigh by."""
+        algorithm = self.config.algorithm
+        record.add(compute_attention_metrics(batch))
+        token_weights = self._maybe_compute_token_weights(batch, reward_values)
+        if token_weights is not None:
+            batch.batch["token_weights"] = token_weights
+        if algorithm.enable_token_weights:
+            record.add(compute_token_weight_metrics(batch, algorithm.token_weight_clip))
         return batch
+
+    def _maybe_compute_token_weights(
+        self, batch: DataProto, reward_metrics: dict[str, list[Any]]
+    ) -> torch.Tensor | None:
+        """Weights (N, R) float32 for the actor's loss, zero outside the responses; None to train without.
+
+        What the reward function returned under `token_weights` comes first; samples without it take VGR weights from
+        the collected attention, and weigh 1 where there is none either.
+
+        Reads: `response_mask`, and `attention_mass`, `attention_keys` if they were collected.
+
+        Args:
+            reward_metrics: values per sample of every key that the reward function returned.
+
+        Raises:
+            ValueError: the reward function's weights are not finite, negative, or more than the response's tokens.
+        """
+        algorithm, streams = self.config.algorithm, batch.batch
+        if not algorithm.enable_token_weights:
+            return None
+        token_weights = choose_token_weights(
+            reward_metrics.get(TOKEN_WEIGHTS),
+            streams.get("attention_mass"),
+            streams.get("attention_keys"),
+            streams["response_mask"],
+            algorithm.token_weight_clip,
+            algorithm.token_weight_smooth_sigma,
+        )
+        if token_weights is None and not self._has_warned_of_no_weights:
+            self._has_warned_of_no_weights = True
+            logger.warning(
+                "algorithm.enable_token_weights=true, but there is nothing to weigh tokens by, so training goes on "
+                "unweighted: set worker.rollout.collect_attentions=true, or let the reward function return %r",
+                TOKEN_WEIGHTS,
+            )
+        return token_weights
 
     def _compute_advantages(self, batch: DataProto, record: StepRecord) -> DataProto:
         """Reads: `token_level_scores`, `response_mask`, `uid`, log-probs. Adds: `token_level_rewards`, `advantages`,
@@ -244,8 +307,7 @@ class RayDAPOTrainer:
         if record.step < self.config.trainer.critic_warmup:
             return
         streams = ["old_log_probs", "advantages"]
-        if not self.config.algorithm.disable_kl:
-            streams.append("ref_log_probs")
+        streams += [name for name in ("ref_log_probs", "token_weights") if name in batch.batch.keys()]
         with record.timed("update_actor"):
             record.add(self.workers.update_actor(_model_inputs(batch, *streams)))
 
@@ -323,7 +385,7 @@ class RayDAPOTrainer:
 
     def _score_now(self, batch: DataProto) -> tuple[list[float], dict[str, list[float]]]:
         scores, values_by_key = ray.get(self._send_to_reward(batch, split="val"))
-        return scores.sum(dim=1).tolist(), values_by_key
+        return scores.sum(dim=1).tolist(), _without_token_weights(values_by_key)
 
     # ---- validation ----
 
@@ -403,6 +465,11 @@ def _model_inputs(batch: DataProto, *streams: str) -> DataProto:
     """What a forward pass over the sequences needs, and the named (N, R) streams."""
     sequence = ["input_ids", "attention_mask", "position_ids", "responses", "response_mask"]
     return batch.select([*sequence, *streams], ["multi_modal_data"], [])
+
+
+def _without_token_weights(values_by_key: dict[str, list[Any]]) -> dict[str, list[float]]:
+    """The reward function's numbers, which can be averaged."""
+    return {key: values for key, values in values_by_key.items() if key != TOKEN_WEIGHTS}
 
 
 def _objects(values: list[Any]) -> np.ndarray:

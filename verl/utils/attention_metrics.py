@@ -43,6 +43,7 @@ QWEN_TOKENS = {
     "image_pad": "<|image_pad|>",
     "video_pad": "<|video_pad|>",
 }
+PLACEHOLDERS = {"image_pad", "video_pad"}
 
 
 # ---- which token is what ----
@@ -51,10 +52,10 @@ QWEN_TOKENS = {
 def get_qwen_special_token_ids(processor: Any) -> dict[str, int]:
     """Ids of `bos`, `eos`, `pad`, `im_start`, `im_end`, `vision_start`, `vision_end`, `image_pad` and `video_pad`.
 
-    Only those that the tokenizer has. Of the processor nothing is used but `tokenizer`, of which the attributes
-    `bos_token_id`, `eos_token_id`, `pad_token_id` and the method `convert_tokens_to_ids`.
+    Only those that the tokenizer has. Of the processor (or tokenizer) nothing is used but `tokenizer`, of which the
+    attributes `bos_token_id`, `eos_token_id`, `pad_token_id` and the method `convert_tokens_to_ids`.
     """
-    tokenizer = processor.tokenizer
+    tokenizer = _tokenizer_of(processor)
     ids = {name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
     ids |= {name: _known_id(tokenizer, token) for name, token in QWEN_TOKENS.items()}
     return {name: token_id for name, token_id in ids.items() if token_id is not None}
@@ -62,7 +63,7 @@ def get_qwen_special_token_ids(processor: Any) -> dict[str, int]:
 
 def get_system_role_ids(processor: Any) -> tuple[int, ...]:
     """Ids of the word `system` as it stands after `<|im_start|>`; empty where the tokenizer cannot tell."""
-    tokenizer = processor.tokenizer
+    tokenizer = _tokenizer_of(processor)
     whole = _known_id(tokenizer, "system")
     if whole is not None:
         return (whole,)
@@ -130,7 +131,9 @@ def build_modality_masks(
         special_token_ids: ids by name, of which `im_start` and `im_end` mark turns; without names no turn is known.
         system_role_ids: as `get_system_role_ids` returns them; without them no turn is a system turn.
     """
-    is_vision = _inside(vision_spans, len(input_ids), input_ids.device)  # (P,)
+    is_vision = torch.zeros_like(input_ids, dtype=torch.bool)  # (P,)
+    for start, end in vision_spans:
+        is_vision[start + 1 : end - 1] = True
     in_prompt = torch.ones_like(is_vision)
     is_system = _system_turn(input_ids[None], in_prompt[None], _turn_marks(special_token_ids), system_role_ids)[0]
     is_special = _is_any(input_ids, _ids_of(special_token_ids))
@@ -178,14 +181,7 @@ class KeyVocabulary:
     @classmethod
     def of(cls, model_config: Any, processor: Any) -> KeyVocabulary:
         """For a Hugging Face model config and its processor, or tokenizer where the model has no other inputs."""
-        tokenizer = getattr(processor, "tokenizer", processor)
-        holder = _TokenizerHolder(tokenizer)
-        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        return cls(
-            vision_token_ids(model_config),
-            special | get_qwen_special_token_ids(holder),
-            get_system_role_ids(holder),
-        )
+        return cls(vision_token_ids(model_config), _special_ids(processor), get_system_role_ids(processor))
 
     def classify(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, response_length: int) -> torch.Tensor:
         """`classify_keys` with these ids: (N, S) int8."""
@@ -197,13 +193,6 @@ class KeyVocabulary:
             self.special_token_ids,
             self.system_role_ids,
         )
-
-
-@dataclass(frozen=True)
-class _TokenizerHolder:
-    """A tokenizer where a processor is expected."""
-
-    tokenizer: Any
 
 
 def count_keys(key_kinds: torch.Tensor) -> torch.Tensor:
@@ -308,30 +297,38 @@ def classify_generated(
     """Kinds (N, S) int8 and response mask (N, R) int64 of what Hugging Face `generate` returned, on the CPU.
 
     Padding is the run of pad tokens that a prompt begins with. A response ends with its first end-of-sequence token,
-    or before the run of pad tokens that its row ends with. Vision keys are inside Qwen's vision spans; where the
-    tokenizer has no such spans, those with the processor's `image_token_id` or `video_token_id`.
+    or before the run of pad tokens that its row ends with. Vision keys are those inside Qwen's vision spans, and those
+    with the processor's `image_token_id` or `video_token_id` if it has them.
 
     Args:
         input_ids: (N, P). sequences: (N, P + R), beginning with `input_ids`.
-        exclude_special: False counts special tokens of the prompt, other than images, as text.
+        exclude_special: False counts special tokens of the prompt, other than placeholders, as text.
+
+    Raises:
+        ValueError: `sequences` do not begin with `input_ids`.
     """
     input_ids, sequences = input_ids.cpu(), sequences.cpu()
     prompt_length = input_ids.shape[1]
-    special = get_qwen_special_token_ids(processor)
+    if not torch.equal(sequences[:, :prompt_length], input_ids):
+        raise ValueError(
+            f"sequences {tuple(sequences.shape)} do not begin with input_ids {tuple(input_ids.shape)}, row by row; "
+            "give the whole of what generate returned, and with num_return_sequences=n each prompt n times"
+        )
+    special = _special_ids(processor)
     pad = special.get("pad", -1)
     prompt_mask = 1 - (input_ids == pad).long().cumprod(dim=1)  # (N, P)
     response_mask = _generated_mask(sequences[:, prompt_length:], special.get("eos", -1), pad)  # (N, R)
-    if "vision_start" in special:
-        spans = [extract_vision_token_spans_qwen(processor, row) for row in input_ids]
-        is_vision = torch.stack([_inside(of_row, sequences.shape[1], sequences.device) for of_row in spans])  # (N, S)
-    else:
-        is_vision = _is_any(sequences, vision_token_ids(processor))
+    is_vision = _is_any(sequences, vision_token_ids(processor))  # (N, S)
+    for row, ids in enumerate(input_ids):
+        for start, end in extract_vision_token_spans_qwen(processor, ids):
+            is_vision[row, start + 1 : end - 1] = True
+    never_text = special.values() if exclude_special else [special[name] for name in PLACEHOLDERS & special.keys()]
     key_kinds = _kinds(
         sequences,
         torch.cat([prompt_mask, response_mask], dim=1),
         response_mask.shape[1],
         is_vision,
-        special.values() if exclude_special else (),
+        never_text,
         _turn_marks(special),
         get_system_role_ids(processor),
     )
@@ -359,8 +356,8 @@ def mass_from_attentions(
         (N, R, 2) float32 on the CPU, zero where there is no response token.
 
     Raises:
-        ValueError: one of the chosen layers is None, none is there, or a response has more tokens than there are
-            steps.
+        ValueError: one of the chosen layers is None, none is there, a response has more tokens than there are steps,
+            or a layer sees the prompt through a sliding window.
     """
     kinds = key_kinds.cpu()
     prompt_length = kinds.shape[1] - response_length
@@ -380,19 +377,18 @@ def mass_from_attentions(
     mass = torch.zeros(len(kinds), response_length, 2)
     for step, by_layer in enumerate(outputs_attentions[:num_steps]):
         for layer in layers:
-            heads = by_layer[layer][:, :, -1, :prompt_length].float().cpu()  # (N, H, P)
-            text, vision, prompt = ((heads.mean(dim=1) * member).sum(dim=1) for member in members)  # each (N,)
+            heads_mean = _attention_to_prompt(by_layer[layer], step, layer, prompt_length)  # (N, P)
+            text, vision, prompt = ((heads_mean * member).sum(dim=1) for member in members)  # each (N,)
             normaliser = prompt.clamp(min=torch.finfo(torch.float32).tiny)
             mass[:, step] += torch.stack([text, vision], dim=1) / normaliser[:, None] / len(layers)
-    return mass * is_response[..., None]
+    return mass.masked_fill(~is_response[..., None], 0)
 
 
 def _chosen_layers(by_layer: Sequence[torch.Tensor | None], last_k_layers: int | None) -> list[int]:
+    if last_k_layers is not None and last_k_layers < 1:
+        raise ValueError(f"last_k_layers={last_k_layers} is no number of layers; give 1 or more, or None for all")
     present = [layer for layer, attention in enumerate(by_layer) if attention is not None]
-    if last_k_layers is None:
-        chosen = present
-    else:
-        chosen = list(range(len(by_layer)))[-last_k_layers:]
+    chosen = present if last_k_layers is None else list(range(len(by_layer)))[-last_k_layers:]
     missing = sorted(set(chosen) - set(present))
     if missing or not chosen:
         raise ValueError(
@@ -400,6 +396,18 @@ def _chosen_layers(by_layer: Sequence[torch.Tensor | None], last_k_layers: int |
             f"{missing or 'at least one'}; keep the attentions of those layers or lower last_k_layers"
         )
     return chosen
+
+
+def _attention_to_prompt(attention: torch.Tensor | None, step: int, layer: int, prompt_length: int) -> torch.Tensor:
+    """(N, P) float32 on the CPU: the mean over heads of what the step's last query gives each prompt column."""
+    if attention is None:
+        raise ValueError(f"outputs_attentions has layer {layer} at the first step, but not at step {step}")
+    if attention.shape[-1] < prompt_length + step:
+        raise ValueError(
+            f"layer {layer} sees {attention.shape[-1]} keys at step {step}, not the {prompt_length + step} before it: "
+            "it attends through a sliding window; give None in the place of such layers"
+        )
+    return attention[:, :, -1, :prompt_length].float().mean(dim=1).cpu()
 
 
 def _generated_mask(responses: torch.Tensor, eos: int, pad: int) -> torch.Tensor:
@@ -471,18 +479,21 @@ def _is_any(input_ids: torch.Tensor, token_ids: Iterable[int]) -> torch.Tensor:
     return torch.isin(input_ids, torch.tensor(list(token_ids), dtype=input_ids.dtype, device=input_ids.device))
 
 
-def _inside(spans: Iterable[tuple[int, int]], length: int, device: torch.device) -> torch.Tensor:
-    """(length,) bool: between the first and the last token of a span, those two excluded."""
-    inside = torch.zeros(length, dtype=torch.bool, device=device)
-    for start, end in spans:
-        inside[start + 1 : end - 1] = True
-    return inside
-
-
 def _mean_of_defined(values: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
     """(N,) mean of (N, R) values over the response tokens where they are finite; NaN where there is none."""
     is_defined = response_mask.bool() & values.isfinite()
     return torch.where(is_defined, values, 0).sum(dim=1) / is_defined.sum(dim=1)
+
+
+def _tokenizer_of(processor: Any) -> Any:
+    return getattr(processor, "tokenizer", processor)
+
+
+def _special_ids(processor: Any) -> dict[str, int]:
+    """Every special token that the tokenizer declares, by its text; Qwen's also by the names that mark turns."""
+    tokenizer = _tokenizer_of(processor)
+    declared = zip(getattr(tokenizer, "all_special_tokens", ()), getattr(tokenizer, "all_special_ids", ()), strict=True)
+    return dict(declared) | get_qwen_special_token_ids(tokenizer)
 
 
 def _known_id(tokenizer: Any, token: str) -> int | None:

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 
 import psutil
 import torch
-from tensordict import TensorDict
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
@@ -19,10 +18,15 @@ from verl.protocol import DataProto
 from verl.single_controller.dispatch import DP_COMPUTE_METRIC, DP_COMPUTE_PROTO, ONE_TO_ALL, register
 from verl.single_controller.worker import Worker
 from verl.trainer.config import PPOConfig
+from verl.utils.attention_metrics import KeyVocabulary
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.tokenizer import get_processor, get_tokenizer
 from verl.workers.actor.config import FSDPConfig
-from verl.workers.actor.dp_actor import DataParallelPPOActor, compute_log_probs
+from verl.workers.actor.dp_actor import (
+    DataParallelPPOActor,
+    compute_log_probs,
+    compute_log_probs_and_attention,
+)
 from verl.workers.actor.forward import PolicyForward
 from verl.workers.fsdp2 import build_mesh, build_optimizer, build_scheduler, resident, shard_model
 from verl.workers.fsdp_checkpoint import FSDPCheckpoint
@@ -74,6 +78,8 @@ class FSDPWorker(Worker):
             self.model, self.optimizer, self.scheduler, self.processor or self.tokenizer
         )
         self.rollout = self._build_rollout()
+        if self.config.worker.rollout.collect_attentions:
+            self.vocabulary = KeyVocabulary.of(self.model.config, self.processor or self.tokenizer)
         if not self.config.algorithm.disable_kl:
             self.ref_model = self._load_sharded(self.config.worker.ref.fsdp, default_dtype="bf16")
             self.ref_model.requires_grad_(False)
@@ -150,10 +156,20 @@ class FSDPWorker(Worker):
 
     @register(DP_COMPUTE_PROTO)
     def compute_log_probs(self, data: DataProto) -> DataProto:
-        """Adds `old_log_probs` (N, R): the current policy's, before this step's update."""
+        """Adds `old_log_probs` (N, R): the current policy's, before this step's update.
+
+        With `worker.rollout.collect_attentions` also, from the same passes, `attention_mass` (N, R, 2): each response
+        token's attention on the prompt's text and on its images; and `attention_keys` (N, 2): how many tokens each of
+        the two has.
+        """
+        arguments = (self.actor.forward, data, self.plan.experience_micro_batch_size)
         with self._actor_resident():
-            log_probs = compute_log_probs(self.actor.forward, data, self.plan.experience_micro_batch_size)
-        return _one_tensor("old_log_probs", log_probs)
+            if not self.config.worker.rollout.collect_attentions:
+                return DataProto.from_dict({"old_log_probs": compute_log_probs(*arguments)})
+            log_probs, mass, keys = compute_log_probs_and_attention(
+                *arguments, self.vocabulary, self.config.algorithm.token_weight_last_k_layers
+            )
+        return DataProto.from_dict({"old_log_probs": log_probs, "attention_mass": mass, "attention_keys": keys})
 
     @register(DP_COMPUTE_PROTO)
     def compute_ref_log_probs(self, data: DataProto) -> DataProto:
@@ -162,7 +178,7 @@ class FSDPWorker(Worker):
             log_probs = compute_log_probs(
                 self._forward_of(self.ref_model), data, self.plan.experience_micro_batch_size
             )
-        return _one_tensor("ref_log_probs", log_probs)
+        return DataProto.from_dict({"ref_log_probs": log_probs})
 
     @register(DP_COMPUTE_METRIC)
     def update_actor(self, data: DataProto) -> dict[str, float]:
@@ -189,7 +205,3 @@ class FSDPWorker(Worker):
         """Restores this rank's part of `<checkpoint>/actor`."""
         with self._actor_resident(optimizer=True):
             self.checkpoint.load(folder, model_only)
-
-
-def _one_tensor(name: str, value: torch.Tensor) -> DataProto:
-    return DataProto(batch=TensorDict({name: value}, batch_size=[len(value)]))

@@ -6,6 +6,7 @@ Shapes: N sequences of this rank, R response length, W ranks.
 
 import logging
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from verl.algorithms.kl import compute_kl
 from verl.algorithms.policy_loss import POLICY_LOSSES
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
+from verl.utils.attention_metrics import KeyVocabulary
+from verl.utils.attention_token_weights import align_token_weights
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.masked_ops import aggregate_loss
 from verl.workers.actor.forward import PolicyForward
@@ -28,9 +31,33 @@ def compute_log_probs(forward: PolicyForward, data: DataProto, micro_batch_size:
     Rows go through in micro-batches, the last one smaller if need be; all ranks have as many rows.
     """
     forward.model.eval()
-    starts = range(0, len(data), micro_batch_size)
     with torch.no_grad():
-        return torch.cat([forward(data[start : start + micro_batch_size]).cpu() for start in starts])
+        return torch.cat([forward(rows).cpu() for rows in _micro_batches(data, micro_batch_size)])
+
+
+def compute_log_probs_and_attention(
+    forward: PolicyForward,
+    data: DataProto,
+    micro_batch_size: int,
+    vocabulary: KeyVocabulary,
+    last_k_layers: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `compute_log_probs` does, and from the same passes (N, R, 2) attention mass and (N, 2) numbers of keys.
+
+    See `PolicyForward.with_attention` for the two and for what it raises.
+    """
+    forward.model.eval()
+    with torch.no_grad():
+        parts = [
+            forward.with_attention(rows, vocabulary, last_k_layers) for rows in _micro_batches(data, micro_batch_size)
+        ]
+    log_probs, mass, keys = (torch.cat([part.cpu() for part in stream]) for stream in zip(*parts, strict=True))
+    return log_probs, mass, keys
+
+
+def _micro_batches(data: DataProto, size: int) -> Iterator[DataProto]:
+    for start in range(0, len(data), size):
+        yield data[start : start + size]
 
 
 class DataParallelPPOActor:
@@ -71,11 +98,14 @@ class DataParallelPPOActor:
 
         Args:
             data: `input_ids`, `attention_mask`, `position_ids`, `responses`, `response_mask`, `old_log_probs`,
-                `advantages`, and `ref_log_probs` with a KL loss; non-tensor `multi_modal_data`.
+                `advantages`, and `ref_log_probs` with a KL loss; non-tensor `multi_modal_data`. Also, if the tokens
+                shall not count alike, `token_weights` (N, any length): each token's policy and KL loss is multiplied
+                by its weight; tokens beyond the given ones weigh 1. Nothing else sees the weights, and losses are
+                divided by plain counts, so that weights of one change nothing, bit for bit.
 
         Returns:
             `actor/*` metrics, the same on every rank: means over the mini-batch's real response tokens, averaged
-            over the optimizer steps.
+            over the optimizer steps. Losses are the weighted ones that were trained on.
         """
         self.forward.model.train()
         steps = []
@@ -125,11 +155,18 @@ class DataParallelPPOActor:
         """This micro-batch's share of the mini-batch's loss, and of its metrics."""
         device = self.forward.device
         response_mask = rows.batch["response_mask"].to(device)  # (N, R)
+        loss_weights = response_mask
+        if "token_weights" in rows.batch.keys():
+            loss_weights = response_mask * align_token_weights(rows.batch["token_weights"], response_mask)
         old_log_probs = rows.batch["old_log_probs"].to(device)
         num_tokens = num_tokens.to(device)
 
-        def share(per_token: torch.Tensor, mode: str = "token") -> torch.Tensor:
-            return aggregate_loss(per_token, response_mask, response_mask, mode, num_tokens, num_sequences)
+        def share(per_token: torch.Tensor) -> torch.Tensor:
+            return aggregate_loss(per_token, response_mask, response_mask, "token", num_tokens, num_sequences)
+
+        def share_of_loss(per_token: torch.Tensor) -> torch.Tensor:
+            mode = self.config.loss_avg_mode
+            return aggregate_loss(per_token, loss_weights, response_mask, mode, num_tokens, num_sequences)
 
         log_probs = self.forward(rows)  # (N, R)
         policy_loss, per_token_metrics = POLICY_LOSSES[self.config.loss_type](
@@ -140,12 +177,12 @@ class DataParallelPPOActor:
             clip_ratio_high=self.config.clip_ratio_high,
             clip_ratio_dual=self.config.clip_ratio_dual,
         )
-        loss = share(policy_loss, self.config.loss_avg_mode)
+        loss = share_of_loss(policy_loss)
         parts = {"pg_loss": loss, "entropy_loss": share(-log_probs)}
         parts.update({name: share(values) for name, values in per_token_metrics.items()})
         if self.uses_kl_loss:
             kl = compute_kl(log_probs, rows.batch["ref_log_probs"].to(device), self.algorithm.kl_penalty)
-            kl_loss = share(kl, self.config.loss_avg_mode)
+            kl_loss = share_of_loss(kl)
             loss = loss + self.algorithm.kl_coef * kl_loss
             parts["kl_loss"] = kl_loss
         return loss, parts

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The forward pass of training: log-probabilities of the response tokens, and nothing of the prompt's logits.
 
+On request the same pass measures how much each response token attends to the prompt's text and to its images.
+
 Shapes: N sequences, P prompt length, R response length, S = P + R.
 """
 
@@ -11,7 +13,9 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from verl.data.vision import featurize
+from verl.models.attention_recorder import record_attention_mass
 from verl.protocol import DataProto
+from verl.utils.attention_metrics import KeyVocabulary, count_keys
 from verl.utils.logprobs import log_probs_from_logits
 
 
@@ -51,15 +55,12 @@ class PolicyForward:
                 `response_mask` (N, R); non-tensor `multi_modal_data` for image-text models.
         """
         response_mask = rows.batch["response_mask"].bool()  # (N, R)
-        full_length = response_mask.shape[1]
-        length = int(response_mask.sum(dim=1).max())
-        first = int(rows.batch["attention_mask"].argmax(dim=1).min())
-        last = rows.batch["input_ids"].shape[1] - (full_length - length)
+        columns, length = _filled_columns(rows)
 
-        position_ids = rows.batch["position_ids"][..., first:last]
+        position_ids = rows.batch["position_ids"][..., columns]
         output = self.model(
-            input_ids=rows.batch["input_ids"][:, first:last].to(self.device),
-            attention_mask=rows.batch["attention_mask"][:, first:last].to(self.device),
+            input_ids=rows.batch["input_ids"][:, columns].to(self.device),
+            attention_mask=rows.batch["attention_mask"][:, columns].to(self.device),
             # Multimodal rope wants its four rows first: (4, N, s).
             position_ids=(position_ids.transpose(0, 1) if position_ids.dim() == 3 else position_ids).to(self.device),
             use_cache=False,
@@ -71,10 +72,44 @@ class PolicyForward:
         responses = rows.batch["responses"][:, :length].to(self.device)
         log_probs = log_probs_from_logits(logits, responses, self.temperature, self.banned_token_ids)
         log_probs = log_probs.masked_fill(~response_mask[:, :length].to(self.device), 0.0)
-        return nn.functional.pad(log_probs, (0, full_length - length))  # (N, R)
+        return nn.functional.pad(log_probs, (0, response_mask.shape[1] - length))  # (N, R)
+
+    def with_attention(
+        self, rows: DataProto, vocabulary: KeyVocabulary, last_k_layers: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The log-probabilities, and the attention with which the model gave them, from one forward.
+
+        Args:
+            rows: as for a plain call.
+            vocabulary: tells the prompt's text from its images.
+            last_k_layers: measure this many of the last full-attention layers; None measures all.
+
+        Returns:
+            (N, R) float32 log-probabilities, as a plain call returns them; (N, R, 2) float32 attention mass on the
+            instruction text and on the images, zero outside `response_mask`; (N, 2) int64 number of keys of the two
+            kinds.
+
+        Raises:
+            RuntimeError: a layer's attention could not be measured.
+        """
+        columns, length = _filled_columns(rows)
+        full_length = rows.batch["response_mask"].shape[1]
+        key_kinds = vocabulary.classify(rows.batch["input_ids"], rows.batch["attention_mask"], full_length)  # (N, S)
+        with record_attention_mass(self.model, key_kinds[:, columns], length, last_k_layers) as recorder:
+            log_probs = self(rows)
+        mass = nn.functional.pad(recorder.mass(), (0, 0, 0, full_length - length))  # (N, R, 2)
+        return log_probs, mass, count_keys(key_kinds)
 
     def _media_inputs(self, rows: DataProto) -> dict[str, torch.Tensor]:
         if self.processor is None:
             return {}
         features = featurize(rows.non_tensor_batch["multi_modal_data"], self.processor.image_processor)
         return {key: value.to(self.device) for key, value in features.items()}
+
+
+def _filled_columns(rows: DataProto) -> tuple[slice, int]:
+    """The columns of the sequence between the padding that all rows share, and how many of them are response."""
+    full_length = rows.batch["response_mask"].shape[1]
+    length = int(rows.batch["response_mask"].sum(dim=1).max())
+    first = int(rows.batch["attention_mask"].argmax(dim=1).min())
+    return slice(first, rows.batch["input_ids"].shape[1] - (full_length - length)), length

@@ -57,6 +57,8 @@ class RolloutConfig(ConfigSection):
     """Keep the engine's statistics out of the log."""
     disable_tqdm: bool = False
     """No progress bar while generating."""
+    collect_attentions: bool = False
+    """Measure, in the log-prob pass after each rollout, how much each response token attends to text and to images."""
     val_override_config: dict[str, Any] = field(default_factory=dict)
     """Sampling values for validation, such as `{temperature: 0.6, top_p: 0.95, n: 1}`; n is 1 where not given."""
 
