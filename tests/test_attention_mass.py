@@ -240,6 +240,16 @@ def test_a_batch_without_responses_has_masses_of_zero(name, response_length):
     assert torch.equal(masses, torch.zeros(2, response_length, 3, dtype=masses.dtype))
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_masses_are_measured_without_a_gradient(name):
+    key_kinds = padded_kinds()
+    query, key = (tensor.requires_grad_() for tensor in draw(key_kinds))
+    plan = KeyPlan.from_kinds(key_kinds, RESPONSE_LENGTH)
+    masses = measure(name, query, key, plan)
+    assert not masses.requires_grad
+    assert torch.equal(masses, measure(name, query.detach(), key.detach(), plan))
+
+
 def test_nothing_quadratic_is_made():
     """With 2048 tokens, the scores of a response of 512 would be 8 million numbers; a block of them is 2**18."""
 

@@ -149,6 +149,7 @@ class KeyPlan:
         return self._on_devices[device]
 
 
+@torch.no_grad()
 def reference(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -183,6 +184,7 @@ def reference(
     return masses
 
 
+@torch.no_grad()
 def chunked(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -205,7 +207,7 @@ def chunked(
     block: queries and keys of a block, which is for all heads; by default what suits the device.
 
     Returns (N, R, 3) float32: attention, mean over the heads, to text keys, to vision keys, and to all keys of the
-    prompt but the sink; 0 where there is no response token.
+    prompt but the sink; 0 where there is no response token. No gradient flows through it.
     """
     plan = plan.to(query.device)
     block_queries, block_keys = block or _block_size(query)
@@ -274,6 +276,7 @@ def _masses_of_queries(
     return torch.stack([text, vision, text + vision + other], dim=-1)
 
 
+@torch.no_grad()
 def triton(
     query: torch.Tensor,
     key: torch.Tensor,
