@@ -20,6 +20,19 @@ def compute_score(samples: list[dict], scale: float = 1.0) -> list[dict[str, flo
     ]
 
 
+def weigh_some(samples: list[dict]) -> list[dict]:
+    """Vowels again; samples whose answer is 1 also weigh each of their tokens by its length."""
+    results = compute_score(samples)
+    for sample, result in zip(samples, results, strict=True):
+        if sample["ground_truth"] == "1":
+            result["token_weights"] = weights_by_length(sample["response_tokens"])
+    return results
+
+
+def weights_by_length(tokens: list[str]) -> list[float]:
+    return [0.5 * len(token) for token in tokens]
+
+
 def fail_in_training(samples: list[dict]) -> list[dict[str, float]]:
     """Passes the first validation and dies in the first step."""
     if samples[0]["split"] == "train":

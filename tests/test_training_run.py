@@ -16,11 +16,15 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from tests.batches import ROWS, write_dataset
-from tests.rewards import wait_for
+from tests.rewards import wait_for, weights_by_length
 from tests.tiny import make_tiny_model
+from verl.protocol import DataProto
 from verl.trainer.config import load_config
 from verl.trainer.main import run
 from verl.trainer.ray_trainer import RayDAPOTrainer
+from verl.utils.attention_metrics import vgr_epsilon, vgr_from_mass
+from verl.utils.attention_token_weights import token_weights_from_vgr
+from verl.utils.step_record import StepRecord
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -132,6 +136,7 @@ def test_three_steps_on_two_workers_leave_logs_checkpoints_and_curves(
         "reward/with_image",
     }
     assert expected <= flat_names(records[1])
+    assert not {"vgr", "attention", "token_weights"} & set(records[1])  # VGR is off unless asked for
     assert set(records[1]["critic"]) == {"score", "rewards", "advantages", "returns"}
     assert {"val/reward_score", "val/overall_reward", "val/with_image_reward"} <= flat_names(records[0])
     assert records[0]["val"]["with_image_reward"] == pytest.approx(3 / 5)
@@ -148,6 +153,58 @@ def test_three_steps_on_two_workers_leave_logs_checkpoints_and_curves(
     assert len(list((tmp_path / "global_step_3" / "actor").glob("*_world_size_2_rank_*.pt"))) == 6
     assert list((tmp_path / "tensorboard").rglob("events.out.tfevents.*"))
     assert "[prompt]" in (tmp_path / "generations.log").read_text()
+
+
+def test_token_weights_follow_their_rows_through_balancing_to_the_update(
+    tiny_model_path: str, tokenizer, data_files: list[str], tmp_path: Path, ray_cluster
+) -> None:
+    """Two workers, rows reordered. Samples with the answer 1 get weights from the reward function, the other ones with
+    images from VGR, and those without an image weigh 1."""
+    batches = []
+    update = RayDAPOTrainer._update_actor
+
+    def keep(trainer: RayDAPOTrainer, batch: DataProto, record: StepRecord) -> None:
+        batches.append(batch)
+        update(trainer, batch, record)
+
+    args = arguments(
+        tiny_model_path,
+        data_files,
+        tmp_path,
+        "algorithm.enable_token_weights=true",
+        "worker.rollout.collect_attentions=true",
+        f"worker.reward.reward_function={ROOT}/tests/rewards.py:weigh_some",
+        "trainer.n_gpus_per_node=2",
+        "trainer.max_steps=2",
+        "trainer.val_freq=1",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RayDAPOTrainer, "_update_actor", keep)
+        run(load_config(args))
+
+    kinds = set()
+    for batch in batches:
+        tensors = batch.batch
+        vgr = vgr_from_mass(tensors["attention_mass"], tensors["attention_keys"])
+        by_vgr = token_weights_from_vgr(vgr, tensors["response_mask"], eps=vgr_epsilon(tensors["attention_keys"]))
+        for index, truth in enumerate(batch.non_tensor_batch["ground_truth"]):
+            length = int(tensors["response_mask"][index].sum())
+            weights = tensors["token_weights"][index]
+            tokens = [tokenizer.decode([token]) for token in tensors["responses"][index, :length].tolist()]
+            expected = {"1": torch.tensor(weights_by_length(tokens)), "2": by_vgr[index, :length]}
+            torch.testing.assert_close(weights[:length], expected.get(truth, torch.ones(length)))
+            assert (weights[length:] == 0).all()
+            kinds.add((truth, bool((weights[:length] != 1).any())))
+    assert {("1", True), ("2", True), ("3", False), ("4", False)} <= kinds
+
+    for record in lines_of(tmp_path / "experiment_log.jsonl"):
+        assert "token_weights" not in record.get("reward", {})
+        assert "token_weights_reward" not in record.get("val", {})
+        if "actor" in record:
+            assert set(record["vgr"]) == {"mean", "median", "p10", "p90"}
+            assert set(record["attention"]) == {"text_mass", "vision_mass", "aei_text", "aei_vision"}
+            assert record["token_weights"]["std"] > 0
+            assert 0 < record["token_weights"]["weighted_rows"] < 1
 
 
 def test_a_resumed_run_ends_with_the_weights_of_one_that_was_never_interrupted(
