@@ -60,8 +60,8 @@ def launch(
 def block_sizes(dimension: int, element_size: int) -> dict[str, int]:
     """Sizes of the blocks, and the warps and loop stages they are compiled for.
 
-    Up to 256 dimensions a program needs less than 99 KB of shared memory, which every GPU since Ampere has, and its
-    registers do not spill (but for float32 of 256 dimensions).
+    Up to 256 dimensions a program needs less than 99 KB of shared memory, which every GPU since Ampere has, and in
+    half precision no register spills. float32 runs without tensor cores and is there to be compared with.
     """
     padded = max(16, triton.next_power_of_2(dimension))
     if element_size == 4:
