@@ -492,8 +492,8 @@ def _tokenizer_of(processor: Any) -> Any:
 def _special_ids(processor: Any) -> dict[str, int]:
     """Every special token that the tokenizer declares, by its text; Qwen's also by the names that mark turns."""
     tokenizer = _tokenizer_of(processor)
-    declared = zip(getattr(tokenizer, "all_special_tokens", ()), getattr(tokenizer, "all_special_ids", ()), strict=True)
-    return dict(declared) | get_qwen_special_token_ids(tokenizer)
+    tokens, ids = (getattr(tokenizer, f"all_special_{what}", ()) for what in ("tokens", "ids"))
+    return dict(zip(tokens, ids, strict=True)) | get_qwen_special_token_ids(tokenizer)
 
 
 def _known_id(tokenizer: Any, token: str) -> int | None:

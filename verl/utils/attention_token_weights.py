@@ -39,8 +39,8 @@ def build_token_vgr_weights_for_batch(
 ) -> tuple[list[list[float]], dict[str, list[list[float]]]]:
     """Token weights from Hugging Face `generate(output_attentions=True)`, for notebooks and reward functions.
 
-    The same numbers as in training, where they come from the log-prob pass. The image of a sample does not have to be
-    known: its tokens are found by their ids, so `image_grid_thw` is accepted and not needed.
+    The same numbers as in training, where they come from the log-prob pass. Images are found by the tokens that stand
+    for them, so `image_grid_thw` is taken only because callers have it: it is not read.
 
     Args:
         outputs_attentions: steps x layers x (N, H, queries, keys); layers may be None. None or empty where nothing was
@@ -58,7 +58,7 @@ def build_token_vgr_weights_for_batch(
         of the attention to the prompt that fall on text and on images. Lists are empty where nothing was collected.
 
     Raises:
-        ValueError: a chosen layer is missing, or there are fewer steps than response tokens.
+        ValueError: as `mass_from_attentions`, `classify_generated` and `token_weights_from_vgr`.
     """
     if not outputs_attentions:
         empty: list[list[float]] = [[] for _ in input_ids]
@@ -127,21 +127,27 @@ def token_weights_from_vgr(
         clip_range: lowest and highest weight.
         smooth_sigma: width of the gaussian, in tokens; 0 leaves the weights as they are.
         eps: keeps a VGR of zero finite; `vgr_epsilon` of the sample, (N, 1), in the trainer.
+
+    Raises:
+        ValueError: `clip_range` is not 0 <= low <= 1 <= high, or `smooth_sigma` is below 0.
     """
+    low, high = clip_range
+    if not 0 <= low <= 1 <= high:
+        raise ValueError(f"clip_range={tuple(clip_range)} is not (low, high) with 0 <= low <= 1 <= high")
+    if not 0 <= smooth_sigma < math.inf:
+        raise ValueError(f"smooth_sigma={smooth_sigma} is not 0 or a number above it")
     is_response = response_mask.bool()
     takes_part = is_response & vgr.isfinite()
     # In double precision equal weights come out as exactly 1, and padding cannot show in the order of a sum.
     weights = torch.where(takes_part, 1 / (vgr.double() + eps), 0)
-    if smooth_sigma > 0:
+    if smooth_sigma > 0 and takes_part.any():
         weights = _smooth(weights, takes_part, smooth_sigma)
     mean = weights.sum(dim=1, keepdim=True) / takes_part.sum(dim=1, keepdim=True)  # (N, 1)
-    weights = torch.where(takes_part, (weights / mean).clamp(*clip_range), 1)
+    weights = torch.where(takes_part, (weights / mean).clamp(low, high), 1)
     return torch.where(is_response, weights, 0).float()
 
 
-def token_weights_from_lists(
-    lists: Sequence[Any], response_mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def token_weights_from_lists(lists: Sequence[Any], response_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights as a reward function gives them: (N, R) float32, 0 outside the responses, and (N,) bool who has any.
 
     A list shorter than its response is filled up with 1.0; samples without one weigh 1.
@@ -179,7 +185,7 @@ def align_token_weights(token_weights: torch.Tensor, response_mask: torch.Tensor
 
 def _smooth(weights: torch.Tensor, takes_part: torch.Tensor, sigma: float) -> torch.Tensor:
     """A gaussian mean along (N, R) over the tokens that take part, the kernel renormalised where it lacks others."""
-    half = max(1, math.floor(3 * sigma))
+    half = min(max(1, math.floor(3 * sigma)), weights.shape[1])  # no two tokens are further apart
     offsets = torch.arange(-half, half + 1, dtype=weights.dtype, device=weights.device)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)[None, None]  # (1, 1, 2 half + 1)
     present = takes_part.to(weights.dtype)
@@ -195,7 +201,7 @@ def _checked_weights(given: Any, index: int, length: int) -> list[float]:
         raise ValueError(f"token_weights of sample {index} is {given!r}; it must be a list of numbers, or None")
     for position, number in enumerate(numbers):
         is_number = isinstance(number, Real) and not isinstance(number, bool)
-        if not is_number or not math.isfinite(number) or number < 0:
+        if not is_number or not 0 <= number <= torch.finfo(torch.float32).max:
             raise ValueError(
                 f"token_weights of sample {index} has {number!r} at token {position}; every weight must be a finite "
                 "number, 0 or above"
@@ -205,4 +211,4 @@ def _checked_weights(given: Any, index: int, length: int) -> list[float]:
             f"token_weights of sample {index} has {len(numbers)} weights for a response of {length} tokens; give at "
             "most one for each"
         )
-    return list(numbers)
+    return [float(number) for number in numbers]
