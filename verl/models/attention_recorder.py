@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures, while a Hugging Face model runs, how much each response token attends to text and to images.
 
-The entries of transformers' table of attention functions are wrapped for the time of a context: each runs untouched,
-then its rotated queries and keys are looked at. The model's implementation keeps its name, for other names lose the
-causal mask or a vision tower's fast path without a word. No mask is read and no attention map is made.
+For the time of a context, transformers' table of attention functions hands out each function with a tap behind it:
+the function runs untouched, then its rotated queries and keys are looked at. The model's implementation keeps its
+name, for other names lose the causal mask or a vision tower's fast path without a word. No mask is read and no
+attention map is made.
 
-Shapes: N samples, R response columns, S sequence length, L layers.
+Shapes: N samples, R response columns, S sequence length, L layers, H heads, D head dimension.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +24,11 @@ from verl.models.kernels.attention_mass import BACKENDS, KeyPlan, default_backen
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")
 """Where torch.compile, DDP and FSDP1 keep the model they wrap."""
 
+CHANGES_OF_SCORES = ("position_bias", "indices", "block_indices")
+"""Arguments by which some models' attention departs from a softmax of scaled products over all earlier tokens."""
+
+REMEDY = "set worker.rollout.collect_attentions=false"
+
 
 class AttentionMassRecorder:
     """What one forward pass showed; made by `record_attention_mass`.
@@ -31,16 +36,31 @@ class AttentionMassRecorder:
     Args:
         model: a Hugging Face model.
         plan: which queries and keys to look at.
+        shape: of the tokens that `plan` was made of, batch rows and columns.
         last_k_layers: of the language model's full-attention layers; None for all.
         backend: one of `BACKENDS`; None for the default of the device.
+
+    Raises:
+        ValueError: `last_k_layers` is below 1.
+        RuntimeError: no layer has full attention.
     """
 
-    def __init__(self, model: nn.Module, plan: KeyPlan, last_k_layers: int | None, backend: str | None) -> None:
-        self._model_name = type(_unwrapped(model)).__name__
-        self._implementation = _unwrapped(model).config.get_text_config()._attn_implementation
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: KeyPlan,
+        shape: tuple[int, int],
+        last_k_layers: int | None,
+        backend: str | None,
+    ) -> None:
+        inner = _unwrapped(model)
+        implementation = inner.config.get_text_config()._attn_implementation
+        self._model_name = f"{type(inner).__name__} with attn_implementation={implementation!r}"
+        self._layer_of, self.layers = _layers_to_measure(inner, last_k_layers)
         self._plan = plan
+        self._shape = shape
+        self._reach = _longest_reach(plan)
         self._backend = backend
-        self._layer_of, self.layers = _attention_layers(_unwrapped(model), last_k_layers)
         self._masses: dict[int, torch.Tensor] = {}
 
     def mass(self) -> torch.Tensor:
@@ -55,36 +75,67 @@ class AttentionMassRecorder:
         missing = [layer for layer in self.layers if layer not in self._masses]
         if missing:
             raise RuntimeError(
-                f"{self._model_name} with attn_implementation={self._implementation!r} showed no attention of layers "
-                f"{missing} (of {self.layers} to be measured): either no forward ran, or these layers do not call "
-                "transformers' attention functions; set algorithm.token_weight_last_k_layers to layers that do, or "
-                "worker.rollout.collect_attentions=false"
+                f"{self._model_name} showed no attention of layers {missing}, of {self.layers} to be measured: either "
+                "no forward ran, or these layers do not take their attention function from transformers' common "
+                f"table; set algorithm.token_weight_last_k_layers to layers that do, or {REMEDY}"
             )
         return normalised_layer_mean(torch.stack([self._masses[layer] for layer in self.layers]))
 
+    @torch.compiler.disable
     @torch.no_grad()
     def observe(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, **options: Any) -> None:
-        """Takes the masses of a layer that is wanted and not yet seen: recomputed activations come a second time."""
+        """Takes the mass of a layer that is to be measured.
+
+        Args:
+            query: (B, H, S, D). key: (B, Hkv, S, D).
+            options: what else the attention function was given by keyword.
+
+        Raises:
+            RuntimeError: the layer's attention is not what can be measured, or was measured already.
+        """
         layer = self._layer_of.get(id(module))
-        if layer is None or layer in self._masses:
+        if layer is None:
             return
-        window = options.get("sliding_window")
-        if window is not None and window < key.shape[2]:
+        if layer in self._masses:
+            if _in_backward():  # gradient checkpointing computes the same once more
+                return
             raise RuntimeError(
-                f"layer {layer} of {self._model_name} (attn_implementation={self._implementation!r}) attends through "
-                f"a window of {window} tokens to {key.shape[2]}: later response tokens do not see the prompt there. "
-                "Give the model layers of full attention, or set worker.rollout.collect_attentions=false"
+                f"layer {layer} of {self._model_name} ran twice while its attention was measured; one context of "
+                "record_attention_mass is for one forward"
             )
+        self._check(layer, query, key, options)
         scaling = options.get("scaling")
         measure = BACKENDS[self._backend or default_backend(query.device)]
         self._masses[layer] = measure(
-            query.detach(),
-            key.detach(),
+            query,
+            key,
             self._plan,
             query.shape[-1] ** -0.5 if scaling is None else scaling,
             softcap=options.get("softcap"),
             sinks=options.get("s_aux"),
         )
+
+    def _check(self, layer: int, query: torch.Tensor, key: torch.Tensor, options: dict[str, Any]) -> None:
+        name = f"layer {layer} of {self._model_name}"
+        shapes = [(tensor.shape[0], tensor.shape[2]) for tensor in (query, key)]
+        if shapes != [self._shape, self._shape]:
+            raise RuntimeError(
+                f"{name} has queries and keys of {shapes[0]} and {shapes[1]} rows and tokens, but key_kinds tell of "
+                f"{self._shape}; give the forward whole sequences, all at once and without a cache of earlier ones"
+            )
+        window = options.get("sliding_window")
+        if window is not None and window < self._reach:
+            raise RuntimeError(
+                f"{name} attends through a window of {window} tokens, and a response ends {self._reach} tokens after "
+                f"its prompt began: its last tokens do not see the whole prompt; keep prompt and response together "
+                f"within the window, or {REMEDY}"
+            )
+        for option in CHANGES_OF_SCORES:
+            if options.get(option) is not None:
+                raise RuntimeError(
+                    f"{name} gives its attention {option}, which changes who attends to whom in a way that cannot be "
+                    f"measured; {REMEDY}"
+                )
 
 
 @contextmanager
@@ -97,8 +148,8 @@ def record_attention_mass(
 ) -> Iterator[AttentionMassRecorder]:
     """Around one forward of `model` on a padded batch; afterwards the recorder's `mass()` has the result.
 
-    The model runs as it would without: any attention implementation, padding on either side, gradient checkpointing
-    and FSDP2. A second forward in the same context is not looked at.
+    The model computes what it would without, with any attention implementation, padding anywhere, gradient
+    checkpointing and FSDP2. The backward pass may come inside the context or after it.
 
     Args:
         model: a Hugging Face model, also sharded, compiled or with adapters.
@@ -109,10 +160,13 @@ def record_attention_mass(
         backend: one of `BACKENDS`; None takes the default of the device.
 
     Raises:
-        RuntimeError: from the forward, where a layer to be measured attends through a window.
+        ValueError: `last_k_layers` is below 1.
+        RuntimeError: the model has no layer of full attention; from the forward, where the attention of a layer to be
+            measured goes through a window shorter than a sample, or otherwise not over all earlier tokens, where the
+            forward's shape is not that of `key_kinds`, and where it is the context's second.
     """
     plan = KeyPlan.from_kinds(key_kinds, response_length)
-    recorder = AttentionMassRecorder(model, plan, last_k_layers, backend)
+    recorder = AttentionMassRecorder(model, plan, tuple(key_kinds.shape), last_k_layers, backend)
     with _tapped(recorder):
         yield recorder
 
@@ -134,69 +188,82 @@ def record_packed_attention_mass(
         response_length: R of the result; every response begins at its column 0.
     """
     plan = KeyPlan.from_packed_kinds(key_kinds, cumulative_lengths, response_length)
-    recorder = AttentionMassRecorder(model, plan, last_k_layers, backend)
+    recorder = AttentionMassRecorder(model, plan, (1, len(key_kinds)), last_k_layers, backend)
     with _tapped(recorder):
         yield recorder
 
 
 @contextmanager
 def _tapped(recorder: AttentionMassRecorder) -> Iterator[None]:
-    """Wraps every entry of the table in this instance of it, and puts its own entries back."""
-    own_entries = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
-    for name in [*ALL_ATTENTION_FUNCTIONS.valid_keys(), "eager"]:
-        ALL_ATTENTION_FUNCTIONS[name] = _tap(ALL_ATTENTION_FUNCTIONS.get(name), recorder)
+    """Has the table hand out its functions with a tap behind them.
+
+    The table's entries stay as they are. Eager attention has none: every modeling file offers its own function as the
+    default for names that are not in the table, sometimes one for each of its towers.
+    """
+    outer_tap = vars(ALL_ATTENTION_FUNCTIONS).get("get_interface")
+    hand_out = ALL_ATTENTION_FUNCTIONS.get_interface
+
+    def hand_out_tapped(attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        return _tap(hand_out(attn_implementation, default), recorder)
+
+    ALL_ATTENTION_FUNCTIONS.get_interface = hand_out_tapped
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS._local_mapping.clear()
-        ALL_ATTENTION_FUNCTIONS._local_mapping.update(own_entries)
+        del ALL_ATTENTION_FUNCTIONS.get_interface
+        if outer_tap is not None:
+            ALL_ATTENTION_FUNCTIONS.get_interface = outer_tap
 
 
-def _tap(attend: Callable[..., Any] | None, recorder: AttentionMassRecorder) -> Callable[..., Any]:
-    # The parameters' names are those that models pass by keyword.
-    def tapped(
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        output = (attend or _eager_function_of(module))(module, query, key, value, attention_mask, *args, **kwargs)
+def _tap(attend: Callable[..., Any], recorder: AttentionMassRecorder) -> Callable[..., Any]:
+    # The first parameters' names are those that some models pass by keyword.
+    def tapped(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = attend(module, query, key, *args, **kwargs)
         recorder.observe(module, query, key, **kwargs)
         return output
 
     return tapped
 
 
-def _eager_function_of(module: nn.Module) -> Callable[..., Any]:
-    """Eager attention has no entry in the table: each modeling file has its own function."""
-    return sys.modules[type(module).forward.__module__].eager_attention_forward
-
-
-def _attention_layers(model: nn.Module, last_k_layers: int | None) -> tuple[dict[int, int], list[int]]:
+def _layers_to_measure(model: nn.Module, last_k_layers: int | None) -> tuple[dict[int, int], list[int]]:
     """Layer number by identity of the decoder's modules that have one, and the numbers to measure.
 
     Vision towers lie outside the decoder, and their modules have no layer number. Hybrid models and those with sliding
     windows say in `layer_types` which layers attend to everything.
     """
+    if last_k_layers is not None and last_k_layers < 1:
+        raise ValueError(f"last_k_layers={last_k_layers} is no number of layers; give 1 or more, or None for all")
     decoder = model.get_decoder()
-    numbered = [part for part in decoder.modules() if isinstance(getattr(part, "layer_idx", None), int)]
-    numbers = {id(part): part.layer_idx for part in numbered}
+    numbers = {
+        id(part): part.layer_idx for part in decoder.modules() if isinstance(getattr(part, "layer_idx", None), int)
+    }
     types = getattr(decoder.config.get_text_config(), "layer_types", None)
     full = [number for number in sorted(set(numbers.values())) if types is None or types[number] == "full_attention"]
     if not full:
         raise RuntimeError(
-            f"{type(model).__name__} has no layer of full attention to measure (layer_types={types}); set "
-            "worker.rollout.collect_attentions=false"
+            f"{type(model).__name__} has no layer of full attention to measure (layer_types={types}); {REMEDY}"
         )
     chosen = full if last_k_layers is None else full[-last_k_layers:]
     return {module: number for module, number in numbers.items() if number in chosen}, chosen
 
 
+def _longest_reach(plan: KeyPlan) -> int:
+    """How many tokens, itself included, a query must look back over to see all that it attends to."""
+    reaches = [
+        int(plan.query_positions[sample.queries].max() - plan.key_positions[sample.keys].min()) + 1
+        for sample in plan.samples
+    ]
+    return max(reaches, default=0)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
+    """The Hugging Face model itself, in whatever order others are wrapped around it."""
     for name in WRAPPERS:
-        while isinstance(getattr(model, name, None), nn.Module):
-            model = getattr(model, name)
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module):
+            return _unwrapped(inner)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
