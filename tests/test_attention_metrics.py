@@ -72,6 +72,8 @@ PROMPTS = {
     "the word system within a user turn": ("(USa)(e", "*tttppt"),
     "a word before the system turn": ("a(Sb)(Ud", "*ppppptt"),
     "a system turn without an end": ("(Sab", "*ppp"),
+    "the end of a turn before the system turn": ("a)(Sb)(U", "*ppppppt"),
+    "the word system without a turn": ("aSb", "*tt"),
     "a system turn with an image": ("(S[i]a)(Ub", "*ppippp" + "ptt"),
     "two images and a video": ("(U[ii]a[v]b[i])", "*tpiiptpiptpipp"),
     "no image": ("(Uabc)(d", "*ttttppt"),
@@ -110,6 +112,11 @@ def test_the_padding_of_a_response_is_padding_though_its_prompt_is_full():
 def test_a_padding_id_in_the_middle_of_a_prompt_is_told_by_the_mask_alone():
     kinds = classify_keys(ids_of("..(U.a"), torch.tensor([[0, 0, 1, 1, 1, 1]]), 0, VISION_IDS, SPECIAL_IDS)
     assert letters_of(kinds) == ["..*tpt"]
+
+
+def test_a_turn_under_the_padding_is_no_turn():
+    kinds = classify_keys(ids_of("(S(Ua"), torch.tensor([[0, 0, 1, 1, 1]]), 0, VISION_IDS, SPECIAL_IDS, SYSTEM_IDS)
+    assert letters_of(kinds) == ["..*tt"]
 
 
 def test_a_role_may_be_several_tokens_of_which_all_must_agree():
