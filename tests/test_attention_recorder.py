@@ -14,6 +14,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -282,12 +283,16 @@ def text_case(class_name: str, implementation: str = "sdpa", **config: Any) -> C
     """A text model, for whose recorder token kinds are but labels."""
     config_class = getattr(transformers, class_name.replace("ForCausalLM", "Config"))
     model = make_model(class_name, config_class(**{**TEXT_CONFIG, **config}), implementation)
-    prompt = write_prompts(FAMILIES["LLaVA"], PROMPTS)
+    return Case(class_name, model, *text_batch(PROMPTS), [])
+
+
+def text_batch(prompts: Sequence[str]) -> tuple[dict[str, Any], torch.Tensor]:
+    """Model inputs and kinds (N, S), images being tokens like others."""
+    zoo = FAMILIES["LLaVA"]
+    prompt = write_prompts(zoo, prompts)
     sequences = nn.functional.pad(prompt.input_ids, (0, RESPONSE_LENGTH), value=7)
     input_ids, kinds = with_responses(prompt.kinds, sequences, RESPONSE_LENGTHS)
-    mask = (kinds != KeyKind.PADDING).long()
-    inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
-    return Case(class_name, model, inputs, kinds, [])
+    return inputs_of(zoo, input_ids, kinds, images=()), kinds
 
 
 def recorded_and_expected(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
@@ -527,15 +532,25 @@ def test_adapters_and_data_parallel_wrappers_are_looked_through(lone_process_gro
 
 
 def test_a_compiled_model_is_measured_anew_in_every_context():
-    """Compiled before there is a tap, inside one and after: the tap of another context is never kept."""
+    """No tap outlives its context, and other kinds of keys are not compiled for once more."""
     case = text_case("LlamaForCausalLM", num_hidden_layers=1)
-    expected = record(case.model, case.inputs, case.kinds)
-    compiled = torch.compile(case.model, backend="eager")
-    with torch.no_grad():
-        logits = compiled(**case.inputs, use_cache=False).logits
-        for _ in range(3):
-            assert torch.equal(record(compiled, case.inputs, case.kinds), expected)
-            assert torch.equal(compiled(**case.inputs, use_cache=False).logits, logits)
+    counter = CompileCounter()
+    compiled = torch.compile(case.model, backend=counter)
+    frames = []
+    for prompts in (PROMPTS, PROMPTS[::-1], PROMPTS[1:] + PROMPTS[:1]):
+        batch = text_batch(prompts)
+        expected = record(case.model, *batch)
+        assert torch.equal(record(compiled, *batch), expected)
+        with torch.no_grad():
+            logits = compiled(**batch[0], use_cache=False).logits
+            assert torch.equal(logits, case.model(**batch[0], use_cache=False).logits)
+        frames.append(counter.frame_count)
+    assert frames[0] == frames[1] == frames[2] > 0
+
+    with record_attention_mass(compiled, case.kinds, RESPONSE_LENGTH) as recorder:
+        pass
+    with pytest.raises(RuntimeError, match="^LlamaForCausalLM "):
+        recorder.mass()
 
 
 @pytest.mark.parametrize("family", ["Qwen2-VL", QWEN, "Qwen3-VL"])

@@ -21,8 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from verl.models.kernels.attention_mass import BACKENDS, KeyPlan, default_backend, normalised_layer_mean
 
-WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")
-"""Where torch.compile, DDP and FSDP1 keep the model they wrap."""
+WRAPPERS = ("_orig_mod", "module")
+"""Where torch.compile keeps the model it wraps, and where DDP and FSDP1 do."""
 
 CHANGES_OF_SCORES = ("position_bias", "indices", "block_indices")
 """Arguments by which some models' attention departs from a softmax of scaled products over all earlier tokens."""
@@ -81,8 +81,8 @@ class AttentionMassRecorder:
             )
         return normalised_layer_mean(torch.stack([self._masses[layer] for layer in self.layers]))
 
+    # Traced, a back end's loops over samples would be unrolled, and compiled anew for every batch.
     @torch.compiler.disable
-    @torch.no_grad()
     def observe(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, **options: Any) -> None:
         """Takes the mass of a layer that is to be measured.
 
