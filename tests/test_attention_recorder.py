@@ -19,7 +19,18 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.vlm_zoo import FAMILIES, IMAGE, PAD, TEXT_CONFIG, VOCAB_SIZE, make_model, model_inputs, write_prompts
+from tests.vlm_zoo import (
+    FAMILIES,
+    IMAGE,
+    PAD,
+    TEXT_CONFIG,
+    VOCAB_SIZE,
+    Family,
+    Images,
+    make_model,
+    model_inputs,
+    write_prompts,
+)
 from verl.models.attention_recorder import record_attention_mass, record_packed_attention_mass
 from verl.models.position_ids import extend_position_ids, prompt_position_ids
 from verl.utils.attention_metrics import KeyKind, mass_from_attentions
@@ -29,7 +40,6 @@ from verl.workers.fsdp2 import build_mesh, shard_model
 RESPONSE_LENGTH = 4
 PROMPTS = ("sptt1tttp", "stt2t1tttttp", "sttttttp", "s3p", "sptttt1ttp")
 RESPONSE_LENGTHS = (4, 2, 4, 1, 0)
-ROWS_WITHOUT_RESPONSE = 4
 TOLERANCE = dict(atol=1e-5, rtol=0)
 SHIFT_AT_LEAST = 0.1  # how far off the attention of the next query is, somewhere
 
@@ -44,8 +54,8 @@ class Case(NamedTuple):
     model: PreTrainedModel
     inputs: dict[str, Any]
     kinds: torch.Tensor  # (N, S)
-    generated: list[list[torch.Tensor | None]]
-    """What `generate` showed, steps x layers; None for layers that do not attend to everything."""
+    generated: list[list[torch.Tensor]]
+    """What `generate` showed, steps x layers of full attention."""
 
     @property
     def layers(self) -> list[int]:
@@ -72,7 +82,7 @@ def answered(family: str, prompts: Sequence[str] = PROMPTS, lengths: Sequence[in
         )
     model.set_attn_implementation("sdpa")
     input_ids, kinds = with_responses(prompt.kinds, output.sequences, lengths)
-    generated = [maps_of_full_layers(family, by_layer) for by_layer in output.attentions]
+    generated = [of_full_layers(family, by_layer) for by_layer in output.attentions]
     return Case(family, model, inputs_of(zoo, input_ids, kinds, prompt.images), kinds, generated)
 
 
@@ -85,15 +95,13 @@ def with_responses(
     return sequences.masked_fill(kinds == KeyKind.PADDING, PAD), kinds
 
 
-def inputs_of(zoo, input_ids: torch.Tensor, kinds: torch.Tensor, images) -> dict[str, Any]:
+def inputs_of(zoo: Family, input_ids: torch.Tensor, kinds: torch.Tensor, images: Images) -> dict[str, Any]:
     return model_inputs(zoo, input_ids, (kinds != KeyKind.PADDING).long(), images)
 
 
-def maps_of_full_layers(family: str, by_layer: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-    """None in the place of Gemma's sliding layers. Qwen3.5's recurrent layers show nothing to begin with."""
-    if family != "Gemma 3":
-        return list(by_layer)
-    return [attention if layer in FULL_LAYERS[family] else None for layer, attention in enumerate(by_layer)]
+def of_full_layers(family: str, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Without those of Gemma's sliding layers. Qwen3.5's recurrent layers show none to begin with."""
+    return [maps[layer] for layer in FULL_LAYERS[family]] if family == "Gemma 3" else list(maps)
 
 
 def eager_maps(case: Case, inputs: dict[str, Any] | None = None) -> list[torch.Tensor]:
@@ -104,7 +112,7 @@ def eager_maps(case: Case, inputs: dict[str, Any] | None = None) -> list[torch.T
             attentions = case.model(**(inputs or case.inputs), output_attentions=True, use_cache=False).attentions
     finally:
         case.model.set_attn_implementation("sdpa")
-    return [attention for attention in maps_of_full_layers(case.family, attentions) if attention is not None]
+    return of_full_layers(case.family, attentions)
 
 
 def by_definition(maps: Sequence[torch.Tensor], kinds: torch.Tensor, query_shift: int = 0) -> torch.Tensor:
@@ -155,13 +163,9 @@ def qwen() -> Case:
 @pytest.mark.parametrize("last_k_layers", [1, 2, None, 99])
 def test_recorder_eager_maps_and_generate_agree_on_every_response_token(case: Case, last_k_layers: int | None):
     maps = eager_maps(case)
-    expected = by_definition(maps[-last_k_layers:] if last_k_layers else maps, case.kinds)
-    generated = mass_from_attentions(
-        [[attention for attention in by_layer if attention is not None] for by_layer in case.generated],
-        case.kinds,
-        RESPONSE_LENGTH,
-        last_k_layers,
-    )
+    maps = maps if last_k_layers is None else maps[-last_k_layers:]
+    expected = by_definition(maps, case.kinds)
+    generated = mass_from_attentions(case.generated, case.kinds, RESPONSE_LENGTH, last_k_layers)
     torch.testing.assert_close(generated.double(), expected, **TOLERANCE)
     for implementation in ("sdpa", "eager"):
         case.model.set_attn_implementation(implementation)
@@ -170,7 +174,7 @@ def test_recorder_eager_maps_and_generate_agree_on_every_response_token(case: Ca
         assert recorded.dtype == torch.float32
         torch.testing.assert_close(recorded.double(), expected, **TOLERANCE)
 
-    next_query = by_definition(maps[-last_k_layers:] if last_k_layers else maps, case.kinds, query_shift=1)
+    next_query = by_definition(maps, case.kinds, query_shift=1)
     assert (next_query - expected).abs().max() > SHIFT_AT_LEAST
 
 
