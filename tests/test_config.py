@@ -280,7 +280,8 @@ def test_the_command_in_the_shipped_configuration_can_run():
 
 def test_the_readmes_own_run_can_run():
     """The command under "Your own run": hub ids, eight GPUs, everything else from the shipped configuration."""
-    command = re.search(r"python3 -m verl\.trainer\.main (config=(?:.*\\\n)*.*)", (ROOT / "README.md").read_text())[1]
+    section = (ROOT / "README.md").read_text().split("## Your own run\n")[1]
+    command = re.search(r"python3 -m verl\.trainer\.main (config=(?:.*\\\n)*.*)", section)[1]
     arguments = command.replace("\\\n", " ").split()
     assert {"config=examples/config.yaml", "worker.rollout.name=hf"} < set(arguments)
     plan = prepare(load_config(arguments))
