@@ -111,7 +111,7 @@ def measure(name: str, query: torch.Tensor, key: torch.Tensor, plan: KeyPlan, sc
 
 
 FLOAT32_ERROR = 2e-6
-"""What float32 may cost. The terms of a score add up to about 20 in size and each sum is rounded to 2**-24 of it, in an
+"""What float32 may cost. The terms of a score add up to about 20 in size, and sums are rounded to 2**-24 of that in an
 order that processors choose: 1.2e-6 of a score, and no more of a mass. The promise to users is 1e-5."""
 
 
