@@ -4,7 +4,9 @@
 from dataclasses import replace
 
 import torch
+from torch.distributed.tensor import distribute_tensor
 
+from verl.data.vision import featurize
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import DP_COMPUTE_METRIC, ONE_TO_ALL, register
 from verl.single_controller.worker_group import WorkerGroup
@@ -12,6 +14,7 @@ from verl.trainer.config import PPOConfig, load_config
 from verl.utils.batch_plan import BatchPlan
 from verl.workers.fsdp2 import full_tensor
 from verl.workers.fsdp_workers import FSDPWorker
+from verl.workers.rollout.base import Sampling
 from verl.workers.weight_sync import stream_weights
 
 RESPONSE_LENGTH = 12
@@ -32,6 +35,51 @@ class ProbeWorker(FSDPWorker):
     @register(ONE_TO_ALL)
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: value.clone() for name, value in stream_weights(self.model)}
+
+    @register(ONE_TO_ALL)
+    def set_weight(self, name: str, rows: list[int], values: torch.Tensor) -> None:
+        """Puts `values` (columns,) into some rows of a weight of the policy."""
+        parameter = self.model.get_parameter(name)
+        whole = full_tensor(parameter).detach().clone()
+        whole[rows] = values
+        self._set(parameter, whole)
+
+    @register(ONE_TO_ALL)
+    def shift_weights(self, seed: int) -> None:
+        """Adds noise to every weight of the policy, the same on all ranks."""
+        for index, parameter in enumerate(self.model.parameters()):
+            generator = torch.Generator().manual_seed(seed + index)
+            noise = 0.05 * torch.randn(parameter.shape, generator=generator)
+            self._set(parameter, full_tensor(parameter).detach() + noise)
+
+    @torch.no_grad()
+    def _set(self, parameter: torch.nn.Parameter, whole: torch.Tensor) -> None:
+        parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))
+
+    @register(ONE_TO_ALL)
+    def random_state(self) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    @register(ONE_TO_ALL)
+    def pixels_of_engine(self, prompts: DataProto, sampling: Sampling) -> torch.Tensor:
+        """What enters vLLM's vision tower while it answers: (patches, patch size), normalised."""
+        seen = []
+
+        def keep(module: torch.nn.Module, args: tuple, normalised: torch.Tensor) -> None:
+            seen.append(normalised.float())
+
+        (hook,) = self.rollout.llm.apply_model(lambda model: model.visual.input_norm.register_forward_hook(keep))
+        try:
+            self.rollout.generate(prompts, sampling, seed=0)
+        finally:
+            hook.remove()
+        return torch.cat(seen)
+
+    @register(ONE_TO_ALL)
+    def pixels_of_actor(self, prompts: DataProto) -> torch.Tensor:
+        """(patches, patch size): what enters the policy's vision tower."""
+        media = prompts.non_tensor_batch["multi_modal_data"]
+        return featurize(media, self.processor.image_processor)["pixel_values"]
 
     @register(ONE_TO_ALL)
     def rollout_weights(self) -> dict[str, torch.Tensor]:
@@ -72,8 +120,12 @@ def start_alone(config: PPOConfig) -> ProbeWorker:
 
 
 def start_two(config: PPOConfig) -> WorkerGroup:
-    group = WorkerGroup(
-        ProbeWorker, 1, 2, "cpu", config=config, plan=BatchPlan.from_config(config, 2), training_steps=10
-    )
+    return start_group(config, 2)
+
+
+def start_group(config: PPOConfig, num_workers: int) -> WorkerGroup:
+    """Ranks in processes of their own; needs the `ray_cluster` fixture."""
+    plan = BatchPlan.from_config(config, num_workers)
+    group = WorkerGroup(ProbeWorker, 1, num_workers, "cpu", config=config, plan=plan, training_steps=10)
     group.init_model()
     return group

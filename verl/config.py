@@ -75,9 +75,10 @@ class ConfigSection:
             self.require(value is None or value >= minimum, key, f"is below {minimum}")
 
     def require_above_0(self, *keys: str) -> None:
-        """Each of `keys` is a number above 0."""
+        """Each of `keys` is null or a number above 0."""
         for key in keys:
-            self.require(getattr(self, key) > 0, key, "is not above 0")
+            value = getattr(self, key)
+            self.require(value is None or value > 0, key, "is not above 0")
 
     def require_between(self, low: float, high: float, *keys: str) -> None:
         """Each of `keys` is null or a number in [`low`, `high`]."""
