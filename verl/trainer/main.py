@@ -27,6 +27,8 @@ WORKER_ENVIRONMENT = {
     "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 """Defaults for every process of a run; what the user has set stays."""

@@ -103,6 +103,29 @@ def compute_throughput_metrics(batch: DataProto, timings: Mapping[str, float], n
     }
 
 
+def compute_rollout_metrics(batch: DataProto, importance_cap: float | None) -> dict[str, float]:
+    """How far the engine that drew the tokens and the trainer that learns from them disagree.
+
+    `rollout/log_prob_diff_{mean,max}`: distance of the two log-probabilities over the response tokens, in nats. With
+    importance correction also `rollout/importance_weight_mean`, and `rollout/importance_capped`, the share of tokens
+    whose weight is at the cap.
+
+    Reads: `response_mask`, `rollout_log_probs`, `old_log_probs`, and `importance_weights` (N, R) if there are any.
+
+    Args:
+        importance_cap: `worker.rollout.importance_cap`; None where nothing is corrected.
+    """
+    tensors = batch.batch
+    is_response = tensors["response_mask"].bool()
+    difference = (tensors["rollout_log_probs"] - tensors["old_log_probs"])[is_response].abs()  # (response tokens,)
+    metrics = {"log_prob_diff_mean": difference.mean().item(), "log_prob_diff_max": difference.max().item()}
+    if importance_cap is not None:
+        weights = tensors["importance_weights"][is_response]
+        metrics["importance_weight_mean"] = weights.mean().item()
+        metrics["importance_capped"] = (weights >= importance_cap).float().mean().item()
+    return {f"rollout/{name}": value for name, value in metrics.items()}
+
+
 def compute_attention_metrics(batch: DataProto) -> dict[str, float]:
     """What the responses attended to; nothing where attention was not collected or no sample has both modalities.
 

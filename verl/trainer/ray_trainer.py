@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS, AdvantageInputs
+from verl.algorithms.importance import truncated_importance_weights
 from verl.algorithms.kl import adapt_kl_coef, apply_kl_penalty, compute_kl
 from verl.data.loader import PromptLoader
 from verl.data.vision import MediaHandle
@@ -27,6 +28,7 @@ from verl.trainer.config import PPOConfig
 from verl.trainer.metrics import (
     compute_attention_metrics,
     compute_data_metrics,
+    compute_rollout_metrics,
     compute_throughput_metrics,
     compute_timing_metrics,
     compute_token_weight_metrics,
@@ -214,12 +216,19 @@ class RayDAPOTrainer:
         return self._send_to_reward(batch, split="train")
 
     def _compute_log_probs(self, batch: DataProto, record: StepRecord) -> DataProto:
-        """Reads: sequence tensors, media. Adds: `old_log_probs`; `attention_mass` and `attention_keys` if they are
-        collected; unless KL is off `ref_log_probs`, or, of a full KL, `ref_kl` if it is for the reward."""
+        """Reads: sequence tensors, media, `rollout_log_probs`. Adds: `old_log_probs`; `attention_mass` and
+        `attention_keys` if they are collected; unless KL is off `ref_log_probs`, or, of a full KL, `ref_kl` if it is
+        for the reward; `importance_weights` if asked for."""
         algorithm = self.config.algorithm
         sequences = _model_inputs(batch)
         with record.timed("old"):
             batch = batch.union(self.workers.compute_log_probs(sequences))
+        streams, cap = batch.batch, self.config.worker.rollout.importance_cap
+        if cap is not None:
+            streams["importance_weights"] = truncated_importance_weights(
+                streams["old_log_probs"], streams["rollout_log_probs"], streams["response_mask"], cap
+            )
+        record.add(compute_rollout_metrics(batch, cap))
         if algorithm.kl_penalty == "full" and algorithm.kl_in_reward:
             with record.timed("ref"):
                 batch = batch.union(self.workers.compute_ref_kl(sequences))
@@ -333,7 +342,8 @@ class RayDAPOTrainer:
         if record.step < self.config.trainer.critic_warmup:
             return
         streams = ["old_log_probs", "advantages"]
-        streams += [name for name in ("ref_log_probs", "token_weights") if name in batch.batch.keys()]
+        optional = ("ref_log_probs", "token_weights", "importance_weights")
+        streams += [name for name in optional if name in batch.batch.keys()]
         with record.timed("update_actor"):
             record.add(self.workers.update_actor(_model_inputs(batch, *streams)))
 

@@ -31,8 +31,7 @@ from verl.workers.actor.dp_actor import (
 from verl.workers.actor.forward import PolicyForward
 from verl.workers.fsdp2 import build_mesh, build_optimizer, build_scheduler, resident, shard_model
 from verl.workers.fsdp_checkpoint import FSDPCheckpoint
-from verl.workers.rollout.base import Sampling, draw_seed
-from verl.workers.rollout.hf_rollout import HFRollout
+from verl.workers.rollout.base import Sampling, draw_seed, engine_class
 from verl.workers.weight_sync import stream_weights
 
 logger = logging.getLogger(__name__)
@@ -86,7 +85,9 @@ class FSDPWorker(Worker):
         self.checkpoint = FSDPCheckpoint(
             self.model, self.optimizer, self.scheduler, self.processor or self.tokenizer
         )
-        self.rollout = self._build_rollout()
+        self.rollout = engine_class(self.config.worker.rollout.name).from_config(
+            self.config, self.tokenizer, self.processor, self.device
+        )
         if self.config.worker.rollout.collect_attentions:
             self.vocabulary = KeyVocabulary.of(self.model.config, self.processor or self.tokenizer)
         with self._actor_resident(optimizer=True):
@@ -108,19 +109,6 @@ class FSDPWorker(Worker):
             self.device,
         )
 
-    def _build_rollout(self) -> HFRollout:
-        # Read once more rather than copied from the shards: the buffers (rope) come out right, the weights are
-        # replaced at the first sync.
-        rollout = self.config.worker.rollout
-        return HFRollout(
-            load_model(self.config.worker.actor.model, DTYPES[rollout.dtype], DTYPES[rollout.dtype]),
-            self.tokenizer,
-            self.processor,
-            rollout,
-            self.config.data.max_response_length,
-            self.device,
-        )
-
     def _actor_resident(self, optimizer: bool = False) -> AbstractContextManager:
         offload = self.config.worker.actor.offload
         return resident(
@@ -138,9 +126,10 @@ class FSDPWorker(Worker):
     @register(ONE_TO_ALL)
     def prepare_rollout_engine(self) -> None:
         """Wakes the engine and gives it the current policy."""
-        self.rollout.wake()
+        self.rollout.wake_weights()
         with self._actor_resident():
             self.rollout.update_weights(stream_weights(self.model))
+        self.rollout.wake_cache()
 
     @register(ONE_TO_ALL)
     def release_rollout_engine(self) -> None:

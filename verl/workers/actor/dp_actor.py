@@ -114,7 +114,8 @@ class DataParallelPPOActor:
                 non-tensor `multi_modal_data`. Also, if the tokens shall not count alike, `token_weights` (N, any
                 length): each token's policy and KL loss is multiplied by its weight; tokens beyond the given ones
                 weigh 1. Nothing else sees the weights, and losses are divided by plain counts, so that weights of one
-                change nothing, bit for bit.
+                change nothing, bit for bit. `importance_weights` (N, R), if there are any, multiply the policy loss
+                alone.
 
         Returns:
             `actor/*` metrics, the same on every rank: means over the mini-batch's real response tokens, averaged
@@ -197,6 +198,8 @@ class DataParallelPPOActor:
                 tau_negative=self.config.tau_negative,
             )
         )
+        if "importance_weights" in rows.batch.keys():
+            policy_loss = policy_loss * rows.batch["importance_weights"].to(device)
         loss = share_of_loss(policy_loss)
         parts = {
             "pg_loss": loss,

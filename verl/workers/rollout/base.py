@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every rollout engine takes and gives: sampling settings in, one batch of responses out.
+"""What every rollout engine takes and gives: weights and sampling settings in, one batch of responses out.
 
 Shapes: B prompts, n responses each, N = B * n, P prompt length, R response length, S = P + R.
 """
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -12,9 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from verl.models.position_ids import extend_position_ids
 from verl.protocol import DataProto
+from verl.trainer.config import PPOConfig
 from verl.workers.rollout.config import RolloutConfig
 
 
@@ -42,12 +45,33 @@ class Sampling:
 class Rollout(ABC):
     """A rollout engine inside one worker.
 
-    Life of a step: `wake()`, `update_weights(stream)`, any number of `generate(...)`, `sleep()`.
+    Life of a step: `wake_weights()`, `update_weights(stream)`, `wake_cache()`, any number of `generate(...)`,
+    `sleep()`. The weights wake first and alone, so that the trainer's copy and the engine's cache are never both on
+    the device.
     """
+
+    @classmethod
+    @abstractmethod
+    def from_config(
+        cls,
+        config: PPOConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        processor: ProcessorMixin | None,
+        device: torch.device,
+    ) -> "Rollout":
+        """The engine of one worker; all workers call it at once. The processor is None for text models."""
+
+    @abstractmethod
+    def wake_weights(self) -> None:
+        """Takes the memory that the weights need."""
 
     @abstractmethod
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Takes in the policy's weights by Hugging Face name; draws the stream to its end."""
+
+    @abstractmethod
+    def wake_cache(self) -> None:
+        """Takes what else generation needs."""
 
     @abstractmethod
     def generate(self, prompts: DataProto, sampling: Sampling, seed: int) -> DataProto:
@@ -61,16 +85,31 @@ class Rollout(ABC):
         Returns:
             A batch of N = B * n rows, the responses of a prompt side by side: `prompts` (N, P), `responses` (N, R)
             right-padded, `input_ids`, `attention_mask` (N, S), `response_mask` (N, R), one up to and including the
-            first end-of-sequence token, `position_ids` (N, S) or (N, 4, S).
+            first end-of-sequence token, `position_ids` (N, S) or (N, 4, S); and `rollout_log_probs` (N, R) float32,
+            the log-probability with which each token was drawn, after temperature, `top_k` and `top_p` (those of
+            temperature 1 where decoding is greedy).
         """
 
     @abstractmethod
-    def wake(self) -> None:
-        """Takes the memory that generation needs."""
-
-    @abstractmethod
     def sleep(self) -> None:
-        """Gives that memory back to the trainer."""
+        """Gives all that memory back to the trainer."""
+
+
+ENGINES = {
+    "hf": "verl.workers.rollout.hf_rollout:HFRollout",
+    "vllm": "verl.workers.rollout.vllm_rollout:VLLMRollout",
+}
+"""Where the class of each `worker.rollout.name` is; imported when asked for, since an engine is heavy to load."""
+
+
+def engine_class(name: str) -> type[Rollout]:
+    """The engine that `worker.rollout.name` names.
+
+    Raises:
+        ImportError: the engine's package is not installed.
+    """
+    module, _, class_name = ENGINES[name].partition(":")
+    return getattr(importlib.import_module(module), class_name)
 
 
 def mask_responses(responses: torch.Tensor, eos_token_ids: Iterable[int], ignore_eos: bool) -> torch.Tensor:
@@ -82,13 +121,31 @@ def mask_responses(responses: torch.Tensor, eos_token_ids: Iterable[int], ignore
     return (eos_seen_before == 0).long()
 
 
-def assemble_batch(prompts: DataProto, responses: torch.Tensor, response_mask: torch.Tensor, n: int) -> DataProto:
+def assemble_batch(
+    prompts: DataProto,
+    responses: torch.Tensor,
+    response_mask: torch.Tensor,
+    rollout_log_probs: torch.Tensor,
+    n: int,
+) -> DataProto:
     """Joins prompts and responses to the batch every engine returns.
 
     Args:
         prompts: B rows as `Rollout.generate` takes them.
-        responses, response_mask: (N, R), the n responses of a prompt side by side.
+        responses, response_mask, rollout_log_probs: (N, R), the n responses of a prompt side by side; what
+            `rollout_log_probs` hold beyond the mask is not kept.
+
+    Raises:
+        RuntimeError: a drawn token has no log-probability, as with weights that are not numbers.
     """
+    rollout_log_probs = rollout_log_probs.masked_fill(response_mask == 0, 0.0)
+    if not rollout_log_probs.isfinite().all():
+        row, column = (~rollout_log_probs.isfinite()).nonzero()[0].tolist()
+        raise RuntimeError(
+            f"the rollout engine drew token {column} of response {row} with log-probability "
+            f"{rollout_log_probs[row, column].item()}: the policy's weights, or its logits in worker.rollout.dtype, "
+            "are not finite"
+        )
     prompt = {key: prompts.batch[key].repeat_interleave(n, dim=0) for key in prompts.batch.keys()}  # (N, ...)
     position_ids = torch.cat(
         [prompt["position_ids"], extend_position_ids(prompt["position_ids"], responses.shape[1])], dim=-1
@@ -102,6 +159,7 @@ def assemble_batch(prompts: DataProto, responses: torch.Tensor, response_mask: t
                 "attention_mask": torch.cat([prompt["attention_mask"], response_mask], dim=1),
                 "response_mask": response_mask,
                 "position_ids": position_ids,
+                "rollout_log_probs": rollout_log_probs,
             },
             batch_size=[responses.shape[0]],
         )

@@ -24,7 +24,7 @@ class RolloutConfig(ConfigSection):
     """How responses are sampled. Prompt and response lengths are `data.max_prompt_length` and `_response_length`."""
 
     name: Literal["hf", "vllm"] = "vllm"
-    """The engine: `hf` generates with the training weights in place, `vllm` with an engine of its own."""
+    """The engine: `vllm`, or `hf`, transformers' own generation, which needs nothing installed and is slower."""
     n: int = 1
     """Responses per prompt."""
     temperature: float = 1.0
@@ -59,6 +59,9 @@ class RolloutConfig(ConfigSection):
     """No progress bar while generating."""
     collect_attentions: bool = False
     """Measure, in the log-prob pass after each rollout, how much each response token attends to text and to images."""
+    importance_cap: float | None = None
+    """Weigh each token's policy loss by how much likelier the trainer finds it than the engine that drew it did, at
+    most this much; null trusts the engine. 2.0 is usual."""
     val_override_config: dict[str, Any] = field(default_factory=dict)
     """Sampling values for validation, such as `{temperature: 0.6, top_p: 0.95, n: 1}`; n is 1 where not given."""
 
@@ -67,6 +70,7 @@ class RolloutConfig(ConfigSection):
         self.require_at_least(1, "n", "tensor_parallel_size", "max_model_len", "max_num_batched_tokens")
         self.require_at_least(0, "limit_images", "seed")
         self.require_at_least(-1, "top_k")
+        self.require_above_0("importance_cap")
         remedy = "is not above 0; greedy decoding is for validation, in worker.rollout.val_override_config"
         self.require(self.temperature > 0, "temperature", remedy)
         for key in ("top_p", "gpu_memory_utilization"):

@@ -10,11 +10,22 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from verl.data.vision import featurize
+from verl.models.loader import DTYPES, load_model
 from verl.models.registry import media_token_ids, media_token_types
 from verl.protocol import DataProto
+from verl.trainer.config import PPOConfig
 from verl.workers.rollout.base import (
     Rollout,
     Sampling,
@@ -61,54 +72,68 @@ class HFRollout(Rollout):
         model.generation_config = GenerationConfig()
         self.banned_token_ids = media_token_ids(model.config)
 
-    def wake(self) -> None:
-        self.model.to(self.device)
+    @classmethod
+    def from_config(
+        cls,
+        config: PPOConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        processor: ProcessorMixin | None,
+        device: torch.device,
+    ) -> "HFRollout":
+        # Read once more rather than copied from the shards: the buffers (rope) come out right, the weights are
+        # replaced at the first sync.
+        rollout = config.worker.rollout
+        model = load_model(config.worker.actor.model, DTYPES[rollout.dtype], DTYPES[rollout.dtype])
+        return cls(model, tokenizer, processor, rollout, config.data.max_response_length, device)
 
-    def sleep(self) -> None:
-        self.model.to("cpu")
+    def wake_weights(self) -> None:
+        self.model.to(self.device)
 
     @torch.no_grad()
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         copy_weights(self.model.state_dict(), weights)
+
+    def wake_cache(self) -> None:
+        """Nothing to do: `generate` makes its cache anew for every call."""
+
+    def sleep(self) -> None:
+        self.model.to("cpu")
 
     @torch.no_grad()
     def generate(self, prompts: DataProto, sampling: Sampling, seed: int) -> DataProto:
         prompt_length = prompts.batch["input_ids"].shape[1]
         rows = torch.arange(len(prompts)).repeat_interleave(sampling.n)  # (N,)
         rows_at_once = max(1, self.config.max_num_batched_tokens // (prompt_length + self.response_length))
-        generation_config = self._generation_config(sampling)
-        responses = []
+        responses, log_probs = [], []
         cuda_devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda_devices):
             disable = True if self.config.disable_tqdm else None  # None shows the bar on a terminal only
             chunks = tqdm(rows.split(rows_at_once), desc="generate", leave=False, disable=disable)
             for index, chunk in enumerate(chunks):
                 torch.manual_seed(draw_seed(seed, index))
-                responses.append(self._generate_rows(prompts[chunk], generation_config))
-        responses = torch.cat(responses).to(prompts.batch["input_ids"].device)  # (N, R)
+                of_chunk = self._generate_rows(prompts[chunk], sampling)
+                responses.append(of_chunk[0])
+                log_probs.append(of_chunk[1])
+        home = prompts.batch["input_ids"].device
+        responses, log_probs = torch.cat(responses).to(home), torch.cat(log_probs).to(home)  # (N, R) each
         response_mask = mask_responses(responses, self.eos_token_ids, sampling.ignore_eos)
-        return assemble_batch(prompts, responses, response_mask, sampling.n)
+        return assemble_batch(prompts, responses, response_mask, log_probs, sampling.n)
 
     def _generation_config(self, sampling: Sampling) -> GenerationConfig:
-        greedy = sampling.temperature == 0
-        filters = dict(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            # transformers spells "no limit" 0, and defaults to 50.
-            top_k=max(sampling.top_k, 0),
-        )
         return GenerationConfig(
-            do_sample=not greedy,
+            do_sample=sampling.temperature > 0,
             max_new_tokens=self.response_length,
             eos_token_id=None if sampling.ignore_eos else self.eos_token_ids,
             pad_token_id=self.pad_token_id,
             # A placeholder in a response would claim an image that is not there.
             suppress_tokens=self.banned_token_ids or None,
-            **({} if greedy else filters),
+            # transformers' own top_k defaults to 50, and it would filter after our processors, the last of which
+            # has to see what is drawn from: `_filters` do it instead.
+            top_k=0,
         )
 
-    def _generate_rows(self, rows: DataProto, generation_config: GenerationConfig) -> torch.Tensor:
-        """(rows, R) int64 right-padded responses, one for each row."""
+    def _generate_rows(self, rows: DataProto, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+        """Responses (rows, R) int64, right-padded, one for each row, and their tokens' log-probabilities (rows, R)."""
         attention_mask = rows.batch["attention_mask"]
         first = int(attention_mask.argmax(dim=1).min())  # columns before it are padding in every row
         input_ids = rows.batch["input_ids"][:, first:].to(self.device)
@@ -117,8 +142,49 @@ class HFRollout(Rollout):
             media = featurize(rows.non_tensor_batch["multi_modal_data"], self.processor.image_processor)
             inputs.update({key: value.to(self.device) for key, value in media.items()})
             inputs.update(media_token_types(self.model.config, input_ids))
-        sequences = self.model.generate(**inputs, generation_config=generation_config)
-        new_tokens = sequences[:, input_ids.shape[1] :]
-        return nn.functional.pad(
-            new_tokens, (0, self.response_length - new_tokens.shape[1]), value=self.pad_token_id
+        drawn = _LogProbsOfDraws()
+        sequences = self.model.generate(
+            **inputs,
+            generation_config=self._generation_config(sampling),
+            logits_processor=LogitsProcessorList([*_filters(sampling), drawn]),
         )
+        new_tokens = sequences[:, input_ids.shape[1] :]
+        missing = (0, self.response_length - new_tokens.shape[1])
+        responses = nn.functional.pad(new_tokens, missing, value=self.pad_token_id)
+        return responses, nn.functional.pad(drawn.log_probs(sequences), missing)
+
+
+def _filters(sampling: Sampling) -> list[LogitsProcessor]:
+    if sampling.temperature == 0:
+        return []
+    filters: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]
+    if sampling.top_k > 0:
+        filters.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        filters.append(TopPLogitsWarper(sampling.top_p))
+    return filters
+
+
+class _LogProbsOfDraws(LogitsProcessor):
+    """Watches the scores that tokens are drawn from, and keeps one number for each draw.
+
+    A draw shows in the ids of the next step, so that the scores of one step are held, never those of all.
+    """
+
+    def __init__(self) -> None:
+        self._of_steps: list[torch.Tensor] = []
+        self._last: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._take_draws(input_ids)
+        self._last = scores.log_softmax(dim=-1)  # (rows, V)
+        return scores
+
+    def _take_draws(self, input_ids: torch.Tensor) -> None:
+        if self._last is not None:
+            self._of_steps.append(self._last.gather(1, input_ids[:, -1:]))
+
+    def log_probs(self, sequences: torch.Tensor) -> torch.Tensor:
+        """(rows, steps) float32, given what `generate` returned. Rows that had ended hold those of padding."""
+        self._take_draws(sequences)
+        return torch.cat(self._of_steps, dim=1)

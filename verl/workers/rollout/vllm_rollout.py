@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rollout with vLLM, in the worker's own process: one engine a worker, or one sharded over a group of workers.
+
+The engine reads the model once, for its architecture and buffers, and takes the policy's weights from the stream
+before every rollout. Everything here goes through vLLM's public interface; nothing else in the package knows vLLM.
+
+Shapes: B prompts, n responses each, N = B * n, R response length.
+"""
+
+import os
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+# Read when vLLM is imported, and by what it starts. In process, so that the weight stream can be handed over as it is.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+# A CPU worker keeps the one thread that it was given: bound to cores, several of them would share one.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from vllm import LLM, RequestOutput, SamplingParams
+
+from verl.data.vision import MediaHandle
+from verl.models.loader import DTYPES, load_model_config
+from verl.models.registry import family_of, media_token_ids
+from verl.protocol import DataProto
+from verl.trainer.config import PPOConfig
+from verl.workers.rollout.base import (
+    Rollout,
+    Sampling,
+    assemble_batch,
+    draw_seed,
+    eos_token_ids_of,
+    mask_responses,
+)
+from verl.workers.rollout.config import RolloutConfig
+
+SEQUENCES_AT_ONCE_ON_CPU = 128
+BANNED = -100.0
+"""The strongest bias that vLLM takes: e**-100 of a token's probability is left."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt: ids with a single placeholder for each image, its images, and the seed of its responses."""
+
+    prompt_token_ids: list[int]
+    images: list[MediaHandle]
+    seed: int
+
+
+class VLLMRollout(Rollout):
+    """Generates with vLLM.
+
+    Args:
+        llm: the engine, in this process.
+        config: `worker.rollout`.
+        response_length: R, tokens.
+        eos_token_ids: tokens that end a response.
+        pad_token_id: fills responses on the right.
+        banned_token_ids: placeholders of media, which no response may hold.
+        group: the workers that share one engine's weights, all of which generate for all; None for one worker.
+        sleeps: whether the engine gives its memory back between rollouts, as it can on CUDA only.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        config: RolloutConfig,
+        response_length: int,
+        eos_token_ids: list[int],
+        pad_token_id: int,
+        banned_token_ids: list[int],
+        group: dist.ProcessGroup | None,
+        sleeps: bool,
+    ) -> None:
+        self.llm = llm
+        self.config = config
+        self.response_length = response_length
+        self.eos_token_ids = eos_token_ids
+        self.pad_token_id = pad_token_id
+        self.banned_token_ids = banned_token_ids
+        self.group = group
+        self.sleeps = sleeps
+
+    @classmethod
+    def from_config(
+        cls,
+        config: PPOConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        processor: ProcessorMixin | None,
+        device: torch.device,
+    ) -> "VLLMRollout":
+        """Starts the engine. On CUDA it falls asleep at once, so that it holds no memory until the first rollout.
+
+        Raises what vLLM raises where the engine cannot start.
+        """
+        model, rollout = config.worker.actor.model, config.worker.rollout
+        model_config = load_model_config(model)
+        sleeps = device.type == "cuda"
+        with _random_state_kept(device):  # starting an engine seeds every generator of the process
+            llm = LLM(
+                model.model_path,
+                tokenizer=model.tokenizer_path,
+                trust_remote_code=model.trust_remote_code,
+                hf_overrides={k: v for k, v in model.override_config.items() if k != "attn_implementation"},
+                # "vllm": the checkpoint's own sampling settings stay out; what is drawn is what the config says.
+                generation_config="vllm",
+                dtype=DTYPES[rollout.dtype],
+                seed=rollout.seed,
+                max_model_len=rollout.max_model_len
+                or config.data.max_prompt_length + config.data.max_response_length,
+                max_num_batched_tokens=rollout.max_num_batched_tokens,
+                enable_chunked_prefill=rollout.enable_chunked_prefill,
+                enforce_eager=rollout.enforce_eager or device.type == "cpu",
+                disable_log_stats=rollout.disable_log_stats,
+                # Log-probabilities of the distribution that is drawn from, after temperature and filters.
+                logprobs_mode="processed_logprobs",
+                tensor_parallel_size=rollout.tensor_parallel_size,
+                # The workers of a group are processes that exist already, each with an engine of its own that
+                # schedules the same requests in the same order.
+                distributed_executor_backend="external_launcher",
+                # It needs every GPU of the group to be visible in each process; Ray shows each its own.
+                disable_custom_all_reduce=True,
+                **_media_options(model_config, rollout, device),
+                **_memory_options(model_config, config, device),
+            )
+        engine = cls(
+            llm,
+            rollout,
+            config.data.max_response_length,
+            eos_token_ids_of(_generation_config(model.model_path, model_config), tokenizer),
+            tokenizer.pad_token_id,
+            media_token_ids(model_config),
+            _group_of_this_rank(rollout.tensor_parallel_size),
+            sleeps,
+        )
+        engine.sleep()
+        return engine
+
+    def wake_weights(self) -> None:
+        if self.sleeps:
+            torch.cuda.empty_cache()  # what the trainer's allocator holds unused is out of the engine's reach
+            self.llm.wake_up(tags=["weights"])
+
+    @torch.no_grad()
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        # The iterator crosses no process boundary: the engine draws one whole tensor at a time from it.
+        self.llm.collective_rpc(
+            "reload_weights", kwargs={"weights_iterator": iter(weights), "is_checkpoint_format": True}
+        )
+        # What was computed with the old weights must not be found again. Reloading empties the worker's encoder
+        # cache but not the scheduler's book of it, and the next image would be looked for in vain.
+        self.llm.reset_prefix_cache()
+        self.llm.reset_mm_cache()
+        self.llm.llm_engine.reset_encoder_cache()
+
+    def wake_cache(self) -> None:
+        if self.sleeps:
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=["kv_cache"])
+
+    def sleep(self) -> None:
+        if self.sleeps:
+            # Level 1 keeps the weights in host memory, and so whatever the stream does not carry.
+            self.llm.sleep(level=1)
+            torch.cuda.empty_cache()
+
+    def generate(self, prompts: DataProto, sampling: Sampling, seed: int) -> DataProto:
+        own = self._requests(prompts, seed)
+        outputs = self._outputs_of_own(own, sampling)
+        for row, output in enumerate(outputs):
+            is_token = prompts.batch["attention_mask"][row].bool()
+            seen, expected = output.prompt_token_ids, prompts.batch["input_ids"][row][is_token].tolist()
+            if seen != expected:
+                raise RuntimeError(
+                    f"vLLM reads prompt {row} as {len(seen)} tokens, the policy as {len(expected)}: their processors "
+                    "resize images differently; worker.actor.model.model_path and tokenizer_path must hold the same "
+                    "processor"
+                )
+        completions = [completion for output in outputs for completion in output.outputs]
+        assert len(completions) == len(prompts) * sampling.n
+        device = prompts.batch["input_ids"].device
+        responses = torch.full((len(completions), self.response_length), self.pad_token_id, device=device)  # (N, R)
+        log_probs = torch.zeros(responses.shape, dtype=torch.float32, device=device)  # (N, R)
+        for row, completion in enumerate(completions):
+            length = len(completion.token_ids)
+            responses[row, :length] = torch.as_tensor(completion.token_ids, device=device)
+            # Flat, one number a position: with logprobs=0 that of the drawn token.
+            log_probs[row, :length] = torch.as_tensor(completion.logprobs.logprobs, device=device)
+        response_mask = mask_responses(responses, self.eos_token_ids, sampling.ignore_eos)
+        return assemble_batch(prompts, responses, response_mask, log_probs, sampling.n)
+
+    def _requests(self, prompts: DataProto, seed: int) -> list[Request]:
+        streams = prompts.non_tensor_batch
+        rows = zip(streams["raw_prompt_ids"], streams["multi_modal_data"], strict=True)
+        return [Request(list(ids), list(media or []), draw_seed(seed, row)) for row, (ids, media) in enumerate(rows)]
+
+    def _outputs_of_own(self, own: list[Request], sampling: Sampling) -> list[RequestOutput]:
+        """The outputs of this worker's requests; a group's engines work on the requests of all its workers."""
+        if self.group is None:
+            return self._outputs(own, sampling)
+        by_rank: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(by_rank, own, group=self.group)
+        outputs = self._outputs([request for requests in by_rank for request in requests], sampling)
+        first = sum(len(requests) for requests in by_rank[: dist.get_rank(self.group)])
+        return outputs[first : first + len(own)]
+
+    def _outputs(self, requests: list[Request], sampling: Sampling) -> list[RequestOutput]:
+        inputs: list[dict[str, Any]] = []
+        for request in requests:
+            images = [handle.load() for handle in request.images]
+            media = {"multi_modal_data": {"image": images}} if images else {}
+            inputs.append({"prompt_token_ids": request.prompt_token_ids, **media})
+        with _random_state_kept(torch.device("cpu")):
+            return self.llm.generate(
+                inputs,
+                [self._sampling_params(sampling, request.seed) for request in requests],
+                use_tqdm=not self.config.disable_tqdm,
+            )
+
+    def _sampling_params(self, sampling: Sampling, seed: int) -> SamplingParams:
+        return SamplingParams(
+            n=sampling.n,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            seed=seed,
+            max_tokens=self.response_length,
+            # The ends are given here, so that both engines stop at the same ones.
+            ignore_eos=True,
+            stop_token_ids=None if sampling.ignore_eos else self.eos_token_ids,
+            logit_bias=dict.fromkeys(self.banned_token_ids, BANNED) or None,
+            logprobs=0,  # of the drawn token alone
+            flat_logprobs=True,
+            detokenize=False,
+        )
+
+
+def _generation_config(model_path: str, model_config: PretrainedConfig) -> GenerationConfig:
+    """The checkpoint's, as transformers' models find theirs."""
+    try:
+        return GenerationConfig.from_pretrained(model_path)
+    except OSError:  # a checkpoint without one
+        return GenerationConfig.from_model_config(model_config)
+
+
+def _media_options(model_config: PretrainedConfig, rollout: RolloutConfig, device: torch.device) -> dict[str, Any]:
+    if not family_of(model_config).has_vision_tower:
+        return {}
+    limits = {"video": 0}
+    if rollout.limit_images > 0:
+        limits["image"] = rollout.limit_images
+    # Every prompt's images are new: keeping processed ones would only take host memory.
+    return {
+        "limit_mm_per_prompt": limits,
+        "mm_processor_cache_gb": 0,
+        "skip_mm_profiling": device.type == "cpu",
+    }
+
+
+def _memory_options(model_config: PretrainedConfig, config: PPOConfig, device: torch.device) -> dict[str, Any]:
+    """On a GPU vLLM takes its share and sleeps between rollouts. On a CPU, where it would take most of the machine,
+    the cache gets room for `SEQUENCES_AT_ONCE_ON_CPU` whole sequences, or the share of what is free, if that is less.
+    """
+    rollout = config.worker.rollout
+    if device.type == "cuda":
+        return {"gpu_memory_utilization": rollout.gpu_memory_utilization, "enable_sleep_mode": True}
+    text = model_config.get_text_config()
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    numbers_per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size  # keys and values
+    length = rollout.max_model_len or config.data.max_prompt_length + config.data.max_response_length
+    wanted = SEQUENCES_AT_ONCE_ON_CPU * length * numbers_per_token * DTYPES[rollout.dtype].itemsize
+    free = psutil.virtual_memory().available / config.trainer.n_gpus_per_node
+    return {
+        "kv_cache_memory_bytes": int(min(wanted, rollout.gpu_memory_utilization * free)),
+        "max_num_seqs": SEQUENCES_AT_ONCE_ON_CPU,
+    }
+
+
+def _group_of_this_rank(size: int) -> dist.ProcessGroup | None:
+    """The gloo group of `size` consecutive ranks that this one belongs to; a collective of all ranks."""
+    if size == 1:
+        return None
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    groups = [
+        dist.new_group(list(range(first, first + size)), backend="gloo") for first in range(0, world_size, size)
+    ]
+    return groups[rank // size]
+
+
+@contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
