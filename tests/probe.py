@@ -23,14 +23,27 @@ RESPONSES_PER_PROMPT = 2
 
 class ProbeWorker(FSDPWorker):
     @register(DP_COMPUTE_METRIC)
-    def gradients(self, mini_batch: DataProto, mode: str) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        """The whole gradient by parameter name, and the loss metrics, of one mini-batch under a `loss_avg_mode`."""
-        self.actor.config = replace(self.actor.config, loss_avg_mode=mode)
+    def gradients(
+        self, mini_batch: DataProto, mode: str, loss_type: str = "default", **settings: float
+    ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """The whole gradient by parameter name, and the loss metrics, of one mini-batch under a `loss_avg_mode`.
+
+        `settings` are keys of `worker.actor`.
+        """
+        actor = self.config.worker.actor
+        self.actor.config = replace(actor, loss_avg_mode=mode, loss_type=loss_type, **settings)
         self.model.train()
         metrics = self.actor.accumulate_gradients(mini_batch)
         gradients = {name: full_tensor(parameter.grad) for name, parameter in self.model.named_parameters()}
         self.optimizer.zero_grad()
         return gradients, metrics
+
+    @register(ONE_TO_ALL)
+    def scale_weights(self, factor: float) -> None:
+        """Takes the policy away from its reference."""
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.mul_(factor)
 
     @register(ONE_TO_ALL)
     def weights(self) -> dict[str, torch.Tensor]:

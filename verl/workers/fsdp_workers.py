@@ -5,7 +5,7 @@ Shapes: N sequences over all ranks, R response length. Batches arrive as this ra
 """
 
 import logging
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import psutil
 import torch
@@ -24,6 +24,7 @@ from verl.utils.tokenizer import get_processor, get_tokenizer
 from verl.workers.actor.config import FSDPConfig
 from verl.workers.actor.dp_actor import (
     DataParallelPPOActor,
+    compute_kl_to_reference,
     compute_log_probs,
     compute_log_probs_and_attention,
 )
@@ -70,8 +71,16 @@ class FSDPWorker(Worker):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = build_optimizer(self.model, actor.optim)
         self.scheduler = build_scheduler(self.optimizer, actor.optim, self.training_steps)
+        algorithm, reference = self.config.algorithm, None
+        if not algorithm.disable_kl:
+            self.ref_model = self._load_sharded(self.config.worker.ref.fsdp, default_dtype="bf16")
+            self.ref_model.requires_grad_(False)
+            with self._reference_resident():
+                pass  # from here on it rests where it does between phases
+            if algorithm.kl_in_loss and algorithm.kl_penalty == "full":
+                reference = self._forward_of(self.ref_model)
         self.actor = DataParallelPPOActor(
-            self.config, self.plan, self._forward_of(self.model), self.optimizer, self.scheduler
+            self.config, self.plan, self._forward_of(self.model), self.optimizer, self.scheduler, reference
         )
         self.checkpoint = FSDPCheckpoint(
             self.model, self.optimizer, self.scheduler, self.processor or self.tokenizer
@@ -81,13 +90,8 @@ class FSDPWorker(Worker):
         )
         if self.config.worker.rollout.collect_attentions:
             self.vocabulary = KeyVocabulary.of(self.model.config, self.processor or self.tokenizer)
-        if not self.config.algorithm.disable_kl:
-            self.ref_model = self._load_sharded(self.config.worker.ref.fsdp, default_dtype="bf16")
-            self.ref_model.requires_grad_(False)
-            with self._reference_resident():
-                pass  # from here on it rests where it does between phases, and so does the actor
         with self._actor_resident(optimizer=True):
-            pass
+            pass  # from here on it rests where it does between phases
 
     def _load_sharded(self, fsdp: FSDPConfig, default_dtype: str) -> nn.Module:
         dtype = DTYPES[fsdp.torch_dtype or default_dtype]
@@ -169,10 +173,23 @@ class FSDPWorker(Worker):
             )
         return DataProto.from_dict({"ref_log_probs": log_probs})
 
+    @register(DP_COMPUTE_PROTO)
+    def compute_ref_kl(self, data: DataProto) -> DataProto:
+        """Adds `ref_kl` (N, R): KL of the current policy from the one the run began with, over the whole vocabulary.
+
+        Costs a pass of either model.
+        """
+        with self._actor_resident(), self._reference_resident():
+            kl = compute_kl_to_reference(
+                self.actor.forward, self._forward_of(self.ref_model), data, self.plan.experience_micro_batch_size
+            )
+        return DataProto.from_dict({"ref_kl": kl})
+
     @register(DP_COMPUTE_METRIC)
     def update_actor(self, data: DataProto) -> dict[str, float]:
         """One training step on this rank's rows; returns `actor/*` and `perf/*memory*` metrics."""
-        with self._actor_resident(optimizer=True):
+        reference = nullcontext() if self.actor.reference is None else self._reference_resident()
+        with self._actor_resident(optimizer=True), reference:
             metrics = self.actor.update_policy(data)
         return {**metrics, **self._memory_metrics()}
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from verl.algorithms.kl import compute_kl
-from verl.algorithms.policy_loss import POLICY_LOSSES
+from verl.algorithms.policy_loss import POLICY_LOSSES, PolicyLossInputs
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
 from verl.utils.attention_metrics import KeyVocabulary
@@ -55,6 +55,19 @@ def compute_log_probs_and_attention(
     return log_probs, mass, keys
 
 
+def compute_kl_to_reference(
+    forward: PolicyForward, reference: PolicyForward, data: DataProto, micro_batch_size: int
+) -> torch.Tensor:
+    """(N, R) float32 on the CPU: KL(policy || reference) over the whole vocabulary, without gradient.
+
+    Both run on each micro-batch in turn.
+    """
+    forward.model.eval()
+    with torch.no_grad():
+        parts = [forward.statistics(rows, reference).kl for rows in _micro_batches(data, micro_batch_size)]
+    return torch.cat([part.cpu() for part in parts])
+
+
 def _micro_batches(data: DataProto, size: int) -> Iterator[DataProto]:
     for start in range(0, len(data), size):
         yield data[start : start + size]
@@ -68,6 +81,7 @@ class DataParallelPPOActor:
         plan: the run's batch numbers.
         forward: the policy's forward pass.
         optimizer, scheduler: the scheduler advances once per call of `update_policy`.
+        reference: the frozen policy's forward pass, for a KL loss over the whole vocabulary; None where there is none.
     """
 
     def __init__(
@@ -77,6 +91,7 @@ class DataParallelPPOActor:
         forward: PolicyForward,
         optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LRScheduler,
+        reference: PolicyForward | None = None,
     ) -> None:
         self.config = config.worker.actor
         self.algorithm = config.algorithm
@@ -84,10 +99,7 @@ class DataParallelPPOActor:
         self.forward = forward
         self.optimizer = optimizer
         self.scheduler = scheduler
-
-    @property
-    def uses_kl_loss(self) -> bool:
-        return self.algorithm.use_kl_loss and not self.algorithm.disable_kl
+        self.reference = reference
 
     def update_policy(self, data: DataProto) -> dict[str, float]:
         """One pass of optimizer steps over this rank's rows, `ppo_epochs` times.
@@ -98,15 +110,18 @@ class DataParallelPPOActor:
 
         Args:
             data: `input_ids`, `attention_mask`, `position_ids`, `responses`, `response_mask`, `old_log_probs`,
-                `advantages`, and `ref_log_probs` with a KL loss; non-tensor `multi_modal_data`. Also, if the tokens
-                shall not count alike, `token_weights` (N, any length): each token's policy and KL loss is multiplied
-                by its weight; tokens beyond the given ones weigh 1. Nothing else sees the weights, and losses are
-                divided by plain counts, so that weights of one change nothing, bit for bit. `importance_weights`
-                (N, R), if there are any, multiply the policy loss alone.
+                `advantages`, and `ref_log_probs` with a KL loss other than `full`, which runs the reference itself;
+                non-tensor `multi_modal_data`. Also, if the tokens shall not count alike, `token_weights` (N, any
+                length): each token's policy and KL loss is multiplied by its weight; tokens beyond the given ones
+                weigh 1. Nothing else sees the weights, and losses are divided by plain counts, so that weights of one
+                change nothing, bit for bit. `importance_weights` (N, R), if there are any, multiply the policy loss
+                alone.
 
         Returns:
             `actor/*` metrics, the same on every rank: means over the mini-batch's real response tokens, averaged
-            over the optimizer steps. Losses are the weighted ones that were trained on.
+            over the optimizer steps. Losses are the weighted ones that were trained on; `entropy_loss` is the entropy
+            of the distribution that is sampled from, `ppo_kl` the mean of old less new log-probability, which
+            estimates the KL from the policy that made the rollout.
         """
         self.forward.model.train()
         steps = []
@@ -117,7 +132,7 @@ class DataParallelPPOActor:
         self.scheduler.step()
         metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
         metrics["actor/lr"] = learning_rate
-        if self.uses_kl_loss:
+        if self.algorithm.kl_in_loss:
             metrics["actor/kl_coef"] = self.algorithm.kl_coef
         return metrics
 
@@ -169,22 +184,34 @@ class DataParallelPPOActor:
             mode = self.config.loss_avg_mode
             return aggregate_loss(per_token, loss_weights, response_mask, mode, num_tokens, num_sequences)
 
-        log_probs = self.forward(rows)  # (N, R)
+        found = self.forward.statistics(rows, self.reference)
         policy_loss, per_token_metrics = POLICY_LOSSES[self.config.loss_type](
-            log_probs,
-            old_log_probs,
-            rows.batch["advantages"].to(device),
-            clip_ratio_low=self.config.clip_ratio_low,
-            clip_ratio_high=self.config.clip_ratio_high,
-            clip_ratio_dual=self.config.clip_ratio_dual,
+            PolicyLossInputs(
+                found.log_probs,
+                old_log_probs,
+                rows.batch["advantages"].to(device),
+                response_mask,
+                clip_ratio_low=self.config.clip_ratio_low,
+                clip_ratio_high=self.config.clip_ratio_high,
+                clip_ratio_dual=self.config.clip_ratio_dual,
+                tau_positive=self.config.tau_positive,
+                tau_negative=self.config.tau_negative,
+            )
         )
         if "importance_weights" in rows.batch.keys():
             policy_loss = policy_loss * rows.batch["importance_weights"].to(device)
         loss = share_of_loss(policy_loss)
-        parts = {"pg_loss": loss, "entropy_loss": share(-log_probs)}
+        parts = {
+            "pg_loss": loss,
+            "ppo_kl": share(old_log_probs - found.log_probs),
+            "entropy_loss": share(found.entropy),
+        }
         parts.update({name: share(values) for name, values in per_token_metrics.items()})
-        if self.uses_kl_loss:
-            kl = compute_kl(log_probs, rows.batch["ref_log_probs"].to(device), self.algorithm.kl_penalty)
+        if self.algorithm.kl_in_loss:
+            kl = found.kl
+            if kl is None:
+                ref_log_probs = rows.batch["ref_log_probs"].to(device)
+                kl = compute_kl(found.log_probs, ref_log_probs, self.algorithm.kl_penalty)
             kl_loss = share_of_loss(kl)
             loss = loss + self.algorithm.kl_coef * kl_loss
             parts["kl_loss"] = kl_loss

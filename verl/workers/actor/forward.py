@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The forward pass of training: log-probabilities of the response tokens, and nothing of the prompt's logits.
 
-On request the same pass measures how much each response token attends to the prompt's text and to its images.
+On request the same pass measures how much each response token attends to the prompt's text and to its images, or how
+uncertain the policy was and how far from its reference.
 
 Shapes: N sequences, P prompt length, R response length, S = P + R.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -16,7 +19,7 @@ from verl.data.vision import featurize
 from verl.models.attention_recorder import record_attention_mass
 from verl.protocol import DataProto
 from verl.utils.attention_metrics import KeyVocabulary, count_keys
-from verl.utils.logprobs import log_probs_from_logits
+from verl.utils.logprobs import TokenStatistics, log_probs_from_logits, token_statistics
 
 
 class PolicyForward:
@@ -54,9 +57,31 @@ class PolicyForward:
             rows: `input_ids`, `attention_mask` (N, S), `position_ids` (N, S) or (N, 4, S), `responses`,
                 `response_mask` (N, R); non-tensor `multi_modal_data` for image-text models.
         """
-        response_mask = rows.batch["response_mask"].bool()  # (N, R)
-        columns, length = _filled_columns(rows)
+        logits, responses = self._logits(rows)
+        return _spread(log_probs_from_logits(logits, responses, self.temperature, self.banned_token_ids), rows)
 
+    def statistics(self, rows: DataProto, reference: PolicyForward | None = None) -> TokenStatistics:
+        """The log-probabilities, and from the same forward the entropy and the KL from `reference`.
+
+        Args:
+            rows: as for a plain call.
+            reference: runs on the same rows, without gradient; None for no KL.
+
+        Returns:
+            (N, R) float32 each, zero outside `response_mask`; the entropy has no gradient.
+        """
+        ref_logits = None
+        if reference is not None:
+            with torch.no_grad():
+                ref_logits, _ = reference._logits(rows)
+        logits, responses = self._logits(rows)
+        found = token_statistics(logits, responses, self.temperature, self.banned_token_ids, ref_logits)
+        kl = None if found.kl is None else _spread(found.kl, rows)
+        return TokenStatistics(_spread(found.log_probs, rows), _spread(found.entropy, rows), kl)
+
+    def _logits(self, rows: DataProto) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (N, length, V) and the responses (N, length) they predict, length being the longest response's."""
+        columns, length = _filled_columns(rows)
         position_ids = rows.batch["position_ids"][..., columns]
         output = self.model(
             input_ids=rows.batch["input_ids"][:, columns].to(self.device),
@@ -68,11 +93,7 @@ class PolicyForward:
             **self._media_inputs(rows),
         )
         # The logits at a position predict the token after it: drop the last, keep the one before the response.
-        logits = output.logits[:, :-1]  # (N, length, V)
-        responses = rows.batch["responses"][:, :length].to(self.device)
-        log_probs = log_probs_from_logits(logits, responses, self.temperature, self.banned_token_ids)
-        log_probs = log_probs.masked_fill(~response_mask[:, :length].to(self.device), 0.0)
-        return nn.functional.pad(log_probs, (0, response_mask.shape[1] - length))  # (N, R)
+        return output.logits[:, :-1], rows.batch["responses"][:, :length].to(self.device)
 
     def with_attention(
         self, rows: DataProto, vocabulary: KeyVocabulary, last_k_layers: int | None
@@ -113,3 +134,11 @@ def _filled_columns(rows: DataProto) -> tuple[slice, int]:
     length = int(rows.batch["response_mask"].sum(dim=1).max())
     first = int(rows.batch["attention_mask"].argmax(dim=1).min())
     return slice(first, rows.batch["input_ids"].shape[1] - (full_length - length)), length
+
+
+def _spread(values: torch.Tensor, rows: DataProto) -> torch.Tensor:
+    """(N, R): `values` of the response columns up to the longest response, zero outside `response_mask`."""
+    response_mask = rows.batch["response_mask"].bool()  # (N, R)
+    length = values.shape[1]
+    values = values.masked_fill(~response_mask[:, :length].to(values.device), 0.0)
+    return nn.functional.pad(values, (0, response_mask.shape[1] - length))
