@@ -808,7 +808,6 @@ def test_a_plain_run_is_available(runnable):
         "algorithm.adv_estimator=rloo",
         "algorithm.kl_penalty=full",
         "algorithm.kl_type=adaptive",
-        "algorithm.online_filtering=true",
         "worker.actor.loss_type=gspo",
         "worker.actor.ulysses_size=2",
         "worker.actor.model.lora.rank=8",

@@ -149,7 +149,7 @@ class TrainerConfig(ConfigSection):
     """How long a run is, on how many devices, what it logs and what it keeps."""
 
     total_epochs: int = 15
-    """Passes over the training set, unless `max_steps` is given."""
+    """Passes over the training set, unless `max_steps` is given; `algorithm.online_filtering` makes more of them."""
     max_steps: int | None = None
     """Training steps; null follows from `total_epochs`."""
     project_name: str = "easy_r1"
@@ -316,7 +316,6 @@ def require_available(config: PPOConfig) -> None:
         ),
         (algorithm.kl_penalty == "full", "algorithm.kl_penalty=full", "algorithm.kl_penalty=low_var_kl"),
         (algorithm.kl_type == "adaptive", "algorithm.kl_type=adaptive", "algorithm.kl_type=fixed"),
-        (algorithm.online_filtering, "algorithm.online_filtering=true", "algorithm.online_filtering=false"),
         (actor.loss_type != "default", f"worker.actor.loss_type={actor.loss_type}", "worker.actor.loss_type=default"),
         (actor.ulysses_size > 1, f"worker.actor.ulysses_size={actor.ulysses_size}", "worker.actor.ulysses_size=1"),
         (
