@@ -5,7 +5,7 @@
 import pytest
 import torch
 
-from verl.utils.masked_ops import aggregate_loss, masked_mean, masked_sum
+from verl.utils.masked_ops import aggregate_loss, masked_mean, masked_sum, masked_whiten
 
 
 def test_means_and_sums_count_only_what_the_mask_keeps():
@@ -29,6 +29,20 @@ def test_infinite_and_nan_values_under_the_mask_change_neither_value_nor_gradien
     mean.backward()
     assert mean.item() == 2.0
     assert values.grad.tolist() == [[1.0, 0.0, 0.0]]
+
+
+def test_whitening_by_hand_leaves_what_is_masked_out():
+    """Kept are 1, 3 and 5: mean 3, unbiased variance (4 + 0 + 4) / 2 = 4, so -1, 0, 1."""
+    values = torch.tensor([[1.0, float("nan"), 3.0], [5.0, float("inf"), 900.0]])
+    mask = torch.tensor([[1, 0, 1], [1, 0, 0]])
+    torch.testing.assert_close(masked_whiten(values, mask), torch.tensor([[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("count", [7, 1, 0])
+def test_whitening_makes_equal_values_a_single_one_and_none_exactly_zero(count):
+    """The float32 mean of seven 0.7 is off by 6e-8, which 1 / sqrt(1e-8) would make 6e-4."""
+    mask = (torch.arange(8) < count).long()
+    assert masked_whiten(torch.full((8,), 0.7), mask).tolist() == [0.0] * 8
 
 
 def test_token_mode_and_seq_mode_by_hand():

@@ -2,26 +2,53 @@
 """Advantage estimators: from rewards per token to how much better each token was than expected.
 
 N sequences, R response length. An estimator is a function in `ADVANTAGE_ESTIMATORS`, found by
-`algorithm.adv_estimator`.
+`algorithm.adv_estimator`: it takes one `AdvantageInputs` and returns (advantages, returns), both (N, R) and 0 outside
+the response. Rows may stand in any order; groups are found by `uid`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-ADVANTAGE_ESTIMATORS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {}
+from verl.utils.masked_ops import masked_whiten
 
 
-def register_adv_estimator(name: str) -> Callable[[Callable], Callable]:
-    """Decorator that makes an estimator with the signature of `compute_grpo_advantages` known under `name`.
+@dataclass(frozen=True)
+class AdvantageInputs:
+    """What an estimator may look at: the rewards of a step's batch, and what there is to hold them against."""
+
+    token_level_rewards: torch.Tensor
+    """(N, R): a response's reward is the sum over R; 0 outside the response."""
+    response_mask: torch.Tensor
+    """(N, R): 1 on response tokens."""
+    uid: np.ndarray
+    """(N,) objects, equal for responses to the same prompt."""
+    values: torch.Tensor | None = None
+    """(N, R): a critic's estimate, before each token, of the discounted rewards from that token on."""
+    reward_baselines: torch.Tensor | None = None
+    """(N,): the score of the greedy response to the row's prompt."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 1.0
+    """Trace decay of generalised advantage estimation."""
+
+
+Estimator = Callable[[AdvantageInputs], tuple[torch.Tensor, torch.Tensor]]
+
+ADVANTAGE_ESTIMATORS: dict[str, Estimator] = {}
+
+
+def register_adv_estimator(name: str) -> Callable[[Estimator], Estimator]:
+    """Decorator that makes an estimator known under `name`.
 
     Raises ValueError when the name is taken.
     """
 
-    def register(function: Callable) -> Callable:
+    def register(function: Estimator) -> Estimator:
         if name in ADVANTAGE_ESTIMATORS:
             taken_by = ADVANTAGE_ESTIMATORS[name].__qualname__
             raise ValueError(f"advantage estimator '{name}' is already {taken_by}; use another name")
@@ -32,9 +59,7 @@ def register_adv_estimator(name: str) -> Callable[[Callable], Callable]:
 
 
 @register_adv_estimator("grpo")
-def compute_grpo_advantages(
-    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, uid: np.ndarray, eps: float = 1e-6
-) -> tuple[torch.Tensor, torch.Tensor]:
+def compute_grpo_advantages(inputs: AdvantageInputs, eps: float = 1e-6) -> tuple[torch.Tensor, torch.Tensor]:
     """Group-relative advantages: a response's reward against the other responses to its prompt.
 
     (reward - group mean) / (group std + eps), the same on each token of a response; GRPO (DeepSeekMath, arXiv
@@ -43,22 +68,142 @@ def compute_grpo_advantages(
     1. The standard deviation is the unbiased one (n - 1), and eps keeps it from zero.
     2. A group of one, or whose rewards are all equal, has nothing to compare: advantage exactly 0.
 
-    token_level_rewards: (N, R), summed over R for a response's reward; 0 outside the response.
-    response_mask: (N, R).
-    uid: N objects, equal for responses to the same prompt. Rows may stand in any order.
-
-    Returns (advantages, returns), both (N, R) and here the same; 0 outside the response.
+    Returns the same for advantages and returns.
     """
-    rewards = token_level_rewards.sum(-1)  # (N,)
+
+    def compare(rewards: torch.Tensor) -> torch.Tensor:
+        return (rewards - rewards.mean()) / (rewards.std() + eps)
+
+    return _compare_responses(inputs, compare)
+
+
+@register_adv_estimator("grpo_passk")
+def compute_grpo_passk_advantages(inputs: AdvantageInputs, eps: float = 1e-6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages for the best of a prompt's responses: what the group would lose without it.
+
+    The maximum of the group's rewards less the maximum without this response (pass@k as an objective, arXiv
+    2503.19595, its leave-one-out baseline). That is best - second best for the best response and 0 for the others;
+    where two share the best reward neither is missed. Our deltas:
+
+    1. Divided by the group's std + eps, as in GRPO.
+    2. A group of one has advantage exactly 0.
+
+    Returns the same for advantages and returns.
+    """
+
+    def compare(rewards: torch.Tensor) -> torch.Tensor:
+        best, second = rewards.topk(2).values
+        return torch.where(rewards == best, (best - second) / (rewards.std() + eps), 0)
+
+    return _compare_responses(inputs, compare)
+
+
+@register_adv_estimator("rloo")
+def compute_rloo_advantages(inputs: AdvantageInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reward less the mean reward of the *other* responses to the prompt, the same on each token of a response.
+
+    REINFORCE leave-one-out (RLOO; Ahmadian et al., arXiv 2402.14740, the estimator of that name). Our delta:
+
+    1. A group of one, or whose rewards are all equal, has advantage exactly 0.
+
+    Returns the same for advantages and returns.
+    """
+
+    def compare(rewards: torch.Tensor) -> torch.Tensor:
+        return rewards - (rewards.sum() - rewards) / (len(rewards) - 1)
+
+    return _compare_responses(inputs, compare)
+
+
+@register_adv_estimator("reinforce_plus_plus")
+def compute_reinforce_plus_plus_advantages(inputs: AdvantageInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Discounted rewards from each token on, normalised over the whole batch instead of per prompt.
+
+    REINFORCE++ (arXiv 2501.03262, its global advantage normalisation). Our deltas:
+
+    1. Normalised as `masked_whiten` does: over all response tokens, by the unbiased variance plus 1e-8. A batch whose
+       tokens all have the same return has advantage exactly 0.
+    2. The KL is part of the rewards where the configuration puts it there, not always.
+
+    Returns the whitened returns as advantages, and the returns themselves.
+    """
+    no_values = torch.zeros_like(inputs.token_level_rewards)  # (N, R)
+    to_go = _discounted_errors(inputs.token_level_rewards, no_values, inputs.response_mask, inputs.gamma, lam=1.0)
+    return masked_whiten(to_go, inputs.response_mask), to_go
+
+
+@register_adv_estimator("remax")
+def compute_remax_advantages(inputs: AdvantageInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reward less that of the greedy response to the prompt, the same on each token of a response.
+
+    ReMax (arXiv 2310.10505, Algorithm 1). Our delta:
+
+    1. The baseline is the greedy response's score alone, also where a KL penalty is part of the sampled response's
+       reward.
+
+    Needs `reward_baselines`. Returns the same for advantages and returns.
+    """
+    assert inputs.reward_baselines is not None, "remax without the greedy responses' scores"
+    return _on_every_token(inputs.token_level_rewards.sum(-1) - inputs.reward_baselines, inputs)
+
+
+@register_adv_estimator("gae")
+def compute_gae_advantages(inputs: AdvantageInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation from a critic's values.
+
+    With the error of the critic d_t = r_t + gamma V_{t+1} - V_t, where V after a response's last token is 0,
+    A_t = sum over l of (gamma lam)^l d_{t+l} (arXiv 1506.02438, eq. 16). Our deltas:
+
+    1. A token outside the response mask does not exist: the tokens around it are neighbours.
+    2. Advantages are whitened by `masked_whiten` over all response tokens of the batch. The returns that the critic
+       learns, A_t + V_t, are formed before.
+
+    Needs `values`. Returns the whitened advantages, and the returns.
+    """
+    assert inputs.values is not None, "gae without a critic's values"
+    values = torch.where(inputs.response_mask != 0, inputs.values, 0)  # (N, R)
+    advantages = _discounted_errors(
+        inputs.token_level_rewards, values, inputs.response_mask, inputs.gamma, inputs.lam
+    )  # (N, R)
+    return masked_whiten(advantages, inputs.response_mask), advantages + values
+
+
+def _compare_responses(
+    inputs: AdvantageInputs, compare: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every token gets what `compare` makes of its response's reward among those to the same prompt, (n,) to (n,).
+
+    A group of one, or with equal rewards, is not compared but gets 0.
+    """
+    rewards = inputs.token_level_rewards.sum(-1)  # (N,)
     advantages = torch.zeros_like(rewards)  # (N,)
-    _, group_of_row = np.unique(uid.astype(str), return_inverse=True)
+    _, group_of_row = np.unique(inputs.uid.astype(str), return_inverse=True)
     for group in range(group_of_row.max() + 1):
         rows = torch.from_numpy(np.flatnonzero(group_of_row == group)).to(rewards.device)
-        group_rewards = rewards[rows]
-        # Compared, not left to eps: rounding in the mean of equal rewards would be blown up by 1 / eps.
-        if (group_rewards == group_rewards[0]).all():
-            continue
-        advantages[rows] = (group_rewards - group_rewards.mean()) / (group_rewards.std() + eps)
+        # Asked here, not left to an eps: rounding in the mean of equal rewards would be blown up by 1 / eps.
+        if (rewards[rows] != rewards[rows[0]]).any():
+            advantages[rows] = compare(rewards[rows])
+    return _on_every_token(advantages, inputs)
 
-    advantages = advantages.unsqueeze(-1) * response_mask  # (N, R)
-    return advantages, advantages
+
+def _on_every_token(advantages: torch.Tensor, inputs: AdvantageInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    spread = advantages.unsqueeze(-1) * inputs.response_mask  # (N, R)
+    return spread, spread
+
+
+def _discounted_errors(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
+) -> torch.Tensor:
+    """(N, R): the sum over the tokens from t on of (gamma lam)^l (r + gamma V_next - V), tokens off the mask skipped.
+
+    Where all values are 0 and lam is 1 these are the discounted rewards to go.
+    """
+    is_real = mask != 0
+    sums = torch.zeros_like(rewards)  # (N, R)
+    running = next_value = torch.zeros_like(rewards[:, 0])  # (N,)
+    for t in reversed(range(rewards.shape[1])):
+        error = rewards[:, t] + gamma * next_value - values[:, t]
+        running = torch.where(is_real[:, t], error + gamma * lam * running, running)
+        next_value = torch.where(is_real[:, t], values[:, t], next_value)
+        sums[:, t] = running
+    return torch.where(is_real, sums, 0)

@@ -17,7 +17,7 @@ import ray
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS
+from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS, AdvantageInputs
 from verl.algorithms.group_filter import informative_rows
 from verl.algorithms.kl import apply_kl_penalty, compute_kl
 from verl.data.loader import PromptLoader
@@ -286,8 +286,8 @@ class RayDAPOTrainer:
         return token_weights
 
     def _compute_advantages(self, batch: DataProto, record: StepRecord) -> DataProto:
-        """Reads: `token_level_scores`, `response_mask`, `uid`, log-probs. Adds: `token_level_rewards`, `advantages`,
-        `returns`."""
+        """Reads: `token_level_scores`, `response_mask`, `uid`, log-probs, and `values` (N, R) or `reward_baselines`
+        (N,) where the estimator needs them. Adds: `token_level_rewards`, `advantages`, `returns`."""
         algorithm = self.config.algorithm
         streams = batch.batch
         with record.timed("adv"):
@@ -298,9 +298,16 @@ class RayDAPOTrainer:
                     streams["token_level_scores"], kl, streams["response_mask"], algorithm.kl_coef
                 )
                 record.add({"actor/kl_penalty": mean_kl, "actor/kl_coef": algorithm.kl_coef})
-            streams["advantages"], streams["returns"] = ADVANTAGE_ESTIMATORS[algorithm.adv_estimator](
-                streams["token_level_rewards"], streams["response_mask"], batch.non_tensor_batch["uid"]
+            inputs = AdvantageInputs(
+                streams["token_level_rewards"],
+                streams["response_mask"],
+                batch.non_tensor_batch["uid"],
+                values=streams.get("values"),
+                reward_baselines=streams.get("reward_baselines"),
+                gamma=algorithm.gamma,
+                lam=algorithm.lam,
             )
+            streams["advantages"], streams["returns"] = ADVANTAGE_ESTIMATORS[algorithm.adv_estimator](inputs)
         return batch
 
     def _update_actor(self, batch: DataProto, record: StepRecord) -> None:

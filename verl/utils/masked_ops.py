@@ -25,6 +25,23 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None
     return masked_sum(values, mask, dim) / (mask.sum(dim) + eps)
 
 
+def masked_whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(N, R): values shifted and scaled to mean 0 and variance 1 over all tokens whose mask is 1; 0 on the others.
+
+    (value - mean) / sqrt(variance + 1e-8), the variance being the unbiased one (n - 1). Tokens that all have the same
+    value, or a single one, become exactly 0.
+
+    `values` and `mask` have the same shape. Values under a mask of 0 may be infinite or NaN.
+    """
+    is_real = mask != 0
+    real = values[is_real]  # (n,)
+    # Compared, not left to the 1e-8: it would blow the mean's rounding up by 1e4.
+    if (real == real[:1]).all():
+        return torch.zeros_like(values)
+    whitened = (values - real.mean()) * (real.var() + 1e-8).rsqrt()
+    return torch.where(is_real, whitened, 0)
+
+
 def aggregate_loss(
     per_token_loss: torch.Tensor,
     weights: torch.Tensor,
