@@ -310,7 +310,7 @@ def require_available(config: PPOConfig) -> None:
         (worker.rollout.name == "vllm", "worker.rollout.name=vllm", "worker.rollout.name=hf"),
         (not worker.hybrid_engine, "worker.hybrid_engine=false", "worker.hybrid_engine=true"),
         (
-            algorithm.adv_estimator != "grpo",
+            algorithm.adv_estimator not in ("grpo", "remax"),
             f"algorithm.adv_estimator={algorithm.adv_estimator}",
             "algorithm.adv_estimator=grpo",
         ),

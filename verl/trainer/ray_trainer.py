@@ -10,6 +10,7 @@ import os
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -181,9 +182,10 @@ class RayDAPOTrainer:
         """Draws prompts, and n responses for each, until enough groups carry signal.
 
         A group is all responses to one prompt; those beyond the step's number are dropped, the last drawn first. What
-        is scored here, to filter groups, is part of the phase `gen`, as in EasyR1.
+        is scored here, to filter groups or for baselines, is part of the phase `gen`, as in EasyR1.
 
-        Adds: everything `_generate` does, and what `_receive_rewards` does if groups are filtered.
+        Adds: everything `_generate` does; what `_receive_rewards` does, if groups are filtered; `reward_baselines`, if
+        the estimator needs them.
 
         Raises:
             RuntimeError: the draws allowed did not give enough groups.
@@ -196,7 +198,9 @@ class RayDAPOTrainer:
                 prompts = self._prompts_from(self.train_loader.draw())
                 draw = self._generate(prompts, sampling, seed_parts=(TRAIN, record.step, len(draws)))
                 draws.append(self._keep_informative(draw, record))
-        batch = DataProto.concat(draws)[: self.plan.sequences_per_step]
+            batch = DataProto.concat(draws)[: self.plan.sequences_per_step]
+            if self.config.algorithm.adv_estimator == "remax":
+                self._add_baselines(batch, record)
         if self.config.algorithm.online_filtering:
             kept_share = self._groups_in(draws) / (len(draws) * self.plan.prompts_per_draw)
             record.add({"filter/draws": len(draws), "filter/kept_share": kept_share})
@@ -370,7 +374,9 @@ class RayDAPOTrainer:
         inputs.meta_info = {"sampling": sampling, "seed_parts": seed_parts}
         padded, pad_size = pad_dataproto_to_divisor(inputs, self.plan.world_size)
         responses = unpad_dataproto(self.workers.generate_sequences(padded), pad_size * sampling.n)
-        carried = prompts.select([], ["uid", "ground_truth", "prompt_text", "extra", "multi_modal_data"], [])
+        carried = prompts.select(
+            [], ["uid", "ground_truth", "prompt_text", "extra", "raw_prompt_ids", "multi_modal_data"], []
+        )
         return responses.union(carried.repeat(sampling.n, interleave=True))
 
     def _keep_informative(self, draw: DataProto, record: StepRecord) -> DataProto:
@@ -403,6 +409,29 @@ class RayDAPOTrainer:
             f"{len(draws) * plan.prompts_per_draw} in all, whose mean is {mean:.3f}; raise worker.rollout.n or "
             "trainer.max_try_make_batch (0: any number of draws), widen the bounds, or take prompts that the policy "
             "answers neither always nor never right"
+        )
+
+    def _add_baselines(self, batch: DataProto, record: StepRecord) -> None:
+        """Reads: what `_generate` made, the rows of a prompt side by side. Adds: `reward_baselines` (N,) float32, the
+        score of the policy's greedy response to the row's prompt (ReMax, arXiv 2310.10505, Algorithm 1)."""
+        greedy = replace(Sampling.for_training(self.config.worker.rollout), n=1, temperature=0.0)
+        responses = self._generate(self._prompts_of(batch), greedy, seed_parts=(TRAIN, record.step))
+        with record.timed("reward"):
+            scored = ray.get(self._send_to_reward(responses))
+        scores = scored.batch["token_level_scores"].sum(dim=-1)  # (B,)
+        batch.batch["reward_baselines"] = scores.repeat_interleave(self.plan.responses_per_prompt)
+
+    def _prompts_of(self, batch: DataProto) -> DataProto:
+        """The B prompts that N rows of responses, those of a prompt side by side, were generated from."""
+        first_rows = batch[:: self.plan.responses_per_prompt]
+        prompt_length = first_rows.batch["prompts"].shape[1]
+        return DataProto.from_dict(
+            {
+                "input_ids": first_rows.batch["prompts"],
+                "attention_mask": first_rows.batch["attention_mask"][:, :prompt_length],
+                "position_ids": first_rows.batch["position_ids"][..., :prompt_length],
+            },
+            first_rows.non_tensor_batch,
         )
 
     @contextmanager

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# python -m pytest tests/test_dynamic_sampling.py
-"""Whole runs in which groups are filtered: what is kept and what goes with it, resuming, running out of draws."""
+# python -m pytest tests/test_rollout_phase.py
+"""Whole runs, seen by what a step trains on: groups that carry signal, with all that belongs to them; baselines."""
 
 import json
 from collections import Counter
@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText
 
 from tests.batches import ROWS, write_dataset
 from tests.rewards import weights_by_length
@@ -18,6 +20,9 @@ from verl.trainer.config import load_config
 from verl.trainer.main import run
 from verl.trainer.ray_trainer import RayDAPOTrainer
 from verl.utils.step_record import StepRecord
+from verl.utils.tokenizer import get_processor
+from verl.workers.rollout.base import Sampling
+from verl.workers.rollout.hf_rollout import HFRollout
 
 N = 4
 """Responses to a prompt."""
@@ -188,3 +193,47 @@ def test_a_step_that_runs_out_of_draws_ends_the_run_with_the_counts(
         "filter_high=0.99, and has 0 after trainer.max_try_make_batch=2 draws of 3 prompts, 6 in all, whose mean is "
         "0.500; raise worker.rollout.n or trainer.max_try_make_batch"
     )
+
+
+def test_remax_compares_each_response_with_the_policys_greedy_one(
+    tiny_model_path: str, tokenizer, data_files: list[str], tmp_path: Path, ray_cluster
+) -> None:
+    """Two workers, rows reordered, groups filtered; the greedy responses come from a rollout of the test's own.
+
+    They are asked for once, after the draws, for the kept prompts alone, and show in no metric.
+    """
+    args = filtered(tiny_model_path, data_files, tmp_path, *TWO_WORKERS, "algorithm.adv_estimator=remax")
+    config = load_config([*args, "trainer.max_steps=1"])
+    with kept_batches() as batches:
+        run(config)
+    (batch,) = batches
+    tensors, prompt_length = batch.batch, config.data.max_prompt_length
+    prompts = DataProto.from_dict(
+        {
+            "input_ids": tensors["prompts"],
+            "attention_mask": tensors["attention_mask"][:, :prompt_length],
+            "position_ids": tensors["position_ids"][..., :prompt_length],
+        },
+        {"multi_modal_data": batch.non_tensor_batch["multi_modal_data"]},
+    )
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model_path, dtype=torch.float32)
+    rollout_config, response_length = config.worker.rollout, config.data.max_response_length
+    processor = get_processor(tiny_model_path)
+    rollout = HFRollout(model, tokenizer, processor, rollout_config, response_length, torch.device("cpu"))
+    greedy = rollout.generate(prompts, Sampling(1, temperature=0.0, top_p=1.0, top_k=-1, ignore_eos=False), seed=0)
+    baselines = []
+    for ids, mask in zip(greedy.batch["responses"], greedy.batch["response_mask"], strict=True):
+        text = tokenizer.decode(ids[: mask.sum()], skip_special_tokens=True)
+        baselines.append(sum(map(ord, text)) % 2 - 2 + mask.sum().item() / 100)
+    assert len(set(baselines)) > 1
+    assert tensors["reward_baselines"].dtype == torch.float32
+    torch.testing.assert_close(tensors["reward_baselines"], torch.tensor(baselines))
+    advantages = tensors["token_level_scores"].sum(-1) - tensors["reward_baselines"]
+    torch.testing.assert_close(tensors["advantages"], advantages[:, None] * tensors["response_mask"])
+
+    scored = scored_in(tmp_path, 1)
+    sampled, asked_last = scored[:-STEP], scored[-STEP:]
+    assert set(Counter(uid for uid, *_ in sampled).values()) == {N}
+    assert {uid for uid, *_ in asked_last} == set(batch.non_tensor_batch["uid"])
+    record = lines_of(tmp_path / "experiment_log.jsonl")[0]
+    assert record["reward"]["accuracy"] == pytest.approx(sum(accuracy for *_, accuracy in sampled) / len(sampled))
