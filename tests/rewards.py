@@ -29,6 +29,28 @@ def weigh_some(samples: list[dict]) -> list[dict]:
     return results
 
 
+def pass_or_fail(samples: list[dict], folder: str) -> list[dict]:
+    """Answers 1 and 3 are right for some responses, 2 always and 4 never; what was scored in training is noted down.
+
+    `overall` is no share of right responses, so that only `accuracy` can decide about groups. Samples with the answer
+    1 also weigh each of their tokens by its length.
+    """
+    always = {"2": 1.0, "4": 0.0}
+    results = []
+    for sample in samples:
+        lucky = float(sum(map(ord, sample["response"])) % 2)
+        accuracy = always.get(sample["ground_truth"], lucky)
+        results.append({"overall": accuracy - 2 + sample["response_length"] / 100, "accuracy": accuracy})
+        if sample["ground_truth"] == "1":
+            results[-1]["token_weights"] = weights_by_length(sample["response_tokens"])
+    if samples[0]["split"] == "train":
+        with Path(folder, f"scored_{samples[0]['step']}.jsonl").open("a") as file:
+            for sample, result in zip(samples, results, strict=True):
+                seen = [sample["uid"], sample["ground_truth"], sample["response"], result["accuracy"]]
+                file.write(json.dumps(seen) + "\n")
+    return results
+
+
 def weights_by_length(tokens: list[str]) -> list[float]:
     return [0.5 * len(token) for token in tokens]
 

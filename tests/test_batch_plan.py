@@ -43,6 +43,8 @@ def test_every_number_of_a_small_plan():
         responses_per_prompt=4,
         sequences_per_step=64,
         prompts_per_draw=16,
+        fewest_draws=1,
+        most_draws=1,
         prompts_per_mini_batch=8,
         sequences_per_mini_batch=32,
         mini_batches=2,
@@ -65,6 +67,8 @@ def test_the_parts_add_up_to_the_whole_on_any_number_of_workers(world_size):
 def test_a_draw_may_be_smaller_than_a_step():
     plan = BatchPlan.from_config(config_of(data__mini_rollout_batch_size=4), world_size=2)
     assert (plan.prompts_per_draw, plan.prompts_per_step) == (4, 16)
+    assert (plan.fewest_draws, plan.most_draws) == (4, 4)
+    assert plan.describe()[1] == "generation: 4 x 4 prompts"
 
 
 def test_a_draw_need_not_divide_among_the_workers():
@@ -78,6 +82,28 @@ def test_a_filter_may_draw_more_than_a_step_needs():
         config_of(data__mini_rollout_batch_size=24, algorithm__online_filtering="true"), world_size=2
     )
     assert (plan.prompts_per_draw, plan.prompts_per_step) == (24, 16)
+
+
+@pytest.mark.parametrize(
+    ("most", "draws", "told"),
+    [
+        (20, (3, 20), "3 x 7 prompts, and up to 20 x 7 until enough groups carry signal"),
+        (3, (3, 3), "3 x 7 prompts"),
+        (0, (3, None), "3 x 7 prompts, and more until enough groups carry signal"),
+        (-1, (3, None), "3 x 7 prompts, and more until enough groups carry signal"),
+    ],
+)
+def test_a_filter_may_draw_as_often_as_it_is_allowed(most, draws, told):
+    """16 prompts from draws of 7: three, if all are kept."""
+    changes = {"data__mini_rollout_batch_size": 7, "algorithm__online_filtering": "true"}
+    plan = BatchPlan.from_config(config_of(trainer__max_try_make_batch=most, **changes), world_size=2)
+    assert (plan.fewest_draws, plan.most_draws) == draws
+    assert plan.describe()[1] == f"generation: {told}"
+
+
+def test_without_a_filter_the_number_of_draws_is_not_limited_by_tries():
+    changes = {"data__mini_rollout_batch_size": 4, "trainer__max_try_make_batch": 1}
+    assert BatchPlan.from_config(config_of(**changes), world_size=2).most_draws == 4
 
 
 def test_the_plan_is_told_in_five_lines_with_its_numbers():
@@ -122,6 +148,15 @@ def test_the_plan_is_told_in_five_lines_with_its_numbers():
             {"worker__rollout__name": "vllm", "worker__rollout__tensor_parallel_size": 4},
             "trainer.nnodes x trainer.n_gpus_per_node=2 is not a multiple of "
             "worker.rollout.tensor_parallel_size=4; use 4",
+        ),
+        (
+            {
+                "data__mini_rollout_batch_size": 4,
+                "algorithm__online_filtering": "true",
+                "trainer__max_try_make_batch": 3,
+            },
+            "trainer.max_try_make_batch=3 draws of 4 prompts never make data.rollout_batch_size=16; use 4 at the "
+            "least, more for what algorithm.online_filtering drops, or 0 for any number",
         ),
         (
             {"worker__rollout__n": 1},
@@ -174,6 +209,7 @@ def test_hf_rollout_does_not_ask_about_tensor_parallelism():
         ({"trainer__max_steps": 3}, 1, 3),
         ({"data__mini_rollout_batch_size": 4, "trainer__total_epochs": 1}, 62, 3),  # 15 draws x 4 = 60; 60 // 16 = 3
         ({"data__mini_rollout_batch_size": 24, "trainer__total_epochs": 1}, 70, 3),  # 2 draws x 24 = 48; 48 // 16 = 3
+        ({"algorithm__online_filtering": "true", "trainer__total_epochs": 1}, 100, 6),  # as if all were kept
     ],
 )
 def test_training_steps_follow_from_the_data(changes, prompts, steps):

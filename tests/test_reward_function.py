@@ -12,7 +12,7 @@ import torch
 
 from verl.protocol import DataProto
 from verl.workers.reward.config import RewardConfig
-from verl.workers.reward.function import AutoRewardManager
+from verl.workers.reward.function import AutoRewardManager, values_by_key
 
 TEXTS = ["I see 3 and 9. 3+9=12.", "What is the sum?", "The quick brown fox"]
 TRUTHS = ["12", "7", "fox"]
@@ -138,6 +138,26 @@ def test_token_weights_come_as_they_were_returned_and_are_no_metric(make_manager
     length = batch.batch["response_mask"][0].sum().item()
     _, values = make_manager(f"REWARD_TYPE = '{reward_type}'\n" + dedent(body)).compute_reward(batch)
     assert values == {"overall": [1.0, 1.0, 1.0], "token_weights": [[0.5] * length, None, None]}
+
+
+def test_every_sample_keeps_what_it_got_beside_its_score(make_manager, tokenizer):
+    """So that samples can be filtered, joined and reordered with all of it; the second has no `n`."""
+    manager = make_manager(
+        """
+        def compute_score(samples):
+            return [
+                {"overall": 1, "token_weights": [2]},
+                {"overall": 0},
+                {"overall": 1, "n": 3},
+            ]
+        """
+    )
+    scored = manager.score(make_batch(tokenizer))
+    assert scored.batch["token_level_scores"].sum(-1).tolist() == [1, 0, 1]
+    results = scored.non_tensor_batch["reward_results"]
+    assert results.tolist() == [{"overall": 1.0, "token_weights": [2]}, {"overall": 0.0}, {"overall": 1.0, "n": 3.0}]
+    assert values_by_key(results[[2, 0]]) == {"overall": [1.0, 1.0], "n": [3.0], "token_weights": [None, [2]]}
+    assert values_by_key(results[[1]]) == {"overall": [0.0]}
 
 
 def test_a_function_without_token_weights_leaves_no_trace_of_them(make_manager, tokenizer):
@@ -274,7 +294,7 @@ def test_the_guilty_sample_is_found_in_few_calls(make_manager, guilty):
     )
     samples = [{"uid": uid, "ground_truth": "", "response": ""} for uid in range(64)]
     with pytest.raises(RuntimeError, match=f"ZeroDivisionError.* for sample {guilty} .uid {guilty},"):
-        manager._score(samples)
+        manager._results_of(samples)
     assert manager._function.__globals__["calls"] <= 1 + 2 * 6
 
 

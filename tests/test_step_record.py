@@ -37,6 +37,15 @@ def test_a_phase_is_announced_before_its_work_begins():
     assert events == ["old", "work"]
 
 
+def test_the_phase_around_another_is_announced_again_when_that_ends():
+    events = []
+    record = StepRecord(1, on_phase=events.append)
+    with record.timed("gen"):
+        with record.timed("reward"):
+            events.append("work")
+    assert events == ["gen", "reward", "work", "gen"]
+
+
 def test_an_error_inside_a_phase_passes_through():
     with pytest.raises(ZeroDivisionError), StepRecord(1).timed("gen"):
         raise ZeroDivisionError
@@ -57,3 +66,13 @@ def test_a_metric_recorded_twice_is_an_error_that_names_it():
     record.add({"actor/kl_coef": 0.1})
     with pytest.raises(ValueError, match="'actor/kl_coef' of step 4 is 0.1 already.*0.2.*another name"):
         record.add({"actor/kl_coef": 0.2})
+
+
+def test_numbers_of_several_calls_are_averaged_as_if_they_came_in_one():
+    """(1 + 2 + 3 + 6) / 4 = 3, not the mean 4 of the means 2 and 6."""
+    record = StepRecord(2)
+    record.average({"reward/overall": [1.0, 2.0, 3.0], "reward/format": [1.0]})
+    record.average({"reward/overall": [6.0]})
+    assert record.metrics == {"reward/overall": 3.0, "reward/format": 1.0}
+    with pytest.raises(ValueError, match="'reward/overall' of step 2 is 3.0 already"):
+        record.add({"reward/overall": 3.0})

@@ -167,7 +167,7 @@ class TrainerConfig(ConfigSection):
     """How long a run is, on how many devices, what it logs and what it keeps."""
 
     total_epochs: int = 15
-    """Passes over the training set, unless `max_steps` is given."""
+    """Passes over the training set, unless `max_steps` is given; `algorithm.online_filtering` makes more of them."""
     max_steps: int | None = None
     """Training steps; null follows from `total_epochs`."""
     project_name: str = "easy_r1"
@@ -332,11 +332,10 @@ def require_available(config: PPOConfig) -> None:
     wanted = [
         (not worker.hybrid_engine, "worker.hybrid_engine=false", "worker.hybrid_engine=true"),
         (
-            algorithm.adv_estimator in ("gae", "remax"),
+            algorithm.adv_estimator == "gae",
             f"algorithm.adv_estimator={algorithm.adv_estimator}",
             "algorithm.adv_estimator=grpo",
         ),
-        (algorithm.online_filtering, "algorithm.online_filtering=true", "algorithm.online_filtering=false"),
         (actor.ulysses_size > 1, f"worker.actor.ulysses_size={actor.ulysses_size}", "worker.actor.ulysses_size=1"),
         (
             actor.model.lora.rank > 0,

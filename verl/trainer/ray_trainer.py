@@ -10,6 +10,7 @@ import os
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS, AdvantageInputs
+from verl.algorithms.group_filter import informative_rows
 from verl.algorithms.importance import truncated_importance_weights
 from verl.algorithms.kl import adapt_kl_coef, apply_kl_penalty, compute_kl
 from verl.data.loader import PromptLoader
@@ -32,7 +34,6 @@ from verl.trainer.metrics import (
     compute_throughput_metrics,
     compute_timing_metrics,
     compute_token_weight_metrics,
-    reduce_metrics,
 )
 from verl.trainer.validator import ValidationResult, Validator
 from verl.utils.attention_token_weights import choose_token_weights
@@ -52,7 +53,7 @@ from verl.utils.step_record import StepRecord
 from verl.utils.tracking import Tracker
 from verl.workers.fsdp_checkpoint import has_optimizer
 from verl.workers.fsdp_workers import FSDPWorker
-from verl.workers.reward.function import TOKEN_WEIGHTS, AutoRewardManager
+from verl.workers.reward.function import TOKEN_WEIGHTS, AutoRewardManager, values_by_key
 from verl.workers.rollout.base import Sampling
 
 logger = logging.getLogger(__name__)
@@ -167,8 +168,8 @@ class RayDAPOTrainer:
                 batch = self._balance_across_ranks(batch, record)
                 rewards = self._start_rewards(batch)
                 batch = self._compute_log_probs(batch, record)
-                batch, reward_values = self._await_rewards(batch, rewards, record)
-                batch = self._attach_token_weights(batch, reward_values, record)
+                batch = self._await_rewards(batch, rewards, record)
+                batch = self._attach_token_weights(batch, record)
                 batch = self._compute_advantages(batch, record)
                 self._update_actor(batch, record)
                 self._validate_if_due(record)
@@ -184,18 +185,32 @@ class RayDAPOTrainer:
             yield self.global_step
 
     def _rollout(self, record: StepRecord) -> DataProto:
-        """Draws prompts until the step has enough, and n responses for each.
+        """Draws prompts, and n responses for each, until enough groups carry signal.
 
-        Adds: everything `Rollout.generate` does, and `uid`, `ground_truth`, `prompt_text`, `extra`,
-        `multi_modal_data`.
+        A group is all responses to one prompt; those beyond the step's number are dropped, the last drawn first. What
+        is scored here, to filter groups or for baselines, is part of the phase `gen`, as in EasyR1.
+
+        Adds: everything `_generate` does; what `_receive_rewards` does, if groups are filtered; `reward_baselines`, if
+        the estimator needs them.
+
+        Raises:
+            RuntimeError: the draws allowed did not give enough groups.
         """
         sampling = Sampling.for_training(self.config.worker.rollout)
         draws: list[DataProto] = []
         with record.timed("gen"), self._awake_rollout_engine():
-            while sum(len(draw) for draw in draws) < self.plan.sequences_per_step:
+            while self._groups_in(draws) < self.plan.prompts_per_step:
+                self._require_a_draw_left(draws, record)
                 prompts = self._prompts_from(self.train_loader.draw())
-                draws.append(self._generate(prompts, sampling, seed_parts=(TRAIN, record.step, len(draws))))
-        return DataProto.concat(draws)[: self.plan.sequences_per_step]
+                draw = self._generate(prompts, sampling, seed_parts=(TRAIN, record.step, len(draws)))
+                draws.append(self._keep_informative(draw, record))
+            batch = DataProto.concat(draws)[: self.plan.sequences_per_step]
+            if self.config.algorithm.adv_estimator == "remax":
+                self._add_baselines(batch, record)
+        if self.config.algorithm.online_filtering:
+            kept_share = self._groups_in(draws) / (len(draws) * self.plan.prompts_per_draw)
+            record.add({"filter/draws": len(draws), "filter/kept_share": kept_share})
+        return batch
 
     def _balance_across_ranks(self, batch: DataProto, record: StepRecord) -> DataProto:
         """Reorders rows so that every rank gets as many rows and about as many tokens.
@@ -208,12 +223,13 @@ class RayDAPOTrainer:
         record.add(seqlen_metrics(lengths, order, self.plan.world_size))
         return batch
 
-    def _start_rewards(self, batch: DataProto) -> ray.ObjectRef:
-        """Sends the responses to the reward actor, which works while the workers do.
+    def _start_rewards(self, batch: DataProto) -> ray.ObjectRef | None:
+        """Sends the responses to the reward actor, which works while the workers do; None if they are scored already.
 
         Reads: `responses`, `response_mask`, `ground_truth`, `prompt_text`, `uid`, `multi_modal_data`, `extra`.
         """
-        return self._send_to_reward(batch, split="train")
+        is_scored = "token_level_scores" in batch.batch.keys()
+        return None if is_scored else self._send_to_reward(batch)
 
     def _compute_log_probs(self, batch: DataProto, record: StepRecord) -> DataProto:
         """Reads: sequence tensors, media, `rollout_log_probs`. Adds: `old_log_probs`; `attention_mass` and
@@ -237,27 +253,16 @@ class RayDAPOTrainer:
                 batch = batch.union(self.workers.compute_ref_log_probs(sequences))
         return batch
 
-    def _await_rewards(
-        self, batch: DataProto, rewards: ray.ObjectRef, record: StepRecord
-    ) -> tuple[DataProto, dict[str, list[Any]]]:
-        """Adds: `token_level_scores`. Beside the batch it returns what the reward function gave, by key.
+    def _await_rewards(self, batch: DataProto, rewards: ray.ObjectRef | None, record: StepRecord) -> DataProto:
+        """Adds: what `_receive_rewards` does, unless the batch has it already."""
+        return batch if rewards is None else self._receive_rewards(batch, rewards, record)
 
-        The time recorded is the wait that the passes did not hide.
-        """
-        with record.timed("reward"):
-            token_level_scores, values_by_key = ray.get(rewards)
-        batch.batch["token_level_scores"] = token_level_scores
-        means = reduce_metrics(_without_token_weights(values_by_key))
-        record.add({f"reward/{key}": value for key, value in means.items()})
-        return batch, values_by_key
-
-    def _attach_token_weights(
-        self, batch: DataProto, reward_values: dict[str, list[Any]], record: StepRecord
-    ) -> DataProto:
-        """Reads: `response_mask`, `attention_mask`, and `attention_mass`, `attention_keys` if they were collected.
-        Adds: `token_weights`, if they are enabled and there is something to weigh by."""
+    def _attach_token_weights(self, batch: DataProto, record: StepRecord) -> DataProto:
+        """Reads: `response_mask`, `attention_mask`, `reward_results`, and `attention_mass`, `attention_keys` if they
+        were collected. Adds: `token_weights`, if they are enabled and there is something to weigh by."""
         algorithm = self.config.algorithm
         record.add(compute_attention_metrics(batch))
+        reward_values = values_by_key(batch.non_tensor_batch["reward_results"])
         token_weights = self._maybe_compute_token_weights(batch, reward_values)
         if token_weights is not None:
             batch.batch["token_weights"] = token_weights
@@ -398,8 +403,65 @@ class RayDAPOTrainer:
         inputs.meta_info = {"sampling": sampling, "seed_parts": seed_parts}
         padded, pad_size = pad_dataproto_to_divisor(inputs, self.plan.world_size)
         responses = unpad_dataproto(self.workers.generate_sequences(padded), pad_size * sampling.n)
-        carried = prompts.select([], ["uid", "ground_truth", "prompt_text", "extra", "multi_modal_data"], [])
+        carried = prompts.select(
+            [], ["uid", "ground_truth", "prompt_text", "extra", "raw_prompt_ids", "multi_modal_data"], []
+        )
         return responses.union(carried.repeat(sampling.n, interleave=True))
+
+    def _keep_informative(self, draw: DataProto, record: StepRecord) -> DataProto:
+        """The rows of those groups that carry signal, with their rewards; all as they are if none is to be filtered.
+
+        Reads: `uid`, and what the reward function is shown.
+        """
+        algorithm = self.config.algorithm
+        if not algorithm.online_filtering:
+            return draw
+        draw = self._receive_rewards(draw, self._send_to_reward(draw), record)
+        numbers = _without_token_weights(values_by_key(draw.non_tensor_batch["reward_results"]))
+        bounds = (algorithm.filter_low, algorithm.filter_high)
+        return draw[informative_rows(numbers, draw.non_tensor_batch["uid"], algorithm.filter_key, *bounds)]
+
+    def _groups_in(self, draws: list[DataProto]) -> int:
+        return sum(len(draw) for draw in draws) // self.plan.responses_per_prompt
+
+    def _require_a_draw_left(self, draws: list[DataProto], record: StepRecord) -> None:
+        """A step can run out of draws only where groups are filtered."""
+        plan, algorithm = self.plan, self.config.algorithm
+        if plan.most_draws is None or len(draws) < plan.most_draws:
+            return
+        mean = record.metrics[f"reward/{algorithm.filter_key}"]
+        raise RuntimeError(
+            f"step {record.step} needs data.rollout_batch_size={plan.prompts_per_step} groups with a mean "
+            f"{algorithm.filter_key} between algorithm.filter_low={algorithm.filter_low} and "
+            f"filter_high={algorithm.filter_high}, and has {self._groups_in(draws)} after "
+            f"trainer.max_try_make_batch={len(draws)} draws of {plan.prompts_per_draw} prompts, "
+            f"{len(draws) * plan.prompts_per_draw} in all, whose mean is {mean:.3f}; raise worker.rollout.n or "
+            "trainer.max_try_make_batch (0: any number of draws), widen the bounds, or take prompts that the policy "
+            "answers neither always nor never right"
+        )
+
+    def _add_baselines(self, batch: DataProto, record: StepRecord) -> None:
+        """Reads: what `_generate` made, the rows of a prompt side by side. Adds: `reward_baselines` (N,) float32, the
+        score of the policy's greedy response to the row's prompt (ReMax, arXiv 2310.10505, Algorithm 1)."""
+        greedy = replace(Sampling.for_training(self.config.worker.rollout), n=1, temperature=0.0)
+        responses = self._generate(self._prompts_of(batch), greedy, seed_parts=(TRAIN, record.step))
+        with record.timed("reward"):
+            scored = ray.get(self._send_to_reward(responses))
+        scores = scored.batch["token_level_scores"].sum(dim=-1)  # (B,)
+        batch.batch["reward_baselines"] = scores.repeat_interleave(self.plan.responses_per_prompt)
+
+    def _prompts_of(self, batch: DataProto) -> DataProto:
+        """The B prompts that N rows of responses, those of a prompt side by side, were generated from."""
+        first_rows = batch[:: self.plan.responses_per_prompt]
+        prompt_length = first_rows.batch["prompts"].shape[1]
+        return DataProto.from_dict(
+            {
+                "input_ids": first_rows.batch["prompts"],
+                "attention_mask": first_rows.batch["attention_mask"][:, :prompt_length],
+                "position_ids": first_rows.batch["position_ids"][..., :prompt_length],
+            },
+            first_rows.non_tensor_batch,
+        )
 
     @contextmanager
     def _awake_rollout_engine(self) -> Iterator[None]:
@@ -412,16 +474,32 @@ class RayDAPOTrainer:
 
     # ---- rewards ----
 
-    def _send_to_reward(self, batch: DataProto, split: str) -> ray.ObjectRef:
-        data = batch.select(
-            ["responses", "response_mask"], ["ground_truth", "uid", "prompt_text", "multi_modal_data", "extra"], []
-        )
-        data.meta_info = {"step": self.global_step, "split": split}
-        return self.reward_actor.compute_reward.remote(data)
+    def _send_to_reward(self, batch: DataProto) -> ray.ObjectRef:
+        return self.reward_actor.score.remote(self._reward_inputs(batch, split="train"))
+
+    def _receive_rewards(self, batch: DataProto, rewards: ray.ObjectRef, record: StepRecord) -> DataProto:
+        """Adds: `token_level_scores`, and `reward_results`, each row's own dict from the reward function.
+
+        The metrics `reward/*` are means over every sample received in the step: with filtered groups, over those that
+        are dropped too, as in EasyR1. The time recorded is the wait that nothing else hid.
+        """
+        with record.timed("reward"):
+            batch = batch.union(ray.get(rewards))
+        numbers = _without_token_weights(values_by_key(batch.non_tensor_batch["reward_results"]))
+        record.average({f"reward/{key}": values for key, values in numbers.items()})
+        return batch
 
     def _score_now(self, batch: DataProto) -> tuple[list[float], dict[str, list[float]]]:
-        scores, values_by_key = ray.get(self._send_to_reward(batch, split="val"))
-        return scores.sum(dim=1).tolist(), _without_token_weights(values_by_key)
+        inputs = self._reward_inputs(batch, split="val")
+        scores, reward_values = ray.get(self.reward_actor.compute_reward.remote(inputs))
+        return scores.sum(dim=1).tolist(), _without_token_weights(reward_values)
+
+    def _reward_inputs(self, batch: DataProto, split: str) -> DataProto:
+        inputs = batch.select(
+            ["responses", "response_mask"], ["ground_truth", "uid", "prompt_text", "multi_modal_data", "extra"], []
+        )
+        inputs.meta_info = {"step": self.global_step, "split": split}
+        return inputs
 
     # ---- validation ----
 

@@ -8,7 +8,7 @@ workers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
+from math import ceil, gcd
 
 from verl.trainer.config import PPOConfig
 
@@ -29,6 +29,10 @@ class BatchPlan:
     """Prompts times responses, N."""
     prompts_per_draw: int
     """Prompts drawn from the data and generated at once."""
+    fewest_draws: int
+    """Draws that fill a step if every group of responses is kept."""
+    most_draws: int | None
+    """Draws that a step may take; more than the fewest only where groups are filtered, None for any number."""
     prompts_per_mini_batch: int
     """Prompts of an optimizer step."""
     sequences_per_mini_batch: int
@@ -64,6 +68,18 @@ class BatchPlan:
                 f"data.mini_rollout_batch_size={prompts_per_draw}, so generated responses would go unused; "
                 f"use {_nearest_divisors(data.rollout_batch_size, prompts_per_draw)}"
             )
+
+        fewest_draws = most_draws = ceil(data.rollout_batch_size / prompts_per_draw)
+        if config.algorithm.online_filtering:
+            most_draws = config.trainer.max_try_make_batch
+            if most_draws <= 0:
+                most_draws = None
+            elif most_draws < fewest_draws:
+                raise ValueError(
+                    f"trainer.max_try_make_batch={most_draws} draws of {prompts_per_draw} prompts never make "
+                    f"data.rollout_batch_size={data.rollout_batch_size}; use {fewest_draws} at the least, more for "
+                    "what algorithm.online_filtering drops, or 0 for any number"
+                )
 
         if config.algorithm.adv_estimator in COMPARING_ESTIMATORS and n < 2:
             raise ValueError(
@@ -101,6 +117,8 @@ class BatchPlan:
             responses_per_prompt=n,
             sequences_per_step=data.rollout_batch_size * n,
             prompts_per_draw=prompts_per_draw,
+            fewest_draws=fewest_draws,
+            most_draws=most_draws,
             prompts_per_mini_batch=actor.global_batch_size,
             sequences_per_mini_batch=actor.global_batch_size * n,
             mini_batches=mini_batches,
@@ -114,10 +132,15 @@ class BatchPlan:
     def describe(self) -> list[str]:
         """The plan in five lines for the log."""
         passes = self.optimizer_steps_per_step // self.mini_batches
+        draws = f"{self.fewest_draws} x {self.prompts_per_draw} prompts"
+        if self.most_draws is None:
+            draws += ", and more until enough groups carry signal"
+        elif self.most_draws > self.fewest_draws:
+            draws += f", and up to {self.most_draws} x {self.prompts_per_draw} until enough groups carry signal"
         return [
             f"step: {self.prompts_per_step} prompts x {self.responses_per_prompt} responses = "
             f"{self.sequences_per_step} sequences on {self.world_size} workers",
-            f"generation: {self.prompts_per_draw} prompts a call",
+            f"generation: {draws}",
             f"log-probs: {self.experience_micro_batch_size} sequences at once on each worker",
             f"update: {self.mini_batches} mini-batches of {self.prompts_per_mini_batch} prompts = "
             f"{self.sequences_per_mini_batch} sequences; "
@@ -130,7 +153,8 @@ class BatchPlan:
 def training_steps(config: PPOConfig, prompts_in_dataset: int) -> int:
     """Training steps of the whole run: `trainer.max_steps`, or what `trainer.total_epochs` passes over the data give.
 
-    An epoch's last, incomplete draw is not made.
+    An epoch's last, incomplete draw is not made. Steps are counted as if every group of responses was kept, as EasyR1
+    does; where groups are filtered, a step takes more prompts, and the run makes more passes over the data.
 
     Raises:
         ValueError: the data are too few for a single step.

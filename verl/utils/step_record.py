@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 
 
 class StepRecord:
@@ -13,7 +14,8 @@ class StepRecord:
 
     Args:
         step: the number of the step, as it appears in logs and folder names.
-        on_phase: called with the name of every phase as it begins, e.g. to show it in a progress bar.
+        on_phase: called with the name of every phase as it begins, and of the one around it as it ends, e.g. to show
+            it in a progress bar.
 
     Example:
         record = StepRecord(3)
@@ -27,16 +29,20 @@ class StepRecord:
         self.step = step
         self._on_phase = on_phase
         self._values: dict[str, float] = {}
+        self._samples: dict[str, list[float]] = {}
         self._timings: dict[str, float] = {}
+        self._phases: list[str] = []
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Adds the seconds spent inside to `timing_s/<phase>`; a phase entered twice counts both visits."""
-        if self._on_phase is not None:
-            self._on_phase(phase)
+        self._phases.append(phase)
+        self._announce_phase()
         start = time.perf_counter()
         yield
         self._timings[phase] = self._timings.get(phase, 0.0) + time.perf_counter() - start
+        self._phases.pop()
+        self._announce_phase()
 
     def add(self, metrics: Mapping[str, float]) -> None:
         """Records numbers (Python, numpy or one-element tensors) under names of the form `area/name`.
@@ -45,12 +51,18 @@ class StepRecord:
             ValueError: a name is recorded already; the second value would hide the first.
         """
         for name, value in metrics.items():
-            if name in self._values:
+            if name in self._values or name in self._samples:
                 raise ValueError(
-                    f"metric {name!r} of step {self.step} is {self._values[name]} already, refusing to overwrite it "
+                    f"metric {name!r} of step {self.step} is {self.metrics[name]} already, refusing to overwrite it "
                     f"with {float(value)}; record it under another name"
                 )
             self._values[name] = float(value)
+
+    def average(self, samples: Mapping[str, Sequence[float]]) -> None:
+        """Records the mean of numbers, e.g. one for each response; another call with a name adds more to its mean."""
+        for name, values in samples.items():
+            assert name not in self._values, f"{name} is a single number already"
+            self._samples.setdefault(name, []).extend(values)
 
     @property
     def timings(self) -> dict[str, float]:
@@ -60,4 +72,9 @@ class StepRecord:
     @property
     def metrics(self) -> dict[str, float]:
         """Everything recorded so far, the timings as `timing_s/<phase>`."""
-        return self._values | {f"timing_s/{phase}": seconds for phase, seconds in self._timings.items()}
+        means = {name: fmean(values) for name, values in self._samples.items()}
+        return self._values | means | {f"timing_s/{phase}": seconds for phase, seconds in self._timings.items()}
+
+    def _announce_phase(self) -> None:
+        if self._on_phase is not None and self._phases:
+            self._on_phase(self._phases[-1])

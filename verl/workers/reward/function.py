@@ -16,8 +16,7 @@ import inspect
 import math
 import sys
 import uuid
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -71,6 +70,11 @@ class AutoRewardManager:
         return AutoRewardManager, (self.config, self.tokenizer)
 
     def compute_reward(self, data: DataProto) -> tuple[torch.Tensor, dict[str, list[Any]]]:
+        """What `score` gives, told by key: its scores (N, R), and `values_by_key` of its results."""
+        scored = self.score(data)
+        return scored.batch["token_level_scores"], values_by_key(scored.non_tensor_batch["reward_results"])
+
+    def score(self, data: DataProto) -> DataProto:
         """Scores N responses of at most R tokens.
 
         Reads: `responses`, `response_mask` (N, R); objects `ground_truth`, `uid`, `prompt_text`, `multi_modal_data`
@@ -84,9 +88,9 @@ class AutoRewardManager:
         do not apply. One more key, `token_weights`, may hold a list of one weight per response token, or None.
 
         Returns:
-            Float32 scores (N, R), `overall` on the last token of each response and zero elsewhere; and every returned
-            key with its values, one from each sample that has it. `token_weights` alone, where any sample has it,
-            comes as it was returned, with one entry a sample.
+            `token_level_scores` (N, R) float32, `overall` on the last token of each response and zero elsewhere; and
+            objects `reward_results`, the dict that each sample got, its numbers as floats and `token_weights` as it
+            was returned.
 
         Raises:
             RuntimeError: the function raised; its own exception is the cause.
@@ -94,18 +98,17 @@ class AutoRewardManager:
                 number.
         """
         samples = self._samples(data)
-        results = self._score(samples)
+        results = [
+            {
+                key: value if key == TOKEN_WEIGHTS else self._number(key, value, index, sample)
+                for key, value in result.items()
+            }
+            for index, (sample, result) in enumerate(zip(samples, self._results_of(samples), strict=True))
+        ]
         last_tokens = data.batch["response_mask"].sum(-1) - 1  # (N,)
-        rewards = torch.zeros(data.batch["responses"].shape, dtype=torch.float32)  # (N, R)
-        metrics: dict[str, list[float]] = defaultdict(list)
-        for index, (sample, result) in enumerate(zip(samples, results, strict=True)):
-            for key, value in result.items():
-                if key != TOKEN_WEIGHTS:
-                    metrics[key].append(self._number(key, value, index, sample))
-            rewards[index, last_tokens[index]] = metrics["overall"][index]
-        if any(TOKEN_WEIGHTS in result for result in results):
-            metrics[TOKEN_WEIGHTS] = [result.get(TOKEN_WEIGHTS) for result in results]
-        return rewards, dict(metrics)
+        scores = torch.zeros(data.batch["responses"].shape, dtype=torch.float32)  # (N, R)
+        scores[range(len(results)), last_tokens] = torch.tensor([result["overall"] for result in results])
+        return DataProto.from_dict({"token_level_scores": scores}, {"reward_results": results})
 
     def _samples(self, data: DataProto) -> list[dict[str, Any]]:
         lengths = data.batch["response_mask"].sum(-1).tolist()  # N ints
@@ -131,7 +134,7 @@ class AutoRewardManager:
             for index, length in enumerate(lengths)
         ]
 
-    def _score(self, samples: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
+    def _results_of(self, samples: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
         """Calls the function, on copies lest it changes what later errors show, and checks for one dict a sample."""
         if self.reward_type == "sequential":
             results = [self._score_one(index, sample) for index, sample in enumerate(samples)]
@@ -230,6 +233,18 @@ class AutoRewardManager:
                 f"(a list of sample dicts, or one with REWARD_TYPE = 'sequential') and "
                 f"worker.reward.reward_function_kwargs={kwargs}: {error}{remedy}"
             ) from error
+
+
+def values_by_key(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Every key of the samples' results with its values, one from each sample that has it.
+
+    `token_weights` alone, where any sample has it, has one entry a sample, None for those without.
+    """
+    keys = dict.fromkeys(key for result in results for key in result)
+    values = {key: [result[key] for result in results if key in result] for key in keys}
+    if TOKEN_WEIGHTS in keys:
+        values[TOKEN_WEIGHTS] = [result.get(TOKEN_WEIGHTS) for result in results]
+    return values
 
 
 def _load_module(path: str) -> ModuleType:
