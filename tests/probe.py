@@ -4,6 +4,7 @@
 from dataclasses import replace
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import DP_COMPUTE_METRIC, ONE_TO_ALL, register
@@ -17,21 +18,44 @@ from verl.workers.weight_sync import stream_weights
 RESPONSE_LENGTH = 12
 RESPONSES_PER_PROMPT = 2
 
+WITH_CRITIC = (
+    "algorithm.adv_estimator=gae",
+    "worker.critic.global_batch_size=4",
+    "worker.critic.micro_batch_size_per_device_for_update=8",
+    "worker.critic.micro_batch_size_per_device_for_experience=4",
+    "worker.critic.fsdp.mp_param_dtype=fp32",
+)
+"""What `make_config` needs beside for a run with a critic."""
+
 
 class ProbeWorker(FSDPWorker):
     @register(DP_COMPUTE_METRIC)
-    def gradients(self, mini_batch: DataProto, mode: str) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    def gradients(
+        self, mini_batch: DataProto, mode: str, trained: str = "actor"
+    ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """The whole gradient by parameter name, and the loss metrics, of one mini-batch under a `loss_avg_mode`."""
-        self.actor.config = replace(self.actor.config, loss_avg_mode=mode)
-        self.model.train()
-        metrics = self.actor.accumulate_gradients(mini_batch)
-        gradients = {name: full_tensor(parameter.grad) for name, parameter in self.model.named_parameters()}
-        self.optimizer.zero_grad()
+        model = self.trained[trained]
+        model.config = replace(model.config, loss_avg_mode=mode)
+        model.model.train()
+        metrics = model.accumulate_gradients(mini_batch)
+        gradients = {name: full_tensor(parameter.grad) for name, parameter in model.model.named_parameters()}
+        model.optimizer.zero_grad()
         return gradients, metrics
 
     @register(ONE_TO_ALL)
-    def weights(self) -> dict[str, torch.Tensor]:
-        return {name: value.clone() for name, value in stream_weights(self.model)}
+    def fill_value_head(self) -> None:
+        """Random numbers, the same on any number of ranks, in place of the zeros that pass no gradient on."""
+        generator = torch.Generator().manual_seed(0)
+        head = self.critic.model.value_head
+        values = {
+            "value_head.weight": torch.randn(1, head.in_features, generator=generator),
+            "value_head.bias": torch.randn(1, generator=generator),
+        }
+        set_model_state_dict(self.critic.model, values, options=StateDictOptions(full_state_dict=True, strict=False))
+
+    @register(ONE_TO_ALL)
+    def weights(self, trained: str = "actor") -> dict[str, torch.Tensor]:
+        return {name: value.clone() for name, value in stream_weights(self.trained[trained].model)}
 
     @register(ONE_TO_ALL)
     def rollout_weights(self) -> dict[str, torch.Tensor]:

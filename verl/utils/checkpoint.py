@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of checkpoints on disk, which of them is the latest, and which may go.
 
-Layout under the save path: `checkpoint_tracker.json` and `global_step_<N>/{dataloader.pt, actor/...}`, each rank's
-files carrying the world size in their names. What is inside the files is the workers' business.
+Layout under the save path: `checkpoint_tracker.json` and `global_step_<N>/{dataloader.pt, actor/..., critic/...}`,
+each rank's files carrying the world size in their names. What is inside the files is the workers' business.
 """
 
 from __future__ import annotations
