@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small batches of real prompts for tests: images of several sizes and text-only rows, through the real dataset."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin
 
 from verl.data.dataset import RLHFDataset, collate_fn
 from verl.data.vision import MediaHandle
@@ -80,3 +82,17 @@ def answer_at_random(prompts: DataProto, n: int, response_length: int, seed: int
     batch.batch["ref_log_probs"] -= 4
     batch.non_tensor_batch["multi_modal_data"] = prompts.non_tensor_batch["multi_modal_data"].repeat(n)
     return batch
+
+
+def response_logits(model: PreTrainedModel, processor: ProcessorMixin, row: DataProto) -> torch.Tensor:
+    """Logits (length, V) of a row's real response tokens from a bare model: no padding, no batching, no trimming.
+
+    Ids that are never sampled have minus infinity.
+    """
+    ids = row.batch["input_ids"][row.batch["attention_mask"].bool()][None]
+    images = [handle.load() for handle in row.non_tensor_batch["multi_modal_data"] or []]
+    media = processor.image_processor(images, return_tensors="pt") if images else {}
+    banned = torch.tensor([model.config.image_token_id, model.config.video_token_id])
+    logits = model(input_ids=ids, mm_token_type_ids=(ids == banned[0]).long(), **media).logits[0]
+    length = int(row.batch["response_mask"].sum())
+    return logits.index_fill(1, banned, -math.inf)[-length - 1 : -1]

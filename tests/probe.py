@@ -13,6 +13,7 @@ from verl.trainer.config import PPOConfig, load_config
 from verl.utils.batch_plan import BatchPlan
 from verl.workers.fsdp2 import full_tensor
 from verl.workers.fsdp_workers import FSDPWorker
+from verl.workers.trained_model import TrainedModel
 from verl.workers.weight_sync import stream_weights
 
 RESPONSE_LENGTH = 12
@@ -31,16 +32,15 @@ WITH_CRITIC = (
 class ProbeWorker(FSDPWorker):
     @register(DP_COMPUTE_METRIC)
     def gradients(
-        self, mini_batch: DataProto, mode: str, trained: str = "actor"
+        self, mini_batch: DataProto, mode: str, loss_type: str = "default"
     ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """The whole gradient by parameter name, and the loss metrics, of one mini-batch under a `loss_avg_mode`."""
-        model = self.trained[trained]
-        model.config = replace(model.config, loss_avg_mode=mode)
-        model.model.train()
-        metrics = model.accumulate_gradients(mini_batch)
-        gradients = {name: full_tensor(parameter.grad) for name, parameter in model.model.named_parameters()}
-        model.optimizer.zero_grad()
-        return gradients, metrics
+        return gradients_of(self.actor, mini_batch, loss_avg_mode=mode, loss_type=loss_type)
+
+    @register(DP_COMPUTE_METRIC)
+    def critic_gradients(self, mini_batch: DataProto, mode: str) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """The same of the critic."""
+        return gradients_of(self.critic, mini_batch, loss_avg_mode=mode)
 
     @register(ONE_TO_ALL)
     def fill_value_head(self) -> None:
@@ -54,12 +54,30 @@ class ProbeWorker(FSDPWorker):
         set_model_state_dict(self.critic.model, values, options=StateDictOptions(full_state_dict=True, strict=False))
 
     @register(ONE_TO_ALL)
+    def scale_weights(self, factor: float) -> None:
+        """Takes the policy away from its reference."""
+        with torch.no_grad():
+            for parameter in self.actor.model.parameters():
+                parameter.mul_(factor)
+
+    @register(ONE_TO_ALL)
     def weights(self, trained: str = "actor") -> dict[str, torch.Tensor]:
         return {name: value.clone() for name, value in stream_weights(self.trained[trained].model)}
 
     @register(ONE_TO_ALL)
     def rollout_weights(self) -> dict[str, torch.Tensor]:
         return {name: value.clone() for name, value in self.rollout.model.state_dict().items()}
+
+
+def gradients_of(
+    trained: TrainedModel, mini_batch: DataProto, **settings: str
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    trained.config = replace(trained.config, **settings)
+    trained.model.train()
+    metrics = trained.accumulate_gradients(mini_batch)
+    gradients = {name: full_tensor(parameter.grad) for name, parameter in trained.model.named_parameters()}
+    trained.optimizer.zero_grad()
+    return gradients, metrics
 
 
 def make_config(model_path: str, *overrides: str) -> PPOConfig:

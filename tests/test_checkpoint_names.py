@@ -13,9 +13,11 @@ from verl.utils.checkpoint import (
     find_latest_ckpt,
     model_file,
     optim_file,
+    read_kl_coef,
     remove_obsolete_ckpt,
     step_folder,
     step_of,
+    write_kl_coef,
     write_tracker,
 )
 
@@ -128,3 +130,10 @@ def test_the_tracker_holds_the_four_keys_and_leaves_no_other_file(tmp_path):
         "last_global_step": 20,
         "last_actor_path": str(tmp_path / "global_step_20" / "actor"),
     }
+
+
+@pytest.mark.parametrize("kl_coef", [0.1 + 0.2, 1e-300, 5e8 / 3])
+def test_the_kl_coefficient_is_read_back_to_the_last_bit(tmp_path, kl_coef):
+    assert read_kl_coef(str(tmp_path)) is None
+    write_kl_coef(str(tmp_path), kl_coef)
+    assert read_kl_coef(str(tmp_path)) == kl_coef

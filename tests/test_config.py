@@ -22,6 +22,7 @@ from verl.trainer.config import (
     DataConfig,
     PPOConfig,
     TrainerConfig,
+    effect_notes,
     load_config,
     require_available,
     speed_notes,
@@ -380,10 +381,8 @@ def test_a_value_of_the_wrong_type_is_refused_with_what_the_key_takes(argument, 
 @pytest.mark.parametrize(
     ("argument", "nearest"),
     [
-        ("algorithm.adv_estimator=grop", "grpo"),
         ("algorithm.kl_penalty=low_var", "low_var_kl"),
         ("algorithm.kl_type=adaptiv", "adaptive"),
-        ("worker.actor.loss_type=gspo-token", "gspo_token"),
         ("worker.actor.loss_avg_mode=tokens", "token"),
         ("worker.actor.optim.lr_scheduler_type=cosin", "cosine"),
         ("worker.actor.optim.strategy=adam", "adamw"),
@@ -399,10 +398,6 @@ def test_a_word_that_is_no_choice_is_refused_with_all_choices_and_the_nearest(ar
     assert text.startswith(f"{argument.split('=')[0]}=")
     assert "one of" in text
     assert text.endswith(f"did you mean {nearest}?")
-
-
-def test_the_loss_type_dapo_is_refused_with_what_dapo_is():
-    assert "DAPO is default with clip_ratio_high=0.28" in refusal("worker.actor.loss_type=dapo")
 
 
 @pytest.mark.parametrize(
@@ -757,8 +752,8 @@ def test_a_derived_key_is_ignored_with_one_warning_that_names_its_origin(argumen
 
 
 def test_sections_built_in_python_are_checked_too():
-    with pytest.raises(ValueError, match="loss_type=ppo is not one of default"):
-        ActorConfig(loss_type="ppo")
+    with pytest.raises(ValueError, match="loss_avg_mode=row is not one of token, seq"):
+        ActorConfig(loss_avg_mode="row")
     with pytest.raises(ValueError, match="logger=.* is not a list, each item one of console"):
         TrainerConfig(logger=["console", "stdout"])
     with pytest.raises(ValueError, match="lr=-1 is below 0"):
@@ -804,11 +799,8 @@ def test_a_plain_run_is_available(runnable):
     [
         "worker.rollout.name=vllm",
         "worker.hybrid_engine=false",
-        "algorithm.adv_estimator=rloo",
-        "algorithm.kl_penalty=full",
-        "algorithm.kl_type=adaptive",
+        "algorithm.adv_estimator=remax",
         "algorithm.online_filtering=true",
-        "worker.actor.loss_type=gspo",
         "worker.actor.ulysses_size=2",
         "worker.actor.model.lora.rank=8",
         "worker.actor.model.freeze_vision_tower=true",
@@ -865,6 +857,67 @@ def test_what_a_run_cannot_do_without_is_asked_for():
         "worker.actor.model.model_path",
         "worker.reward.reward_function",
     ]
+
+
+@pytest.mark.parametrize(
+    ("argument", "remedy"),
+    [
+        ("algorithm.adv_estimator=grop", "; did you mean grpo?"),
+        ("worker.actor.loss_type=gspo-token", "; did you mean gspo_token?"),
+        ("worker.actor.loss_type=dapo", "with clip_ratio_high=0.28 and algorithm.online_filtering=true"),
+    ],
+)
+def test_an_estimator_or_a_loss_that_nobody_registered_is_refused_with_those_there_are(argument, remedy, runnable):
+    with pytest.raises(ValueError) as caught:
+        prepare(load_config([*runnable, "worker.rollout.n=8", argument]))
+    text = str(caught.value)
+    assert text.startswith(f"{argument} is not one of ")
+    assert text.endswith(remedy)
+
+
+def test_an_estimator_and_a_loss_that_a_user_registers_can_be_asked_for_by_name(runnable, monkeypatch):
+    from verl.algorithms import advantages, policy_loss
+
+    asked = ["algorithm.adv_estimator=mine", "worker.actor.loss_type=my_loss"]
+    with pytest.raises(ValueError) as caught:
+        prepare(load_config([*runnable, "worker.rollout.n=8", *asked]))
+    assert [line.split()[0] for line in str(caught.value).splitlines()] == asked
+    monkeypatch.setitem(advantages.ADVANTAGE_ESTIMATORS, "mine", advantages.compute_grpo_advantages)
+    monkeypatch.setitem(policy_loss.POLICY_LOSSES, "my_loss", policy_loss.clipped_policy_loss)
+    prepare(load_config([*runnable, "worker.rollout.n=8", *asked]))
+
+
+@pytest.mark.parametrize("name", ["grpo", "grpo_passk", "rloo", "reinforce_plus_plus"])
+def test_estimators_that_need_no_other_model_are_available(name, runnable):
+    prepare(load_config([*runnable, "worker.rollout.n=8", f"algorithm.adv_estimator={name}"]))
+
+
+@pytest.mark.parametrize("name", ["default", "gspo", "gspo_token", "cispo", "sapo"])
+def test_every_loss_is_available(name, runnable):
+    prepare(load_config([*runnable, "worker.rollout.n=8", f"worker.actor.loss_type={name}"]))
+
+
+def test_what_does_less_than_its_name_promises_is_told():
+    adaptive = "algorithm.kl_type=adaptive"
+    assert effect_notes(load_config([adaptive])) == []
+    (note,) = effect_notes(load_config([adaptive, "algorithm.use_kl_loss=true"]))
+    assert note.startswith("algorithm.kl_type=adaptive with algorithm.use_kl_loss=true")
+    weighted = "algorithm.enable_token_weights=true"
+    for loss_type, count in (("gspo", 1), ("gspo_token", 0), ("default", 0)):
+        assert len(effect_notes(load_config([weighted, f"worker.actor.loss_type={loss_type}"]))) == count
+
+
+def test_where_the_kl_goes():
+    """In the reward unless it is in the loss, nowhere if it is off; only in the reward its coefficient adapts."""
+    for arguments, places in (
+        ([], (True, False, True)),
+        (["algorithm.use_kl_loss=true"], (False, True, False)),
+        (["algorithm.disable_kl=true"], (False, False, False)),
+        (["algorithm.disable_kl=true", "algorithm.use_kl_loss=true"], (False, False, False)),
+    ):
+        algorithm = load_config(["algorithm.kl_type=adaptive", *arguments]).algorithm
+        assert (algorithm.kl_in_reward, algorithm.kl_in_loss, algorithm.kl_coef_adapts) == places
+    assert not load_config([]).algorithm.kl_coef_adapts
 
 
 def test_switches_without_effect_are_named_while_they_are_on():

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # python -m pytest tests/test_kl.py
-"""The KL estimators against hand values and against the true KL of a small distribution."""
+"""The KL estimators against hand values and against the true KL of a small distribution; KL in the reward."""
 
 import math
 
 import pytest
 import torch
 
-from verl.algorithms.kl import KL_PENALTIES, apply_kl_penalty, compute_kl
+from verl.algorithms.kl import KL_PENALTIES, adapt_kl_coef, apply_kl_penalty, compute_kl
 
 
 @pytest.mark.parametrize(
@@ -82,3 +82,32 @@ def test_the_mean_kl_counts_rows_equally_whatever_their_length():
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
     _, mean_kl = apply_kl_penalty(torch.zeros(2, 3), kl, mask, kl_coef=1.0)
     assert mean_kl == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize(
+    ("mean_kl", "expected"),
+    [(0.1, 0.5), (0.11, 0.51), (0.095, 0.495), (100.0, 0.52), (-1.0, 0.48)],
+)
+def test_the_adaptive_coefficient_by_hand(mean_kl, expected):
+    """Target 0.1, coefficient 0.5, 2000 sequences of a horizon of 10000: a gain of 1/5.
+
+    On target nothing changes. 0.11: error 0.1, times 1.02. 0.095: error -0.05, times 0.99. Errors are clipped to
+    +-0.2: times 1.04 and 0.96 at most.
+    """
+    coefficient = adapt_kl_coef(0.5, mean_kl, num_sequences=2000, kl_target=0.1, kl_horizon=10000)
+    assert coefficient == pytest.approx(expected)
+
+
+def test_the_adaptive_coefficient_brings_a_kl_that_gives_way_to_it_to_the_target():
+    """A policy whose KL is 0.02 over the coefficient: at a target of 0.1 that is a coefficient of 0.2."""
+    coefficient = 1.0
+    for _ in range(500):
+        coefficient = adapt_kl_coef(coefficient, 0.02 / coefficient, 1000, 0.1, 10000)
+    assert coefficient == pytest.approx(0.2, rel=1e-3)
+
+
+def test_many_small_batches_adapt_about_as_fast_as_a_large_one():
+    small = 1.0
+    for _ in range(10):
+        small = adapt_kl_coef(small, 1.0, 100, 0.1, 10000)
+    assert small == pytest.approx(adapt_kl_coef(1.0, 1.0, 1000, 0.1, 10000), rel=1e-3)

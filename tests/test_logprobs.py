@@ -1,15 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 # python -m pytest tests/test_logprobs.py
-"""The frugal log-probabilities equal the plain ones, in value and gradient."""
+"""The frugal log-probabilities, entropy and KL equal the plain ones, in value and gradient."""
 
 import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from verl.utils.logprobs import log_probs_from_logits
+from verl.utils.logprobs import log_probs_from_logits, token_statistics
 
 SUPPRESSED = [0, 7]
+
+
+class LargestFloat32(TorchDispatchMode):
+    """Notes the size of the largest float32 tensor that any operation inside makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
+                self.numel = max(self.numel, tensor.numel())
+        return result
 
 
 def draw(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,6 +32,16 @@ def draw(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(3, 5, 11, generator=generator)).to(dtype).requires_grad_()
     return logits, torch.randint(1, 7, (3, 5), generator=generator)
+
+
+def draw_reference(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return (3 * torch.randn(3, 5, 11, generator=torch.Generator().manual_seed(1))).to(dtype)
+
+
+def plain_distribution(logits: torch.Tensor, temperature: float, suppressed: list[int]) -> torch.Tensor:
+    """Log-probabilities (..., V - len(suppressed)) of the ids that can be drawn."""
+    allowed = [index for index in range(logits.shape[-1]) if index not in suppressed]
+    return torch.log_softmax(logits.float()[..., allowed] / temperature, dim=-1)
 
 
 def plain_log_probs(logits: torch.Tensor, labels: torch.Tensor, temperature: float, suppressed: list[int]):
@@ -102,7 +127,100 @@ def test_a_view_of_the_models_logits_passes_its_gradient_on():
     torch.testing.assert_close(logits.grad, expected, atol=1e-6, rtol=0)
 
 
-def test_no_float32_copy_of_the_logits_waits_for_the_backward_pass():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("suppressed", [[], SUPPRESSED])
+def test_entropy_and_kl_equal_their_definitions_and_all_gradients_add_up(dtype, temperature, suppressed):
+    logits, labels = draw(dtype)
+    ref_logits = draw_reference(dtype)
+    upstream, kl_upstream = torch.linspace(-1, 1, 15).view(3, 5), torch.linspace(2, -1, 15).view(3, 5)
+
+    log_p = plain_distribution(logits, temperature, suppressed)
+    log_q = plain_distribution(ref_logits, temperature, suppressed)
+    entropy, kl = -(log_p.exp() * log_p).sum(-1), (log_p.exp() * (log_p - log_q)).sum(-1)
+    log_probs = plain_log_probs(logits, labels, temperature, suppressed)
+    (expected_grad,) = torch.autograd.grad((log_probs * upstream + kl * kl_upstream).sum(), logits)
+    found = token_statistics(logits, labels, temperature, suppressed, ref_logits)
+    (grad,) = torch.autograd.grad((found.log_probs * upstream + found.kl * kl_upstream).sum(), logits)
+
+    assert {found.log_probs.dtype, found.entropy.dtype, found.kl.dtype} == {torch.float32}
+    torch.testing.assert_close(found.entropy, entropy.detach(), atol=2e-6, rtol=0)
+    torch.testing.assert_close(found.kl, kl, atol=1e-5, rtol=0)
+    torch.testing.assert_close(grad, expected_grad, atol=1e-5 if dtype == torch.float32 else 4e-2, rtol=0)
+    assert not grad[..., suppressed].any()
+    assert not found.entropy.requires_grad
+
+
+def test_entropy_and_kl_by_hand():
+    """Policy (1/2, 1/4, 1/4), reference (1/4, 1/4, 1/2), a fourth id with half of all the weight suppressed.
+
+    Entropy 1/2 ln 2 + 1/2 ln 4 = 3/2 ln 2; KL 1/2 ln 2 + 0 - 1/4 ln 2 = 1/4 ln 2. In logit v the KL has the slope
+    p (ln p / q - KL): 1/2 (1 - 1/4) ln 2 = 3/8 ln 2, -1/16 ln 2 and 1/4 (-1 - 1/4) ln 2 = -5/16 ln 2.
+    """
+    logits = torch.tensor([[[0.5, 0.25, 0.25, 1.0]]]).log().requires_grad_()
+    ref_logits = torch.tensor([[[0.25, 0.25, 0.5, 1.0]]]).log()
+    found = token_statistics(logits, torch.tensor([[0]]), suppressed_token_ids=[3], ref_logits=ref_logits)
+    found.kl.sum().backward()
+    assert found.entropy.item() == pytest.approx(1.5 * math.log(2), abs=1e-6)
+    assert found.kl.item() == pytest.approx(0.25 * math.log(2), abs=1e-6)
+    expected = math.log(2) * torch.tensor([[[3 / 8, -1 / 16, -5 / 16, 0.0]]])
+    torch.testing.assert_close(logits.grad, expected, atol=1e-6, rtol=0)
+
+
+def test_entropy_lies_between_that_of_certainty_and_that_of_no_idea():
+    """ln 9 for nine ids that can be drawn; hotter sampling is more uncertain."""
+    labels = torch.tensor([[1]])
+    certain = torch.zeros(1, 1, 11).index_fill_(-1, torch.tensor([3]), 1e4)
+    assert token_statistics(certain, labels, 1.0, SUPPRESSED).entropy.item() == 0.0
+    none = token_statistics(torch.zeros(1, 1, 11), labels, 1.0, SUPPRESSED).entropy.item()
+    assert none == pytest.approx(math.log(9), abs=1e-6)
+    logits, labels = draw()
+    entropies = [token_statistics(logits, labels, temperature).entropy.mean() for temperature in (0.5, 1.0, 2.0)]
+    assert entropies == sorted(entropies)
+
+
+def test_a_policy_that_is_its_reference_has_a_kl_of_zero_and_no_slope():
+    logits, labels = draw()
+    found = token_statistics(logits, labels, 0.7, SUPPRESSED, logits.detach())
+    found.kl.sum().backward()
+    assert not found.kl.any()
+    assert not logits.grad.any()
+
+
+def test_one_sample_estimates_average_to_the_full_kl():
+    """Over what the policy draws, log p - log q has the KL as its mean: 4000 draws, five standard errors."""
+    logits, labels = draw()
+    full = token_statistics(logits, labels, 0.7, SUPPRESSED, draw_reference()).kl.detach()
+    log_p, log_q = (plain_distribution(each, 0.7, SUPPRESSED).detach() for each in (logits, draw_reference()))
+    draws = torch.multinomial(log_p.exp().flatten(0, 1), 4000, True, generator=torch.Generator().manual_seed(0))
+    samples = (log_p - log_q).flatten(0, 1).gather(1, draws)  # (15, 4000)
+    error = samples.std(dim=1) / 4000**0.5
+    assert ((samples.mean(dim=1) - full.flatten()).abs() < 5 * error).all()
+
+
+def test_the_log_probs_are_the_same_bits_with_and_without_the_statistics():
+    logits, labels = draw()
+    plain = log_probs_from_logits(logits, labels, 0.7, SUPPRESSED)
+    with_entropy = token_statistics(logits, labels, 0.7, SUPPRESSED)
+    assert with_entropy.kl is None
+    with_kl = token_statistics(logits, labels, 0.7, SUPPRESSED, draw_reference())
+    for found in (with_entropy, with_kl):
+        assert torch.equal(found.log_probs, plain)
+    gradients = [torch.autograd.grad(each.sum(), logits)[0] for each in (plain, with_entropy.log_probs)]
+    assert torch.equal(*gradients)
+
+
+def test_huge_logits_leave_entropy_and_kl_without_a_nan():
+    logits = torch.tensor([[[1e30, -1e30, 0.0, 1e30]]], requires_grad=True)
+    found = token_statistics(logits, torch.tensor([[0]]), 1.0, [3], torch.tensor([[[0.0, 1e30, 1.0, -1e30]]]))
+    (found.log_probs + found.kl).sum().backward()
+    assert found.entropy.item() == 0.0
+    assert found.kl.item() == pytest.approx(1e30)
+    assert torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("ref_logits", [None, draw_reference(torch.bfloat16)])
+def test_no_float32_copy_of_the_logits_waits_for_the_backward_pass(ref_logits):
     logits, labels = draw(torch.bfloat16)
     kept = []
 
@@ -111,5 +229,14 @@ def test_no_float32_copy_of_the_logits_waits_for_the_backward_pass():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        log_probs_from_logits(logits, labels, 0.7, SUPPRESSED)
+        token_statistics(logits, labels, 0.7, SUPPRESSED, ref_logits)
     assert not [tensor.shape for tensor in kept if tensor.dtype == torch.float32 and tensor.shape[-1] == 11]
+
+
+def test_no_more_than_a_row_of_logits_is_ever_held_in_float32():
+    """Of all that any operation makes on the way, forward and backward."""
+    (logits, labels), ref_logits = draw(torch.bfloat16), draw_reference(torch.bfloat16)
+    with LargestFloat32() as largest:
+        found = token_statistics(logits, labels, 0.7, SUPPRESSED, ref_logits)
+        (found.log_probs + found.kl).sum().backward()
+    assert largest.numel == 5 * 11

@@ -4,8 +4,10 @@
 
 import pytest
 import torch
+from torch.distributions import Categorical
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.batches import answer_at_random, make_prompts
+from tests.batches import answer_at_random, make_prompts, response_logits
 from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, make_config, start_alone
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
@@ -93,27 +95,32 @@ def test_log_probs_are_those_of_a_plain_forward_of_each_row_alone(
     tiny_model_path: str, batch: DataProto, lone_process_group
 ) -> None:
     """No padding, no batching, no trimming: each row's real tokens through the bare model, images and all."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     worker = start_alone(make_config(tiny_model_path))
     log_probs = worker.compute_log_probs(batch).batch["old_log_probs"]
-    processor = AutoProcessor.from_pretrained(tiny_model_path)
-    model = AutoModelForImageTextToText.from_pretrained(tiny_model_path, dtype=torch.float32).eval()
-    banned = [model.config.image_token_id, model.config.video_token_id]
-    for index in range(len(batch)):
-        row = batch[index]
-        real = row.batch["attention_mask"].bool()
-        ids = row.batch["input_ids"][real][None]
-        length = int(row.batch["response_mask"].sum())
-        images = [handle.load() for handle in row.non_tensor_batch["multi_modal_data"] or []]
-        media = processor.image_processor(images, return_tensors="pt") if images else {}
-        token_types = (ids == model.config.image_token_id).long()
-        with torch.no_grad():
-            logits = model(input_ids=ids, mm_token_type_ids=token_types, **media).logits[0]
-        logits[:, banned] = float("-inf")
-        expected = logits.log_softmax(-1)[-length - 1 : -1].gather(1, ids[0, -length:, None])[:, 0]
+    for index, logits in enumerate(plain_logits(tiny_model_path, batch)):
+        length = len(logits)
+        chosen = batch.batch["responses"][index, :length, None]
+        expected = logits.log_softmax(-1).gather(1, chosen)[:, 0]
         torch.testing.assert_close(log_probs[index, :length], expected, atol=1e-5, rtol=1e-5)
         assert (log_probs[index, length:] == 0).all()
+
+
+@torch.no_grad()
+def plain_logits(model_path: str, batch: DataProto) -> list[torch.Tensor]:
+    """Of each row, (length, V)."""
+    model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(model_path)
+    return [response_logits(model, processor, batch[index]) for index in range(len(batch))]
+
+
+def test_the_entropy_metric_is_the_entropy_of_the_distribution_that_is_sampled_from(
+    tiny_model_path: str, batch: DataProto, lone_process_group
+) -> None:
+    """The mean over all response tokens, at the sampler's temperature and without the ids that are never drawn."""
+    worker = start_alone(make_config(tiny_model_path, "worker.rollout.temperature=0.3"))
+    _, metrics = worker.gradients(batch, "seq")
+    of_rows = [Categorical(logits=logits / 0.3).entropy() for logits in plain_logits(tiny_model_path, batch)]
+    assert metrics["actor/entropy_loss"] == pytest.approx(torch.cat(of_rows).mean().item(), rel=1e-5)
 
 
 def test_logits_are_made_for_response_positions_only(

@@ -218,11 +218,18 @@ def test_token_weights_follow_their_rows_through_balancing_to_the_update(
 def test_a_resumed_run_ends_with_the_weights_of_one_that_was_never_interrupted(
     tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster
 ) -> None:
-    quiet = "trainer.val_before_train=false"
-    run(load_config(arguments(tiny_model_path, data_files, tmp_path / "whole", quiet)))
+    """With a KL coefficient that adapts, which is part of what has to be taken up."""
+    options = [
+        "trainer.val_before_train=false",
+        "algorithm.use_kl_loss=false",
+        "algorithm.kl_type=adaptive",
+        "algorithm.kl_horizon=64",
+        "algorithm.kl_coef=0.5",
+    ]
+    run(load_config(arguments(tiny_model_path, data_files, tmp_path / "whole", *options)))
     for steps in (2, 3):
         until = f"trainer.max_steps={steps}"
-        run(load_config(arguments(tiny_model_path, data_files, tmp_path / "parts", quiet, until)))
+        run(load_config(arguments(tiny_model_path, data_files, tmp_path / "parts", *options, until)))
     assert is_changed(weights_at(tmp_path / "parts", 2), weights_at(tmp_path / "parts", 3))
     assert not is_changed(weights_at(tmp_path / "whole", 3), weights_at(tmp_path / "parts", 3))
     whole, parts = (
@@ -233,6 +240,42 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_never_interrupted(
     for step, record in whole.items():  # the first two say that a seed repeats a run
         for area in ("actor", "critic", "reward", "response_length", "global_seqlen"):
             assert parts[step][area] == record[area]
+    coefficients = [record["actor"]["kl_coef"] for record in whole.values()]
+    assert coefficients[0] == 0.5 and len(set(coefficients)) == 3
+
+
+@pytest.mark.parametrize("place", ["reward", "loss"])
+def test_a_run_with_the_kl_over_the_whole_vocabulary_by_way_of_the_reward_or_the_loss(
+    place: str, tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster
+) -> None:
+    """Two workers and offload, so that both models have to be brought in; other estimator and loss than the default's.
+
+    The KL is exactly zero before the first update and above it afterwards. In the loss there is no reference pass.
+    """
+    args = arguments(
+        tiny_model_path,
+        data_files,
+        tmp_path,
+        "algorithm.kl_penalty=full",
+        f"algorithm.use_kl_loss={str(place == 'loss').lower()}",
+        "algorithm.adv_estimator=rloo",
+        "worker.actor.loss_type=gspo_token",
+        "worker.actor.loss_avg_mode=seq",
+        "worker.actor.offload.offload_params=true",
+        "worker.ref.offload.offload_params=true",
+        "worker.ref.fsdp.torch_dtype=fp32",
+        "worker.ref.fsdp.mp_param_dtype=fp32",
+        "trainer.n_gpus_per_node=2",
+        "trainer.max_steps=2",
+        "trainer.val_before_train=false",
+    )
+    run(load_config(args))
+    first, second = (record for record in lines_of(tmp_path / "experiment_log.jsonl") if "actor" in record)
+    name = "kl_penalty" if place == "reward" else "kl_loss"
+    assert ("ref" in first["timing_s"]) is (place == "reward")
+    assert 1e-6 < second["actor"][name] < 10
+    if place == "reward":
+        assert first["actor"][name] == pytest.approx(0, abs=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -319,8 +362,10 @@ def test_a_checkpoint_of_the_model_only_can_be_resumed_with_a_fresh_optimizer(
     run(load_config([*args, "trainer.max_steps=1"]))
     folder = tmp_path / "global_step_1"
     assert not list((folder / "actor").glob("optim_*"))
-    run(load_config([*args, "trainer.max_steps=2", f"trainer.load_checkpoint_path={folder}"]))
+    adaptive = ["algorithm.use_kl_loss=false", "algorithm.kl_type=adaptive"]
+    run(load_config([*args, "trainer.max_steps=2", f"trainer.load_checkpoint_path={folder}", *adaptive]))
     assert "model only" in caplog.text
+    assert "kl_coef.json does not exist: the KL coefficient starts from algorithm.kl_coef" in caplog.text
     assert (tmp_path / "global_step_2").exists()
 
     elsewhere = tmp_path / "elsewhere"

@@ -99,12 +99,12 @@ def test_a_pass_makes_no_number_for_the_prompt_and_none_for_the_vocabulary(
 def test_many_micro_batches_give_the_gradient_of_one(
     loss_avg_mode: str, tiny_model_path: str, batch: DataProto, lone_process_group
 ) -> None:
-    whole, metrics = start_with_values(critic_config(tiny_model_path)).gradients(batch, loss_avg_mode, "critic")
+    whole, metrics = start_with_values(critic_config(tiny_model_path)).critic_gradients(batch, loss_avg_mode)
     assert all((gradient != 0).any() for name, gradient in whole.items() if "visual" in name)
     for size in (1, 2):
         split = f"worker.critic.micro_batch_size_per_device_for_update={size}"
         worker = start_with_values(critic_config(tiny_model_path, split))
-        parts, metrics_of_parts = worker.gradients(batch, loss_avg_mode, "critic")
+        parts, metrics_of_parts = worker.critic_gradients(batch, loss_avg_mode)
         assert largest_relative_difference(whole, parts) < 1e-5
         assert metrics_of_parts == pytest.approx(metrics, rel=1e-5)
 
@@ -113,8 +113,8 @@ def test_many_micro_batches_give_the_gradient_of_one(
 def test_two_ranks_give_the_gradient_of_one_though_the_second_has_no_image(
     loss_avg_mode: str, tiny_model_path: str, batch: DataProto, lone_process_group, two_critics: WorkerGroup
 ) -> None:
-    whole, metrics = start_with_values(critic_config(tiny_model_path)).gradients(batch, loss_avg_mode, "critic")
-    shared, shared_metrics = two_critics.gradients(batch, loss_avg_mode, "critic")
+    whole, metrics = start_with_values(critic_config(tiny_model_path)).critic_gradients(batch, loss_avg_mode)
+    shared, shared_metrics = two_critics.critic_gradients(batch, loss_avg_mode)
     assert largest_relative_difference(whole, shared) < 1e-5
     assert shared_metrics == pytest.approx(metrics, rel=1e-5)
 
@@ -137,7 +137,7 @@ def test_the_loss_is_the_mean_over_tokens_or_over_responses_of_the_clipped_squar
     error = 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
     expected = {"token": masked_mean(error, mask), "seq": masked_mean(error, mask, dim=-1).mean()}
     for mode, loss in expected.items():
-        _, metrics = worker.gradients(batch, mode, "critic")
+        _, metrics = worker.critic_gradients(batch, mode)
         assert metrics == pytest.approx(
             {
                 "critic/vf_loss": loss.item(),

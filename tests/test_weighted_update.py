@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.batches import answer_at_random, make_prompts
+from tests.batches import answer_at_random, make_prompts, response_logits
 from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, ProbeWorker, make_config, start_alone, start_two
+from verl.algorithms.policy_loss import POLICY_LOSSES
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.config import load_config
@@ -92,16 +93,11 @@ def test_the_weighted_gradient_is_the_sum_of_weight_times_advantage_times_that_o
 
     processor = AutoProcessor.from_pretrained(tiny_model_path)
     model = AutoModelForImageTextToText.from_pretrained(tiny_model_path, dtype=torch.float32)
-    banned = [model.config.image_token_id, model.config.video_token_id]
     lengths = rows.batch["response_mask"].sum(dim=1).tolist()
     for index, length in enumerate(lengths):
         row = rows[index]
-        ids = row.batch["input_ids"][row.batch["attention_mask"].bool()][None]
-        images = [handle.load() for handle in row.non_tensor_batch["multi_modal_data"] or []]
-        media = processor.image_processor(images, return_tensors="pt") if images else {}
-        logits = model(input_ids=ids, mm_token_type_ids=(ids == banned[0]).long(), **media).logits[0]
-        log_probs = logits.index_fill(1, torch.tensor(banned), -math.inf).log_softmax(-1)
-        chosen = log_probs[-length - 1 : -1].gather(1, ids[0, -length:, None])[:, 0]
+        log_probs = response_logits(model, processor, row).log_softmax(-1)
+        chosen = log_probs.gather(1, row.batch["responses"][:length, None])[:, 0]
         count = sum(lengths) if loss_avg_mode == "token" else len(lengths) * length
         factors = row.batch["token_weights"][:length] * row.batch["advantages"][:length] / count
         (-(factors * chosen).sum()).backward()
@@ -137,20 +133,48 @@ def test_ratios_and_metrics_keep_the_binary_mask(tiny_model_path: str, batch: Da
     assert {name for name in plain if plain[name] == weighted[name]} == kept
 
 
+@pytest.mark.parametrize("loss_type", sorted(POLICY_LOSSES))
 @pytest.mark.parametrize("loss_avg_mode", ["token", "seq"])
 def test_the_weighted_gradient_is_that_of_one_batch_on_one_rank_however_it_is_cut(
-    loss_avg_mode: str, tiny_model_path: str, batch: DataProto, lone_process_group, two_ranks: WorkerGroup
+    loss_avg_mode: str,
+    loss_type: str,
+    batch: DataProto,
+    at_once: ProbeWorker,
+    one_by_one: ProbeWorker,
+    two_ranks: WorkerGroup,
 ) -> None:
-    whole, metrics = start_alone(make_config(tiny_model_path)).gradients(batch, loss_avg_mode)
-    one_by_one = start_alone(make_config(tiny_model_path, "worker.actor.micro_batch_size_per_device_for_update=1"))
+    whole, metrics = at_once.gradients(batch, loss_avg_mode, loss_type)
     order = torch.tensor([3, 7, 0, 5, 1, 6, 2, 4])
     for gradients, other_metrics in (
-        one_by_one.gradients(batch, loss_avg_mode),
-        two_ranks.gradients(batch, loss_avg_mode),
-        one_by_one.gradients(batch[order], loss_avg_mode),
+        one_by_one.gradients(batch, loss_avg_mode, loss_type),
+        two_ranks.gradients(batch, loss_avg_mode, loss_type),
+        one_by_one.gradients(batch[order], loss_avg_mode, loss_type),
     ):
         assert largest_relative_difference(whole, gradients) < 1e-5
         assert other_metrics == pytest.approx(metrics, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def at_once(tiny_model_path: str, lone_process_group) -> ProbeWorker:
+    return start_alone(make_config(tiny_model_path))
+
+
+@pytest.fixture(scope="module")
+def one_by_one(tiny_model_path: str, lone_process_group) -> ProbeWorker:
+    return start_alone(make_config(tiny_model_path, "worker.actor.micro_batch_size_per_device_for_update=1"))
+
+
+def test_every_loss_has_a_gradient_of_its_own_and_weights_change_it(batch: DataProto, at_once: ProbeWorker) -> None:
+    unweighted = with_weights(batch, None)
+    gradients = {name: at_once.gradients(batch, "token", name)[0] for name in POLICY_LOSSES}
+    for name, weighted in gradients.items():
+        plain, _ = at_once.gradients(unweighted, "token", name)
+        assert largest_relative_difference(plain, weighted) > 1e-2
+        assert all(
+            largest_relative_difference(weighted, other) > 1e-2
+            for other_name, other in gradients.items()
+            if other_name != name
+        )
 
 
 @pytest.mark.parametrize("width", [RESPONSE_LENGTH - 5, RESPONSE_LENGTH + 3])

@@ -58,7 +58,7 @@ class ConfigSection:
         for field in fields(self):
             value = getattr(self, field.name)
             if _choices(field.type) and _wrong_items(field.type, value):
-                raise ConfigValueError(field.name, value, _expected(field.type, value, field.metadata))
+                raise ConfigValueError(field.name, value, _expected(field.type, value))
             for number in value if isinstance(value, (list, tuple)) else [value]:
                 is_finite = not isinstance(number, float) or math.isfinite(number)
                 self.require(is_finite, field.name, "is not a finite number")
@@ -161,7 +161,7 @@ def load_sections(
             try:
                 OmegaConf.update(tree, key, value, merge=True)
             except OmegaConfBaseException:
-                problems.append(f"{key}={text} {_expected(leaves[key].type, value, leaves[key].metadata)}")
+                problems.append(f"{key}={text} {_expected(leaves[key].type, value)}")
 
     for warning in warnings.values():
         logger.warning("%s", warning)
@@ -313,14 +313,17 @@ def _wrong_items(expected: Any, value: Any) -> list[Any]:
     return [item for item in (value if isinstance(value, list) else [value]) if item not in _choices(expected)]
 
 
-def _expected(expected: Any, value: Any, metadata: Mapping[str, Any]) -> str:
-    """Say in words what a field takes, with the nearest choice, or the field's own `hints` for a value."""
+def did_you_mean(wrong: str, choices: Sequence[str]) -> str:
+    """The end of a message about `wrong`: the nearest of `choices`, or nothing where none is near."""
+    nearest = get_close_matches(wrong, choices, n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
+def _expected(expected: Any, value: Any) -> str:
+    """Say in words what a field takes, with the nearest choice."""
     message = f"is not {_in_words(expected)}"
     for wrong in _wrong_items(expected, value) if _choices(expected) else []:
-        nearest = get_close_matches(str(wrong), _choices(expected), n=1)
-        guess = f"did you mean {nearest[0]}?" if nearest else None
-        remedy = metadata.get("hints", {}).get(str(wrong), guess)
-        return f"{message}; {remedy}" if remedy else message
+        return message + did_you_mean(str(wrong), _choices(expected))
     return message
 
 

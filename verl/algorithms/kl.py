@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Estimates of the KL divergence to a reference policy from one sample per token, and KL as a cost in the reward.
+"""KL divergence from a reference policy: estimates from one sample per token, KL as a cost in the reward, its weight.
 
-N sequences, R response length.
+N sequences, R response length. `kl_penalty: full` is no estimate: it needs both models' logits, and
+`verl.utils.logprobs.token_statistics` takes it from them.
 """
 
 from __future__ import annotations
@@ -57,3 +58,16 @@ def apply_kl_penalty(
     """
     penalty = torch.where(response_mask != 0, kl_coef * kl, 0)  # (N, R)
     return token_level_scores - penalty, masked_mean(kl, response_mask, dim=-1).mean().item()
+
+
+def adapt_kl_coef(kl_coef: float, mean_kl: float, num_sequences: int, kl_target: float, kl_horizon: float) -> float:
+    """The coefficient of the next step: up to a fifth of num_sequences / horizon more or less, towards the target.
+
+    With the error e = clip(mean_kl / kl_target - 1, -0.2, 0.2), kl_coef (1 + e num_sequences / kl_horizon) (arXiv
+    1909.08593, sec. 2.2). Our deltas:
+
+    1. The gain is num_sequences / kl_horizon instead of a constant 0.1, so that it does not depend on the batch size.
+    2. `mean_kl` is per token, as `apply_kl_penalty` returns it, not per sequence; so is the target.
+    """
+    error = min(max(mean_kl / kl_target - 1.0, -0.2), 0.2)
+    return kl_coef * (1.0 + error * num_sequences / kl_horizon)

@@ -1,27 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
 """Policy-gradient losses per token. Averaging, token weights and micro-batches are the caller's.
 
-N sequences, R response length. A loss is a function in `POLICY_LOSSES`, found by `worker.actor.loss_type`.
+N sequences, R response length. A loss is a function in `POLICY_LOSSES`, found by `worker.actor.loss_type`: it takes
+one `PolicyLossInputs` and returns the loss (N, R) and metrics, (N, R) each without gradient, to be averaged over the
+real tokens. Neither is masked. While nothing is clipped and the ratio is one, every loss has the plain policy
+gradient, -A d log pi.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
+from verl.utils.masked_ops import masked_mean
+
 MAX_LOG_RATIO = 20.0  # exp(20) is 5e8: beyond any clip range, and far from overflow in float32
 
-POLICY_LOSSES: dict[str, Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]] = {}
+
+@dataclass(frozen=True)
+class PolicyLossInputs:
+    """What a loss may look at: the policy before and after, what was better than expected, and the knobs."""
+
+    log_probs: torch.Tensor
+    """(N, R): the only input that carries a gradient."""
+    old_log_probs: torch.Tensor
+    """(N, R): of the policy that made the rollout."""
+    advantages: torch.Tensor
+    """(N, R)."""
+    response_mask: torch.Tensor
+    """(N, R): 1 on response tokens, without token weights."""
+    clip_ratio_low: float = 0.2
+    """The ratio is clipped below 1 - this."""
+    clip_ratio_high: float = 0.3
+    """The ratio is clipped above 1 + this."""
+    clip_ratio_dual: float = 3.0
+    """Bound, in units of -advantage, on the loss of tokens with a negative advantage."""
+    tau_positive: float = 1.0
+    """SAPO's temperature for tokens with a positive advantage."""
+    tau_negative: float = 1.05
+    """SAPO's temperature for the other tokens."""
 
 
-def register_policy_loss(name: str) -> Callable[[Callable], Callable]:
-    """Decorator that makes a loss with the signature of `clipped_policy_loss` known under `name`.
+PolicyLoss = Callable[[PolicyLossInputs], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+POLICY_LOSSES: dict[str, PolicyLoss] = {}
+
+
+def register_policy_loss(name: str) -> Callable[[PolicyLoss], PolicyLoss]:
+    """Decorator that makes a loss known under `name`.
 
     Raises ValueError when the name is taken.
     """
 
-    def register(function: Callable) -> Callable:
+    def register(function: PolicyLoss) -> PolicyLoss:
         if name in POLICY_LOSSES:
             raise ValueError(f"policy loss '{name}' is already {POLICY_LOSSES[name].__qualname__}; use another name")
         POLICY_LOSSES[name] = function
@@ -31,16 +64,8 @@ def register_policy_loss(name: str) -> Callable[[Callable], Callable]:
 
 
 @register_policy_loss("default")
-def clipped_policy_loss(
-    log_probs: torch.Tensor,
-    old_log_probs: torch.Tensor,
-    advantages: torch.Tensor,
-    *,
-    clip_ratio_low: float,
-    clip_ratio_high: float,
-    clip_ratio_dual: float,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """PPO's clipped surrogate per token, as a loss to minimise.
+def clipped_policy_loss(inputs: PolicyLossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """PPO's clipped surrogate, with a ratio for every token.
 
     With ratio r = exp(log_probs - old_log_probs) and advantage A, PPO (arXiv 1707.06347, eq. 7):
     max(-A r, -A clip(r, 1 - low, 1 + high)). Our deltas:
@@ -50,25 +75,97 @@ def clipped_policy_loss(
        arXiv 1912.09729, eq. 5).
     3. The log-ratio is clamped to +-20 before the exponential, for finite values.
 
-    log_probs, old_log_probs, advantages: (N, R). Only `log_probs` carries a gradient.
-
-    Returns the loss (N, R), not masked, and metrics (N, R) without gradient, to be averaged over the real tokens:
-    `pg_clipfrac_higher` (1 where the clipped ratio decides), `pg_clipfrac_lower` (1 where the dual clip decides),
-    `ppo_kl` (old - new log-probability, a one-sample estimate of the KL to the policy that made the rollout).
+    Metrics: `pg_clipfrac_higher` (1 where the clipped ratio decides), `pg_clipfrac_lower` (1 where the dual clip
+    decides).
     """
-    log_ratio = (log_probs - old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # (N, R)
-    ratio = log_ratio.exp()
+    return _clip(_log_ratio(inputs), inputs)
+
+
+@register_policy_loss("gspo")
+def gspo_loss(inputs: PolicyLossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The clipped surrogate with one ratio for a whole response, its geometric mean.
+
+    s = exp(mean over the response's tokens of log_probs - old_log_probs), the loss of every token
+    max(-A s, -A clip(s, 1 - low, 1 + high)), so that a response is clipped as a whole (GSPO, arXiv 2507.18071, eq. 5
+    and 7; the paper's mean over sequences is `loss_avg_mode: seq`). Our deltas: those of `default`.
+
+    Every token's loss moves all tokens of the response alike, by -A s / (number of tokens). Token weights therefore
+    act by their mean over a response, and do not tell its tokens apart; with `gspo_token` they do.
+
+    Metrics: as `default`.
+    """
+    return _clip(_sequence_log_ratio(inputs).expand_as(inputs.log_probs), inputs)
+
+
+@register_policy_loss("gspo_token")
+def gspo_token_loss(inputs: PolicyLossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """GSPO's ratio and clipping, with each token's loss moving that token only.
+
+    The ratio is s without its gradient, times pi / pi without the gradient of the denominator: in value GSPO's, in
+    gradient -A s d log pi of the token itself (GSPO, arXiv 2507.18071, eq. 13 and 14). With equal advantages and
+    weights in a response the sum of its gradients is GSPO's. Our deltas: those of `default`.
+
+    Metrics: as `default`.
+    """
+    of_token = inputs.log_probs - inputs.log_probs.detach()  # (N, R) zeros that carry the gradient
+    return _clip(_sequence_log_ratio(inputs).detach() + of_token, inputs)
+
+
+@register_policy_loss("cispo")
+def cispo_loss(inputs: PolicyLossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The plain policy gradient with a clipped importance weight: no token loses its gradient, however far it went.
+
+    -A stopgrad(clip(r, 1 - low, 1 + high)) log_probs (CISPO, MiniMax-M1, arXiv 2506.13585, eq. 4 and 5). The paper
+    sets no lower bound: that is `clip_ratio_low: 1`. At 0, which EasyR1's script uses, no weight is below one.
+    Our delta:
+
+    1. The log-ratio is clamped to +-20 before the exponential, for finite values.
+
+    The value is a log-likelihood, not a surrogate: `pg_loss` cannot be compared with that of other losses. No metrics.
+    """
+    weight = _log_ratio(inputs).detach().exp().clamp(1.0 - inputs.clip_ratio_low, 1.0 + inputs.clip_ratio_high)
+    return -inputs.advantages * weight * inputs.log_probs, {}
+
+
+@register_policy_loss("sapo")
+def sapo_loss(inputs: PolicyLossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A soft gate in place of the hard clip: the gradient fades as the ratio leaves one, on both sides.
+
+    -A (4 / tau) sigmoid(tau (r - 1)), tau being `tau_positive` where A > 0 and `tau_negative` elsewhere (SAPO, arXiv
+    2511.20347, its soft gate). In the gradient -A r is multiplied by 4 p (1 - p), p the sigmoid, which is 1 at r = 1.
+    Our delta:
+
+    1. The log-ratio is clamped to +-20 before the exponential, for finite values.
+
+    No metrics.
+    """
+    tau = torch.where(inputs.advantages > 0, inputs.tau_positive, inputs.tau_negative)  # (N, R)
+    gate = (4.0 / tau) * torch.sigmoid(tau * (_log_ratio(inputs).exp() - 1.0))
+    return -inputs.advantages * gate, {}
+
+
+def _log_ratio(inputs: PolicyLossInputs) -> torch.Tensor:
+    return (inputs.log_probs - inputs.old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # (N, R)
+
+
+def _sequence_log_ratio(inputs: PolicyLossInputs) -> torch.Tensor:
+    of_tokens = inputs.log_probs - inputs.old_log_probs  # (N, R)
+    mean = masked_mean(of_tokens, inputs.response_mask, dim=-1).unsqueeze(-1)  # (N, 1)
+    return mean.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def _clip(log_ratio: torch.Tensor, inputs: PolicyLossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The clipped and dually clipped surrogate, whatever the ratio is one of, and which of its bounds decide."""
+    advantages, ratio = inputs.advantages, log_ratio.exp()  # (N, R)
     loss_plain = -advantages * ratio
-    loss_clipped = -advantages * ratio.clamp(1.0 - clip_ratio_low, 1.0 + clip_ratio_high)
-    loss_bound = -advantages * clip_ratio_dual
+    loss_clipped = -advantages * ratio.clamp(1.0 - inputs.clip_ratio_low, 1.0 + inputs.clip_ratio_high)
+    loss_bound = -advantages * inputs.clip_ratio_dual
 
     loss_ppo = torch.maximum(loss_plain, loss_clipped)
     negative = advantages < 0
     per_token_loss = torch.where(negative, torch.minimum(loss_ppo, loss_bound), loss_ppo)
-
     per_token_metrics = {
         "pg_clipfrac_higher": (loss_clipped > loss_plain).float(),
         "pg_clipfrac_lower": (negative & (loss_ppo > loss_bound)).float(),
-        "ppo_kl": -log_ratio.detach(),
     }
     return per_token_loss, per_token_metrics

@@ -5,11 +5,11 @@ Keys, defaults and merge order are EasyR1's, so that its YAML files and command 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from verl.config import ConfigSection, ConfigValueError, RetiredKey, absolute, load_sections, looks_local
+from verl.config import ConfigSection, ConfigValueError, RetiredKey, absolute, did_you_mean, load_sections, looks_local
 from verl.workers.actor.config import TrainedModelConfig
 from verl.workers.config import WorkerConfig
 
@@ -97,14 +97,16 @@ class AlgorithmConfig(ConfigSection):
     """Discount per token."""
     lam: float = 1.0
     """Trace decay of generalised advantage estimation."""
-    adv_estimator: Literal["gae", "grpo", "grpo_passk", "reinforce_plus_plus", "remax", "rloo"] = "grpo"
-    """The advantage estimator."""
+    adv_estimator: str = "grpo"
+    """Advantage estimator, by its name in `verl/algorithms/advantages.py`: `grpo`, `grpo_passk`, `rloo`,
+    `reinforce_plus_plus`, `remax`, `gae`."""
     disable_kl: bool = False
     """No reference model and no KL term at all, whatever the other KL keys say."""
     use_kl_loss: bool = False
     """Put the KL term into the loss; false takes it off the reward."""
     kl_penalty: Literal["kl", "abs", "mse", "low_var_kl", "full"] = "kl"
-    """Estimator of the KL divergence from the reference."""
+    """How the KL divergence from the reference is measured: estimated from the sampled tokens, or by `full` over the
+    whole vocabulary, which runs the policy (in the reward) or the reference (in the loss) once more."""
     kl_coef: float = 1e-3
     """Weight of the KL term."""
     kl_type: Literal["fixed", "adaptive"] = "fixed"
@@ -148,6 +150,21 @@ class AlgorithmConfig(ConfigSection):
     def needs_critic(self) -> bool:
         """Whether the advantage estimator holds rewards against the values of a critic."""
         return self.adv_estimator == "gae"
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether the KL term is part of the loss."""
+        return self.use_kl_loss and not self.disable_kl
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether the KL term is taken off the reward."""
+        return not self.use_kl_loss and not self.disable_kl
+
+    @property
+    def kl_coef_adapts(self) -> bool:
+        """Whether the coefficient follows the target: in the reward alone, as in EasyR1."""
+        return self.kl_type == "adaptive" and self.kl_in_reward
 
 
 @dataclass(frozen=True)
@@ -322,14 +339,11 @@ def require_available(config: PPOConfig) -> None:
         (worker.rollout.name == "vllm", "worker.rollout.name=vllm", "worker.rollout.name=hf"),
         (not worker.hybrid_engine, "worker.hybrid_engine=false", "worker.hybrid_engine=true"),
         (
-            algorithm.adv_estimator not in ("grpo", "gae"),
+            algorithm.adv_estimator == "remax",
             f"algorithm.adv_estimator={algorithm.adv_estimator}",
             "algorithm.adv_estimator=grpo",
         ),
-        (algorithm.kl_penalty == "full", "algorithm.kl_penalty=full", "algorithm.kl_penalty=low_var_kl"),
-        (algorithm.kl_type == "adaptive", "algorithm.kl_type=adaptive", "algorithm.kl_type=fixed"),
         (algorithm.online_filtering, "algorithm.online_filtering=true", "algorithm.online_filtering=false"),
-        (actor.loss_type != "default", f"worker.actor.loss_type={actor.loss_type}", "worker.actor.loss_type=default"),
         (bool(loggers), f"trainer.logger=[{','.join(trainer.logger)}]", "console, file and tensorboard"),
     ]
     for prefix, model in config.trained_models.items():
@@ -362,6 +376,40 @@ def _wanted_of_model(prefix: str, model: TrainedModelConfig) -> list[tuple[bool,
             f"{offload}=false with {prefix}.offload.offload_params=true",
         ),
     ]
+
+
+def require_registered(config: PPOConfig, adv_estimators: Collection[str], policy_losses: Collection[str]) -> None:
+    """Raise unless the estimator and the loss that `config` names are among those that are registered.
+
+    Raises:
+        ValueError: one line for each that is not, with all there are and the nearest.
+    """
+    named = {
+        "algorithm.adv_estimator": (config.algorithm.adv_estimator, adv_estimators),
+        "worker.actor.loss_type": (config.worker.actor.loss_type, policy_losses),
+    }
+    problems = []
+    for key, (name, known) in named.items():
+        if name not in known:
+            is_dapo = "; DAPO is default with clip_ratio_high=0.28 and algorithm.online_filtering=true"
+            remedy = is_dapo if name == "dapo" else did_you_mean(name, list(known))
+            problems.append(f"{key}={name} is not one of {', '.join(known)}{remedy}")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def effect_notes(config: PPOConfig) -> list[str]:
+    """Settings that are taken and do less than their names promise, one sentence each."""
+    algorithm = config.algorithm
+    notes = []
+    if algorithm.kl_type == "adaptive" and algorithm.kl_in_loss:
+        notes.append("algorithm.kl_type=adaptive with algorithm.use_kl_loss=true leaves the coefficient as it is")
+    if algorithm.enable_token_weights and config.worker.actor.loss_type == "gspo":
+        notes.append(
+            "algorithm.enable_token_weights=true with worker.actor.loss_type=gspo weighs whole responses, by their "
+            "tokens' mean weight: one ratio moves all tokens alike; gspo_token tells them apart"
+        )
+    return notes
 
 
 def speed_notes(config: PPOConfig) -> list[str]:

@@ -9,7 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from verl.trainer.config import PPOConfig, load_config, require_available, speed_notes
+from verl.trainer.config import (
+    PPOConfig,
+    effect_notes,
+    load_config,
+    require_available,
+    require_registered,
+    speed_notes,
+)
 from verl.utils.batch_plan import BatchPlan
 
 logger = logging.getLogger("verl.trainer.main")  # __name__ is __main__ under `python -m`
@@ -75,7 +82,13 @@ def run(config: PPOConfig) -> None:
 def prepare(config: PPOConfig) -> BatchPlan:
     """The run's batch numbers; everything that can be refused without starting a process is refused here."""
     require_available(config)
-    return BatchPlan.from_config(config, config.trainer.nnodes * config.trainer.n_gpus_per_node)
+    plan = BatchPlan.from_config(config, config.trainer.nnodes * config.trainer.n_gpus_per_node)
+    # They load torch, so every other mistake is told first.
+    from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS
+    from verl.algorithms.policy_loss import POLICY_LOSSES
+
+    require_registered(config, ADVANTAGE_ESTIMATORS, POLICY_LOSSES)
+    return plan
 
 
 def _train(config: PPOConfig, plan: BatchPlan) -> None:
@@ -93,9 +106,11 @@ def _train(config: PPOConfig, plan: BatchPlan) -> None:
     logger.info("running on %s: %d worker(s)", device, plan.world_size)
     for line in plan.describe():
         logger.info(line)
-    notes = speed_notes(config)
-    if notes:
-        logger.warning("without effect in this version, results are the same: %s", ", ".join(notes))
+    for note in effect_notes(config):
+        logger.warning(note)
+    switches = speed_notes(config)
+    if switches:
+        logger.warning("without effect in this version, results are the same: %s", ", ".join(switches))
 
     model, trainer_config = config.worker.actor.model, config.trainer
     source = (model.tokenizer_path, config.data.override_chat_template)

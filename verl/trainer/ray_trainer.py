@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS, AdvantageInputs
-from verl.algorithms.kl import apply_kl_penalty, compute_kl
+from verl.algorithms.kl import adapt_kl_coef, apply_kl_penalty, compute_kl
 from verl.data.loader import PromptLoader
 from verl.data.vision import MediaHandle
 from verl.protocol import DataProto, pad_dataproto_to_divisor, unpad_dataproto
@@ -38,9 +38,12 @@ from verl.utils.attention_token_weights import choose_token_weights
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.checkpoint import (
     DATALOADER_FILE,
+    KL_COEF_FILE,
     ResumePoint,
+    read_kl_coef,
     remove_obsolete_ckpt,
     step_folder,
+    write_kl_coef,
     write_tracker,
 )
 from verl.utils.seqlen_balancing import balanced_order, seqlen_metrics
@@ -103,6 +106,7 @@ class RayDAPOTrainer:
         self.workers: WorkerGroup | None = None
         self.reward_actor: ray.actor.ActorHandle | None = None
         self.global_step = 0
+        self.kl_coef = config.algorithm.kl_coef
         self.best_step: int | None = None
         self.best_score: float | None = None
         self.last_validation: tuple[int, ValidationResult] | None = None
@@ -214,11 +218,15 @@ class RayDAPOTrainer:
 
     def _compute_log_probs(self, batch: DataProto, record: StepRecord) -> DataProto:
         """Reads: sequence tensors, media. Adds: `old_log_probs`; `attention_mass` and `attention_keys` if they are
-        collected; `ref_log_probs` unless KL is off."""
+        collected; unless KL is off `ref_log_probs`, or, of a full KL, `ref_kl` if it is for the reward."""
+        algorithm = self.config.algorithm
         sequences = _model_inputs(batch)
         with record.timed("old"):
             batch = batch.union(self.workers.compute_log_probs(sequences))
-        if not self.config.algorithm.disable_kl:
+        if algorithm.kl_penalty == "full" and algorithm.kl_in_reward:
+            with record.timed("ref"):
+                batch = batch.union(self.workers.compute_ref_kl(sequences))
+        elif algorithm.kl_penalty != "full" and not algorithm.disable_kl:
             with record.timed("ref"):
                 batch = batch.union(self.workers.compute_ref_log_probs(sequences))
         return batch
@@ -295,18 +303,15 @@ class RayDAPOTrainer:
         return token_weights
 
     def _compute_advantages(self, batch: DataProto, record: StepRecord) -> DataProto:
-        """Reads: `token_level_scores`, `response_mask`, `uid`, log-probs, and `values` (N, R) or `reward_baselines`
-        (N,) where the estimator needs them. Adds: `token_level_rewards`, `advantages`, `returns`."""
+        """Reads: `token_level_scores`, `response_mask`, `uid`; for KL in the reward `ref_kl`, or `old_log_probs` and
+        `ref_log_probs`; `values` (N, R) or `reward_baselines` (N,) where the estimator needs them. Adds:
+        `token_level_rewards`, `advantages`, `returns`."""
         algorithm = self.config.algorithm
         streams = batch.batch
         with record.timed("adv"):
             streams["token_level_rewards"] = streams["token_level_scores"]
-            if not algorithm.disable_kl and not algorithm.use_kl_loss:
-                kl = compute_kl(streams["old_log_probs"], streams["ref_log_probs"], algorithm.kl_penalty)
-                streams["token_level_rewards"], mean_kl = apply_kl_penalty(
-                    streams["token_level_scores"], kl, streams["response_mask"], algorithm.kl_coef
-                )
-                record.add({"actor/kl_penalty": mean_kl, "actor/kl_coef": algorithm.kl_coef})
+            if algorithm.kl_in_reward:
+                record.add(self._take_kl_off_the_rewards(batch))
             inputs = AdvantageInputs(
                 streams["token_level_rewards"],
                 streams["response_mask"],
@@ -318,6 +323,20 @@ class RayDAPOTrainer:
             )
             streams["advantages"], streams["returns"] = ADVANTAGE_ESTIMATORS[algorithm.adv_estimator](inputs)
         return batch
+
+    def _take_kl_off_the_rewards(self, batch: DataProto) -> dict[str, float]:
+        """Writes over `token_level_rewards`; an adaptive coefficient then follows the KL, for the next step."""
+        algorithm, streams = self.config.algorithm, batch.batch
+        kl = streams.get("ref_kl")
+        if kl is None:
+            kl = compute_kl(streams["old_log_probs"], streams["ref_log_probs"], algorithm.kl_penalty)
+        streams["token_level_rewards"], mean_kl = apply_kl_penalty(
+            streams["token_level_scores"], kl, streams["response_mask"], self.kl_coef
+        )
+        metrics = {"actor/kl_penalty": mean_kl, "actor/kl_coef": self.kl_coef}
+        if algorithm.kl_coef_adapts:
+            self.kl_coef = adapt_kl_coef(self.kl_coef, mean_kl, len(batch), algorithm.kl_target, algorithm.kl_horizon)
+        return metrics
 
     def _update_critic(self, batch: DataProto, record: StepRecord) -> None:
         """Reads: sequence tensors, media, `values`, `returns`."""
@@ -441,6 +460,8 @@ class RayDAPOTrainer:
         folder = step_folder(trainer.save_checkpoint_path, self.global_step)
         self.workers.save_checkpoint(folder, trainer.save_model_only)
         torch.save(self.train_loader.state_dict(), os.path.join(folder, DATALOADER_FILE))
+        if self.config.algorithm.kl_coef_adapts:
+            write_kl_coef(folder, self.kl_coef)
         self.last_saved_step = self.global_step
         self._track_checkpoint()
 
@@ -472,6 +493,8 @@ class RayDAPOTrainer:
             self.train_loader.load_state_dict(torch.load(loader_file))
         else:
             logger.warning("%s does not exist: the data starts from its first epoch", loader_file)
+        if self.config.algorithm.kl_coef_adapts:
+            self._resume_kl_coef(point.folder)
         self.global_step = point.step
         if os.path.dirname(os.path.abspath(point.folder)) == trainer.save_checkpoint_path:
             self.last_saved_step = point.step
@@ -483,6 +506,14 @@ class RayDAPOTrainer:
                 point.folder,
                 self.training_steps,
             )
+
+    def _resume_kl_coef(self, folder: str) -> None:
+        kl_coef = read_kl_coef(folder)
+        if kl_coef is not None:
+            self.kl_coef = kl_coef
+        else:
+            path = os.path.join(folder, KL_COEF_FILE)
+            logger.warning("%s does not exist: the KL coefficient starts from algorithm.kl_coef", path)
 
 
 def _model_inputs(batch: DataProto, *streams: str) -> DataProto:

@@ -2,7 +2,8 @@
 """Names of checkpoints on disk, which of them is the latest, and which may go.
 
 Layout under the save path: `checkpoint_tracker.json` and `global_step_<N>/{dataloader.pt, actor/..., critic/...}`,
-each rank's files carrying the world size in their names. What is inside the files is the workers' business.
+each rank's files carrying the world size in their names, and `kl_coef.json` where the coefficient adapts. What is
+inside the workers' files is their business.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 CHECKPOINT_TRACKER = "checkpoint_tracker.json"
 DATALOADER_FILE = "dataloader.pt"
+KL_COEF_FILE = "kl_coef.json"
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,21 @@ def optim_file(world_size: int, rank: int) -> str:
 def extra_state_file(world_size: int, rank: int) -> str:
     """File name of one rank's learning-rate scheduler and random-number states."""
     return f"extra_state_world_size_{world_size}_rank_{rank}.pt"
+
+
+def write_kl_coef(folder: str, kl_coef: float) -> None:
+    """Keeps the adaptive KL coefficient that the step after the one of `folder` begins with."""
+    with open(os.path.join(folder, KL_COEF_FILE), "w", encoding="utf-8") as file:
+        json.dump({"kl_coef": kl_coef}, file)
+
+
+def read_kl_coef(folder: str) -> float | None:
+    """What `write_kl_coef` kept, exactly; None where the run of `folder` had no adaptive coefficient."""
+    path = os.path.join(folder, KL_COEF_FILE)
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)["kl_coef"]
 
 
 def write_tracker(

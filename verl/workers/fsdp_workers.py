@@ -7,7 +7,7 @@ Shapes: N sequences over all ranks, R response length. Batches arrive as this ra
 import logging
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import psutil
@@ -25,7 +25,11 @@ from verl.utils.attention_metrics import KeyVocabulary
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.tokenizer import get_processor, get_tokenizer
 from verl.workers.actor.config import FSDPConfig, ModelConfig
-from verl.workers.actor.dp_actor import DataParallelPPOActor, compute_log_probs_and_attention
+from verl.workers.actor.dp_actor import (
+    DataParallelPPOActor,
+    compute_kl_to_reference,
+    compute_log_probs_and_attention,
+)
 from verl.workers.actor.forward import PolicyForward
 from verl.workers.critic.dp_critic import DataParallelPPOCritic, ValueForward
 from verl.workers.fsdp2 import build_mesh, resident, shard_model
@@ -72,19 +76,22 @@ class FSDPWorker(Worker):
         self.mesh = build_mesh(self.device)
 
         policy = self._load_sharded(load_model, actor.model, actor.fsdp, default_dtype="fp32")
+        algorithm, reference = self.config.algorithm, None
+        if not algorithm.disable_kl:
+            self.ref_model = self._load_sharded(load_model, actor.model, ref.fsdp, default_dtype="bf16")
+            self.ref_model.requires_grad_(False)
+            with self._reference_resident():
+                pass  # from here on it rests where it does between phases, and so will the trained models
+            if algorithm.kl_in_loss and algorithm.kl_penalty == "full":
+                reference = self._forward_of(self.ref_model)
         described_by = [policy.config, policy.generation_config, self.processor or self.tokenizer]
         self.actor = DataParallelPPOActor(
-            self.config, self.plan, self._forward_of(policy), self.training_steps, described_by
+            self.config, self.plan, self._forward_of(policy), self.training_steps, described_by, reference
         )
         self.trained: dict[str, TrainedModel] = {"actor": self.actor}
         self.rollout = self._build_rollout()
         if self.config.worker.rollout.collect_attentions:
             self.vocabulary = KeyVocabulary.of(policy.config, self.processor or self.tokenizer)
-        if not self.config.algorithm.disable_kl:
-            self.ref_model = self._load_sharded(load_model, actor.model, ref.fsdp, default_dtype="bf16")
-            self.ref_model.requires_grad_(False)
-            with self._reference_resident():
-                pass  # from here on it rests where it does between phases, and so do the trained models
         if self.plan.critic is not None:
             self.critic = self._build_critic()
             self.trained["critic"] = self.critic
@@ -202,6 +209,18 @@ class FSDPWorker(Worker):
         return DataProto.from_dict({"ref_log_probs": log_probs})
 
     @register(DP_COMPUTE_PROTO)
+    def compute_ref_kl(self, data: DataProto) -> DataProto:
+        """Adds `ref_kl` (N, R): KL of the current policy from the one the run began with, over the whole vocabulary.
+
+        Costs a pass of either model.
+        """
+        with self.actor.resident(), self._reference_resident():
+            kl = compute_kl_to_reference(
+                self.actor.forward, self._forward_of(self.ref_model), data, self.plan.actor.experience_micro_batch_size
+            )
+        return DataProto.from_dict({"ref_kl": kl})
+
+    @register(DP_COMPUTE_PROTO)
     def compute_values(self, data: DataProto) -> DataProto:
         """Adds `values` (N, R): the critic's, before this step's update."""
         with self.critic.resident():
@@ -211,7 +230,8 @@ class FSDPWorker(Worker):
     @register(DP_COMPUTE_METRIC)
     def update_actor(self, data: DataProto) -> dict[str, float]:
         """One training step of the policy on this rank's rows; returns `actor/*` metrics."""
-        with self.actor.resident(optimizer=True):
+        reference = nullcontext() if self.actor.reference is None else self._reference_resident()
+        with self.actor.resident(optimizer=True), reference:
             return self.actor.update_policy(data)
 
     @register(DP_COMPUTE_METRIC)

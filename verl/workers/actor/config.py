@@ -178,11 +178,9 @@ class ActorConfig(TrainedModelConfig):
     """The ratio is clipped above 1 + this."""
     clip_ratio_dual: float = 3.0
     """Bound, in units of -advantage, on the loss of tokens with a negative advantage."""
-    loss_type: Literal["default", "gspo", "gspo_token", "cispo", "sapo"] = field(
-        default="default",
-        metadata={"hints": {"dapo": "DAPO is default with clip_ratio_high=0.28 and algorithm.online_filtering=true"}},
-    )
-    """The policy loss."""
+    loss_type: str = "default"
+    """Policy loss, by its name in `verl/algorithms/policy_loss.py`: `default`, `gspo`, `gspo_token`, `cispo` or
+    `sapo`."""
     use_torch_compile: bool = True
     """Compile the log-probability function."""
     tau_positive: float = 1.0

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from verl.algorithms.kl import compute_kl
-from verl.algorithms.policy_loss import POLICY_LOSSES
+from verl.algorithms.policy_loss import POLICY_LOSSES, PolicyLossInputs
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
 from verl.utils.attention_metrics import KeyVocabulary
@@ -43,6 +43,19 @@ def compute_log_probs_and_attention(
     return log_probs, mass, keys
 
 
+def compute_kl_to_reference(
+    forward: PolicyForward, reference: PolicyForward, data: DataProto, micro_batch_size: int
+) -> torch.Tensor:
+    """(N, R) float32 on the CPU: KL(policy || reference) over the whole vocabulary, without gradient.
+
+    Both run on each micro-batch in turn.
+    """
+    forward.model.eval()
+    with torch.no_grad():
+        parts = [forward.statistics(rows, reference).kl for rows in micro_batches(data, micro_batch_size)]
+    return torch.cat([part.cpu() for part in parts])
+
+
 class DataParallelPPOActor(TrainedModel):
     """Updates the sharded policy with a clipped policy gradient, and a KL loss where one is asked for.
 
@@ -51,6 +64,7 @@ class DataParallelPPOActor(TrainedModel):
         plan: the run's batch numbers.
         forward: the policy's forward pass.
         training_steps, described_by: as in `TrainedModel`.
+        reference: the frozen policy's forward pass, for a KL loss over the whole vocabulary; None where there is none.
     """
 
     area = "actor"
@@ -63,30 +77,31 @@ class DataParallelPPOActor(TrainedModel):
         forward: PolicyForward,
         training_steps: int,
         described_by: Sequence[SavesPretrained],
+        reference: PolicyForward | None = None,
     ) -> None:
         super().__init__(forward, config.worker.actor, plan.actor, training_steps, described_by)
         self.algorithm = config.algorithm
-
-    @property
-    def uses_kl_loss(self) -> bool:
-        return self.algorithm.use_kl_loss and not self.algorithm.disable_kl
+        self.reference = reference
 
     def update_policy(self, data: DataProto) -> dict[str, float]:
         """`TrainedModel.update` on the policy loss.
 
         Args:
             data: `input_ids`, `attention_mask`, `position_ids`, `responses`, `response_mask`, `old_log_probs`,
-                `advantages`, and `ref_log_probs` with a KL loss; non-tensor `multi_modal_data`. Also, if the tokens
-                shall not count alike, `token_weights` (N, any length): each token's policy and KL loss is multiplied
-                by its weight; tokens beyond the given ones weigh 1. Nothing else sees the weights, and losses are
-                divided by plain counts, so that weights of one change nothing, bit for bit.
+                `advantages`, and `ref_log_probs` with a KL loss other than `full`, which runs the reference itself;
+                non-tensor `multi_modal_data`. Also, if the tokens shall not count alike, `token_weights` (N, any
+                length): each token's policy and KL loss is multiplied by its weight; tokens beyond the given ones
+                weigh 1. Nothing else sees the weights, and losses are divided by plain counts, so that weights of one
+                change nothing, bit for bit.
 
         Returns:
             `actor/*` metrics, the same on every rank: means over the mini-batch's real response tokens, averaged
-            over the optimizer steps. Losses are the weighted ones that were trained on.
+            over the optimizer steps. Losses are the weighted ones that were trained on; `entropy_loss` is the entropy
+            of the distribution that is sampled from, `ppo_kl` the mean of old less new log-probability, which
+            estimates the KL from the policy that made the rollout.
         """
         metrics = self.update(data)
-        if self.uses_kl_loss:
+        if self.algorithm.kl_in_loss:
             metrics["actor/kl_coef"] = self.algorithm.kl_coef
         return metrics
 
@@ -108,20 +123,32 @@ class DataParallelPPOActor(TrainedModel):
             mode = self.config.loss_avg_mode
             return aggregate_loss(per_token, loss_weights, response_mask, mode, num_tokens, num_sequences)
 
-        log_probs = self.forward(rows)  # (N, R)
+        found = self.forward.statistics(rows, self.reference)
         policy_loss, per_token_metrics = POLICY_LOSSES[self.config.loss_type](
-            log_probs,
-            old_log_probs,
-            rows.batch["advantages"].to(device),
-            clip_ratio_low=self.config.clip_ratio_low,
-            clip_ratio_high=self.config.clip_ratio_high,
-            clip_ratio_dual=self.config.clip_ratio_dual,
+            PolicyLossInputs(
+                found.log_probs,
+                old_log_probs,
+                rows.batch["advantages"].to(device),
+                response_mask,
+                clip_ratio_low=self.config.clip_ratio_low,
+                clip_ratio_high=self.config.clip_ratio_high,
+                clip_ratio_dual=self.config.clip_ratio_dual,
+                tau_positive=self.config.tau_positive,
+                tau_negative=self.config.tau_negative,
+            )
         )
         loss = share_of_loss(policy_loss)
-        parts = {"pg_loss": loss, "entropy_loss": share(-log_probs)}
+        parts = {
+            "pg_loss": loss,
+            "ppo_kl": share(old_log_probs - found.log_probs),
+            "entropy_loss": share(found.entropy),
+        }
         parts.update({name: share(values) for name, values in per_token_metrics.items()})
-        if self.uses_kl_loss:
-            kl = compute_kl(log_probs, rows.batch["ref_log_probs"].to(device), self.algorithm.kl_penalty)
+        if self.algorithm.kl_in_loss:
+            kl = found.kl
+            if kl is None:
+                ref_log_probs = rows.batch["ref_log_probs"].to(device)
+                kl = compute_kl(found.log_probs, ref_log_probs, self.algorithm.kl_penalty)
             kl_loss = share_of_loss(kl)
             loss = loss + self.algorithm.kl_coef * kl_loss
             parts["kl_loss"] = kl_loss

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The forward pass of training: log-probabilities of the response tokens, and nothing of the prompt's logits.
 
-On request the same pass measures how much each response token attends to the prompt's text and to its images.
+On request the same pass measures how much each response token attends to the prompt's text and to its images, or how
+uncertain the policy was and how far from its reference.
 
 Shapes: N sequences, P prompt length, R response length, S = P + R.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -15,7 +18,7 @@ from transformers import ProcessorMixin
 from verl.models.attention_recorder import record_attention_mass
 from verl.protocol import DataProto
 from verl.utils.attention_metrics import KeyVocabulary, count_keys
-from verl.utils.logprobs import log_probs_from_logits
+from verl.utils.logprobs import TokenStatistics, log_probs_from_logits, token_statistics
 from verl.workers.response_forward import ResponseForward, filled_columns
 
 
@@ -44,10 +47,33 @@ class PolicyForward(ResponseForward):
 
     def __call__(self, rows: DataProto) -> torch.Tensor:
         """(N, R) float32 log-probabilities of `responses`, zero outside `response_mask`; see the base class."""
-        logits = self.outputs(rows)  # (N, length, V)
-        responses = rows.batch["responses"][:, : logits.shape[1]].to(self.device)
+        logits, responses = self._logits(rows)
         log_probs = log_probs_from_logits(logits, responses, self.temperature, self.banned_token_ids)
         return self.as_stream(log_probs, rows)
+
+    def statistics(self, rows: DataProto, reference: PolicyForward | None = None) -> TokenStatistics:
+        """The log-probabilities, and from the same forward the entropy and the KL from `reference`.
+
+        Args:
+            rows: as for a plain call.
+            reference: runs on the same rows, without gradient; None for no KL.
+
+        Returns:
+            (N, R) float32 each, zero outside `response_mask`; the entropy has no gradient.
+        """
+        ref_logits = None
+        if reference is not None:
+            with torch.no_grad():
+                ref_logits, _ = reference._logits(rows)
+        logits, responses = self._logits(rows)
+        found = token_statistics(logits, responses, self.temperature, self.banned_token_ids, ref_logits)
+        kl = None if found.kl is None else self.as_stream(found.kl, rows)
+        return TokenStatistics(self.as_stream(found.log_probs, rows), self.as_stream(found.entropy, rows), kl)
+
+    def _logits(self, rows: DataProto) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (N, length, V) and the responses (N, length) they predict, length being the longest response's."""
+        logits = self.outputs(rows)
+        return logits, rows.batch["responses"][:, : logits.shape[1]].to(self.device)
 
     def with_attention(
         self, rows: DataProto, vocabulary: KeyVocabulary, last_k_layers: int | None
