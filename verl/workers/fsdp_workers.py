@@ -81,7 +81,7 @@ class FSDPWorker(Worker):
             self.ref_model = self._load_sharded(load_model, actor.model, ref.fsdp, default_dtype="bf16")
             self.ref_model.requires_grad_(False)
             with self._reference_resident():
-                pass  # from here on it rests where it does between phases, and so will the trained models
+                pass  # from here on it rests where it does between phases
             if algorithm.kl_in_loss and algorithm.kl_penalty == "full":
                 reference = self._forward_of(self.ref_model)
         described_by = [policy.config, policy.generation_config, self.processor or self.tokenizer]
@@ -95,9 +95,6 @@ class FSDPWorker(Worker):
         if self.plan.critic is not None:
             self.critic = self._build_critic()
             self.trained["critic"] = self.critic
-        for model in self.trained.values():
-            with model.resident(optimizer=True):
-                pass
 
     def _load_sharded(
         self,

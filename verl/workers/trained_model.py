@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the actor and the critic have in common: optimizer steps over mini-batches, a schedule, a checkpoint, a rest.
+"""What the actor and the critic have in common: optimizer steps, a schedule, a checkpoint, and a place to rest.
 
 Shapes: N sequences of this rank, R response length, W ranks.
 """
@@ -53,6 +53,8 @@ class TrainedModel:
         self.optimizer = build_optimizer(self.model, config.optim)
         self.scheduler = build_scheduler(self.optimizer, config.optim, training_steps)
         self.checkpoint = FSDPCheckpoint(self.model, self.optimizer, self.scheduler, described_by)
+        with self.resident():
+            pass  # from here on the parameters rest where they do between phases
 
     @property
     def model(self) -> nn.Module:

@@ -45,9 +45,9 @@ class DataParallelPPOCritic(TrainedModel):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         device = self.forward.device
         response_mask = rows.batch["response_mask"].to(device)  # (N, R)
+        counts = (num_tokens.to(device), num_sequences)
 
         def share(per_token: torch.Tensor, mode: str = "token") -> torch.Tensor:
-            counts = (num_tokens.to(device), num_sequences)
             return aggregate_loss(per_token, response_mask, response_mask, mode, *counts)
 
         per_token_loss, per_token_metrics = clipped_value_loss(
