@@ -32,15 +32,20 @@ WITH_CRITIC = (
 class ProbeWorker(FSDPWorker):
     @register(DP_COMPUTE_METRIC)
     def gradients(
-        self, mini_batch: DataProto, mode: str, loss_type: str = "default"
+        self, mini_batch: DataProto, mode: str, loss_type: str = "default", **settings: float
     ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        """The whole gradient by parameter name, and the loss metrics, of one mini-batch under a `loss_avg_mode`."""
-        return gradients_of(self.actor, mini_batch, loss_avg_mode=mode, loss_type=loss_type)
+        """The whole gradient by parameter name, and the loss metrics, of one mini-batch under a `loss_avg_mode`.
+
+        `settings` are keys of `worker.actor`.
+        """
+        self.actor.config = replace(self.config.worker.actor, loss_avg_mode=mode, loss_type=loss_type, **settings)
+        return gradients_of(self.actor, mini_batch)
 
     @register(DP_COMPUTE_METRIC)
     def critic_gradients(self, mini_batch: DataProto, mode: str) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """The same of the critic."""
-        return gradients_of(self.critic, mini_batch, loss_avg_mode=mode)
+        self.critic.config = replace(self.config.worker.critic, loss_avg_mode=mode)
+        return gradients_of(self.critic, mini_batch)
 
     @register(ONE_TO_ALL)
     def fill_value_head(self) -> None:
@@ -69,10 +74,7 @@ class ProbeWorker(FSDPWorker):
         return {name: value.clone() for name, value in self.rollout.model.state_dict().items()}
 
 
-def gradients_of(
-    trained: TrainedModel, mini_batch: DataProto, **settings: str
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    trained.config = replace(trained.config, **settings)
+def gradients_of(trained: TrainedModel, mini_batch: DataProto) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     trained.model.train()
     metrics = trained.accumulate_gradients(mini_batch)
     gradients = {name: full_tensor(parameter.grad) for name, parameter in trained.model.named_parameters()}

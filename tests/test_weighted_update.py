@@ -177,6 +177,26 @@ def test_every_loss_has_a_gradient_of_its_own_and_weights_change_it(batch: DataP
         )
 
 
+@pytest.mark.parametrize(
+    ("loss_type", "setting"),
+    [
+        *((name, {key: 0.01}) for name in ("default", "cispo") for key in ("clip_ratio_low", "clip_ratio_high")),
+        ("default", {"clip_ratio_dual": 1.01}),
+        ("sapo", {"tau_positive": 5.0}),
+        ("sapo", {"tau_negative": 5.0}),
+    ],
+)
+def test_the_settings_of_a_loss_reach_it(
+    loss_type: str, setting: dict[str, float], batch: DataProto, at_once: ProbeWorker
+) -> None:
+    rows = with_weights(batch, None)
+    noise = torch.randn(8, RESPONSE_LENGTH, generator=torch.Generator().manual_seed(2))
+    rows.batch["old_log_probs"] = at_once.compute_log_probs(rows).batch["old_log_probs"] + noise
+    plain, _ = at_once.gradients(rows, "token", loss_type)
+    other, _ = at_once.gradients(rows, "token", loss_type, **setting)
+    assert largest_relative_difference(plain, other) > 1e-3
+
+
 @pytest.mark.parametrize("width", [RESPONSE_LENGTH - 5, RESPONSE_LENGTH + 3])
 def test_weights_of_another_length_are_padded_with_one_or_cut(
     width: int, tiny_model_path: str, batch: DataProto, lone_process_group
