@@ -76,7 +76,7 @@ def answer_at_random(prompts: DataProto, n: int, response_length: int, seed: int
     lengths = torch.randint(1, response_length + 1, (num_rows,), generator=generator)
     response_mask = (torch.arange(response_length) < lengths[:, None]).long()
     batch = assemble_batch(prompts, responses, response_mask, torch.zeros(num_rows, response_length), n)
-    for name in ("old_log_probs", "ref_log_probs", "advantages"):
+    for name in ("old_log_probs", "ref_log_probs", "advantages", "values", "returns"):
         batch.batch[name] = torch.randn(num_rows, response_length, generator=generator)
     batch.batch["old_log_probs"] -= 4
     batch.batch["ref_log_probs"] -= 4

@@ -4,6 +4,7 @@
 from dataclasses import replace
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import distribute_tensor
 
 from verl.data.vision import featurize
@@ -15,10 +16,20 @@ from verl.utils.batch_plan import BatchPlan
 from verl.workers.fsdp2 import full_tensor
 from verl.workers.fsdp_workers import FSDPWorker
 from verl.workers.rollout.base import Sampling
+from verl.workers.trained_model import TrainedModel
 from verl.workers.weight_sync import stream_weights
 
 RESPONSE_LENGTH = 12
 RESPONSES_PER_PROMPT = 2
+
+WITH_CRITIC = (
+    "algorithm.adv_estimator=gae",
+    "worker.critic.global_batch_size=4",
+    "worker.critic.micro_batch_size_per_device_for_update=8",
+    "worker.critic.micro_batch_size_per_device_for_experience=4",
+    "worker.critic.fsdp.mp_param_dtype=fp32",
+)
+"""What `make_config` needs beside for a run with a critic."""
 
 
 class ProbeWorker(FSDPWorker):
@@ -30,29 +41,41 @@ class ProbeWorker(FSDPWorker):
 
         `settings` are keys of `worker.actor`.
         """
-        actor = self.config.worker.actor
-        self.actor.config = replace(actor, loss_avg_mode=mode, loss_type=loss_type, **settings)
-        self.model.train()
-        metrics = self.actor.accumulate_gradients(mini_batch)
-        gradients = {name: full_tensor(parameter.grad) for name, parameter in self.model.named_parameters()}
-        self.optimizer.zero_grad()
-        return gradients, metrics
+        self.actor.config = replace(self.config.worker.actor, loss_avg_mode=mode, loss_type=loss_type, **settings)
+        return gradients_of(self.actor, mini_batch)
+
+    @register(DP_COMPUTE_METRIC)
+    def critic_gradients(self, mini_batch: DataProto, mode: str) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """The same of the critic."""
+        self.critic.config = replace(self.config.worker.critic, loss_avg_mode=mode)
+        return gradients_of(self.critic, mini_batch)
+
+    @register(ONE_TO_ALL)
+    def fill_value_head(self) -> None:
+        """Random numbers, the same on any number of ranks, in place of the zeros that pass no gradient on."""
+        generator = torch.Generator().manual_seed(0)
+        head = self.critic.model.value_head
+        values = {
+            "value_head.weight": torch.randn(1, head.in_features, generator=generator),
+            "value_head.bias": torch.randn(1, generator=generator),
+        }
+        set_model_state_dict(self.critic.model, values, options=StateDictOptions(full_state_dict=True, strict=False))
 
     @register(ONE_TO_ALL)
     def scale_weights(self, factor: float) -> None:
         """Takes the policy away from its reference."""
         with torch.no_grad():
-            for parameter in self.model.parameters():
+            for parameter in self.actor.model.parameters():
                 parameter.mul_(factor)
 
     @register(ONE_TO_ALL)
-    def weights(self) -> dict[str, torch.Tensor]:
-        return {name: value.clone() for name, value in stream_weights(self.model)}
+    def weights(self, trained: str = "actor") -> dict[str, torch.Tensor]:
+        return {name: value.clone() for name, value in stream_weights(self.trained[trained].model)}
 
     @register(ONE_TO_ALL)
     def set_weight(self, name: str, rows: list[int], values: torch.Tensor) -> None:
         """Puts `values` (columns,) into some rows of a weight of the policy."""
-        parameter = self.model.get_parameter(name)
+        parameter = self.actor.model.get_parameter(name)
         whole = full_tensor(parameter).detach().clone()
         whole[rows] = values
         self._set(parameter, whole)
@@ -60,7 +83,7 @@ class ProbeWorker(FSDPWorker):
     @register(ONE_TO_ALL)
     def shift_weights(self, seed: int) -> None:
         """Adds noise to every weight of the policy, the same on all ranks."""
-        for index, parameter in enumerate(self.model.parameters()):
+        for index, parameter in enumerate(self.actor.model.parameters()):
             generator = torch.Generator().manual_seed(seed + index)
             noise = 0.05 * torch.randn(parameter.shape, generator=generator)
             self._set(parameter, full_tensor(parameter).detach() + noise)
@@ -97,6 +120,14 @@ class ProbeWorker(FSDPWorker):
     @register(ONE_TO_ALL)
     def rollout_weights(self) -> dict[str, torch.Tensor]:
         return {name: value.clone() for name, value in self.rollout.model.state_dict().items()}
+
+
+def gradients_of(trained: TrainedModel, mini_batch: DataProto) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    trained.model.train()
+    metrics = trained.accumulate_gradients(mini_batch)
+    gradients = {name: full_tensor(parameter.grad) for name, parameter in trained.model.named_parameters()}
+    trained.optimizer.zero_grad()
+    return gradients, metrics
 
 
 def make_config(model_path: str, *overrides: str) -> PPOConfig:

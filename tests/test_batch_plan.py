@@ -2,10 +2,12 @@
 # python -m pytest tests/test_batch_plan.py
 """The batch plan: its numbers against sums done by hand, and the words of each rule that does not hold."""
 
+import numpy as np
 import pytest
 
 from verl.trainer.config import DataConfig, PPOConfig, load_config
-from verl.utils.batch_plan import BatchPlan, training_steps
+from verl.utils.batch_plan import BatchPlan, ModelPlan, training_steps
+from verl.utils.seqlen_balancing import balanced_order
 from verl.workers.actor.config import ActorConfig
 from verl.workers.config import WorkerConfig
 from verl.workers.rollout.config import RolloutConfig
@@ -45,23 +47,74 @@ def test_every_number_of_a_small_plan():
         prompts_per_draw=16,
         fewest_draws=1,
         most_draws=1,
-        prompts_per_mini_batch=8,
-        sequences_per_mini_batch=32,
-        mini_batches=2,
-        sequences_per_rank_per_mini_batch=16,
-        update_micro_batch_size=4,
-        update_micro_batches=4,
-        experience_micro_batch_size=8,
-        optimizer_steps_per_step=6,
+        actor=ModelPlan(
+            prompts_per_mini_batch=8,
+            sequences_per_mini_batch=32,
+            mini_batches=2,
+            sequences_per_rank_per_mini_batch=16,
+            update_micro_batch_size=4,
+            update_micro_batches=4,
+            experience_micro_batch_size=8,
+            optimizer_steps_per_step=6,
+        ),
+        critic=None,
     )
+
+
+def with_critic(**changes):
+    """A critic in mini-batches of 4 prompts = 16 sequences, on two workers 8 each, in micro-batches of 2."""
+    critic = {
+        "algorithm__adv_estimator": "gae",
+        "worker__critic__global_batch_size": 4,
+        "worker__critic__micro_batch_size_per_device_for_update": 2,
+        "worker__critic__micro_batch_size_per_device_for_experience": 16,
+    }
+    return config_of(**critic | changes)
+
+
+def test_a_critic_has_numbers_of_its_own():
+    """16 / 4 = 4 mini-batches, each worker's 8 sequences in 8 / 2 = 4 micro-batches, one pass. The actor's stay."""
+    plan = BatchPlan.from_config(with_critic(), world_size=2)
+    assert plan.actor == BatchPlan.from_config(config_of(), world_size=2).actor
+    assert plan.critic == ModelPlan(
+        prompts_per_mini_batch=4,
+        sequences_per_mini_batch=16,
+        mini_batches=4,
+        sequences_per_rank_per_mini_batch=8,
+        update_micro_batch_size=2,
+        update_micro_batches=4,
+        experience_micro_batch_size=16,
+        optimizer_steps_per_step=4,
+    )
+
+
+@pytest.mark.parametrize(("actor", "critic"), [(16, 16), (8, 4), (4, 8), (8, 12), (6, 4), (12, 3)])
+def test_rows_balanced_over_ranks_stay_in_the_mini_batches_of_both_models(actor, critic):
+    """48 prompts x 4 on 2 workers: whatever the two sizes, no row changes its mini-batch of either model."""
+    plan = BatchPlan.from_config(
+        with_critic(
+            data__rollout_batch_size=48,
+            worker__actor__global_batch_size=actor,
+            worker__critic__global_batch_size=critic,
+        ),
+        world_size=2,
+    )
+    lengths = np.random.RandomState(0).randint(10, 90, plan.sequences_per_step).tolist()
+    order = balanced_order(lengths, plan.world_size, plan.pieces_to_balance)
+    per_rank = plan.sequences_per_step // 2
+    for model in (plan.actor, plan.critic):
+        for place, row in enumerate(order):
+            mini_batch = place % per_rank // model.sequences_per_rank_per_mini_batch
+            assert mini_batch == row // model.sequences_per_mini_batch
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_the_parts_add_up_to_the_whole_on_any_number_of_workers(world_size):
-    plan = BatchPlan.from_config(config_of(), world_size)
-    per_rank = plan.update_micro_batches * plan.update_micro_batch_size
-    assert per_rank == plan.sequences_per_rank_per_mini_batch
-    assert per_rank * world_size * plan.mini_batches == plan.sequences_per_step
+    plan = BatchPlan.from_config(with_critic(), world_size)
+    for model in (plan.actor, plan.critic):
+        per_rank = model.update_micro_batches * model.update_micro_batch_size
+        assert per_rank == model.sequences_per_rank_per_mini_batch
+        assert per_rank * world_size * model.mini_batches == plan.sequences_per_step
 
 
 def test_a_draw_may_be_smaller_than_a_step():
@@ -106,11 +159,16 @@ def test_without_a_filter_the_number_of_draws_is_not_limited_by_tries():
     assert BatchPlan.from_config(config_of(**changes), world_size=2).most_draws == 4
 
 
-def test_the_plan_is_told_in_five_lines_with_its_numbers():
-    lines = BatchPlan.from_config(config_of(), world_size=2).describe()
-    assert len(lines) == 5
+def test_the_plan_is_told_in_five_lines_with_its_numbers_and_in_three_more_for_a_critic():
+    lines = BatchPlan.from_config(with_critic(), world_size=2).describe()
+    assert lines[:5] == BatchPlan.from_config(config_of(), world_size=2).describe()
     assert "16 prompts x 4 responses = 64 sequences on 2 workers" in lines[0]
     assert "16 sequences = 4 micro-batches x 4" in lines[4]
+    assert lines[5:] == [
+        "values: 16 sequences at once on each worker",
+        "critic update: 4 mini-batches of 4 prompts = 16 sequences; ppo_epochs=1, so 4 optimizer steps",
+        "critic update, mini-batch on each worker: 8 sequences = 4 micro-batches x 2",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 """The configuration: what the command line accepts, what it refuses and in which words, what the checks hold."""
 
 import ast
+import importlib.util
 import logging
 import os
 import pickle
-import importlib.util
 import re
 import subprocess
 import sys
@@ -287,7 +287,7 @@ def test_the_readmes_own_run_can_run():
     arguments = command.replace("\\\n", " ").split()
     assert {"config=examples/config.yaml", "worker.rollout.name=hf"} < set(arguments)
     plan = prepare(load_config(arguments))
-    assert (plan.world_size, plan.sequences_per_step, plan.optimizer_steps_per_step) == (8, 512 * 5, 4)
+    assert (plan.world_size, plan.sequences_per_step, plan.actor.optimizer_steps_per_step) == (8, 512 * 5, 4)
 
 
 def test_a_long_command_line_of_an_existing_script_works(tmp_path):
@@ -799,7 +799,6 @@ def test_a_plain_run_is_available(runnable):
     "argument",
     [
         "worker.hybrid_engine=false",
-        "algorithm.adv_estimator=gae",
         "worker.actor.ulysses_size=2",
         "worker.actor.model.lora.rank=8",
         "worker.actor.model.freeze_vision_tower=true",
@@ -831,6 +830,25 @@ def test_the_reference_may_rest_in_host_memory_and_the_policy_is_told_what_it_ma
     require_available(load_config([*runnable, "worker.ref.fsdp.enable_cpu_offload=true"]))
     with pytest.raises(ValueError, match="use worker.actor.fsdp.enable_cpu_offload=false with worker.actor.offload"):
         require_available(load_config([*runnable, "worker.actor.fsdp.enable_cpu_offload=true"]))
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "worker.critic.ulysses_size=2",
+        "worker.critic.model.lora.rank=8",
+        "worker.critic.model.freeze_vision_tower=true",
+        "worker.critic.optim.strategy=adamw_bf16",
+        "worker.critic.fsdp.fsdp_size=2",
+        "worker.critic.fsdp.enable_cpu_offload=true",
+    ],
+)
+def test_the_critic_is_held_to_what_there_is_where_one_is_trained(argument, runnable):
+    require_available(load_config([*runnable, argument]))
+    with pytest.raises(ValueError) as caught:
+        require_available(load_config([*runnable, "algorithm.adv_estimator=gae", argument]))
+    assert str(caught.value).startswith(f"{argument} is not available yet; use worker.critic.")
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_what_a_run_cannot_do_without_is_asked_for():
@@ -907,10 +925,12 @@ def test_where_the_kl_goes():
 
 
 def test_switches_without_effect_are_named_while_they_are_on():
-    off = ["worker.actor.padding_free", "worker.actor.dynamic_batching", "worker.actor.use_torch_compile"]
+    off = ["worker.actor.use_torch_compile", "worker.actor.padding_free", "worker.actor.dynamic_batching"]
     off.append("worker.actor.fsdp.enable_rank0_init")
     assert speed_notes(load_config([])) == [f"{key}=true" for key in off]
     assert speed_notes(load_config([f"{key}=false" for key in off])) == []
+    critic = ["worker.critic.dynamic_batching=true", "worker.critic.fsdp.enable_rank0_init=true"]
+    assert speed_notes(load_config(["algorithm.adv_estimator=gae", *(f"{key}=false" for key in off)])) == critic
 
 
 def test_the_promised_python_is_one_that_every_pinned_package_takes():

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.overrides import TorchFunctionMode
 
 from tests.batches import answer_at_random, make_prompts
-from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, make_config, start_alone
+from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, WITH_CRITIC, make_config, start_alone
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.workers.fsdp2 import clip_gradients, resident
@@ -32,7 +32,7 @@ def global_norm(parameters: list[nn.Parameter]) -> float:
 def test_every_layer_of_both_towers_and_the_root_are_sharding_groups(tiny_model_path: str, lone_process_group) -> None:
     """The tiny model has two decoder layers and one vision block: gathered one by one, never all at once."""
     worker = start_alone(make_config(tiny_model_path))
-    for model in (worker.model, worker.ref_model):
+    for model in (worker.actor.model, worker.ref_model):
         groups = {name for name, module in model.named_modules() if isinstance(module, FSDPModule)}
         layers = {f"model.language_model.layers.{index}" for index in (0, 1)}
         assert groups == {"", "model.visual.blocks.0", *layers}
@@ -44,8 +44,8 @@ def test_layers_and_head_compute_in_mp_param_dtype(
 ) -> None:
     worker = start_alone(make_config(tiny_model_path, f"worker.actor.fsdp.mp_param_dtype={name}"))
     seen = []
-    core = worker.model.model
-    inside = [core.visual.blocks[0].attn.qkv, core.language_model.layers[1].mlp.up_proj, worker.model.lm_head]
+    core = worker.actor.model.model
+    inside = [core.visual.blocks[0].attn.qkv, core.language_model.layers[1].mlp.up_proj, worker.actor.model.lm_head]
     for module in inside:
         module.register_forward_pre_hook(lambda module, _: seen.append(module.weight.dtype))
     worker.compute_log_probs(batch)
@@ -84,7 +84,8 @@ def test_the_optimizer_sees_gradients_within_max_grad_norm(
 ) -> None:
     worker = start_alone(make_config(tiny_model_path, "worker.actor.max_grad_norm=0.01"))
     norms = []
-    worker.optimizer.register_step_pre_hook(lambda *_: norms.append(global_norm(list(worker.model.parameters()))))
+    parameters = list(worker.actor.model.parameters())
+    worker.actor.optimizer.register_step_pre_hook(lambda *_: norms.append(global_norm(parameters)))
     metrics = worker.update_actor(batch)
     assert norms == [pytest.approx(0.01, rel=1e-3)]
     assert metrics["actor/grad_norm"] > 0.02
@@ -153,22 +154,26 @@ def test_each_phase_fetches_what_it_needs_of_what_is_offloaded_and_nothing_else(
     switch: str, tiny_model_path: str, batch: DataProto, lone_process_group, tmp_path: Path
 ) -> None:
     """On a CPU nothing moves, but every phase asks for it, once before and once after."""
-    keys = ("worker.actor.offload.offload_params", "worker.actor.offload.offload_optimizer")
-    overrides = [f"{key}={switch}" for key in (*keys, "worker.ref.offload.offload_params")]
-    worker = start_alone(make_config(tiny_model_path, *overrides))
+    offloads = [f"worker.{name}.offload.offload_params" for name in ("actor", "critic", "ref")]
+    offloads += [f"worker.{name}.offload.offload_optimizer" for name in ("actor", "critic")]
+    overrides = [f"{key}={switch}" for key in offloads]
+    worker = start_alone(make_config(tiny_model_path, *WITH_CRITIC, *overrides))
     worker.update_actor(batch)  # the optimizer has no state before
-    parts = {
-        "parameters": set(map(id, worker.model.parameters())),
-        "moments": set(map(id, moments_of(worker.optimizer))),
-        "reference": set(map(id, worker.ref_model.parameters())),
-    }
+    worker.update_critic(batch)
+    parts = {"reference": set(map(id, worker.ref_model.parameters()))}
+    for name, trained in worker.trained.items():
+        parts[f"{name} parameters"] = set(map(id, trained.model.parameters()))
+        parts[f"{name} moments"] = set(map(id, moments_of(trained.optimizer)))
+    both = parts.keys() - {"reference"}
     phases = {
-        "prepare_rollout_engine": ((), {"parameters"}),
-        "compute_log_probs": ((batch,), {"parameters"}),
+        "prepare_rollout_engine": ((), {"actor parameters"}),
+        "compute_log_probs": ((batch,), {"actor parameters"}),
         "compute_ref_log_probs": ((batch,), {"reference"}),
-        "update_actor": ((batch,), {"parameters", "moments"}),
-        "save_checkpoint": ((str(tmp_path / "actor"), False), {"parameters", "moments"}),
-        "load_checkpoint": ((str(tmp_path / "actor"), True), {"parameters", "moments"}),
+        "compute_values": ((batch,), {"critic parameters"}),
+        "update_actor": ((batch,), {"actor parameters", "actor moments"}),
+        "update_critic": ((batch,), {"critic parameters", "critic moments"}),
+        "save_checkpoint": ((str(tmp_path), False), both),
+        "load_checkpoint": ((str(tmp_path), True), both),
     }
     for phase, (arguments, expected) in phases.items():
         with Moves() as moves:

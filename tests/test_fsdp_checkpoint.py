@@ -29,10 +29,10 @@ def test_a_checkpoint_restores_weights_optimizer_and_schedule_exactly(
     first = start_alone(config)
     first.update_actor(batch)
     first.update_actor(batch)
-    first.save_checkpoint(str(tmp_path / "actor"), model_only=False)
+    first.save_checkpoint(str(tmp_path), model_only=False)
     expected = first.update_actor(batch)
     second = start_alone(config)
-    second.load_checkpoint(str(tmp_path / "actor"), model_only=False)
+    second.load_checkpoint(str(tmp_path), model_only=False)
     metrics = second.update_actor(batch)
     assert {name: value for name, value in metrics.items() if name.startswith("actor/")} == {
         name: value for name, value in expected.items() if name.startswith("actor/")
@@ -48,7 +48,7 @@ def test_a_checkpoint_restores_weights_optimizer_and_schedule_exactly(
 def test_a_checkpoint_of_two_ranks_has_a_file_a_rank_and_restores_both(
     batch: DataProto, two_ranks: WorkerGroup, tmp_path: Path
 ) -> None:
-    folder = str(tmp_path / "actor")
+    folder = str(tmp_path)
     before = two_ranks.weights()[0]
     two_ranks.save_checkpoint(folder, model_only=False)
     two_ranks.update_actor(batch)
@@ -66,7 +66,8 @@ def test_a_checkpoint_of_another_number_of_workers_is_refused_by_name(
     tiny_model_path: str, lone_process_group, tmp_path: Path
 ) -> None:
     worker = start_alone(make_config(tiny_model_path))
-    (tmp_path / "model_world_size_4_rank_0.pt").touch()
+    (tmp_path / "actor").mkdir()
+    (tmp_path / "actor" / "model_world_size_4_rank_0.pt").touch()
     with pytest.raises(ValueError, match="now 1 = trainer.nnodes.*model_world_size_4_rank_0.pt"):
         worker.load_checkpoint(str(tmp_path), model_only=False)
 
@@ -75,12 +76,12 @@ def test_saving_the_model_only_over_a_full_checkpoint_leaves_nothing_of_it(
     tiny_model_path: str, lone_process_group, tmp_path: Path
 ) -> None:
     worker = start_alone(make_config(tiny_model_path))
-    folder = tmp_path / "actor"
-    worker.save_checkpoint(str(folder), model_only=False)
-    assert has_optimizer(str(folder))
-    worker.save_checkpoint(str(folder), model_only=True)
-    assert [path.name for path in folder.glob("*.pt")] == ["model_world_size_1_rank_0.pt"]
-    assert not has_optimizer(str(folder))
+    folder = str(tmp_path)
+    worker.save_checkpoint(folder, model_only=False)
+    assert has_optimizer(folder)
+    worker.save_checkpoint(folder, model_only=True)
+    assert [path.name for path in tmp_path.rglob("*.pt")] == ["model_world_size_1_rank_0.pt"]
+    assert not has_optimizer(folder)
 
 
 def test_a_resumed_run_goes_on_with_its_own_rate_and_the_moments_and_the_schedule_of_the_checkpoint(
@@ -91,14 +92,15 @@ def test_a_resumed_run_goes_on_with_its_own_rate_and_the_moments_and_the_schedul
     first = start_alone(make_config(tiny_model_path, warm_up, "worker.actor.optim.lr=1e-3"))
     first.update_actor(batch)
     first.update_actor(batch)
-    first.save_checkpoint(str(tmp_path / "actor"), model_only=False)
+    first.save_checkpoint(str(tmp_path), model_only=False)
     settings = ["worker.actor.optim.lr=4e-4", "worker.actor.optim.weight_decay=0.25"]
     second = start_alone(make_config(tiny_model_path, warm_up, *settings))
-    second.load_checkpoint(str(tmp_path / "actor"), model_only=False)
-    (group,) = second.optimizer.param_groups
+    second.load_checkpoint(str(tmp_path), model_only=False)
+    (group,) = second.actor.optimizer.param_groups
     assert group["weight_decay"] == 0.25
     assert group["lr"] == pytest.approx(2e-4)
-    for restored, saved in zip(second.optimizer.state.values(), first.optimizer.state.values(), strict=True):
+    restored_states, saved_states = (worker.actor.optimizer.state.values() for worker in (second, first))
+    for restored, saved in zip(restored_states, saved_states, strict=True):
         assert all(torch.equal(full_tensor(restored[name]), full_tensor(saved[name])) for name in saved)
     assert [second.update_actor(batch)["actor/lr"] for _ in range(3)] == pytest.approx([2e-4, 3e-4, 4e-4])
 
@@ -108,13 +110,13 @@ def test_saving_before_the_first_step_changes_nothing_for_the_run_or_the_one_tha
 ) -> None:
     config = make_config(tiny_model_path, "worker.actor.optim.lr=1e-3")
     untouched, saved, resumed = start_alone(config), start_alone(config), start_alone(config)
-    saved.save_checkpoint(str(tmp_path / "actor"), model_only=False)
-    resumed.load_checkpoint(str(tmp_path / "actor"), model_only=False)
+    saved.save_checkpoint(str(tmp_path), model_only=False)
+    resumed.load_checkpoint(str(tmp_path), model_only=False)
     for worker in (saved, resumed):
-        assert not worker.optimizer.state
+        assert not worker.actor.optimizer.state
     for worker in (untouched, saved, resumed):
         worker.update_actor(batch)
-        assert {int(full_tensor(state["step"])) for state in worker.optimizer.state.values()} == {1}
+        assert {int(full_tensor(state["step"])) for state in worker.actor.optimizer.state.values()} == {1}
     expected = untouched.weights()
     for worker in (saved, resumed):
         assert all(torch.equal(value, expected[name]) for name, value in worker.weights().items())

@@ -13,6 +13,7 @@ from verl.trainer.metrics import (
     compute_throughput_metrics,
     compute_timing_metrics,
     compute_token_weight_metrics,
+    largest_of_workers,
     reduce_metrics,
 )
 
@@ -65,6 +66,23 @@ def test_data_metrics_are_sums_per_sequence_and_values_per_response_token():
     }
     assert metrics == pytest.approx(expected)
     assert all(type(value) is float for value in metrics.values())
+
+
+def test_values_are_told_of_response_tokens_with_the_share_of_the_returns_that_they_explain():
+    """Values 2, 2, 0, 2 and -2: mean 4/5. Returns 2, 2, 2, 2, -3 have variance 20/4; what is left, 0, 0, 2, 0, -1, has
+    mean 1/5 and variance (3 * 1/25 + 81/25 + 36/25) / 4 = 4.8/4."""
+    batch = make_batch()
+    batch.batch["values"] = torch.tensor([[2.0, 2.0, 0.0, 2.0], [-2.0, 9.0, 9.0, 9.0]])
+    metrics = compute_data_metrics(batch)
+    expected = {"mean": 0.8, "max": 2.0, "min": -2.0}
+    assert {name: metrics[f"critic/values/{name}"] for name in expected} == pytest.approx(expected)
+    assert metrics["critic/vf_explained_var"] == pytest.approx(1 - 4.8 / 20)
+    batch.batch["returns"][:] = 0.1
+    assert "critic/vf_explained_var" not in compute_data_metrics(batch)
+
+
+def test_of_the_workers_the_largest_value_counts():
+    assert largest_of_workers([{"a": 1.0, "b": 4.0}, {"a": 3.0, "b": 2.0}]) == {"a": 3.0, "b": 4.0}
 
 
 def test_validation_lengths_carry_their_prefix():

@@ -7,9 +7,16 @@ import torch
 from transformers import AutoModelForImageTextToText, Qwen3Config, Qwen3ForCausalLM
 
 from tests.batches import random_image
-from verl.models.loader import keep_vision_tower_in_step, load_model, load_model_config
+from tests.tiny import make_tiny_model
+from verl.models.loader import keep_vision_tower_in_step, load_model, load_model_config, load_value_model
 from verl.utils.tokenizer import get_processor
 from verl.workers.actor.config import ModelConfig
+
+
+def write_text_model(folder) -> str:
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    Qwen3ForCausalLM(Qwen3Config(vocab_size=64, num_key_value_heads=1, head_dim=16, **sizes)).save_pretrained(folder)
+    return str(folder)
 
 
 def test_overrides_reach_the_config_and_attention_is_the_one_asked_for(tiny_model_path: str) -> None:
@@ -30,13 +37,48 @@ def test_an_override_without_a_field_is_refused_by_name(tiny_model_path: str) ->
 
 
 def test_a_text_model_loads_as_a_causal_model_and_has_no_tower_to_keep_in_step(tmp_path) -> None:
-    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    Qwen3ForCausalLM(Qwen3Config(vocab_size=64, num_key_value_heads=1, head_dim=16, **sizes)).save_pretrained(tmp_path)
-    model = load_model(ModelConfig(model_path=str(tmp_path)), torch.bfloat16, torch.bfloat16)
+    model = load_model(ModelConfig(model_path=write_text_model(tmp_path)), torch.bfloat16, torch.bfloat16)
     assert type(model) is Qwen3ForCausalLM
     assert model.dtype == torch.bfloat16
     keep_vision_tower_in_step(model)
     assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 64)
+
+
+@pytest.mark.parametrize("kind", ["image-text", "tied", "text"])
+def test_a_value_model_has_the_backbone_of_the_policy_and_a_head_at_zero(kind: str, tiny_model_path: str, tmp_path):
+    """What is under `model.` in the policy stands there under the same names; of the vocabulary there is only the
+    embedding."""
+    path = tiny_model_path
+    if kind == "tied":
+        path = make_tiny_model(tmp_path, tie_word_embeddings=True)
+    if kind == "text":
+        path = write_text_model(tmp_path)
+    arguments = (ModelConfig(model_path=path), torch.float32, torch.float32)
+    value_model, policy = load_value_model(*arguments), load_model(*arguments)
+    weights = value_model.state_dict()
+    expected = {name: value for name, value in policy.state_dict().items() if name.startswith("model.")}
+    head = {name: weights.pop(name) for name in ("value_head.weight", "value_head.bias")}
+    assert all((value == 0).all() for value in head.values())
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+    assert dict(value_model.named_buffers()).keys() == dict(policy.named_buffers()).keys()
+
+
+def test_a_value_model_answers_for_the_last_positions_and_its_head_computes_in_float32(tmp_path) -> None:
+    """bf16 has 8 bits: rounded to it, values would be off by up to 1 in 256. The backbone's own output is taken as it
+    is."""
+    model = load_value_model(ModelConfig(model_path=write_text_model(tmp_path)), torch.bfloat16, torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.value_head.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    ids = torch.arange(20)[None]
+    hidden = model.model(ids).last_hidden_state.double()
+    exact = hidden @ model.value_head.weight[0].double() + model.value_head.bias.double()
+    values = model(input_ids=ids).logits
+    assert (values.dtype, values.shape) == (torch.float32, (1, 20, 1))
+    torch.testing.assert_close(values[..., 0].double(), exact, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(values, values.bfloat16().float())
+    torch.testing.assert_close(model(input_ids=ids, logits_to_keep=3).logits, values[:, -3:])
 
 
 def test_the_blank_image_changes_no_logit_and_gives_the_tower_a_gradient_of_zero(tiny_model_path: str) -> None:

@@ -11,7 +11,7 @@ from tests.batches import answer_at_random, make_prompts, response_logits
 from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, make_config, start_alone
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
-from verl.workers.actor.dp_actor import compute_log_probs
+from verl.workers.response_forward import compute_per_token
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_recomputing_activations_changes_no_gradient(
         config = make_config(tiny_model_path, f"worker.actor.model.enable_gradient_checkpointing={switch}")
         worker = start_alone(config)
         calls = []
-        first_layer = worker.model.model.language_model.layers[0]
+        first_layer = worker.actor.model.model.language_model.layers[0]
         first_layer.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         results.append(worker.gradients(batch, "token")[0])
         forwards.append(len(calls))
@@ -81,8 +81,8 @@ def test_log_prob_passes_take_a_smaller_last_micro_batch(
     tiny_model_path: str, batch: DataProto, lone_process_group
 ) -> None:
     worker = start_alone(make_config(tiny_model_path))
-    whole = compute_log_probs(worker.actor.forward, batch, micro_batch_size=8)
-    torch.testing.assert_close(compute_log_probs(worker.actor.forward, batch, micro_batch_size=3), whole)
+    whole = compute_per_token(worker.actor.forward, batch, micro_batch_size=8)
+    torch.testing.assert_close(compute_per_token(worker.actor.forward, batch, micro_batch_size=3), whole)
 
 
 def test_token_and_seq_averaging_differ(tiny_model_path: str, batch: DataProto, lone_process_group) -> None:
@@ -128,7 +128,7 @@ def test_logits_are_made_for_response_positions_only(
 ) -> None:
     worker = start_alone(make_config(tiny_model_path))
     widths = []
-    worker.model.lm_head.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
+    worker.actor.model.lm_head.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
     worker.compute_log_probs(batch)
     assert widths and max(widths) <= RESPONSE_LENGTH + 1
 
@@ -173,7 +173,7 @@ def test_warm_up_starts_at_zero_and_cosine_ends_at_its_floor(
         "worker.actor.optim.lr_warmup_ratio=0.2",
         "worker.actor.optim.min_lr_ratio=0.1",
     )
-    scheduler = start_alone(config).scheduler
+    scheduler = start_alone(config).actor.scheduler
     rates = []
     for _ in range(11):
         rates.append(scheduler.get_last_lr()[0])
@@ -189,7 +189,7 @@ def test_mixed_precision_keeps_master_weights_in_fp32_and_log_probs_close(
 ) -> None:
     precise = start_alone(make_config(tiny_model_path)).compute_log_probs(batch).batch["old_log_probs"]
     worker = start_alone(make_config(tiny_model_path, "worker.actor.fsdp.mp_param_dtype=bf16"))
-    assert all(parameter.dtype == torch.float32 for parameter in worker.model.parameters())
+    assert all(parameter.dtype == torch.float32 for parameter in worker.actor.model.parameters())
     rounded = worker.compute_log_probs(batch).batch["old_log_probs"]
     assert 0 < (rounded - precise).abs().max() < 0.1
 
@@ -208,7 +208,7 @@ def test_every_pass_over_the_batch_makes_its_optimizer_steps_and_the_schedule_ad
             )
         )
         steps = []
-        worker.optimizer.register_step_post_hook(lambda *_, steps=steps: steps.append(1))
+        worker.actor.optimizer.register_step_post_hook(lambda *_, steps=steps: steps.append(1))
         worker.update_actor(batch)
         assert len(steps) == 2 * passes
-        assert worker.scheduler.last_epoch == 1
+        assert worker.actor.scheduler.last_epoch == 1

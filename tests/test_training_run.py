@@ -100,6 +100,14 @@ def flat_names(record: dict) -> set[str]:
     return {f"{area}/{name}" for area, values in record.items() if isinstance(values, dict) for name in values}
 
 
+def weights_at(folder: Path, step: int, model: str = "actor") -> dict[str, torch.Tensor]:
+    return torch.load(folder / f"global_step_{step}" / model / "model_world_size_1_rank_0.pt")
+
+
+def is_changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bool:
+    return any(not torch.equal(value, after[name]) for name, value in before.items())
+
+
 def test_three_steps_on_two_workers_leave_logs_checkpoints_and_curves(
     tiny_model_path: str, data_files: list[str], tmp_path: Path
 ) -> None:
@@ -222,13 +230,8 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_never_interrupted(
     for steps in (2, 3):
         until = f"trainer.max_steps={steps}"
         run(load_config(arguments(tiny_model_path, data_files, tmp_path / "parts", *options, until)))
-    weights = [
-        torch.load(tmp_path / name / "global_step_3" / "actor" / "model_world_size_1_rank_0.pt")
-        for name in ("whole", "parts")
-    ]
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    start = torch.load(tmp_path / "parts" / "global_step_2" / "actor" / "model_world_size_1_rank_0.pt")
-    assert any(not torch.equal(value, weights[1][name]) for name, value in start.items())
+    assert is_changed(weights_at(tmp_path / "parts", 2), weights_at(tmp_path / "parts", 3))
+    assert not is_changed(weights_at(tmp_path / "whole", 3), weights_at(tmp_path / "parts", 3))
     whole, parts = (
         {record["step"]: record for record in lines_of(tmp_path / name / "experiment_log.jsonl") if "actor" in record}
         for name in ("whole", "parts")
@@ -273,6 +276,81 @@ def test_a_run_with_the_kl_over_the_whole_vocabulary_by_way_of_the_reward_or_the
     assert 1e-6 < second["actor"][name] < 10
     if place == "reward":
         assert first["actor"][name] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def runs_with_critic(
+    tiny_model_path: str, data_files: list[str], tmp_path_factory: pytest.TempPathFactory, ray_cluster
+) -> tuple[Path, Path]:
+    """Folders of a run of three steps with a critic, and of the same run interrupted after two.
+
+    The actor is updated from the second step on. KL is in the reward, so that tokens differ in their rewards.
+    """
+    folder = tmp_path_factory.mktemp("critic")
+    settings = [
+        "algorithm.adv_estimator=gae",
+        "algorithm.use_kl_loss=false",
+        "algorithm.lam=0.9",
+        "worker.critic.global_batch_size=4",
+        "worker.critic.micro_batch_size_per_device_for_update=2",
+        "worker.critic.micro_batch_size_per_device_for_experience=4",
+        "worker.critic.optim.lr=1e-3",
+        "worker.critic.fsdp.mp_param_dtype=fp32",
+        "trainer.critic_warmup=2",
+        "trainer.val_before_train=false",
+        "trainer.save_freq=1",
+    ]
+    for name, lengths in (("whole", (3,)), ("parts", (2, 3))):
+        for steps in lengths:
+            args = arguments(tiny_model_path, data_files, folder / name, *settings, f"trainer.max_steps={steps}")
+            run(load_config(args))
+    return folder / "whole", folder / "parts"
+
+
+def test_a_run_with_a_critic_trains_it_from_the_first_step_and_logs_what_it_expected(
+    runs_with_critic: tuple[Path, Path], tiny_model_path: str
+) -> None:
+    """Of the first step all values are 0, those of an untrained critic; the actor waits for the second."""
+    whole, _ = runs_with_critic
+    records = {record["step"]: record for record in lines_of(whole / "experiment_log.jsonl") if "critic" in record}
+    assert list(records) == [1, 2, 3]
+    for step, record in records.items():
+        names = {name for name in flat_names(record) if name.startswith("critic/")}
+        losses = {"vf_loss", "vf_clipfrac", "vpred_mean", "grad_norm", "lr", "vf_explained_var"}
+        spreads = {"score", "rewards", "advantages", "returns", "values"}
+        assert names == {f"critic/{name}" for name in losses | spreads}
+        assert {"values", "update_critic"} <= set(record["timing_s"])
+        assert {"values", "update_critic"} <= set(record["timing_per_token_ms"])
+        assert "cpu_memory_used_gb" in record["perf"]
+        assert ("update_actor" in record["timing_s"]) is (step >= 2)
+        assert (record["critic"]["values"] == {"mean": 0, "max": 0, "min": 0}) is (step == 1)
+    initial = AutoModelForImageTextToText.from_pretrained(tiny_model_path, dtype=torch.float32).state_dict()
+    assert not is_changed(weights_at(whole, 1, "actor"), initial)
+    assert is_changed(weights_at(whole, 1, "actor"), weights_at(whole, 2, "actor"))
+    assert (weights_at(whole, 1, "critic")["value_head.weight"] != 0).any()
+    assert is_changed(weights_at(whole, 1, "critic"), weights_at(whole, 2, "critic"))
+
+
+def test_a_checkpoint_has_the_critic_beside_the_actor_in_the_same_files(runs_with_critic: tuple[Path, Path]) -> None:
+    files = {
+        model: {path.name for path in (runs_with_critic[0] / "global_step_3" / model).iterdir()}
+        for model in ("actor", "critic")
+    }
+    kinds = ("model", "optim", "extra_state")
+    assert files["critic"] == files["actor"] == {*(f"{kind}_world_size_1_rank_0.pt" for kind in kinds), "huggingface"}
+
+
+def test_a_resumed_run_with_a_critic_ends_with_the_weights_of_one_that_was_never_interrupted(
+    runs_with_critic: tuple[Path, Path],
+) -> None:
+    whole, parts = runs_with_critic
+    for model in ("actor", "critic"):
+        assert is_changed(weights_at(parts, 2, model), weights_at(parts, 3, model))
+        assert not is_changed(weights_at(whole, 3, model), weights_at(parts, 3, model))
+    last = [lines_of(folder / "experiment_log.jsonl")[-2] for folder in (whole, parts)]
+    assert last[0]["step"] == last[1]["step"] == 3
+    for area in ("actor", "critic", "reward"):
+        assert last[0][area] == last[1][area]
 
 
 def test_a_checkpoint_of_the_model_only_can_be_resumed_with_a_fresh_optimizer(
@@ -370,10 +448,6 @@ def output_of(args: list[str]) -> Path:
     return Path(path)
 
 
-def weights_at(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    return torch.load(folder / f"global_step_{step}" / "actor" / "model_world_size_1_rank_0.pt")
-
-
 def test_rewards_are_computed_while_the_log_prob_passes_run(planned_run: list[str]) -> None:
     """Had either waited for the other, the fixture's run would have ended with a timeout."""
     folder = output_of(planned_run)
@@ -395,9 +469,8 @@ def test_steps_before_critic_warmup_leave_the_actor_alone(planned_run: list[str]
     for record, updated in zip(lines_of(folder / "experiment_log.jsonl"), updates, strict=True):
         assert (set(record["actor"]) == {"kl_penalty", "kl_coef"}) is not updated
     initial = AutoModelForImageTextToText.from_pretrained(tiny_model_path, dtype=torch.float32).state_dict()
-    before, after = weights_at(folder, 2), weights_at(folder, 4)
-    assert all(torch.equal(value, initial[name]) for name, value in before.items())
-    assert any(not torch.equal(value, initial[name]) for name, value in after.items())
+    assert not is_changed(weights_at(folder, 2), initial)
+    assert is_changed(weights_at(folder, 4), initial)
 
 
 def test_kl_in_the_reward_is_taken_off_every_score_and_reaches_the_advantages(planned_run: list[str]) -> None:
@@ -470,7 +543,7 @@ def test_a_reward_function_that_raises_ends_the_run_with_the_sample_named_and_no
     [
         ("worker.actor.optim.learning_rate=1", "did you mean 'worker.actor.optim.lr'"),
         ("worker.actor.global_batch_size=3", "is not a multiple of worker.actor.global_batch_size=3"),
-        ("algorithm.adv_estimator=gae", "algorithm.adv_estimator=gae is not available yet"),
+        ("worker.actor.ulysses_size=2", "worker.actor.ulysses_size=2 is not available yet"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_message_and_exit_code_2_within_seconds(

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.utils import is_flash_attn_2_available
 
 from verl.models.registry import family_of
+from verl.models.value_model import ValueModel
 from verl.workers.actor.config import ModelConfig
 
 DTYPES = {
@@ -21,7 +22,7 @@ DTYPES = {
 
 
 def load_model_config(config: ModelConfig) -> PretrainedConfig:
-    """The model's Hugging Face config with `worker.actor.model.override_config` applied.
+    """The model's Hugging Face config with `override_config` applied.
 
     An `attn_implementation` among the overrides is not a config field of the model: `load_model` takes it from there.
 
@@ -35,8 +36,9 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     if unused:
         name, value = next(iter(unused.items()))
         raise ValueError(
-            f"worker.actor.model.override_config has {name}={value!r}, but {type(model_config).__name__} has no such "
-            f"field; a field of a part is written below it, such as text_config: {{{name}: ...}}"
+            f"model.override_config has {name}={value!r}, but {type(model_config).__name__}, the config of "
+            f"{config.model_path}, has no such field; a field of a part is written below it, such as "
+            f"text_config: {{{name}: ...}}"
         )
     return model_config
 
@@ -49,7 +51,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype, compute_dtype: torch.dty
     otherwise, unless `override_config.attn_implementation` says which.
 
     Args:
-        config: `worker.actor.model`.
+        config: `worker.actor.model`, or the critic's.
         dtype: of the parameters.
         compute_dtype: of the forward pass, which mixed precision may set apart from `dtype`.
 
@@ -68,6 +70,14 @@ def load_model(config: ModelConfig, dtype: torch.dtype, compute_dtype: torch.dty
         attn_implementation=config.override_config.get("attn_implementation", default_attention),
         trust_remote_code=config.trust_remote_code,
     )
+
+
+def load_value_model(config: ModelConfig, dtype: torch.dtype, compute_dtype: torch.dtype) -> ValueModel:
+    """A critic with the weights of a policy and a head at zero, on the CPU. Arguments and errors as in `load_model`.
+
+    Read as the policy that it is on disk, since only then does transformers know every name its weights may have.
+    """
+    return ValueModel(load_model(config, dtype, compute_dtype))
 
 
 def keep_vision_tower_in_step(model: nn.Module) -> None:

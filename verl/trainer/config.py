@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from verl.config import ConfigSection, ConfigValueError, RetiredKey, absolute, did_you_mean, load_sections, looks_local
+from verl.workers.actor.config import TrainedModelConfig
 from verl.workers.config import WorkerConfig
 
 DATA_SUFFIXES = (".parquet", ".json", ".jsonl", ".arrow", ".csv")
@@ -147,6 +148,11 @@ class AlgorithmConfig(ConfigSection):
         self.require_at_least(1, "token_weight_last_k_layers")
 
     @property
+    def needs_critic(self) -> bool:
+        """Whether the advantage estimator holds rewards against the values of a critic."""
+        return self.adv_estimator == "gae"
+
+    @property
     def kl_in_loss(self) -> bool:
         """Whether the KL term is part of the loss."""
         return self.use_kl_loss and not self.disable_kl
@@ -246,6 +252,12 @@ class PPOConfig(ConfigSection):
                 problem = f"is below data.max_prompt_length + data.max_response_length = {length}"
                 raise ConfigValueError(f"worker.rollout.{key}", value, problem)
 
+    @property
+    def trained_models(self) -> dict[str, TrainedModelConfig]:
+        """The models that the run trains, each by the key of its section."""
+        models = {"worker.actor": self.worker.actor}
+        return models | {"worker.critic": self.worker.critic} if self.algorithm.needs_critic else models
+
     def to_dict(self) -> dict[str, Any]:
         """The tree as plain dictionaries, for loggers."""
         return asdict(self)
@@ -331,41 +343,38 @@ def require_available(config: PPOConfig) -> None:
 
     wanted = [
         (not worker.hybrid_engine, "worker.hybrid_engine=false", "worker.hybrid_engine=true"),
-        (
-            algorithm.adv_estimator == "gae",
-            f"algorithm.adv_estimator={algorithm.adv_estimator}",
-            "algorithm.adv_estimator=grpo",
-        ),
-        (actor.ulysses_size > 1, f"worker.actor.ulysses_size={actor.ulysses_size}", "worker.actor.ulysses_size=1"),
-        (
-            actor.model.lora.rank > 0,
-            f"worker.actor.model.lora.rank={actor.model.lora.rank}",
-            "worker.actor.model.lora.rank=0",
-        ),
-        (
-            actor.model.freeze_vision_tower,
-            "worker.actor.model.freeze_vision_tower=true",
-            "worker.actor.model.freeze_vision_tower=false",
-        ),
-        (
-            actor.optim.strategy != "adamw",
-            f"worker.actor.optim.strategy={actor.optim.strategy}",
-            "worker.actor.optim.strategy=adamw",
-        ),
-        (
-            actor.fsdp.enable_cpu_offload,
-            "worker.actor.fsdp.enable_cpu_offload=true",
-            "worker.actor.fsdp.enable_cpu_offload=false with worker.actor.offload.offload_params=true",
-        ),
         (bool(loggers), f"trainer.logger=[{','.join(trainer.logger)}]", "console, file and tensorboard"),
     ]
-    sharded = {"worker.actor": actor} if algorithm.disable_kl else {"worker.actor": actor, "worker.ref": worker.ref}
+    for prefix, model in config.trained_models.items():
+        wanted += _wanted_of_model(prefix, model)
+    sharded = config.trained_models if algorithm.disable_kl else config.trained_models | {"worker.ref": worker.ref}
     for prefix, part in sharded.items():
         size = f"{prefix}.fsdp.fsdp_size"
         wanted.append((part.fsdp.fsdp_size > 0, f"{size}={part.fsdp.fsdp_size}", f"{size}=-1"))
     problems += [f"{asked} is not available yet; use {remedy}" for is_asked, asked, remedy in wanted if is_asked]
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _wanted_of_model(prefix: str, model: TrainedModelConfig) -> list[tuple[bool, str, str]]:
+    """What is not available yet of the actor's or the critic's keys: whether it is asked for, its name, the remedy."""
+    rank, strategy = model.model.lora.rank, model.optim.strategy
+    offload = f"{prefix}.fsdp.enable_cpu_offload"
+    return [
+        (model.ulysses_size > 1, f"{prefix}.ulysses_size={model.ulysses_size}", f"{prefix}.ulysses_size=1"),
+        (rank > 0, f"{prefix}.model.lora.rank={rank}", f"{prefix}.model.lora.rank=0"),
+        (
+            model.model.freeze_vision_tower,
+            f"{prefix}.model.freeze_vision_tower=true",
+            f"{prefix}.model.freeze_vision_tower=false",
+        ),
+        (strategy != "adamw", f"{prefix}.optim.strategy={strategy}", f"{prefix}.optim.strategy=adamw"),
+        (
+            model.fsdp.enable_cpu_offload,
+            f"{offload}=true",
+            f"{offload}=false with {prefix}.offload.offload_params=true",
+        ),
+    ]
 
 
 def require_registered(config: PPOConfig, adv_estimators: Collection[str], policy_losses: Collection[str]) -> None:
@@ -404,11 +413,11 @@ def effect_notes(config: PPOConfig) -> list[str]:
 
 def speed_notes(config: PPOConfig) -> list[str]:
     """Switches that are on and change nothing yet, as `key=value`: results are the same, only the speed is not."""
-    actor = config.worker.actor
-    switches = {
-        "worker.actor.padding_free": actor.padding_free,
-        "worker.actor.dynamic_batching": actor.dynamic_batching,
-        "worker.actor.use_torch_compile": actor.use_torch_compile,
-        "worker.actor.fsdp.enable_rank0_init": actor.fsdp.enable_rank0_init,
-    }
+    switches = {"worker.actor.use_torch_compile": config.worker.actor.use_torch_compile}
+    for prefix, model in config.trained_models.items():
+        switches |= {
+            f"{prefix}.padding_free": model.padding_free,
+            f"{prefix}.dynamic_batching": model.dynamic_batching,
+            f"{prefix}.fsdp.enable_rank0_init": model.fsdp.enable_rank0_init,
+        }
     return [f"{key}=true" for key, is_on in switches.items() if is_on]

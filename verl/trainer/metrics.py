@@ -22,13 +22,15 @@ PHASES_PER_TOKEN = ("old", "ref", "values", "adv", "update_critic", "update_acto
 
 
 def compute_data_metrics(batch: DataProto) -> dict[str, float]:
-    """Mean, maximum and minimum of scores, rewards, advantages and returns, and the lengths.
+    """Mean, maximum and minimum of scores, rewards, advantages, returns and values, and the lengths.
 
     `critic/score` and `critic/rewards` are sums per sequence (rewards are scores less the KL penalty, where it is
-    part of the reward); `critic/advantages` and `critic/returns` are per response token.
+    part of the reward); `critic/advantages`, `critic/returns` and, where there is a critic, `critic/values` are per
+    response token. `critic/vf_explained_var` is 1 - var(returns - values) / var(returns): 1 for a critic that is
+    right, 0 for one that knows the mean; left out where all returns are equal and there is nothing to explain.
 
     Reads: `responses`, `response_mask`, `token_level_scores`, `token_level_rewards`, `advantages`, `returns` (N, R),
-    `attention_mask` (N, S).
+    `values` (N, R) if there are any, `attention_mask` (N, S).
     """
     tensors = batch.batch
     response_mask = tensors["response_mask"].bool()  # (N, R)
@@ -39,6 +41,12 @@ def compute_data_metrics(batch: DataProto) -> dict[str, float]:
         "critic/returns": tensors["returns"][response_mask],  # (response tokens,)
     }
     metrics = compute_length_metrics(batch)
+    if "values" in tensors.keys():
+        returns = values["critic/returns"]
+        values["critic/values"] = tensors["values"][response_mask]  # (response tokens,)
+        if (returns != returns[0]).any():
+            unexplained = (returns - values["critic/values"]).var() / returns.var()
+            metrics["critic/vf_explained_var"] = 1 - unexplained.item()
     for name, value in values.items():
         metrics |= _spread(name, value)
     return metrics
@@ -193,6 +201,11 @@ def reduce_metrics(metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
     if empty:
         raise ValueError(f"no values to average for {empty}")
     return {name: float(np.mean(values)) for name, values in metrics.items()}
+
+
+def largest_of_workers(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The largest value of each metric, from one mapping per worker, all with the same names."""
+    return {name: max(of_worker[name] for of_worker in metrics) for name in metrics[0]}
 
 
 def _response_lengths(batch: DataProto) -> torch.Tensor:

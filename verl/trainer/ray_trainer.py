@@ -34,6 +34,7 @@ from verl.trainer.metrics import (
     compute_throughput_metrics,
     compute_timing_metrics,
     compute_token_weight_metrics,
+    largest_of_workers,
 )
 from verl.trainer.validator import ValidationResult, Validator
 from verl.utils.attention_token_weights import choose_token_weights
@@ -168,9 +169,11 @@ class RayDAPOTrainer:
                 batch = self._balance_across_ranks(batch, record)
                 rewards = self._start_rewards(batch)
                 batch = self._compute_log_probs(batch, record)
+                batch = self._compute_values(batch, record)
                 batch = self._await_rewards(batch, rewards, record)
                 batch = self._attach_token_weights(batch, record)
                 batch = self._compute_advantages(batch, record)
+                self._update_critic(batch, record)
                 self._update_actor(batch, record)
                 self._validate_if_due(record)
                 self._save_if_due(record)
@@ -218,7 +221,7 @@ class RayDAPOTrainer:
         Reads: `attention_mask`. Mini-batches keep their rows, so the optimizer steps do not depend on W.
         """
         lengths = batch.batch["attention_mask"].sum(dim=1).tolist()
-        order = balanced_order(lengths, self.plan.world_size, self.plan.mini_batches)
+        order = balanced_order(lengths, self.plan.world_size, self.plan.pieces_to_balance)
         batch.reorder(torch.tensor(order))
         record.add(seqlen_metrics(lengths, order, self.plan.world_size))
         return batch
@@ -252,6 +255,13 @@ class RayDAPOTrainer:
             with record.timed("ref"):
                 batch = batch.union(self.workers.compute_ref_log_probs(sequences))
         return batch
+
+    def _compute_values(self, batch: DataProto, record: StepRecord) -> DataProto:
+        """Reads: sequence tensors, media. Adds: `values`, where there is a critic."""
+        if self.plan.critic is None:
+            return batch
+        with record.timed("values"):
+            return batch.union(self.workers.compute_values(_model_inputs(batch)))
 
     def _await_rewards(self, batch: DataProto, rewards: ray.ObjectRef | None, record: StepRecord) -> DataProto:
         """Adds: what `_receive_rewards` does, unless the batch has it already."""
@@ -342,6 +352,13 @@ class RayDAPOTrainer:
             self.kl_coef = adapt_kl_coef(self.kl_coef, mean_kl, len(batch), algorithm.kl_target, algorithm.kl_horizon)
         return metrics
 
+    def _update_critic(self, batch: DataProto, record: StepRecord) -> None:
+        """Reads: sequence tensors, media, `values`, `returns`."""
+        if self.plan.critic is None:
+            return
+        with record.timed("update_critic"):
+            record.add(self.workers.update_critic(_model_inputs(batch, "values", "returns")))
+
     def _update_actor(self, batch: DataProto, record: StepRecord) -> None:
         """Reads: sequence tensors, media, and all the (N, R) streams of the loss."""
         if record.step < self.config.trainer.critic_warmup:
@@ -366,6 +383,7 @@ class RayDAPOTrainer:
         record.add(compute_data_metrics(batch))
         record.add(compute_timing_metrics(batch, record.timings))
         record.add(compute_throughput_metrics(batch, record.timings, self.plan.world_size))
+        record.add(largest_of_workers(self.workers.memory_metrics()))
         self.tracker.log(record.metrics, record.step)
 
     def _validate_before_training(self) -> None:
@@ -528,7 +546,7 @@ class RayDAPOTrainer:
     def _save(self) -> None:
         trainer = self.config.trainer
         folder = step_folder(trainer.save_checkpoint_path, self.global_step)
-        self.workers.save_checkpoint(os.path.join(folder, "actor"), trainer.save_model_only)
+        self.workers.save_checkpoint(folder, trainer.save_model_only)
         torch.save(self.train_loader.state_dict(), os.path.join(folder, DATALOADER_FILE))
         if self.config.algorithm.kl_coef_adapts:
             write_kl_coef(folder, self.kl_coef)
@@ -554,11 +572,10 @@ class RayDAPOTrainer:
         point, trainer = self.resume_point, self.config.trainer
         if point is None:
             return
-        actor_folder = os.path.join(point.folder, "actor")
-        model_only = not has_optimizer(actor_folder)
+        model_only = not has_optimizer(point.folder)
         if model_only:
-            logger.warning("%s has the model only: optimizer and learning-rate schedule start afresh", actor_folder)
-        self.workers.load_checkpoint(actor_folder, model_only)
+            logger.warning("%s has the model only: optimizer and learning-rate schedule start afresh", point.folder)
+        self.workers.load_checkpoint(point.folder, model_only)
         loader_file = os.path.join(point.folder, DATALOADER_FILE)
         if os.path.exists(loader_file):
             self.train_loader.load_state_dict(torch.load(loader_file))

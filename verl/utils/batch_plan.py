@@ -8,16 +8,92 @@ workers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, gcd
+from math import ceil, gcd, lcm
 
 from verl.trainer.config import PPOConfig
+from verl.workers.actor.config import TrainedModelConfig
 
 COMPARING_ESTIMATORS = ("grpo", "grpo_passk", "rloo")
 
 
 @dataclass(frozen=True)
+class ModelPlan:
+    """How one trained model, the actor or the critic, goes through the sequences of a step."""
+
+    prompts_per_mini_batch: int
+    """Prompts of an optimizer step."""
+    sequences_per_mini_batch: int
+    """Sequences of an optimizer step, over all workers."""
+    mini_batches: int
+    """Optimizer steps in one pass over the step's batch."""
+    sequences_per_rank_per_mini_batch: int
+    """A worker's share of an optimizer step."""
+    update_micro_batch_size: int
+    """Sequences a worker takes through forward and backward at once."""
+    update_micro_batches: int
+    """Micro-batches whose gradients add up to one optimizer step."""
+    experience_micro_batch_size: int
+    """Sequences a worker takes through a pass without gradient at once."""
+    optimizer_steps_per_step: int
+    """Optimizer steps of a training step, all passes together."""
+
+    @classmethod
+    def from_config(
+        cls, name: str, model: TrainedModelConfig, prompts_per_step: int, n: int, world_size: int
+    ) -> ModelPlan:
+        """Work the numbers out for the model configured under the key `name`.
+
+        Raises:
+            ValueError: a number that does not divide as it must, with the sum and the nearest values that do.
+        """
+        batch_size, micro_batch_size = model.global_batch_size, model.micro_batch_size_per_device_for_update
+        experience_size = model.micro_batch_size_per_device_for_experience
+        batch = f"{name}.global_batch_size={batch_size}"
+        experience = f"{name}.micro_batch_size_per_device_for_experience={experience_size}"
+        workers = f"{world_size} workers"
+        _require_multiple("data.rollout_batch_size", prompts_per_step, batch_size, batch)
+        _require_multiple("data.rollout_batch_size", prompts_per_step, experience_size, experience, n)
+        _require_multiple(f"{name}.global_batch_size", batch_size, world_size, workers, n)
+        per_rank = batch_size * n // world_size
+        if per_rank % micro_batch_size:
+            raise ValueError(
+                f"{batch} x worker.rollout.n={n} / {workers} = {per_rank} sequences is not a multiple of "
+                f"{name}.micro_batch_size_per_device_for_update={micro_batch_size}; "
+                f"use {_nearest_divisors(per_rank, micro_batch_size)}"
+            )
+        mini_batches = prompts_per_step // batch_size
+        return cls(
+            prompts_per_mini_batch=batch_size,
+            sequences_per_mini_batch=batch_size * n,
+            mini_batches=mini_batches,
+            sequences_per_rank_per_mini_batch=per_rank,
+            update_micro_batch_size=micro_batch_size,
+            update_micro_batches=per_rank // micro_batch_size,
+            experience_micro_batch_size=experience_size,
+            optimizer_steps_per_step=mini_batches * model.ppo_epochs,
+        )
+
+    def describe(self, experience: str, update: str) -> list[str]:
+        """Three lines for the log.
+
+        Args:
+            experience: what the pass without gradient is called.
+            update: what the update is called.
+        """
+        passes = self.optimizer_steps_per_step // self.mini_batches
+        return [
+            f"{experience}: {self.experience_micro_batch_size} sequences at once on each worker",
+            f"{update}: {self.mini_batches} mini-batches of {self.prompts_per_mini_batch} prompts = "
+            f"{self.sequences_per_mini_batch} sequences; "
+            f"ppo_epochs={passes}, so {self.optimizer_steps_per_step} optimizer steps",
+            f"{update}, mini-batch on each worker: {self.sequences_per_rank_per_mini_batch} sequences = "
+            f"{self.update_micro_batches} micro-batches x {self.update_micro_batch_size}",
+        ]
+
+
+@dataclass(frozen=True)
 class BatchPlan:
-    """The numbers of prompts, sequences and micro-batches at each stage of a training step."""
+    """The numbers of prompts and sequences at each stage of a training step."""
 
     world_size: int
     """Workers, W."""
@@ -33,22 +109,10 @@ class BatchPlan:
     """Draws that fill a step if every group of responses is kept."""
     most_draws: int | None
     """Draws that a step may take; more than the fewest only where groups are filtered, None for any number."""
-    prompts_per_mini_batch: int
-    """Prompts of an optimizer step."""
-    sequences_per_mini_batch: int
-    """Sequences of an optimizer step, over all workers."""
-    mini_batches: int
-    """Optimizer steps in one pass over the step's batch."""
-    sequences_per_rank_per_mini_batch: int
-    """A worker's share of an optimizer step."""
-    update_micro_batch_size: int
-    """Sequences a worker takes through forward and backward at once."""
-    update_micro_batches: int
-    """Micro-batches whose gradients add up to one optimizer step."""
-    experience_micro_batch_size: int
-    """Sequences a worker takes through a log-prob pass at once."""
-    optimizer_steps_per_step: int
-    """Optimizer steps of a training step, all passes together."""
+    actor: ModelPlan
+    """The policy's part; the reference's passes follow it."""
+    critic: ModelPlan | None
+    """The critic's part; null where no critic is trained."""
 
     @classmethod
     def from_config(cls, config: PPOConfig, world_size: int) -> BatchPlan:
@@ -57,9 +121,8 @@ class BatchPlan:
         Raises:
             ValueError: a number that does not divide as it must, with the sum and the nearest values that do.
         """
-        data, rollout, actor = config.data, config.worker.rollout, config.worker.actor
+        data, rollout, worker = config.data, config.worker.rollout, config.worker
         n = rollout.n
-        workers = f"{world_size} workers"
         prompts_per_draw = data.mini_rollout_batch_size or data.rollout_batch_size
         # A filter leaves an unforeseeable number of each draw's prompts, so that drawing more than a step is no waste.
         if data.rollout_batch_size % prompts_per_draw and not config.algorithm.online_filtering:
@@ -86,31 +149,16 @@ class BatchPlan:
                 f"worker.rollout.n={n} leaves algorithm.adv_estimator={config.algorithm.adv_estimator} nothing to "
                 "compare: it needs worker.rollout.n=2 or more"
             )
-        roles = {"worker.actor": actor}
-        if config.algorithm.adv_estimator == "gae":
-            roles["worker.critic"] = config.worker.critic
-        for name, role in roles.items():
-            batch_size, micro_batch_size = role.global_batch_size, role.micro_batch_size_per_device_for_update
-            experience_size = role.micro_batch_size_per_device_for_experience
-            batch = f"{name}.global_batch_size={batch_size}"
-            experience = f"{name}.micro_batch_size_per_device_for_experience={experience_size}"
-            _require_multiple("data.rollout_batch_size", data.rollout_batch_size, batch_size, batch)
-            _require_multiple("data.rollout_batch_size", data.rollout_batch_size, experience_size, experience, n)
-            _require_multiple(f"{name}.global_batch_size", batch_size, world_size, workers, n)
-            per_rank = batch_size * n // world_size
-            if per_rank % micro_batch_size:
-                raise ValueError(
-                    f"{batch} x worker.rollout.n={n} / {workers} = {per_rank} sequences is not a multiple of "
-                    f"{name}.micro_batch_size_per_device_for_update={micro_batch_size}; "
-                    f"use {_nearest_divisors(per_rank, micro_batch_size)}"
-                )
+        sizes = (data.rollout_batch_size, n, world_size)
+        actor = ModelPlan.from_config("worker.actor", worker.actor, *sizes)
+        critic = None
+        if config.algorithm.needs_critic:
+            critic = ModelPlan.from_config("worker.critic", worker.critic, *sizes)
         if rollout.name == "vllm":
             parallel = f"worker.rollout.tensor_parallel_size={rollout.tensor_parallel_size}"
             key = "trainer.nnodes x trainer.n_gpus_per_node"
             _require_multiple(key, world_size, rollout.tensor_parallel_size, parallel)
 
-        mini_batches = data.rollout_batch_size // actor.global_batch_size
-        sequences_per_rank = actor.global_batch_size * n // world_size
         return cls(
             world_size=world_size,
             prompts_per_step=data.rollout_batch_size,
@@ -119,35 +167,35 @@ class BatchPlan:
             prompts_per_draw=prompts_per_draw,
             fewest_draws=fewest_draws,
             most_draws=most_draws,
-            prompts_per_mini_batch=actor.global_batch_size,
-            sequences_per_mini_batch=actor.global_batch_size * n,
-            mini_batches=mini_batches,
-            sequences_per_rank_per_mini_batch=sequences_per_rank,
-            update_micro_batch_size=actor.micro_batch_size_per_device_for_update,
-            update_micro_batches=sequences_per_rank // actor.micro_batch_size_per_device_for_update,
-            experience_micro_batch_size=actor.micro_batch_size_per_device_for_experience,
-            optimizer_steps_per_step=mini_batches * actor.ppo_epochs,
+            actor=actor,
+            critic=critic,
         )
 
+    @property
+    def pieces_to_balance(self) -> int:
+        """Into how many equal pieces of the step a mini-batch of either model can be cut.
+
+        Rows that stay in their piece stay in their mini-batch, so that the optimizer steps of both models do not
+        depend on W. W divides a piece's rows because it divides those of either mini-batch.
+        """
+        return lcm(*(model.mini_batches for model in (self.actor, self.critic) if model is not None))
+
     def describe(self) -> list[str]:
-        """The plan in five lines for the log."""
-        passes = self.optimizer_steps_per_step // self.mini_batches
+        """The plan for the log: two lines, and three for each trained model."""
         draws = f"{self.fewest_draws} x {self.prompts_per_draw} prompts"
         if self.most_draws is None:
             draws += ", and more until enough groups carry signal"
         elif self.most_draws > self.fewest_draws:
             draws += f", and up to {self.most_draws} x {self.prompts_per_draw} until enough groups carry signal"
-        return [
+        lines = [
             f"step: {self.prompts_per_step} prompts x {self.responses_per_prompt} responses = "
             f"{self.sequences_per_step} sequences on {self.world_size} workers",
             f"generation: {draws}",
-            f"log-probs: {self.experience_micro_batch_size} sequences at once on each worker",
-            f"update: {self.mini_batches} mini-batches of {self.prompts_per_mini_batch} prompts = "
-            f"{self.sequences_per_mini_batch} sequences; "
-            f"ppo_epochs={passes}, so {self.optimizer_steps_per_step} optimizer steps",
-            f"mini-batch on each worker: {self.sequences_per_rank_per_mini_batch} sequences = "
-            f"{self.update_micro_batches} micro-batches x {self.update_micro_batch_size}",
+            *self.actor.describe("log-probs", "update"),
         ]
+        if self.critic is not None:
+            lines += self.critic.describe("values", "critic update")
+        return lines
 
 
 def training_steps(config: PPOConfig, prompts_in_dataset: int) -> int:

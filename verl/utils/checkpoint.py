@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of checkpoints on disk, which of them is the latest, and which may go.
 
-Layout under the save path: `checkpoint_tracker.json` and `global_step_<N>/{dataloader.pt, actor/...}`, each rank's
-files carrying the world size in their names, and `kl_coef.json` where the coefficient adapts. What is inside the
-workers' files is their business.
+Layout under the save path: `checkpoint_tracker.json` and `global_step_<N>/{dataloader.pt, actor/..., critic/...}`,
+each rank's files carrying the world size in their names, and `kl_coef.json` where the coefficient adapts. What is
+inside the workers' files is their business.
 """
 
 from __future__ import annotations

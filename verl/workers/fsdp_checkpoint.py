@@ -3,14 +3,14 @@
 
 `model_*` holds the state dict under Hugging Face names: DTensor shards, or plain tensors at world size 1. `optim_*`
 holds the optimizer's state dict by parameter name, `extra_state_*` the schedule and the random number states. The
-folder `huggingface/` beside them holds config and tokenizer, so that a merger needs nothing else.
+folder `huggingface/` beside them holds what says which model this is, so that a merger needs nothing else.
 """
 
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,18 +23,23 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from verl.utils.checkpoint import extra_state_file, model_file, optim_file
 
 
+class SavesPretrained(Protocol):
+    """A configuration, tokenizer or processor of transformers."""
+
+    def save_pretrained(self, folder: Path) -> Any: ...
+
+
 class FSDPCheckpoint:
-    """One rank's view of `<checkpoint>/actor/`.
+    """One rank's view of `<checkpoint>/actor/` or `<checkpoint>/critic/`.
 
     Args:
         model: sharded with FSDP2.
         optimizer, scheduler: restored with the model, unless the checkpoint has the model only.
-        tokenizer_or_processor: written to `huggingface/` by rank 0.
+        described_by: written to `huggingface/` by rank 0.
     """
 
     def __init__(
@@ -42,12 +47,12 @@ class FSDPCheckpoint:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LRScheduler,
-        tokenizer_or_processor: PreTrainedTokenizerBase | ProcessorMixin,
+        described_by: Sequence[SavesPretrained],
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.tokenizer_or_processor = tokenizer_or_processor
+        self.described_by = described_by
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         # A full state dict is what a single rank holds anyway: its files are then plain tensors, as EasyR1's are.
@@ -57,7 +62,7 @@ class FSDPCheckpoint:
         """Writes this rank's files; returns when every rank has written.
 
         Args:
-            folder: `<checkpoint>/actor`, on storage that all nodes see.
+            folder: on storage that all nodes see.
             model_only: leaves optimizer and extra state out.
         """
         root = Path(folder)
@@ -72,9 +77,8 @@ class FSDPCheckpoint:
             extra_state = {"lr_scheduler": self.scheduler.state_dict(), "rng": _random_states()}
             torch.save(extra_state, root / self._name(extra_state_file))
         if self.rank == 0:
-            self.model.config.save_pretrained(root / "huggingface")
-            self.model.generation_config.save_pretrained(root / "huggingface")
-            self.tokenizer_or_processor.save_pretrained(root / "huggingface")
+            for description in self.described_by:
+                description.save_pretrained(root / "huggingface")
         dist.barrier()
 
     def load(self, folder: str, model_only: bool) -> None:
@@ -84,9 +88,14 @@ class FSDPCheckpoint:
             model_only: the checkpoint was saved without optimizer; optimizer and schedule keep their fresh state.
 
         Raises:
-            ValueError: the folder has no file for this rank and world size.
+            ValueError: there is no such folder, or it has no file for this rank and world size.
         """
         root = Path(folder)
+        if not root.is_dir():
+            raise ValueError(
+                f"{root} does not exist: the run that saved this checkpoint trained no {root.name}; resume with its "
+                "algorithm.adv_estimator, or start anew from its merged weights"
+            )
         model_path = root / self._name(model_file)
         if not model_path.exists():
             present = sorted(path.name for path in root.glob("model_world_size_*"))
@@ -130,9 +139,9 @@ class FSDPCheckpoint:
         return file_name(self.world_size, self.rank)
 
 
-def has_optimizer(folder: str) -> bool:
-    """Whether `<checkpoint>/actor` can continue training exactly, or holds the model only."""
-    return any(Path(folder).glob("optim_world_size_*"))
+def has_optimizer(checkpoint: str) -> bool:
+    """Whether the checkpoint of a step can continue training exactly, or holds the models only."""
+    return any(Path(checkpoint, "actor").glob("optim_world_size_*"))
 
 
 def _random_states() -> dict[str, Any]:

@@ -5,14 +5,17 @@ Shapes: N sequences over all ranks, R response length. Batches arrive as this ra
 """
 
 import logging
+import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import psutil
 import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from verl.models.loader import DTYPES, keep_vision_tower_in_step, load_model
+from verl.models.loader import DTYPES, keep_vision_tower_in_step, load_model, load_value_model
 from verl.models.registry import media_token_ids
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import DP_COMPUTE_METRIC, DP_COMPUTE_PROTO, ONE_TO_ALL, register
@@ -21,17 +24,18 @@ from verl.trainer.config import PPOConfig
 from verl.utils.attention_metrics import KeyVocabulary
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.tokenizer import get_processor, get_tokenizer
-from verl.workers.actor.config import FSDPConfig
+from verl.workers.actor.config import FSDPConfig, ModelConfig
 from verl.workers.actor.dp_actor import (
     DataParallelPPOActor,
     compute_kl_to_reference,
-    compute_log_probs,
     compute_log_probs_and_attention,
 )
 from verl.workers.actor.forward import PolicyForward
-from verl.workers.fsdp2 import build_mesh, build_optimizer, build_scheduler, resident, shard_model
-from verl.workers.fsdp_checkpoint import FSDPCheckpoint
+from verl.workers.critic.dp_critic import DataParallelPPOCritic, ValueForward
+from verl.workers.fsdp2 import build_mesh, resident, shard_model
+from verl.workers.response_forward import compute_per_token
 from verl.workers.rollout.base import Sampling, draw_seed, engine_class
+from verl.workers.trained_model import TrainedModel
 from verl.workers.weight_sync import stream_weights
 
 logger = logging.getLogger(__name__)
@@ -40,7 +44,7 @@ GIBIBYTE = 2**30
 
 
 class FSDPWorker(Worker):
-    """Actor, rollout engine and, if KL is on, reference policy on one device.
+    """Actor, rollout engine and, where the run needs them, reference policy and critic on one device.
 
     Args:
         config: of the run.
@@ -59,46 +63,71 @@ class FSDPWorker(Worker):
 
     @register(ONE_TO_ALL)
     def init_model(self) -> None:
-        """Loads and shards the policy, its optimizer, the rollout engine and, if KL is on, the reference."""
-        actor = self.config.worker.actor
+        """Loads and shards the policy, its optimizer, the rollout engine, and reference and critic if there are any.
+
+        Raises:
+            ValueError: actor and critic number their tokens differently.
+        """
+        actor, ref = self.config.worker.actor, self.config.worker.ref
         source = (actor.model.tokenizer_path, self.config.data.override_chat_template)
         self.tokenizer = get_tokenizer(*source, trust_remote_code=actor.model.trust_remote_code)
         self.processor = get_processor(*source, trust_remote_code=actor.model.trust_remote_code)
         self.mesh = build_mesh(self.device)
 
-        self.model = self._load_sharded(actor.fsdp, default_dtype="fp32")
-        if actor.model.enable_gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.optimizer = build_optimizer(self.model, actor.optim)
-        self.scheduler = build_scheduler(self.optimizer, actor.optim, self.training_steps)
+        policy = self._load_sharded(load_model, actor.model, actor.fsdp, default_dtype="fp32")
         algorithm, reference = self.config.algorithm, None
         if not algorithm.disable_kl:
-            self.ref_model = self._load_sharded(self.config.worker.ref.fsdp, default_dtype="bf16")
+            self.ref_model = self._load_sharded(load_model, actor.model, ref.fsdp, default_dtype="bf16")
             self.ref_model.requires_grad_(False)
             with self._reference_resident():
                 pass  # from here on it rests where it does between phases
             if algorithm.kl_in_loss and algorithm.kl_penalty == "full":
                 reference = self._forward_of(self.ref_model)
+        described_by = [policy.config, policy.generation_config, self.processor or self.tokenizer]
         self.actor = DataParallelPPOActor(
-            self.config, self.plan, self._forward_of(self.model), self.optimizer, self.scheduler, reference
+            self.config, self.plan, self._forward_of(policy), self.training_steps, described_by, reference
         )
-        self.checkpoint = FSDPCheckpoint(
-            self.model, self.optimizer, self.scheduler, self.processor or self.tokenizer
-        )
+        self.trained: dict[str, TrainedModel] = {"actor": self.actor}
         self.rollout = engine_class(self.config.worker.rollout.name).from_config(
             self.config, self.tokenizer, self.processor, self.device
         )
         if self.config.worker.rollout.collect_attentions:
-            self.vocabulary = KeyVocabulary.of(self.model.config, self.processor or self.tokenizer)
-        with self._actor_resident(optimizer=True):
-            pass  # from here on it rests where it does between phases
+            self.vocabulary = KeyVocabulary.of(policy.config, self.processor or self.tokenizer)
+        if self.plan.critic is not None:
+            self.critic = self._build_critic()
+            self.trained["critic"] = self.critic
 
-    def _load_sharded(self, fsdp: FSDPConfig, default_dtype: str) -> nn.Module:
-        dtype = DTYPES[fsdp.torch_dtype or default_dtype]
-        model = load_model(self.config.worker.actor.model, dtype, DTYPES[fsdp.mp_param_dtype])
+    def _load_sharded(
+        self,
+        load: Callable[[ModelConfig, torch.dtype, torch.dtype], nn.Module],
+        config: ModelConfig,
+        fsdp: FSDPConfig,
+        default_dtype: str,
+    ) -> nn.Module:
+        model = load(config, DTYPES[fsdp.torch_dtype or default_dtype], DTYPES[fsdp.mp_param_dtype])
         keep_vision_tower_in_step(model)
         shard_model(model, self.mesh, fsdp)
         return model
+
+    def _build_critic(self) -> DataParallelPPOCritic:
+        """The critic reads the actor's token ids and features, so that both must have the same vocabulary."""
+        actor, critic = self.config.worker.actor.model, self.config.worker.critic
+        source = replace(critic.model, model_path=critic.model.model_path or actor.model_path)
+        if source.model_path != actor.model_path:
+            tokenizer = get_tokenizer(source.tokenizer_path, trust_remote_code=source.trust_remote_code)
+            if tokenizer.get_vocab() != self.tokenizer.get_vocab():
+                raise ValueError(
+                    f"worker.critic.model.model_path={source.model_path} has another vocabulary than "
+                    f"worker.actor.model.model_path={actor.model_path}; use a model of the actor's family"
+                )
+        model = self._load_sharded(load_value_model, source, critic.fsdp, default_dtype="fp32")
+        return DataParallelPPOCritic(
+            ValueForward(model, self.processor, self.device),
+            critic,
+            self.plan.critic,
+            self.training_steps,
+            described_by=[model.config, self.processor or self.tokenizer],
+        )
 
     def _forward_of(self, model: nn.Module) -> PolicyForward:
         return PolicyForward(
@@ -107,14 +136,6 @@ class FSDPWorker(Worker):
             self.config.worker.rollout.temperature,
             media_token_ids(model.config),
             self.device,
-        )
-
-    def _actor_resident(self, optimizer: bool = False) -> AbstractContextManager:
-        offload = self.config.worker.actor.offload
-        return resident(
-            self.device,
-            model=self.model if offload.offload_params else None,
-            optimizer=self.optimizer if optimizer and offload.offload_optimizer else None,
         )
 
     def _reference_resident(self) -> AbstractContextManager:
@@ -127,8 +148,8 @@ class FSDPWorker(Worker):
     def prepare_rollout_engine(self) -> None:
         """Wakes the engine and gives it the current policy."""
         self.rollout.wake_weights()
-        with self._actor_resident():
-            self.rollout.update_weights(stream_weights(self.model))
+        with self.actor.resident():
+            self.rollout.update_weights(stream_weights(self.actor.model))
         self.rollout.wake_cache()
 
     @register(ONE_TO_ALL)
@@ -155,10 +176,10 @@ class FSDPWorker(Worker):
         token's attention on the prompt's text and on its images; and `attention_keys` (N, 2): how many tokens each of
         the two has.
         """
-        arguments = (self.actor.forward, data, self.plan.experience_micro_batch_size)
-        with self._actor_resident():
+        arguments = (self.actor.forward, data, self.plan.actor.experience_micro_batch_size)
+        with self.actor.resident():
             if not self.config.worker.rollout.collect_attentions:
-                return DataProto.from_dict({"old_log_probs": compute_log_probs(*arguments)})
+                return DataProto.from_dict({"old_log_probs": compute_per_token(*arguments)})
             log_probs, mass, keys = compute_log_probs_and_attention(
                 *arguments, self.vocabulary, self.config.algorithm.token_weight_last_k_layers
             )
@@ -168,8 +189,8 @@ class FSDPWorker(Worker):
     def compute_ref_log_probs(self, data: DataProto) -> DataProto:
         """Adds `ref_log_probs` (N, R): those of the policy the run began with."""
         with self._reference_resident():
-            log_probs = compute_log_probs(
-                self._forward_of(self.ref_model), data, self.plan.experience_micro_batch_size
+            log_probs = compute_per_token(
+                self._forward_of(self.ref_model), data, self.plan.actor.experience_micro_batch_size
             )
         return DataProto.from_dict({"ref_log_probs": log_probs})
 
@@ -179,21 +200,35 @@ class FSDPWorker(Worker):
 
         Costs a pass of either model.
         """
-        with self._actor_resident(), self._reference_resident():
+        with self.actor.resident(), self._reference_resident():
             kl = compute_kl_to_reference(
-                self.actor.forward, self._forward_of(self.ref_model), data, self.plan.experience_micro_batch_size
+                self.actor.forward, self._forward_of(self.ref_model), data, self.plan.actor.experience_micro_batch_size
             )
         return DataProto.from_dict({"ref_kl": kl})
 
+    @register(DP_COMPUTE_PROTO)
+    def compute_values(self, data: DataProto) -> DataProto:
+        """Adds `values` (N, R): the critic's, before this step's update."""
+        with self.critic.resident():
+            values = compute_per_token(self.critic.forward, data, self.plan.critic.experience_micro_batch_size)
+        return DataProto.from_dict({"values": values})
+
     @register(DP_COMPUTE_METRIC)
     def update_actor(self, data: DataProto) -> dict[str, float]:
-        """One training step on this rank's rows; returns `actor/*` and `perf/*memory*` metrics."""
+        """One training step of the policy on this rank's rows; returns `actor/*` metrics."""
         reference = nullcontext() if self.actor.reference is None else self._reference_resident()
-        with self._actor_resident(optimizer=True), reference:
-            metrics = self.actor.update_policy(data)
-        return {**metrics, **self._memory_metrics()}
+        with self.actor.resident(optimizer=True), reference:
+            return self.actor.update_policy(data)
 
-    def _memory_metrics(self) -> dict[str, float]:
+    @register(DP_COMPUTE_METRIC)
+    def update_critic(self, data: DataProto) -> dict[str, float]:
+        """One training step of the critic on this rank's rows; returns `critic/*` metrics."""
+        with self.critic.resident(optimizer=True):
+            return self.critic.update_critic(data)
+
+    @register(ONE_TO_ALL)
+    def memory_metrics(self) -> dict[str, float]:
+        """`perf/*` in GiB: what this node's processes hold now, and the most that tensors held on this device."""
         metrics = {"perf/cpu_memory_used_gb": psutil.virtual_memory().used / GIBIBYTE}
         if self.device.type == "cuda":
             metrics["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated() / GIBIBYTE
@@ -202,12 +237,14 @@ class FSDPWorker(Worker):
 
     @register(ONE_TO_ALL)
     def save_checkpoint(self, folder: str, model_only: bool) -> None:
-        """Writes this rank's part of `<checkpoint>/actor`."""
-        with self._actor_resident(optimizer=True):
-            self.checkpoint.save(folder, model_only)
+        """Writes this rank's part of `<folder>/actor` and, where there is a critic, of `<folder>/critic`."""
+        for name, model in self.trained.items():
+            with model.resident(optimizer=True):
+                model.checkpoint.save(os.path.join(folder, name), model_only)
 
     @register(ONE_TO_ALL)
     def load_checkpoint(self, folder: str, model_only: bool) -> None:
-        """Restores this rank's part of `<checkpoint>/actor`."""
-        with self._actor_resident(optimizer=True):
-            self.checkpoint.load(folder, model_only)
+        """Restores this rank's part of what `save_checkpoint` wrote."""
+        for name, model in self.trained.items():
+            with model.resident(optimizer=True):
+                model.checkpoint.load(os.path.join(folder, name), model_only)

@@ -42,7 +42,7 @@ class ModelConfig(ConfigSection):
     """Which model to load and how to hold it in memory."""
 
     model_path: str | None = None
-    """Hub id or local folder of the model; a local folder becomes absolute."""
+    """Hub id or local folder of the model; a local folder becomes absolute. Null for the critic takes the actor's."""
     tokenizer_path: str | None = None
     """Hub id or local folder of the tokenizer; null takes `model_path`."""
     override_config: dict[str, Any] = field(default_factory=dict)

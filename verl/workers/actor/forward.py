@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from transformers import ProcessorMixin
 
-from verl.data.vision import featurize
 from verl.models.attention_recorder import record_attention_mass
 from verl.protocol import DataProto
 from verl.utils.attention_metrics import KeyVocabulary, count_keys
 from verl.utils.logprobs import TokenStatistics, log_probs_from_logits, token_statistics
+from verl.workers.response_forward import ResponseForward, filled_columns
 
 
-class PolicyForward:
+class PolicyForward(ResponseForward):
     """Response log-probabilities under one model, with the temperature and the support that sampling used.
 
     Args:
@@ -41,24 +41,15 @@ class PolicyForward:
         banned_token_ids: Sequence[int],
         device: torch.device,
     ) -> None:
-        self.model = model
-        self.processor = processor
+        super().__init__(model, processor, device)
         self.temperature = temperature
         self.banned_token_ids = banned_token_ids
-        self.device = device
 
     def __call__(self, rows: DataProto) -> torch.Tensor:
-        """(N, R) float32 log-probabilities of `responses`, zero outside `response_mask`.
-
-        Columns that are padding in all rows are cut off before the forward, so neither padding side costs time.
-        Logits exist for the response positions only.
-
-        Args:
-            rows: `input_ids`, `attention_mask` (N, S), `position_ids` (N, S) or (N, 4, S), `responses`,
-                `response_mask` (N, R); non-tensor `multi_modal_data` for image-text models.
-        """
+        """(N, R) float32 log-probabilities of `responses`, zero outside `response_mask`; see the base class."""
         logits, responses = self._logits(rows)
-        return _spread(log_probs_from_logits(logits, responses, self.temperature, self.banned_token_ids), rows)
+        log_probs = log_probs_from_logits(logits, responses, self.temperature, self.banned_token_ids)
+        return self.as_stream(log_probs, rows)
 
     def statistics(self, rows: DataProto, reference: PolicyForward | None = None) -> TokenStatistics:
         """The log-probabilities, and from the same forward the entropy and the KL from `reference`.
@@ -76,24 +67,13 @@ class PolicyForward:
                 ref_logits, _ = reference._logits(rows)
         logits, responses = self._logits(rows)
         found = token_statistics(logits, responses, self.temperature, self.banned_token_ids, ref_logits)
-        kl = None if found.kl is None else _spread(found.kl, rows)
-        return TokenStatistics(_spread(found.log_probs, rows), _spread(found.entropy, rows), kl)
+        kl = None if found.kl is None else self.as_stream(found.kl, rows)
+        return TokenStatistics(self.as_stream(found.log_probs, rows), self.as_stream(found.entropy, rows), kl)
 
     def _logits(self, rows: DataProto) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (N, length, V) and the responses (N, length) they predict, length being the longest response's."""
-        columns, length = _filled_columns(rows)
-        position_ids = rows.batch["position_ids"][..., columns]
-        output = self.model(
-            input_ids=rows.batch["input_ids"][:, columns].to(self.device),
-            attention_mask=rows.batch["attention_mask"][:, columns].to(self.device),
-            # Multimodal rope wants its four rows first: (4, N, s).
-            position_ids=(position_ids.transpose(0, 1) if position_ids.dim() == 3 else position_ids).to(self.device),
-            use_cache=False,
-            logits_to_keep=length + 1,
-            **self._media_inputs(rows),
-        )
-        # The logits at a position predict the token after it: drop the last, keep the one before the response.
-        return output.logits[:, :-1], rows.batch["responses"][:, :length].to(self.device)
+        logits = self.outputs(rows)
+        return logits, rows.batch["responses"][:, : logits.shape[1]].to(self.device)
 
     def with_attention(
         self, rows: DataProto, vocabulary: KeyVocabulary, last_k_layers: int | None
@@ -113,32 +93,10 @@ class PolicyForward:
         Raises:
             RuntimeError: a layer's attention could not be measured.
         """
-        columns, length = _filled_columns(rows)
+        columns, length = filled_columns(rows)
         full_length = rows.batch["response_mask"].shape[1]
         key_kinds = vocabulary.classify(rows.batch["input_ids"], rows.batch["attention_mask"], full_length)  # (N, S)
         with record_attention_mass(self.model, key_kinds[:, columns], length, last_k_layers) as recorder:
             log_probs = self(rows)
         mass = nn.functional.pad(recorder.mass(), (0, 0, 0, full_length - length))  # (N, R, 2)
         return log_probs, mass, count_keys(key_kinds)
-
-    def _media_inputs(self, rows: DataProto) -> dict[str, torch.Tensor]:
-        if self.processor is None:
-            return {}
-        features = featurize(rows.non_tensor_batch["multi_modal_data"], self.processor.image_processor)
-        return {key: value.to(self.device) for key, value in features.items()}
-
-
-def _filled_columns(rows: DataProto) -> tuple[slice, int]:
-    """The columns of the sequence between the padding that all rows share, and how many of them are response."""
-    full_length = rows.batch["response_mask"].shape[1]
-    length = int(rows.batch["response_mask"].sum(dim=1).max())
-    first = int(rows.batch["attention_mask"].argmax(dim=1).min())
-    return slice(first, rows.batch["input_ids"].shape[1] - (full_length - length)), length
-
-
-def _spread(values: torch.Tensor, rows: DataProto) -> torch.Tensor:
-    """(N, R): `values` of the response columns up to the longest response, zero outside `response_mask`."""
-    response_mask = rows.batch["response_mask"].bool()  # (N, R)
-    length = values.shape[1]
-    values = values.masked_fill(~response_mask[:, :length].to(values.device), 0.0)
-    return nn.functional.pad(values, (0, response_mask.shape[1] - length))

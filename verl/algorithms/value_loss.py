@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The critic's loss per token. Averaging and micro-batches are the caller's. N sequences, R response length."""
+
+from __future__ import annotations
+
+import torch
+
+
+def clipped_value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, cliprange_value: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Squared error of the values, which may gain nothing by moving far from those of the rollout.
+
+    max((V - G)^2, (clip(V, V_old - c, V_old + c) - G)^2) / 2 with the return G: the squared error of PPO (arXiv
+    1707.06347, eq. 9) with the clipping that its authors' code has and the paper does not tell of (arXiv 2005.12729,
+    sec. 3, item 1); it stands in for the trust region of arXiv 1506.02438, sec. 5. A value that has moved more than c
+    towards its return has no gradient; one that moved away keeps the whole. Our deltas:
+
+    1. Half of the square, so that the gradient is the error itself.
+    2. c is in units of the value, on its own, and not the range of the policy's ratio.
+
+    values, old_values, returns: (N, R). Only `values` carries a gradient.
+
+    Returns the loss (N, R), not masked, and metrics (N, R) without gradient, to be averaged over the real tokens:
+    `vf_clipfrac` (1 where the clipped value decides), `vpred_mean` (the values).
+    """
+    clipped_values = values.clamp(old_values - cliprange_value, old_values + cliprange_value)  # (N, R)
+    loss_plain = (values - returns).square()
+    loss_clipped = (clipped_values - returns).square()
+    per_token_metrics = {"vf_clipfrac": (loss_clipped > loss_plain).float(), "vpred_mean": values.detach()}
+    return 0.5 * torch.maximum(loss_plain, loss_clipped), per_token_metrics

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the actor and the critic have in common: optimizer steps, a schedule, a checkpoint, and a place to rest.
+
+Shapes: N sequences of this rank, R response length, W ranks.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from verl.protocol import DataProto
+from verl.utils.batch_plan import ModelPlan
+from verl.workers.actor.config import TrainedModelConfig
+from verl.workers.fsdp2 import build_optimizer, build_scheduler, clip_gradients, resident
+from verl.workers.fsdp_checkpoint import FSDPCheckpoint, SavesPretrained
+from verl.workers.response_forward import ResponseForward
+
+logger = logging.getLogger(__name__)
+
+
+class TrainedModel:
+    """A sharded model and all that training it takes. A subclass says what the loss is.
+
+    Args:
+        forward: the model's forward pass.
+        config: of the model, `worker.actor` or `worker.critic`.
+        plan: its batch numbers.
+        training_steps: length of the run, for the learning-rate schedule.
+        described_by: what its checkpoints hold beside the weights to say which model this is.
+    """
+
+    area: str
+    """First part of the names of its metrics."""
+
+    def __init__(
+        self,
+        forward: ResponseForward,
+        config: TrainedModelConfig,
+        plan: ModelPlan,
+        training_steps: int,
+        described_by: Sequence[SavesPretrained],
+    ) -> None:
+        self.forward = forward
+        self.config = config
+        self.plan = plan
+        if config.model.enable_gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.scheduler = build_scheduler(self.optimizer, config.optim, training_steps)
+        self.checkpoint = FSDPCheckpoint(self.model, self.optimizer, self.scheduler, described_by)
+        with self.resident():
+            pass  # from here on the parameters rest where they do between phases
+
+    @property
+    def model(self) -> nn.Module:
+        return self.forward.model
+
+    def resident(self, optimizer: bool = False) -> AbstractContextManager:
+        """Holds what `config.offload` sends to the CPU between phases on the device: parameters, on request states."""
+        offload = self.config.offload
+        return resident(
+            self.forward.device,
+            model=self.model if offload.offload_params else None,
+            optimizer=self.optimizer if optimizer and offload.offload_optimizer else None,
+        )
+
+    def update(self, data: DataProto) -> dict[str, float]:
+        """One pass of optimizer steps over this rank's rows, `ppo_epochs` times; the schedule then advances once.
+
+        The rows are cut, in order, into `plan.mini_batches` mini-batches; row i of every rank's k-th piece belongs to
+        the same optimizer step. Losses are sums over tokens (or rows) divided by the counts of the whole mini-batch
+        over all ranks, so the result depends neither on micro-batches nor on the number of ranks.
+
+        Returns metrics, the same on every rank: the loss's own, `grad_norm` before clipping, averaged over the
+        optimizer steps, and `lr`.
+        """
+        self.model.train()
+        steps = []
+        for _ in range(self.config.ppo_epochs):
+            for mini_batch in data.split(self.plan.sequences_per_rank_per_mini_batch):
+                steps.append(self._optimizer_step(mini_batch))
+        learning_rate = self.scheduler.get_last_lr()[0]
+        self.scheduler.step()
+        metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        return {**metrics, f"{self.area}/lr": learning_rate}
+
+    def _optimizer_step(self, mini_batch: DataProto) -> dict[str, float]:
+        metrics = self.accumulate_gradients(mini_batch)
+        grad_norm = clip_gradients(self.model, self.config.max_grad_norm)
+        if math.isfinite(grad_norm):
+            self.optimizer.step()
+        else:
+            logger.warning("%s gradient norm is %s: this optimizer step is skipped", self.area, grad_norm)
+        self.optimizer.zero_grad()
+        return {**metrics, f"{self.area}/grad_norm": grad_norm}
+
+    def accumulate_gradients(self, mini_batch: DataProto) -> dict[str, float]:
+        """Leaves the gradient of the whole mini-batch's loss on the parameters, and returns its metrics.
+
+        Args:
+            mini_batch: this rank's rows of it; all ranks have as many rows.
+        """
+        world_size = dist.get_world_size()
+        num_tokens = _sum_over_ranks(mini_batch.batch["response_mask"].sum())
+        num_sequences = len(mini_batch) * world_size
+        micro_batches = mini_batch.split(self.plan.update_micro_batch_size)
+        sums: dict[str, torch.Tensor] = {}
+        for index, micro_batch in enumerate(micro_batches):
+            self.model.set_requires_gradient_sync(index == len(micro_batches) - 1)
+            loss, parts = self._loss(micro_batch, num_tokens, num_sequences)
+            (loss * world_size).backward()  # FSDP averages gradients over the ranks
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + value.detach()
+        return {f"{self.area}/{name}": _sum_over_ranks(value).item() for name, value in sums.items()}
+
+    def _loss(
+        self, rows: DataProto, num_tokens: torch.Tensor, num_sequences: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """This micro-batch's share of the mini-batch's loss, and of its metrics.
+
+        Args:
+            num_tokens, num_sequences: of the mini-batch, over all micro-batches and ranks.
+        """
+        raise NotImplementedError
+
+
+def _sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    total = value.detach().to(torch.float64).cpu()
+    dist.all_reduce(total)
+    return total
