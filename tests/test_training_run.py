@@ -160,8 +160,14 @@ def test_token_weights_follow_their_rows_through_balancing_to_the_update(
 ) -> None:
     """Two workers, rows reordered. Samples with the answer 1 get weights from the reward function, the other ones with
     images from VGR, and those without an image weigh 1."""
-    batches = []
-    update = RayDAPOTrainer._update_actor
+    batches, reordered = [], []
+    balance, update = RayDAPOTrainer._balance_across_ranks, RayDAPOTrainer._update_actor
+
+    def compare(trainer: RayDAPOTrainer, batch: DataProto, record: StepRecord) -> DataProto:
+        before = batch.batch["input_ids"].clone()
+        batch = balance(trainer, batch, record)
+        reordered.append(not torch.equal(batch.batch["input_ids"], before))
+        return batch
 
     def keep(trainer: RayDAPOTrainer, batch: DataProto, record: StepRecord) -> None:
         batches.append(batch)
@@ -179,8 +185,10 @@ def test_token_weights_follow_their_rows_through_balancing_to_the_update(
         "trainer.val_freq=1",
     )
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RayDAPOTrainer, "_balance_across_ranks", compare)
         patch.setattr(RayDAPOTrainer, "_update_actor", keep)
         run(load_config(args))
+    assert any(reordered)
 
     kinds = set()
     for batch in batches:
