@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoProcessor
 
+from verl.utils import attention_metrics
 from verl.utils.attention_metrics import (
     KeyKind,
     KeyVocabulary,
@@ -134,8 +135,26 @@ def test_without_names_or_without_a_role_no_turn_is_known():
     input_ids = ids_of("(Sab)(U[i]c")
     mask = torch.ones_like(input_ids)
     unnamed = classify_keys(input_ids, mask, 0, VISION_IDS, iter(SPECIAL_IDS.values()), SYSTEM_IDS)
-    without_role = classify_keys(input_ids, mask, 0, VISION_IDS, SPECIAL_IDS)
+    without_role = classify_keys(input_ids, mask, 0, VISION_IDS, SPECIAL_IDS, ())
     assert letters_of(unnamed) == letters_of(without_role) == ["*tttpp" + "tpipt"]
+
+
+def test_whoever_gives_no_role_is_told_once_that_a_system_turn_counts_as_text(caplog):
+    """Not where no turn is known, or where it was said that none is a system turn."""
+    attention_metrics._warn_that_system_turns_count_as_text.cache_clear()
+    prompt = ids_of("(Sab)(U[i]c")
+    mask = torch.ones_like(prompt)
+    classify_keys(prompt, mask, 0, VISION_IDS, list(SPECIAL_IDS.values()))
+    classify_keys(prompt, mask, 0, VISION_IDS, SPECIAL_IDS, ())
+    build_modality_masks(prompt[0], [], SPECIAL_IDS, SYSTEM_IDS)
+    assert caplog.messages == []
+
+    five_arguments = classify_keys(prompt, mask, 0, VISION_IDS, SPECIAL_IDS)
+    instruction_mask, _ = build_modality_masks(prompt[0], [(7, 10)], SPECIAL_IDS)
+    assert letters_of(five_arguments) == ["*tttpp" + "tpipt"]
+    assert instruction_mask[1:].tolist() == [letter == "t" for letter in "tttpp" + "tpipt"]
+    (message,) = caplog.messages
+    assert "system_role_ids are not given" in message and "get_system_role_ids(processor)" in message
 
 
 def test_keys_are_counted_by_hand():

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from typing import Any
 
 import torch
@@ -62,7 +63,11 @@ def get_qwen_special_token_ids(processor: Any) -> dict[str, int]:
 
 
 def get_system_role_ids(processor: Any) -> tuple[int, ...]:
-    """Ids of the word `system` as it stands after `<|im_start|>`; empty where the tokenizer cannot tell."""
+    """Ids of the word `system` as it stands after `<|im_start|>`; empty where the tokenizer cannot tell.
+
+    Turns are those of ChatML, as in chats of Qwen models. System turns of other templates (Llama 3, Mistral, GLM) are
+    not told from the instruction: their words count as text.
+    """
     tokenizer = _tokenizer_of(processor)
     whole = _known_id(tokenizer, "system")
     if whole is not None:
@@ -118,7 +123,7 @@ def build_modality_masks(
     input_ids: torch.Tensor,
     vision_spans: Iterable[tuple[int, int]],
     special_token_ids: Mapping[str, int] | Iterable[int],
-    system_role_ids: Sequence[int] = (),
+    system_role_ids: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tokens of one prompt are instruction and which are vision: two boolean masks (P,).
 
@@ -129,7 +134,8 @@ def build_modality_masks(
         input_ids: (P,) ids.
         vision_spans: as `extract_vision_token_spans_qwen` returns them.
         special_token_ids: ids by name, of which `im_start` and `im_end` mark turns; without names no turn is known.
-        system_role_ids: as `get_system_role_ids` returns them; without them no turn is a system turn.
+        system_role_ids: as `get_system_role_ids` returns them. Without them the system turn counts as text, and one
+            warning says so if turns are known; an empty tuple says that no turn is a system turn.
     """
     is_vision = torch.zeros_like(input_ids, dtype=torch.bool)  # (P,)
     for start, end in vision_spans:
@@ -146,7 +152,7 @@ def classify_keys(
     response_length: int,
     vision_token_ids: Iterable[int],
     special_token_ids: Mapping[str, int] | Iterable[int],
-    system_role_ids: Sequence[int] = (),
+    system_role_ids: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """The `KeyKind` of every token: (N, S) int8.
 
@@ -157,7 +163,8 @@ def classify_keys(
         input_ids, attention_mask: (N, S), padded; the last `response_length` columns are the responses.
         vision_token_ids: placeholders of images and videos, as `vision_token_ids` returns them.
         special_token_ids: ids by name, of which `im_start` and `im_end` mark turns; without names no turn is known.
-        system_role_ids: as `get_system_role_ids` returns them; without them no turn is a system turn.
+        system_role_ids: as `get_system_role_ids` returns them. Without them the system turn counts as text, and one
+            warning says so if turns are known; an empty tuple says that no turn is a system turn.
     """
     return _kinds(
         input_ids,
@@ -428,7 +435,7 @@ def _kinds(
     is_vision: torch.Tensor,
     special_ids: Iterable[int],
     turn_marks: tuple[int, int] | None,
-    system_role_ids: Sequence[int],
+    system_role_ids: Sequence[int] | None,
 ) -> torch.Tensor:
     """(N, S) int8; later lines overrule earlier ones."""
     is_real = attention_mask.bool()
@@ -449,9 +456,11 @@ def _system_turn(
     input_ids: torch.Tensor,
     in_prompt: torch.Tensor,
     turn_marks: tuple[int, int] | None,
-    system_role_ids: Sequence[int],
+    system_role_ids: Sequence[int] | None,
 ) -> torch.Tensor:
     """(N, S) bool: the first turn, from its mark to the one that ends it, in rows where its role is `system`."""
+    if turn_marks is not None and system_role_ids is None:
+        _warn_that_system_turns_count_as_text()
     if turn_marks is None or not system_role_ids:
         return torch.zeros_like(in_prompt)
     begins, ends = ((input_ids == mark) & in_prompt for mark in turn_marks)  # (N, S)
@@ -463,6 +472,14 @@ def _system_turn(
     ends = (ends & is_after_begin).int()
     is_over = ends.cumsum(dim=1) - ends > 0
     return is_after_begin & ~is_over & in_prompt & is_system[:, None]
+
+
+@cache
+def _warn_that_system_turns_count_as_text() -> None:
+    logger.warning(
+        "turns are marked by im_start and im_end, but system_role_ids are not given, so a system turn counts as "
+        "instruction text; give get_system_role_ids(processor)"
+    )
 
 
 def _turn_marks(special_token_ids: Mapping[str, int] | Iterable[int]) -> tuple[int, int] | None:
