@@ -22,7 +22,7 @@ from verl.protocol import DataProto
 from verl.trainer.config import load_config
 from verl.trainer.main import run
 from verl.trainer.ray_trainer import RayDAPOTrainer
-from verl.utils.attention_metrics import vgr_epsilon, vgr_from_mass
+from verl.utils.attention_metrics import vgr_from_mass
 from verl.utils.attention_token_weights import token_weights_from_vgr
 from verl.utils.step_record import StepRecord
 
@@ -194,7 +194,7 @@ def test_token_weights_follow_their_rows_through_balancing_to_the_update(
     for batch in batches:
         tensors = batch.batch
         vgr = vgr_from_mass(tensors["attention_mass"], tensors["attention_keys"])
-        by_vgr = token_weights_from_vgr(vgr, tensors["response_mask"], eps=vgr_epsilon(tensors["attention_keys"]))
+        by_vgr = token_weights_from_vgr(vgr, tensors["response_mask"])
         for index, truth in enumerate(batch.non_tensor_batch["ground_truth"]):
             length = int(tensors["response_mask"][index].sum())
             weights = tensors["token_weights"][index]

@@ -21,9 +21,12 @@ from verl.utils.attention_metrics import (
     classify_generated,
     count_keys,
     mass_from_attentions,
-    vgr_epsilon,
     vgr_from_mass,
 )
+
+EPSILON = 1e-12
+"""Keeps the inverse of a VGR of zero finite. VGR has no unit, so no number of keys enters, and beside any VGR above
+1e-5 it is less than float32 can tell."""
 
 
 def build_token_vgr_weights_for_batch(
@@ -67,7 +70,7 @@ def build_token_vgr_weights_for_batch(
     mass = mass_from_attentions(outputs_attentions, key_kinds, response_mask.shape[1], last_k_layers)  # (N, R, 2)
     keys = count_keys(key_kinds)  # (N, 2)
     vgr = vgr_from_mass(mass, keys)  # (N, R)
-    weights = token_weights_from_vgr(vgr, response_mask, clip_range, smooth_sigma, vgr_epsilon(keys))
+    weights = token_weights_from_vgr(vgr, response_mask, clip_range, smooth_sigma)
     streams = {"weights": weights, "vgr_token": vgr, "p_text": mass[..., 0], "p_vision": mass[..., 1]}
     lengths = response_mask.sum(dim=1).tolist()
     lists = {
@@ -102,7 +105,7 @@ def choose_token_weights(
     weights = None
     if attention_mass is not None:
         vgr = vgr_from_mass(attention_mass, attention_keys)
-        weights = token_weights_from_vgr(vgr, response_mask, clip_range, smooth_sigma, vgr_epsilon(attention_keys))
+        weights = token_weights_from_vgr(vgr, response_mask, clip_range, smooth_sigma)
     if lists is not None and any(given is not None for given in lists):
         given, is_given = token_weights_from_lists(lists, response_mask)
         weights = given if weights is None else torch.where(is_given[:, None], given, weights)
@@ -114,19 +117,20 @@ def token_weights_from_vgr(
     response_mask: torch.Tensor,
     clip_range: tuple[float, float] = (0.2, 3.0),
     smooth_sigma: float = 0.0,
-    eps: float | torch.Tensor = 1e-6,
 ) -> torch.Tensor:
     """Weights that grow with the attention to images: (N, R) float32, 0 outside the responses.
 
-    1 / (VGR + eps), smoothed along the response if asked for, over its mean over the response, clipped. Tokens whose
-    VGR is not finite take no part in smoothing and mean and weigh exactly 1, as do single tokens and equal ones. The
-    mean is one before clipping; after it, it is not restored.
+    1 / VGR, smoothed along the response if asked for, over its mean over the response, clipped. Tokens whose VGR is
+    not finite take no part in smoothing and mean and weigh exactly 1, as do single tokens and equal ones. The mean is
+    one before clipping; after it, it is not restored.
+
+    `EPSILON` is added to every VGR, so that a token without any attention on text has the highest weight and no
+    infinite one.
 
     Args:
         vgr: (N, R). response_mask: (N, R), 1 on response tokens.
         clip_range: lowest and highest weight.
         smooth_sigma: width of the gaussian, in tokens; 0 leaves the weights as they are.
-        eps: keeps a VGR of zero finite; `vgr_epsilon` of the sample, (N, 1), in the trainer.
 
     Raises:
         ValueError: `clip_range` is not 0 <= low <= 1 <= high, or `smooth_sigma` is below 0.
@@ -139,7 +143,7 @@ def token_weights_from_vgr(
     is_response = response_mask.bool()
     takes_part = is_response & vgr.isfinite()
     # In double precision equal weights come out as exactly 1, and padding cannot show in the order of a sum.
-    weights = torch.where(takes_part, 1 / (vgr.double() + eps), 0)
+    weights = torch.where(takes_part, 1 / (vgr.double() + EPSILON), 0)
     if smooth_sigma > 0 and takes_part.any():
         weights = _smooth(weights, takes_part, smooth_sigma)
     mean = weights.sum(dim=1, keepdim=True) / takes_part.sum(dim=1, keepdim=True)  # (N, 1)
