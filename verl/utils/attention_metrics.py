@@ -211,7 +211,7 @@ def count_keys(key_kinds: torch.Tensor) -> torch.Tensor:
 
 
 def vgr_epsilon(attention_keys: torch.Tensor) -> torch.Tensor:
-    """What keeps VGR's quotients finite, (N, 1) float32: a millionth of the density of evenly spread attention.
+    """What keeps VGR finite, (N, 1) float32: a millionth of the density of attention even over text and vision keys.
 
     An absolute constant would not be small beside the density of one image token among 16,000.
 
@@ -223,6 +223,14 @@ def vgr_epsilon(attention_keys: torch.Tensor) -> torch.Tensor:
 
 def vgr_from_mass(attention_mass: torch.Tensor, attention_keys: torch.Tensor) -> torch.Tensor:
     """VGR of every response token: (N, R) float32, the text's attention density over the images' plus epsilon.
+
+    The same quotient of a whole response is the MDI of "When Language Overrules" (arXiv 2508.10552). Our deltas:
+
+    1. Every response token has its own.
+    2. Masses are shares of the prompt without its first token, the attention sink. Special tokens and the system turn
+       are no text.
+    3. The epsilon, 1e-6 over the number of text and vision keys. Other keys of the prompt are not among
+       `attention_keys`: counted too, they would make it smaller still.
 
     NaN where it is undefined: rows without text keys or without vision keys, tokens without any mass on either, and
     masses that are not finite.
