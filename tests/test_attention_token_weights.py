@@ -208,7 +208,7 @@ def test_lists_are_filled_up_with_ones_and_padding_is_zero():
     weights, is_given = token_weights_from_lists([[0.5, 2, 0], [0.25], None, []], MASK)
     assert (weights.dtype, is_given.dtype) == (torch.float32, torch.bool)
     assert weights.tolist() == [[0.5, 2.0, 0.0, 0.0], [0.25, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0] * 4]
-    assert is_given.tolist() == [True, True, False, True]
+    assert is_given.tolist() == [True, True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -273,13 +273,16 @@ def test_the_reward_functions_weights_come_before_attention_and_attention_before
 
     both = choose_token_weights(lists, mass, keys, mask, (0.2, 3.0), 0.0)
     torch.testing.assert_close(both, torch.tensor([[1.6, 0.4], [9.0, 1.0], [1.0, 0.0], [1.0, 1.0]]))
+    no_lists = [[], [9.0], np.array([]), torch.tensor([])]
+    assert torch.equal(choose_token_weights(no_lists, mass, keys, mask, (0.2, 3.0), 0.0), both)
     attention = choose_token_weights(None, mass, keys, mask, (0.2, 3.0), 0.0)
     torch.testing.assert_close(attention[:2], torch.tensor([[1.6, 0.4]] * 2))
-    assert torch.equal(choose_token_weights([None] * 4, mass, keys, mask, (0.2, 3.0), 0.0), attention)
     given = choose_token_weights(lists, None, None, mask, (0.2, 3.0), 0.0)
     assert given.tolist() == [[1.0, 1.0], [9.0, 1.0], [1.0, 0.0], [1.0, 1.0]]
     assert choose_token_weights(None, None, None, mask, (0.2, 3.0), 0.0) is None
-    assert choose_token_weights([None] * 4, None, None, mask, (0.2, 3.0), 0.0) is None
+    for nothing in ([None] * 4, [[]] * 4):
+        assert torch.equal(choose_token_weights(nothing, mass, keys, mask, (0.2, 3.0), 0.0), attention)
+        assert choose_token_weights(nothing, None, None, mask, (0.2, 3.0), 0.0) is None
     clipped = choose_token_weights(None, mass, keys, mask, (0.5, 1.5), 0.0)
     torch.testing.assert_close(clipped[0], torch.tensor([1.5, 0.5]))
     smooth = choose_token_weights(None, mass, keys, mask, (0.2, 3.0), 1.0)

@@ -106,9 +106,10 @@ def choose_token_weights(
     if attention_mass is not None:
         vgr = vgr_from_mass(attention_mass, attention_keys)
         weights = token_weights_from_vgr(vgr, response_mask, clip_range, smooth_sigma)
-    if lists is not None and any(given is not None for given in lists):
+    if lists is not None:
         given, is_given = token_weights_from_lists(lists, response_mask)
-        weights = given if weights is None else torch.where(is_given[:, None], given, weights)
+        if is_given.any():
+            weights = given if weights is None else torch.where(is_given[:, None], given, weights)
     return weights
 
 
@@ -154,7 +155,8 @@ def token_weights_from_vgr(
 def token_weights_from_lists(lists: Sequence[Any], response_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights as a reward function gives them: (N, R) float32, 0 outside the responses, and (N,) bool who has any.
 
-    A list shorter than its response is filled up with 1.0; samples without one weigh 1.
+    A list shorter than its response is filled up with 1.0; samples without one weigh 1. An empty list is none: so
+    `build_token_vgr_weights_for_batch` says that there were no attentions.
 
     Args:
         lists: per sample a list (or array, or tensor) of numbers, or None.
@@ -167,12 +169,12 @@ def token_weights_from_lists(lists: Sequence[Any], response_mask: torch.Tensor) 
     if len(lists) != len(response_mask):
         raise ValueError(f"token_weights has {len(lists)} entries for {len(response_mask)} samples; give one for each")
     weights = response_mask.float()  # (N, R)
+    is_given = torch.zeros(len(lists), dtype=torch.bool, device=weights.device)
     lengths = response_mask.sum(dim=1).tolist()
     for index, (given, length) in enumerate(zip(lists, lengths, strict=True)):
-        if given is not None:
-            numbers = _checked_weights(given, index, length)
-            weights[index, : len(numbers)] = torch.tensor(numbers, dtype=torch.float32, device=weights.device)
-    is_given = torch.tensor([given is not None for given in lists], device=weights.device)
+        numbers = [] if given is None else _checked_weights(given, index, length)
+        weights[index, : len(numbers)] = torch.tensor(numbers, dtype=torch.float32, device=weights.device)
+        is_given[index] = bool(numbers)
     return weights, is_given
 
 
