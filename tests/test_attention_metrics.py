@@ -26,6 +26,7 @@ from verl.utils.attention_metrics import (
     vgr_from_mass,
     vision_token_ids,
 )
+from verl.utils.attention_token_weights import build_token_vgr_weights_for_batch
 
 # One character a token: brackets and placeholders are Qwen's, S and U are the roles, other letters are words.
 TOKENS = {
@@ -306,6 +307,34 @@ def test_with_one_id_for_padding_and_end_only_the_leading_run_is_padding():
     key_kinds, response_mask = classify_generated(ids_of("))(Ua)"), ids_of("))(Ua)fg)))"), processor)
     assert letters_of(key_kinds) == ["..*ttprrr.."]
     assert response_mask.tolist() == [[1, 1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "response, mask",
+    [("f.", "11"), ("f..", "110"), ("f)..", "1100"), ("f.)", "110"), ("f)g", "110"), ("...", "100"), ("fg", "11")],
+)
+def test_of_several_end_tokens_the_first_ends_a_response_also_where_it_is_the_padding(response, mask):
+    """As Qwen's are: a response may end with `)` or with `.`, which pads as well. The tokenizer alone knows `)`."""
+    prompt = ids_of("(Ua")
+    sequences = ids_of("(Ua" + response)
+    both = [IDS[")"], IDS["."]]
+    _, response_mask = classify_generated(prompt, sequences, stub_processor(), eos_token_id=both)
+    assert response_mask.tolist() == [[int(digit) for digit in mask]]
+    _, by_number = classify_generated(prompt, sequences, stub_processor(), eos_token_id=IDS[")"])
+    _, by_tokenizer = classify_generated(prompt, sequences, stub_processor())
+    assert torch.equal(by_number, by_tokenizer)
+
+
+def test_end_tokens_are_handed_on_to_what_measures_and_what_weighs():
+    """Both tokens of the hand-made maps belong to a response that the padding token ends."""
+    processor = stub_processor({"<|im_start|>": IDS["("], "<|im_end|>": IDS[")"]})
+    processor.image_token_id = IDS["i"]
+    arguments = (maps_of_two_steps(), ids_of(".(ai("), ids_of(".(ai(f."), processor)
+    both = [IDS[")"], IDS["."]]
+    assert compute_attention_metrics_for_batch(*arguments)["text_mass"] == pytest.approx([0.375])
+    assert compute_attention_metrics_for_batch(*arguments, eos_token_id=both)["text_mass"] == pytest.approx([0.2375])
+    assert [len(weights) for weights in build_token_vgr_weights_for_batch(*arguments)[0]] == [1]
+    assert [len(weights) for weights in build_token_vgr_weights_for_batch(*arguments, eos_token_id=both)[0]] == [2]
 
 
 def test_a_tokenizer_without_padding_pads_nothing():

@@ -288,6 +288,7 @@ def compute_attention_metrics_for_batch(
     sequences: torch.Tensor,
     processor: Any,
     last_k_layers: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
 ) -> dict[str, list[float]]:
     """`attention_metrics_from_mass` of Hugging Face `generate(output_attentions=True)`: a list of N floats by name.
 
@@ -297,17 +298,22 @@ def compute_attention_metrics_for_batch(
         sequences: (N, P + R) what `generate` returned.
         processor: of a Qwen-VL model, or any that names its `image_token_id`.
         last_k_layers: as in `mass_from_attentions`, which see for what is raised.
+        eos_token_id: as in `classify_generated`.
     """
     if not outputs_attentions:
         return {}
-    key_kinds, response_mask = classify_generated(input_ids, sequences, processor)
+    key_kinds, response_mask = classify_generated(input_ids, sequences, processor, eos_token_id=eos_token_id)
     mass = mass_from_attentions(outputs_attentions, key_kinds, response_mask.shape[1], last_k_layers)
     metrics = attention_metrics_from_mass(mass, count_keys(key_kinds), response_mask)
     return {name: values.tolist() for name, values in metrics.items()}
 
 
 def classify_generated(
-    input_ids: torch.Tensor, sequences: torch.Tensor, processor: Any, exclude_special: bool = True
+    input_ids: torch.Tensor,
+    sequences: torch.Tensor,
+    processor: Any,
+    exclude_special: bool = True,
+    eos_token_id: int | Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Kinds (N, S) int8 and response mask (N, R) int64 of what Hugging Face `generate` returned, on the CPU.
 
@@ -318,6 +324,8 @@ def classify_generated(
     Args:
         input_ids: (N, P). sequences: (N, P + R), beginning with `input_ids`.
         exclude_special: False counts special tokens of the prompt, other than placeholders, as text.
+        eos_token_id: what `generate` stopped at, `model.generation_config.eos_token_id`: Qwen's has two, of which one
+            is the padding. None takes the tokenizer's only one.
 
     Raises:
         ValueError: `sequences` do not begin with `input_ids`.
@@ -332,7 +340,9 @@ def classify_generated(
     special = _special_ids(processor)
     pad = special.get("pad", -1)
     prompt_mask = 1 - (input_ids == pad).long().cumprod(dim=1)  # (N, P)
-    response_mask = _generated_mask(sequences[:, prompt_length:], special.get("eos", -1), pad)  # (N, R)
+    eos = special.get("eos", ()) if eos_token_id is None else eos_token_id
+    eos_token_ids = [eos] if isinstance(eos, int) else eos
+    response_mask = _generated_mask(sequences[:, prompt_length:], eos_token_ids, pad)  # (N, R)
     is_vision = _is_any(sequences, vision_token_ids(processor))  # (N, S)
     for row, ids in enumerate(input_ids):
         for start, end in extract_vision_token_spans_qwen(processor, ids):
@@ -425,9 +435,9 @@ def _attention_to_prompt(attention: torch.Tensor | None, step: int, layer: int, 
     return attention[:, :, -1, :prompt_length].float().mean(dim=1).cpu()
 
 
-def _generated_mask(responses: torch.Tensor, eos: int, pad: int) -> torch.Tensor:
-    """(N, R) int64: 1 up to and including the first `eos`, 0 on the run of `pad` at the end; -1 stands for no id."""
-    is_eos = (responses == eos).long()
+def _generated_mask(responses: torch.Tensor, eos_token_ids: Sequence[int], pad: int) -> torch.Tensor:
+    """(N, R) int64: 1 up to and including the first end of sequence, 0 on the run of `pad` at the end; -1 is none."""
+    is_eos = _is_any(responses, eos_token_ids).long()
     ended_before = is_eos.cumsum(dim=1) - is_eos > 0
     is_trailing_pad = (responses == pad).flip(1).long().cumprod(dim=1).flip(1).bool() & (is_eos == 0)
     return (~(ended_before | is_trailing_pad)).long()

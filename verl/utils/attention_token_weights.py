@@ -39,6 +39,7 @@ def build_token_vgr_weights_for_batch(
     smooth_sigma: float = 0.0,
     clip_range: tuple[float, float] = (0.2, 3.0),
     last_k_layers: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
 ) -> tuple[list[list[float]], dict[str, list[list[float]]]]:
     """Token weights from Hugging Face `generate(output_attentions=True)`, for notebooks and reward functions.
 
@@ -54,6 +55,7 @@ def build_token_vgr_weights_for_batch(
         exclude_special: False counts special tokens of the prompt as instruction text.
         smooth_sigma, clip_range: as in `token_weights_from_vgr`.
         last_k_layers: use this many of the last layers; None uses every layer that is there.
+        eos_token_id: what `generate` stopped at, `model.generation_config.eos_token_id`; None takes the tokenizer's.
 
     Returns:
         The weights of each sample, one per response token up to and including the first end-of-sequence token; and
@@ -66,7 +68,7 @@ def build_token_vgr_weights_for_batch(
     if not outputs_attentions:
         empty: list[list[float]] = [[] for _ in input_ids]
         return empty, {name: [[] for _ in input_ids] for name in ("vgr_token", "p_text", "p_vision")}
-    key_kinds, response_mask = classify_generated(input_ids, sequences, processor, exclude_special)
+    key_kinds, response_mask = classify_generated(input_ids, sequences, processor, exclude_special, eos_token_id)
     mass = mass_from_attentions(outputs_attentions, key_kinds, response_mask.shape[1], last_k_layers)  # (N, R, 2)
     keys = count_keys(key_kinds)  # (N, 2)
     vgr = vgr_from_mass(mass, keys)  # (N, R)
