@@ -7,6 +7,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,6 +24,7 @@ from tests.vlm_zoo import (
     FAMILIES,
     IMAGE,
     PAD,
+    SPECIAL,
     TEXT_CONFIG,
     VOCAB_SIZE,
     Family,
@@ -33,7 +35,12 @@ from tests.vlm_zoo import (
 )
 from verl.models.attention_recorder import record_attention_mass, record_packed_attention_mass
 from verl.models.position_ids import extend_position_ids, prompt_position_ids
-from verl.utils.attention_metrics import KeyKind, mass_from_attentions
+from verl.utils.attention_metrics import KeyKind, count_keys, mass_from_attentions
+from verl.utils.attention_token_weights import (
+    build_token_vgr_weights_for_batch,
+    choose_token_weights,
+    token_weights_from_lists,
+)
 from verl.workers.actor.config import FSDPConfig
 from verl.workers.fsdp2 import build_mesh, shard_model
 
@@ -218,6 +225,37 @@ def test_a_batch_without_any_image_is_measured(family: str):
     recorded = record(case.model, case.inputs, case.kinds)
     torch.testing.assert_close(recorded.double(), by_definition(eager_maps(case), case.kinds), **TOLERANCE)
     assert not recorded[..., 1].any()
+
+
+@pytest.mark.parametrize("last_k_layers", [None, 1, 2])
+def test_the_notebooks_weights_are_trainings_where_layers_with_a_window_are_none_or_left_out(
+    last_k_layers: int | None,
+):
+    """Gemma 3's layers 0 and 2 are such. None still counts as a layer, so that two last ones can only be had without.
+
+    Its tokens are told apart as in a notebook, by a processor.
+    """
+    case = answered("Gemma 3")
+    keys = count_keys(case.kinds)
+    response_mask = (case.kinds[:, -RESPONSE_LENGTH:] == KeyKind.RESPONSE).long()
+    in_training = choose_token_weights(
+        None, record(case.model, case.inputs, case.kinds, last_k_layers), keys, response_mask, (0.2, 3.0), 0.0
+    )
+    tokenizer = SimpleNamespace(
+        convert_tokens_to_ids={}.get, pad_token_id=PAD, all_special_tokens=["special"], all_special_ids=[SPECIAL]
+    )
+    processor = SimpleNamespace(tokenizer=tokenizer, image_token_id=IMAGE)
+    ids = case.inputs["input_ids"]
+    left_out = case.generated
+    none = [[None, first, None, last] for first, last in left_out]
+    for attentions in [left_out] if last_k_layers == 2 else [left_out, none]:
+        lists, _ = build_token_vgr_weights_for_batch(
+            attentions, ids[:, :-RESPONSE_LENGTH], ids, processor, last_k_layers=last_k_layers
+        )
+        assert [len(of_row) for of_row in lists] == list(RESPONSE_LENGTHS)
+        weights, _ = token_weights_from_lists(lists, response_mask)
+        torch.testing.assert_close(weights, in_training, atol=1e-5, rtol=0)
+    assert (in_training[response_mask.bool()] != 1).sum() >= 6
 
 
 def test_only_layers_of_full_attention_count(case: Case):

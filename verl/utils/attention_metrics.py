@@ -293,7 +293,8 @@ def compute_attention_metrics_for_batch(
     """`attention_metrics_from_mass` of Hugging Face `generate(output_attentions=True)`: a list of N floats by name.
 
     Args:
-        outputs_attentions: as `mass_from_attentions` takes them; None or empty gives an empty dict.
+        outputs_attentions: as `mass_from_attentions` takes them. Layers that attend through a window, as Gemma 3's
+            sliding ones, have to be None or left out. None or empty gives an empty dict.
         input_ids: (N, P) prompts, left-padded.
         sequences: (N, P + R) what `generate` returned.
         processor: of a Qwen-VL model, or any that names its `image_token_id`.
@@ -373,6 +374,8 @@ def mass_from_attentions(
 
     Args:
         outputs_attentions: steps x layers x (N, H, queries, keys). Layers may be None; those of the first step decide.
+            Those that attend through a window have to be None, or left out, and then `last_k_layers` does not count
+            them: training measures full attention alone. A window is noticed only where it makes maps narrower.
         key_kinds: (N, S) of left-padded prompts and right-padded responses.
         response_length: R.
         last_k_layers: use this many of the last layers, or all if there are fewer; None uses each one that is there.
@@ -382,7 +385,7 @@ def mass_from_attentions(
 
     Raises:
         ValueError: one of the chosen layers is None, none is there, a response has more tokens than there are steps,
-            or a layer sees the prompt through a sliding window.
+            or a layer's map is narrower than the sequence.
     """
     kinds = key_kinds.cpu()
     prompt_length = kinds.shape[1] - response_length

@@ -43,12 +43,14 @@ def build_token_vgr_weights_for_batch(
 ) -> tuple[list[list[float]], dict[str, list[list[float]]]]:
     """Token weights from Hugging Face `generate(output_attentions=True)`, for notebooks and reward functions.
 
-    The same numbers as in training, where they come from the log-prob pass. Images are found by the tokens that stand
-    for them, so `image_grid_thw` is taken only because callers have it: it is not read.
+    The same numbers as in training, where they come from the log-prob pass, provided that all layers given are of full
+    attention. Images are found by the tokens that stand for them, so `image_grid_thw` is taken only because callers
+    have it: it is not read.
 
     Args:
-        outputs_attentions: steps x layers x (N, H, queries, keys); layers may be None. None or empty where nothing was
-            collected.
+        outputs_attentions: steps x layers x (N, H, queries, keys). Layers may be None. Those that attend through a
+            window, as Gemma 3's sliding ones, have to be None, or left out: then `last_k_layers` does not count them,
+            as in training. None or empty where nothing was collected.
         input_ids: (N, P) prompts, possibly left-padded.
         sequences: (N, P + R) what `generate` returned.
         processor: of a Qwen-VL model, or any that names its `image_token_id`.
