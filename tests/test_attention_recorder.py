@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -265,7 +266,7 @@ def test_only_layers_of_full_attention_count(case: Case):
         assert recorder.layers == (case.layers if last_k_layers is None else case.layers[-last_k_layers:])
 
 
-def test_samples_packed_into_one_row_give_the_masses_of_padded_ones(qwen: Case):
+def test_samples_packed_into_one_row_give_the_masses_and_weights_of_padded_ones(qwen: Case):
     """With the text positions as a first row of position ids, transformers keeps the samples apart."""
     ids, kinds = qwen.inputs["input_ids"], qwen.kinds
     is_real = kinds != KeyKind.PADDING
@@ -288,6 +289,12 @@ def test_samples_packed_into_one_row_give_the_masses_of_padded_ones(qwen: Case):
             qwen.model(**inputs, use_cache=False)
         expected = record(qwen.model, qwen.inputs, kinds, last_k_layers)
         torch.testing.assert_close(recorder.mass(), expected, **TOLERANCE)
+        response_mask = kinds[:, -RESPONSE_LENGTH:] == KeyKind.RESPONSE
+        weights, expected_weights = (
+            choose_token_weights(None, mass, count_keys(kinds), response_mask, (0.0, math.inf), 0.0)
+            for mass in (recorder.mass(), expected)
+        )
+        torch.testing.assert_close(weights, expected_weights, atol=1e-6, rtol=0)
 
 
 def test_in_bfloat16_the_mass_is_that_of_the_models_own_queries_and_keys(monkeypatch: pytest.MonkeyPatch):
