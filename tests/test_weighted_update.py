@@ -15,8 +15,8 @@ from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, ProbeWorker, make
 from verl.models.attention_recorder import record_attention_mass
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
-from verl.trainer.config import load_config
 from verl.trainer.ray_trainer import RayDAPOTrainer
+from verl.utils.batch_plan import BatchPlan
 
 COLLECT = "worker.rollout.collect_attentions=true"
 
@@ -259,9 +259,19 @@ def repadded(batch: DataProto, columns: int) -> DataProto:
 
 def weigher(*overrides: str) -> RayDAPOTrainer:
     """A trainer that has not started anything: weights need its configuration alone."""
-    trainer = object.__new__(RayDAPOTrainer)
-    trainer.config = load_config(["algorithm.enable_token_weights=true", *overrides])
-    return trainer
+    config = make_config("no model", "algorithm.enable_token_weights=true", *overrides)
+    return RayDAPOTrainer(
+        config,
+        BatchPlan.from_config(config, 1),
+        training_steps=1,
+        tokenizer=None,
+        train_loader=None,
+        val_loader=(),
+        reward_manager=None,
+        device="cpu",
+        tracker=None,
+        resume_point=None,
+    )
 
 
 def inputs(streams: dict[str, torch.Tensor], batch: DataProto) -> tuple[DataProto, dict[str, list]]:

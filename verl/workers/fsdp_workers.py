@@ -78,6 +78,7 @@ class FSDPWorker(Worker):
             self.model, self.optimizer, self.scheduler, self.processor or self.tokenizer
         )
         self.rollout = self._build_rollout()
+        self.vocabulary: KeyVocabulary | None = None
         if self.config.worker.rollout.collect_attentions:
             self.vocabulary = KeyVocabulary.of(self.model.config, self.processor or self.tokenizer)
         if not self.config.algorithm.disable_kl:
@@ -164,7 +165,7 @@ class FSDPWorker(Worker):
         """
         arguments = (self.actor.forward, data, self.plan.experience_micro_batch_size)
         with self._actor_resident():
-            if not self.config.worker.rollout.collect_attentions:
+            if self.vocabulary is None:
                 return DataProto.from_dict({"old_log_probs": compute_log_probs(*arguments)})
             log_probs, mass, keys = compute_log_probs_and_attention(
                 *arguments, self.vocabulary, self.config.algorithm.token_weight_last_k_layers
