@@ -530,6 +530,13 @@ def test_a_model_without_full_attention_is_refused():
         record(case.model, case.inputs, case.kinds)
 
 
+def test_a_layer_whose_type_nobody_tells_is_refused():
+    case = text_case("Gemma2ForCausalLM", layer_types=["full_attention"] * 3)
+    case.model.config.layer_types = ["full_attention"] * 2
+    with pytest.raises(RuntimeError, match="Gemma2ForCausalLM has a layer 2, .* 2 layer_types.*collect_attentions=false"):
+        record(case.model, case.inputs, case.kinds)
+
+
 @pytest.mark.parametrize("last_k_layers", [0, -1])
 def test_there_is_no_last_zero_layers(qwen: Case, last_k_layers: int):
     with pytest.raises(ValueError, match=f"last_k_layers={last_k_layers}"):
