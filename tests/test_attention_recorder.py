@@ -298,23 +298,34 @@ def test_samples_packed_into_one_row_give_the_masses_and_weights_of_padded_ones(
 
 
 def test_in_bfloat16_the_mass_is_that_of_the_models_own_queries_and_keys(monkeypatch: pytest.MonkeyPatch):
-    """Products are made in float32. Whoever put a function of their own into the table keeps it."""
+    """Products are made in float32."""
     case = answered(QWEN)
     model = case.model.bfloat16()
-    attend, seen = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+    recorded, expected = recorded_and_expected_of_own_queries(model, case.inputs, case.kinds, monkeypatch)
+    torch.testing.assert_close(recorded, expected, atol=1e-6, rtol=0)
+
+
+def recorded_and_expected_of_own_queries(
+    model: PreTrainedModel, inputs: dict[str, Any], kinds: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mass in one forward of a bfloat16 model, and in float64 that of the queries and keys its attention got.
+
+    A function in the table keeps them, in the place of the model's own. Whoever put one there does not lose it.
+    """
+    implementation = model.config.get_text_config()._attn_implementation
+    attend, seen = ALL_ATTENTION_FUNCTIONS[implementation], []
 
     def keep(module, query, key, *args, **kwargs):
         if hasattr(module, "layer_idx"):
-            seen.append((query, key))
+            seen.append((query.cpu(), key.cpu()))
         return attend(module, query, key, *args, **kwargs)
 
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", keep)
-    recorded = record(model, case.inputs, case.kinds)
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is keep
-
-    maps = [causal_maps(query, key, case.kinds != KeyKind.PADDING) for query, key in seen]
-    assert len(maps) == 3 and seen[0][0].dtype == torch.bfloat16
-    torch.testing.assert_close(recorded.double(), by_definition(maps, case.kinds), atol=1e-6, rtol=0)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, implementation, keep)
+    recorded = record(model, inputs, kinds)
+    assert ALL_ATTENTION_FUNCTIONS[implementation] is keep
+    assert len(seen) == 3 and seen[0][0].dtype == torch.bfloat16
+    maps = [causal_maps(query, key, kinds != KeyKind.PADDING) for query, key in seen]
+    return recorded.cpu().double(), by_definition(maps, kinds)
 
 
 def causal_maps(query: torch.Tensor, key: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
@@ -533,7 +544,7 @@ def test_a_model_without_full_attention_is_refused():
 def test_a_layer_whose_type_nobody_tells_is_refused():
     case = text_case("Gemma2ForCausalLM", layer_types=["full_attention"] * 3)
     case.model.config.layer_types = ["full_attention"] * 2
-    with pytest.raises(RuntimeError, match="Gemma2ForCausalLM has a layer 2, .* 2 layer_types.*collect_attentions=false"):
+    with pytest.raises(RuntimeError, match="Gemma2ForCausalLM has a layer 2, .* 2 layer_types.*give its config"):
         record(case.model, case.inputs, case.kinds)
 
 
