@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoProcessor
 
+from verl.utils import attention_metrics
 from verl.utils.attention_metrics import (
     KeyKind,
     KeyVocabulary,
@@ -25,6 +26,7 @@ from verl.utils.attention_metrics import (
     vgr_from_mass,
     vision_token_ids,
 )
+from verl.utils.attention_token_weights import build_token_vgr_weights_for_batch
 
 # One character a token: brackets and placeholders are Qwen's, S and U are the roles, other letters are words.
 TOKENS = {
@@ -134,8 +136,26 @@ def test_without_names_or_without_a_role_no_turn_is_known():
     input_ids = ids_of("(Sab)(U[i]c")
     mask = torch.ones_like(input_ids)
     unnamed = classify_keys(input_ids, mask, 0, VISION_IDS, iter(SPECIAL_IDS.values()), SYSTEM_IDS)
-    without_role = classify_keys(input_ids, mask, 0, VISION_IDS, SPECIAL_IDS)
+    without_role = classify_keys(input_ids, mask, 0, VISION_IDS, SPECIAL_IDS, ())
     assert letters_of(unnamed) == letters_of(without_role) == ["*tttpp" + "tpipt"]
+
+
+def test_whoever_gives_no_role_is_told_once_that_a_system_turn_counts_as_text(caplog):
+    """Not where no turn is known, or where it was said that none is a system turn."""
+    attention_metrics._warn_that_system_turns_count_as_text.cache_clear()
+    prompt = ids_of("(Sab)(U[i]c")
+    mask = torch.ones_like(prompt)
+    classify_keys(prompt, mask, 0, VISION_IDS, list(SPECIAL_IDS.values()))
+    classify_keys(prompt, mask, 0, VISION_IDS, SPECIAL_IDS, ())
+    build_modality_masks(prompt[0], [], SPECIAL_IDS, SYSTEM_IDS)
+    assert caplog.messages == []
+
+    five_arguments = classify_keys(prompt, mask, 0, VISION_IDS, SPECIAL_IDS)
+    instruction_mask, _ = build_modality_masks(prompt[0], [(7, 10)], SPECIAL_IDS)
+    assert letters_of(five_arguments) == ["*tttpp" + "tpipt"]
+    assert instruction_mask[1:].tolist() == [letter == "t" for letter in "tttpp" + "tpipt"]
+    (message,) = caplog.messages
+    assert "system_role_ids are not given" in message and "get_system_role_ids(processor)" in message
 
 
 def test_keys_are_counted_by_hand():
@@ -287,6 +307,34 @@ def test_with_one_id_for_padding_and_end_only_the_leading_run_is_padding():
     key_kinds, response_mask = classify_generated(ids_of("))(Ua)"), ids_of("))(Ua)fg)))"), processor)
     assert letters_of(key_kinds) == ["..*ttprrr.."]
     assert response_mask.tolist() == [[1, 1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "response, mask",
+    [("f.", "11"), ("f..", "110"), ("f)..", "1100"), ("f.)", "110"), ("f)g", "110"), ("...", "100"), ("fg", "11")],
+)
+def test_of_several_end_tokens_the_first_ends_a_response_also_where_it_is_the_padding(response, mask):
+    """As Qwen's are: a response may end with `)` or with `.`, which pads as well. The tokenizer alone knows `)`."""
+    prompt = ids_of("(Ua")
+    sequences = ids_of("(Ua" + response)
+    both = [IDS[")"], IDS["."]]
+    _, response_mask = classify_generated(prompt, sequences, stub_processor(), eos_token_id=both)
+    assert response_mask.tolist() == [[int(digit) for digit in mask]]
+    _, by_number = classify_generated(prompt, sequences, stub_processor(), eos_token_id=IDS[")"])
+    _, by_tokenizer = classify_generated(prompt, sequences, stub_processor())
+    assert torch.equal(by_number, by_tokenizer)
+
+
+def test_end_tokens_are_handed_on_to_what_measures_and_what_weighs():
+    """Both tokens of the hand-made maps belong to a response that the padding token ends."""
+    processor = stub_processor({"<|im_start|>": IDS["("], "<|im_end|>": IDS[")"]})
+    processor.image_token_id = IDS["i"]
+    arguments = (maps_of_two_steps(), ids_of(".(ai("), ids_of(".(ai(f."), processor)
+    both = [IDS[")"], IDS["."]]
+    assert compute_attention_metrics_for_batch(*arguments)["text_mass"] == pytest.approx([0.375])
+    assert compute_attention_metrics_for_batch(*arguments, eos_token_id=both)["text_mass"] == pytest.approx([0.2375])
+    assert [len(weights) for weights in build_token_vgr_weights_for_batch(*arguments)[0]] == [1]
+    assert [len(weights) for weights in build_token_vgr_weights_for_batch(*arguments, eos_token_id=both)[0]] == [2]
 
 
 def test_a_tokenizer_without_padding_pads_nothing():

@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,6 +25,7 @@ from tests.vlm_zoo import (
     FAMILIES,
     IMAGE,
     PAD,
+    SPECIAL,
     TEXT_CONFIG,
     VOCAB_SIZE,
     Family,
@@ -33,7 +36,12 @@ from tests.vlm_zoo import (
 )
 from verl.models.attention_recorder import record_attention_mass, record_packed_attention_mass
 from verl.models.position_ids import extend_position_ids, prompt_position_ids
-from verl.utils.attention_metrics import KeyKind, mass_from_attentions
+from verl.utils.attention_metrics import KeyKind, count_keys, mass_from_attentions
+from verl.utils.attention_token_weights import (
+    build_token_vgr_weights_for_batch,
+    choose_token_weights,
+    token_weights_from_lists,
+)
 from verl.workers.actor.config import FSDPConfig
 from verl.workers.fsdp2 import build_mesh, shard_model
 
@@ -220,6 +228,37 @@ def test_a_batch_without_any_image_is_measured(family: str):
     assert not recorded[..., 1].any()
 
 
+@pytest.mark.parametrize("last_k_layers", [None, 1, 2])
+def test_the_notebooks_weights_are_trainings_where_layers_with_a_window_are_none_or_left_out(
+    last_k_layers: int | None,
+):
+    """Gemma 3's layers 0 and 2 are such. None still counts as a layer, so that two last ones can only be had without.
+
+    Its tokens are told apart as in a notebook, by a processor.
+    """
+    case = answered("Gemma 3")
+    keys = count_keys(case.kinds)
+    response_mask = (case.kinds[:, -RESPONSE_LENGTH:] == KeyKind.RESPONSE).long()
+    in_training = choose_token_weights(
+        None, record(case.model, case.inputs, case.kinds, last_k_layers), keys, response_mask, (0.2, 3.0), 0.0
+    )
+    tokenizer = SimpleNamespace(
+        convert_tokens_to_ids={}.get, pad_token_id=PAD, all_special_tokens=["special"], all_special_ids=[SPECIAL]
+    )
+    processor = SimpleNamespace(tokenizer=tokenizer, image_token_id=IMAGE)
+    ids = case.inputs["input_ids"]
+    left_out = case.generated
+    none = [[None, first, None, last] for first, last in left_out]
+    for attentions in [left_out] if last_k_layers == 2 else [left_out, none]:
+        lists, _ = build_token_vgr_weights_for_batch(
+            attentions, ids[:, :-RESPONSE_LENGTH], ids, processor, last_k_layers=last_k_layers
+        )
+        assert [len(of_row) for of_row in lists] == list(RESPONSE_LENGTHS)
+        weights, _ = token_weights_from_lists(lists, response_mask)
+        torch.testing.assert_close(weights, in_training, atol=1e-5, rtol=0)
+    assert (in_training[response_mask.bool()] != 1).sum() >= 6
+
+
 def test_only_layers_of_full_attention_count(case: Case):
     for last_k_layers in (1, 2, 3, None):
         with record_attention_mass(case.model, case.kinds, RESPONSE_LENGTH, last_k_layers) as recorder:
@@ -227,7 +266,7 @@ def test_only_layers_of_full_attention_count(case: Case):
         assert recorder.layers == (case.layers if last_k_layers is None else case.layers[-last_k_layers:])
 
 
-def test_samples_packed_into_one_row_give_the_masses_of_padded_ones(qwen: Case):
+def test_samples_packed_into_one_row_give_the_masses_and_weights_of_padded_ones(qwen: Case):
     """With the text positions as a first row of position ids, transformers keeps the samples apart."""
     ids, kinds = qwen.inputs["input_ids"], qwen.kinds
     is_real = kinds != KeyKind.PADDING
@@ -250,26 +289,43 @@ def test_samples_packed_into_one_row_give_the_masses_of_padded_ones(qwen: Case):
             qwen.model(**inputs, use_cache=False)
         expected = record(qwen.model, qwen.inputs, kinds, last_k_layers)
         torch.testing.assert_close(recorder.mass(), expected, **TOLERANCE)
+        response_mask = kinds[:, -RESPONSE_LENGTH:] == KeyKind.RESPONSE
+        weights, expected_weights = (
+            choose_token_weights(None, mass, count_keys(kinds), response_mask, (0.0, math.inf), 0.0)
+            for mass in (recorder.mass(), expected)
+        )
+        torch.testing.assert_close(weights, expected_weights, atol=1e-6, rtol=0)
 
 
 def test_in_bfloat16_the_mass_is_that_of_the_models_own_queries_and_keys(monkeypatch: pytest.MonkeyPatch):
-    """Products are made in float32. Whoever put a function of their own into the table keeps it."""
+    """Products are made in float32."""
     case = answered(QWEN)
     model = case.model.bfloat16()
-    attend, seen = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+    recorded, expected = recorded_and_expected_of_own_queries(model, case.inputs, case.kinds, monkeypatch)
+    torch.testing.assert_close(recorded, expected, atol=1e-6, rtol=0)
+
+
+def recorded_and_expected_of_own_queries(
+    model: PreTrainedModel, inputs: dict[str, Any], kinds: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mass in one forward of a bfloat16 model, and in float64 that of the queries and keys its attention got.
+
+    A function in the table keeps them, in the place of the model's own. Whoever put one there does not lose it.
+    """
+    implementation = model.config.get_text_config()._attn_implementation
+    attend, seen = ALL_ATTENTION_FUNCTIONS[implementation], []
 
     def keep(module, query, key, *args, **kwargs):
         if hasattr(module, "layer_idx"):
-            seen.append((query, key))
+            seen.append((query.cpu(), key.cpu()))
         return attend(module, query, key, *args, **kwargs)
 
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", keep)
-    recorded = record(model, case.inputs, case.kinds)
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is keep
-
-    maps = [causal_maps(query, key, case.kinds != KeyKind.PADDING) for query, key in seen]
-    assert len(maps) == 3 and seen[0][0].dtype == torch.bfloat16
-    torch.testing.assert_close(recorded.double(), by_definition(maps, case.kinds), atol=1e-6, rtol=0)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, implementation, keep)
+    recorded = record(model, inputs, kinds)
+    assert ALL_ATTENTION_FUNCTIONS[implementation] is keep
+    assert len(seen) == 3 and seen[0][0].dtype == torch.bfloat16
+    maps = [causal_maps(query, key, kinds != KeyKind.PADDING) for query, key in seen]
+    return recorded.cpu().double(), by_definition(maps, kinds)
 
 
 def causal_maps(query: torch.Tensor, key: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
@@ -482,6 +538,13 @@ def test_a_model_with_a_table_of_its_own_is_refused():
 def test_a_model_without_full_attention_is_refused():
     case = text_case("Gemma2ForCausalLM", layer_types=["sliding_attention"] * 3)
     with pytest.raises(RuntimeError, match="Gemma2ForCausalLM has no layer of full attention"):
+        record(case.model, case.inputs, case.kinds)
+
+
+def test_a_layer_whose_type_nobody_tells_is_refused():
+    case = text_case("Gemma2ForCausalLM", layer_types=["full_attention"] * 3)
+    case.model.config.layer_types = ["full_attention"] * 2
+    with pytest.raises(RuntimeError, match="Gemma2ForCausalLM has a layer 2, .* 2 layer_types.*give its config"):
         record(case.model, case.inputs, case.kinds)
 
 

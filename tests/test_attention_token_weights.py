@@ -16,7 +16,6 @@ from verl.utils.attention_metrics import (
     compute_attention_metrics_for_batch,
     count_keys,
     mass_from_attentions,
-    vgr_epsilon,
     vgr_from_mass,
 )
 from verl.utils.attention_token_weights import (
@@ -40,7 +39,7 @@ def weights_of(vgr: list[float], **options) -> list[float]:
 
 def test_weights_by_hand():
     """1 / VGR is 1, 0.25 and 4, of mean 1.75: 0.571428, 0.142857 and 2.285714, of which the second is clipped."""
-    weights = token_weights_from_vgr(torch.tensor([[1.0, 4.0, 0.25]]), torch.ones(1, 3), eps=0)
+    weights = token_weights_from_vgr(torch.tensor([[1.0, 4.0, 0.25]]), torch.ones(1, 3))
     assert weights.dtype == torch.float32
     torch.testing.assert_close(weights, torch.tensor([[0.571428571, 0.2, 2.285714286]]))
 
@@ -52,7 +51,7 @@ def test_smoothing_by_hand():
     (0.135335 + 1.213061 + 4) / 1.741866 = 3.070498, of mean 2.308621.
     """
     expected = [0.684952, 0.985034, 1.330014]
-    assert weights_of([1.0, 0.5, 0.25], smooth_sigma=1.0, eps=0) == pytest.approx(expected, abs=2e-6)
+    assert weights_of([1.0, 0.5, 0.25], smooth_sigma=1.0) == pytest.approx(expected, abs=2e-6)
 
 
 def test_a_narrow_gaussian_still_reaches_one_neighbour_on_each_side():
@@ -60,15 +59,13 @@ def test_a_narrow_gaussian_still_reaches_one_neighbour_on_each_side():
     1, 2, 1 becomes 1, 1, 1.011598 / 1.007732 = 1.003836, 2.007732 / 1.007732 = 1.992328, 1.007732 / 1.003866 =
     1.003851, of mean 1.200003."""
     expected = [0.833331, 0.833331, 0.836528, 1.660269, 0.836540]
-    assert weights_of([1.0, 1.0, 1.0, 0.5, 1.0], smooth_sigma=0.3, eps=0) == pytest.approx(expected, abs=2e-6)
+    assert weights_of([1.0, 1.0, 1.0, 0.5, 1.0], smooth_sigma=0.3) == pytest.approx(expected, abs=2e-6)
 
 
-def by_definition(
-    vgr: list[float], clip_range: tuple[float, float] = (0.2, 3.0), sigma: float = 0.0, eps: float = 1e-6
-) -> list[float]:
+def by_definition(vgr: list[float], clip_range: tuple[float, float] = (0.2, 3.0), sigma: float = 0.0) -> list[float]:
     """DESIGN's items four and five for the tokens of one response, in double precision and one at a time."""
     places = [place for place, value in enumerate(vgr) if math.isfinite(value)]
-    raw = {place: 1 / (vgr[place] + eps) for place in places}
+    raw = {place: 1 / (vgr[place] + 1e-12) for place in places}
     if sigma > 0:
         half = max(1, math.floor(3 * sigma))
         smooth = {}
@@ -144,7 +141,7 @@ def test_smoothing_keeps_distances_across_a_gap():
     share = math.exp(-2)
     raw = [(1 + 4 * share) / (1 + share), (4 + share) / (1 + share)]
     expected = [raw[0] / (sum(raw) / 2), 1.0, raw[1] / (sum(raw) / 2)]
-    weights = weights_of([1.0, math.nan, 0.25], smooth_sigma=1.0, eps=0)
+    weights = weights_of([1.0, math.nan, 0.25], smooth_sigma=1.0)
     assert weights == pytest.approx(expected, abs=1e-6)
 
 
@@ -176,13 +173,11 @@ def test_the_more_a_token_looks_at_images_the_more_it_weighs():
     assert torch.equal(weights[defined].argsort(), vgr[4][defined].argsort(descending=True))
 
 
-def test_epsilon_bounds_the_weight_of_a_vgr_of_zero():
-    """1 / VGR is 1 / 0.5 and 1 / 1.5, in a ratio of three: weights 1.5 and 0.5. Each row may have its own."""
-    assert weights_of([0.0, 1.0], eps=0.5) == pytest.approx([1.5, 0.5])
-    vgr = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
-    weights = token_weights_from_vgr(vgr, torch.ones(2, 2), UNCLIPPED, eps=torch.tensor([[0.5], [0.25]]))
-    torch.testing.assert_close(weights, torch.tensor([[1.5, 0.5], [10 / 6, 2 / 6]]))
+def test_a_vgr_of_zero_has_the_highest_weight_and_no_infinite_one():
+    """1 / VGR is 1e12 and three times 1, of mean 2.5e11; two zeros are equal, and weigh one where they are alone."""
+    assert weights_of([0.0, 1.0, 1.0, 1.0], clip_range=UNCLIPPED) == pytest.approx([4.0, 4e-12, 4e-12, 4e-12])
     assert weights_of([0.0, 1.0, 1.0, 1.0]) == pytest.approx([3.0, 0.2, 0.2, 0.2])
+    assert weights_of([0.0, 0.0]) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3), (0, 0)])
@@ -213,7 +208,7 @@ def test_lists_are_filled_up_with_ones_and_padding_is_zero():
     weights, is_given = token_weights_from_lists([[0.5, 2, 0], [0.25], None, []], MASK)
     assert (weights.dtype, is_given.dtype) == (torch.float32, torch.bool)
     assert weights.tolist() == [[0.5, 2.0, 0.0, 0.0], [0.25, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0] * 4]
-    assert is_given.tolist() == [True, True, False, True]
+    assert is_given.tolist() == [True, True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -278,13 +273,16 @@ def test_the_reward_functions_weights_come_before_attention_and_attention_before
 
     both = choose_token_weights(lists, mass, keys, mask, (0.2, 3.0), 0.0)
     torch.testing.assert_close(both, torch.tensor([[1.6, 0.4], [9.0, 1.0], [1.0, 0.0], [1.0, 1.0]]))
+    no_lists = [[], [9.0], np.array([]), torch.tensor([])]
+    assert torch.equal(choose_token_weights(no_lists, mass, keys, mask, (0.2, 3.0), 0.0), both)
     attention = choose_token_weights(None, mass, keys, mask, (0.2, 3.0), 0.0)
     torch.testing.assert_close(attention[:2], torch.tensor([[1.6, 0.4]] * 2))
-    assert torch.equal(choose_token_weights([None] * 4, mass, keys, mask, (0.2, 3.0), 0.0), attention)
     given = choose_token_weights(lists, None, None, mask, (0.2, 3.0), 0.0)
     assert given.tolist() == [[1.0, 1.0], [9.0, 1.0], [1.0, 0.0], [1.0, 1.0]]
     assert choose_token_weights(None, None, None, mask, (0.2, 3.0), 0.0) is None
-    assert choose_token_weights([None] * 4, None, None, mask, (0.2, 3.0), 0.0) is None
+    for nothing in ([None] * 4, [[]] * 4):
+        assert torch.equal(choose_token_weights(nothing, mass, keys, mask, (0.2, 3.0), 0.0), attention)
+        assert choose_token_weights(nothing, None, None, mask, (0.2, 3.0), 0.0) is None
     clipped = choose_token_weights(None, mass, keys, mask, (0.5, 1.5), 0.0)
     torch.testing.assert_close(clipped[0], torch.tensor([1.5, 0.5]))
     smooth = choose_token_weights(None, mass, keys, mask, (0.2, 3.0), 1.0)
@@ -367,8 +365,8 @@ def generated(tiny_model_path: str) -> SimpleNamespace:
 
 def vgr_by_definition(
     generated: SimpleNamespace, row: int, shift: int = 0, last_k_layers: int = 99, exclude_special: bool = True
-) -> tuple[list[float], list[float], list[float], float]:
-    """DESIGN's items one to three from the maps of one pass over the whole sequence: VGR, masses, epsilon.
+) -> tuple[list[float], list[float], list[float]]:
+    """DESIGN's items one to three from the maps of one pass over the whole sequence: VGR and masses.
 
     Kinds of keys are told by the words of the tokens. `shift` takes later queries, to show that they are wrong.
     """
@@ -399,7 +397,7 @@ def vgr_by_definition(
         vision_masses.append(vision_mass)
         is_defined = text and vision
         vgr.append(text_mass / len(text) / (vision_mass / len(vision) + epsilon) if is_defined else math.nan)
-    return vgr, text_masses, vision_masses, epsilon
+    return vgr, text_masses, vision_masses
 
 
 def build(generated: SimpleNamespace, **options) -> tuple[list[list[float]], dict[str, list[list[float]]]]:
@@ -418,11 +416,11 @@ def test_weights_of_a_real_batch_are_those_of_the_definition(generated, options)
     clip_range, sigma = options.get("clip_range", (0.2, 3.0)), options.get("smooth_sigma", 0.0)
     weights, debug = build(generated, **options)
     for row, (of_row, what_is_there) in enumerate(zip(weights, WHAT_IS_THERE, strict=True)):
-        vgr, text_mass, vision_mass, epsilon = vgr_by_definition(generated, row, **of_maps)
+        vgr, text_mass, vision_mass = vgr_by_definition(generated, row, **of_maps)
         assert debug["p_text"][row] == pytest.approx(text_mass, abs=1e-5)
         assert debug["p_vision"][row] == pytest.approx(vision_mass, abs=1e-5)
         assert debug["vgr_token"][row] == pytest.approx(vgr, rel=1e-4, nan_ok=True)
-        assert of_row == pytest.approx(by_definition(vgr, clip_range, sigma, epsilon), rel=1e-4)
+        assert of_row == pytest.approx(by_definition(vgr, clip_range, sigma), rel=1e-4)
         if what_is_there == "both":
             assert max(of_row) - min(of_row) > 0.1
         elif not (what_is_there == "no text" and "exclude_special" in options):
@@ -433,8 +431,8 @@ def test_weights_of_a_real_batch_are_those_of_the_definition(generated, options)
 def test_the_query_is_the_one_that_predicts_the_token(generated, shift):
     """A reference that takes one row further on, the query of the token itself, or one row before is far off."""
     weights, _ = build(generated)
-    vgr, _, _, epsilon = vgr_by_definition(generated, 0, shift)
-    assert max(abs(a - b) for a, b in zip(weights[0], by_definition(vgr, eps=epsilon), strict=True)) > 0.1
+    vgr, _, _ = vgr_by_definition(generated, 0, shift)
+    assert max(abs(a - b) for a, b in zip(weights[0], by_definition(vgr), strict=True)) > 0.1
 
 
 def test_the_list_form_differs_from_the_tensor_form_in_nothing(generated):
@@ -444,7 +442,7 @@ def test_the_list_form_differs_from_the_tensor_form_in_nothing(generated):
     mass = mass_from_attentions(generated.attentions, kinds, NEW_TOKENS, 1)
     keys, response_mask = count_keys(kinds), attention_mask[:, -NEW_TOKENS:]
     vgr = vgr_from_mass(mass, keys)
-    weights = token_weights_from_vgr(vgr, response_mask, (0.5, 2.0), 0.7, vgr_epsilon(keys))
+    weights = token_weights_from_vgr(vgr, response_mask, (0.5, 2.0), 0.7)
 
     lists, debug = build(generated, last_k_layers=1, clip_range=(0.5, 2.0), smooth_sigma=0.7)
 
@@ -456,6 +454,23 @@ def test_the_list_form_differs_from_the_tensor_form_in_nothing(generated):
             torch.testing.assert_close(torch.tensor(of_row), values[row, :length], rtol=0, atol=0, equal_nan=True)
     chosen = choose_token_weights(None, mass, keys, response_mask, (0.5, 2.0), 0.7)
     assert torch.equal(chosen, weights)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1.0])
+def test_four_arguments_give_the_weights_of_training_whatever_the_vgr_and_the_number_of_keys(sigma):
+    """Of masses whose VGR goes from 1e-4 to 1e4. An epsilon of any moment would show at the low end."""
+    vgr = torch.logspace(-4, 4, 33, dtype=torch.float64)
+    for text, vision in ((3, 5), (40, 16_000)):
+        keys = torch.tensor([[text, vision]])
+        share = vgr * text / (vgr * text + vision)  # of the text
+        mass = torch.stack([share, 1 - share], dim=1)[None].float()
+        mask = torch.ones(1, 33)
+        in_training = choose_token_weights(None, mass, keys, mask, UNCLIPPED, sigma)
+        measured = vgr_from_mass(mass, keys)
+        assert torch.equal(token_weights_from_vgr(measured, mask, UNCLIPPED, sigma), in_training)
+        if sigma == 0:
+            inverse = 1 / measured.double()
+            torch.testing.assert_close(in_training, (inverse / inverse.mean()).float(), rtol=1.2e-7, atol=0)
 
 
 def test_metrics_are_the_means_of_what_the_tokens_show(generated):

@@ -22,7 +22,7 @@ from verl.protocol import DataProto
 from verl.trainer.config import load_config
 from verl.trainer.main import run
 from verl.trainer.ray_trainer import RayDAPOTrainer
-from verl.utils.attention_metrics import vgr_epsilon, vgr_from_mass
+from verl.utils.attention_metrics import vgr_from_mass
 from verl.utils.attention_token_weights import token_weights_from_vgr
 from verl.utils.step_record import StepRecord
 
@@ -168,8 +168,14 @@ def test_token_weights_follow_their_rows_through_balancing_to_the_update(
 ) -> None:
     """Two workers, rows reordered. Samples with the answer 1 get weights from the reward function, the other ones with
     images from VGR, and those without an image weigh 1."""
-    batches = []
-    update = RayDAPOTrainer._update_actor
+    batches, reordered = [], []
+    balance, update = RayDAPOTrainer._balance_across_ranks, RayDAPOTrainer._update_actor
+
+    def compare(trainer: RayDAPOTrainer, batch: DataProto, record: StepRecord) -> DataProto:
+        before = batch.batch["input_ids"].clone()
+        batch = balance(trainer, batch, record)
+        reordered.append(not torch.equal(batch.batch["input_ids"], before))
+        return batch
 
     def keep(trainer: RayDAPOTrainer, batch: DataProto, record: StepRecord) -> None:
         batches.append(batch)
@@ -187,14 +193,16 @@ def test_token_weights_follow_their_rows_through_balancing_to_the_update(
         "trainer.val_freq=1",
     )
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RayDAPOTrainer, "_balance_across_ranks", compare)
         patch.setattr(RayDAPOTrainer, "_update_actor", keep)
         run(load_config(args))
+    assert any(reordered)
 
     kinds = set()
     for batch in batches:
         tensors = batch.batch
         vgr = vgr_from_mass(tensors["attention_mass"], tensors["attention_keys"])
-        by_vgr = token_weights_from_vgr(vgr, tensors["response_mask"], eps=vgr_epsilon(tensors["attention_keys"]))
+        by_vgr = token_weights_from_vgr(vgr, tensors["response_mask"])
         for index, truth in enumerate(batch.non_tensor_batch["ground_truth"]):
             length = int(tensors["response_mask"][index].sum())
             weights = tensors["token_weights"][index]

@@ -13,10 +13,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from tests.batches import answer_at_random, make_prompts, response_logits
 from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, ProbeWorker, make_config, start_alone, start_two
 from verl.algorithms.policy_loss import POLICY_LOSSES
+from verl.models.attention_recorder import record_attention_mass
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
-from verl.trainer.config import load_config
 from verl.trainer.ray_trainer import RayDAPOTrainer
+from verl.utils.batch_plan import BatchPlan
 
 COLLECT = "worker.rollout.collect_attentions=true"
 
@@ -237,6 +238,24 @@ def test_attention_comes_with_the_very_log_probs_of_a_pass_without_it(
     assert (mass.sum(-1) < 1 + 1e-6).all()
 
 
+def test_only_the_last_layers_that_are_asked_for_are_measured(
+    tiny_model_path: str, batch: DataProto, lone_process_group
+) -> None:
+    """Of the model's two: the number reaches the recorder, and the mean over both layers is another."""
+    worker = start_alone(make_config(tiny_model_path, COLLECT, "algorithm.token_weight_last_k_layers=1"))
+    last = collected(worker, batch)["attention_mass"]
+    both = collected(start_alone(make_config(tiny_model_path, COLLECT)), batch)["attention_mass"]
+    assert (last - both).abs().max() > 1e-3
+
+    rows = repadded(batch, 0)
+    response_length = int(rows.batch["response_mask"].sum(dim=1).max())
+    kinds = worker.vocabulary.classify(rows.batch["input_ids"], rows.batch["attention_mask"], RESPONSE_LENGTH)
+    kinds = kinds[:, : kinds.shape[1] - (RESPONSE_LENGTH - response_length)]  # the forward cuts common padding off
+    with torch.no_grad(), record_attention_mass(worker.model, kinds, response_length, last_k_layers=1) as recorder:
+        worker.actor.forward(rows)
+    torch.testing.assert_close(last[:, :response_length], recorder.mass(), atol=1e-6, rtol=0)
+
+
 def test_token_weights_depend_neither_on_micro_batches_nor_on_ranks_row_order_or_padding(
     tiny_model_path: str, batch: DataProto, lone_process_group, ray_cluster
 ) -> None:
@@ -262,7 +281,7 @@ def test_token_weights_depend_neither_on_micro_batches_nor_on_ranks_row_order_or
         (collected(alone(tiny_model_path, 8), longer), longer, whole),
     ):
         weights = trainer._maybe_compute_token_weights(*inputs(streams, rows))
-        torch.testing.assert_close(weights, expected, atol=2e-6, rtol=2e-6)
+        torch.testing.assert_close(weights, expected, atol=1e-6, rtol=0)
 
 
 def alone(model_path: str, micro_batch_size: int) -> ProbeWorker:
@@ -284,9 +303,19 @@ def repadded(batch: DataProto, columns: int) -> DataProto:
 
 def weigher(*overrides: str) -> RayDAPOTrainer:
     """A trainer that has not started anything: weights need its configuration alone."""
-    trainer = object.__new__(RayDAPOTrainer)
-    trainer.config = load_config(["algorithm.enable_token_weights=true", *overrides])
-    return trainer
+    config = make_config("no model", "algorithm.enable_token_weights=true", *overrides)
+    return RayDAPOTrainer(
+        config,
+        BatchPlan.from_config(config, 1),
+        training_steps=1,
+        tokenizer=None,
+        train_loader=None,
+        val_loader=(),
+        reward_manager=None,
+        device="cpu",
+        tracker=None,
+        resume_point=None,
+    )
 
 
 def inputs(streams: dict[str, torch.Tensor], batch: DataProto) -> tuple[DataProto, dict[str, list]]:

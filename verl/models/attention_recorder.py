@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.module_tracker import ModuleTracker
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from verl.models.kernels.attention_mass import BACKENDS, KeyPlan, default_backend, normalised_layer_mean
@@ -238,6 +239,12 @@ def _layers_to_measure(model: nn.Module, last_k_layers: int | None) -> tuple[dic
         id(part): part.layer_idx for part in decoder.modules() if isinstance(getattr(part, "layer_idx", None), int)
     }
     types = getattr(decoder.config.get_text_config(), "layer_types", None)
+    last = max(numbers.values(), default=-1)
+    if types is not None and last >= len(types):
+        raise RuntimeError(
+            f"{type(model).__name__} has a layer {last}, of which its {len(types)} layer_types do not say whether it "
+            f"attends to everything; give its config one for each layer, or {REMEDY}"
+        )
     full = [number for number in sorted(set(numbers.values())) if types is None or types[number] == "full_attention"]
     if not full:
         raise RuntimeError(
@@ -257,7 +264,7 @@ def _longest_reach(plan: KeyPlan) -> int:
 
 
 def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+    return ModuleTracker().is_bw  # it asks the autograd engine, so that it need not have tracked anything
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

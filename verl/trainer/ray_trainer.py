@@ -81,8 +81,6 @@ class RayDAPOTrainer:
         resume_point: the checkpoint to go on from; None starts from the model's own weights.
     """
 
-    _has_warned_of_no_weights = False
-
     def __init__(
         self,
         config: PPOConfig,
@@ -114,6 +112,7 @@ class RayDAPOTrainer:
         self.best_score: float | None = None
         self.last_validation: tuple[int, ValidationResult] | None = None
         self.last_saved_step: int | None = None
+        self._has_warned_of_no_weights = False
 
     # ---- life ----
 

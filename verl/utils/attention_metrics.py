@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from typing import Any
 
 import torch
@@ -62,7 +63,11 @@ def get_qwen_special_token_ids(processor: Any) -> dict[str, int]:
 
 
 def get_system_role_ids(processor: Any) -> tuple[int, ...]:
-    """Ids of the word `system` as it stands after `<|im_start|>`; empty where the tokenizer cannot tell."""
+    """Ids of the word `system` as it stands after `<|im_start|>`; empty where the tokenizer cannot tell.
+
+    Turns are those of ChatML, as in chats of Qwen models. System turns of other templates (Llama 3, Mistral, GLM) are
+    not told from the instruction: their words count as text.
+    """
     tokenizer = _tokenizer_of(processor)
     whole = _known_id(tokenizer, "system")
     if whole is not None:
@@ -118,7 +123,7 @@ def build_modality_masks(
     input_ids: torch.Tensor,
     vision_spans: Iterable[tuple[int, int]],
     special_token_ids: Mapping[str, int] | Iterable[int],
-    system_role_ids: Sequence[int] = (),
+    system_role_ids: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tokens of one prompt are instruction and which are vision: two boolean masks (P,).
 
@@ -129,7 +134,8 @@ def build_modality_masks(
         input_ids: (P,) ids.
         vision_spans: as `extract_vision_token_spans_qwen` returns them.
         special_token_ids: ids by name, of which `im_start` and `im_end` mark turns; without names no turn is known.
-        system_role_ids: as `get_system_role_ids` returns them; without them no turn is a system turn.
+        system_role_ids: as `get_system_role_ids` returns them. Without them the system turn counts as text, and one
+            warning says so if turns are known; an empty tuple says that no turn is a system turn.
     """
     is_vision = torch.zeros_like(input_ids, dtype=torch.bool)  # (P,)
     for start, end in vision_spans:
@@ -146,7 +152,7 @@ def classify_keys(
     response_length: int,
     vision_token_ids: Iterable[int],
     special_token_ids: Mapping[str, int] | Iterable[int],
-    system_role_ids: Sequence[int] = (),
+    system_role_ids: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """The `KeyKind` of every token: (N, S) int8.
 
@@ -157,7 +163,8 @@ def classify_keys(
         input_ids, attention_mask: (N, S), padded; the last `response_length` columns are the responses.
         vision_token_ids: placeholders of images and videos, as `vision_token_ids` returns them.
         special_token_ids: ids by name, of which `im_start` and `im_end` mark turns; without names no turn is known.
-        system_role_ids: as `get_system_role_ids` returns them; without them no turn is a system turn.
+        system_role_ids: as `get_system_role_ids` returns them. Without them the system turn counts as text, and one
+            warning says so if turns are known; an empty tuple says that no turn is a system turn.
     """
     return _kinds(
         input_ids,
@@ -204,7 +211,7 @@ def count_keys(key_kinds: torch.Tensor) -> torch.Tensor:
 
 
 def vgr_epsilon(attention_keys: torch.Tensor) -> torch.Tensor:
-    """What keeps VGR's quotients finite, (N, 1) float32: a millionth of the density of evenly spread attention.
+    """What keeps VGR finite, (N, 1) float32: a millionth of the density of attention even over text and vision keys.
 
     An absolute constant would not be small beside the density of one image token among 16,000.
 
@@ -216,6 +223,14 @@ def vgr_epsilon(attention_keys: torch.Tensor) -> torch.Tensor:
 
 def vgr_from_mass(attention_mass: torch.Tensor, attention_keys: torch.Tensor) -> torch.Tensor:
     """VGR of every response token: (N, R) float32, the text's attention density over the images' plus epsilon.
+
+    The same quotient of a whole response is the MDI of "When Language Overrules" (arXiv 2508.10552). Our deltas:
+
+    1. Every response token has its own.
+    2. Masses are shares of the prompt without its first token, the attention sink. Special tokens and the system turn
+       are no text.
+    3. The epsilon, 1e-6 over the number of text and vision keys. Other keys of the prompt are not among
+       `attention_keys`: counted too, they would make it smaller still.
 
     NaN where it is undefined: rows without text keys or without vision keys, tokens without any mass on either, and
     masses that are not finite.
@@ -273,26 +288,33 @@ def compute_attention_metrics_for_batch(
     sequences: torch.Tensor,
     processor: Any,
     last_k_layers: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
 ) -> dict[str, list[float]]:
     """`attention_metrics_from_mass` of Hugging Face `generate(output_attentions=True)`: a list of N floats by name.
 
     Args:
-        outputs_attentions: as `mass_from_attentions` takes them; None or empty gives an empty dict.
+        outputs_attentions: as `mass_from_attentions` takes them. Layers that attend through a window, as Gemma 3's
+            sliding ones, have to be None or left out. None or empty gives an empty dict.
         input_ids: (N, P) prompts, left-padded.
         sequences: (N, P + R) what `generate` returned.
         processor: of a Qwen-VL model, or any that names its `image_token_id`.
         last_k_layers: as in `mass_from_attentions`, which see for what is raised.
+        eos_token_id: as in `classify_generated`.
     """
     if not outputs_attentions:
         return {}
-    key_kinds, response_mask = classify_generated(input_ids, sequences, processor)
+    key_kinds, response_mask = classify_generated(input_ids, sequences, processor, eos_token_id=eos_token_id)
     mass = mass_from_attentions(outputs_attentions, key_kinds, response_mask.shape[1], last_k_layers)
     metrics = attention_metrics_from_mass(mass, count_keys(key_kinds), response_mask)
     return {name: values.tolist() for name, values in metrics.items()}
 
 
 def classify_generated(
-    input_ids: torch.Tensor, sequences: torch.Tensor, processor: Any, exclude_special: bool = True
+    input_ids: torch.Tensor,
+    sequences: torch.Tensor,
+    processor: Any,
+    exclude_special: bool = True,
+    eos_token_id: int | Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Kinds (N, S) int8 and response mask (N, R) int64 of what Hugging Face `generate` returned, on the CPU.
 
@@ -303,6 +325,8 @@ def classify_generated(
     Args:
         input_ids: (N, P). sequences: (N, P + R), beginning with `input_ids`.
         exclude_special: False counts special tokens of the prompt, other than placeholders, as text.
+        eos_token_id: what `generate` stopped at, `model.generation_config.eos_token_id`: Qwen's has two, of which one
+            is the padding. None takes the tokenizer's only one.
 
     Raises:
         ValueError: `sequences` do not begin with `input_ids`.
@@ -317,7 +341,9 @@ def classify_generated(
     special = _special_ids(processor)
     pad = special.get("pad", -1)
     prompt_mask = 1 - (input_ids == pad).long().cumprod(dim=1)  # (N, P)
-    response_mask = _generated_mask(sequences[:, prompt_length:], special.get("eos", -1), pad)  # (N, R)
+    eos = special.get("eos", ()) if eos_token_id is None else eos_token_id
+    eos_token_ids = [eos] if isinstance(eos, int) else eos
+    response_mask = _generated_mask(sequences[:, prompt_length:], eos_token_ids, pad)  # (N, R)
     is_vision = _is_any(sequences, vision_token_ids(processor))  # (N, S)
     for row, ids in enumerate(input_ids):
         for start, end in extract_vision_token_spans_qwen(processor, ids):
@@ -348,6 +374,8 @@ def mass_from_attentions(
 
     Args:
         outputs_attentions: steps x layers x (N, H, queries, keys). Layers may be None; those of the first step decide.
+            Those that attend through a window have to be None, or left out, and then `last_k_layers` does not count
+            them: training measures full attention alone. A window is noticed only where it makes maps narrower.
         key_kinds: (N, S) of left-padded prompts and right-padded responses.
         response_length: R.
         last_k_layers: use this many of the last layers, or all if there are fewer; None uses each one that is there.
@@ -357,7 +385,7 @@ def mass_from_attentions(
 
     Raises:
         ValueError: one of the chosen layers is None, none is there, a response has more tokens than there are steps,
-            or a layer sees the prompt through a sliding window.
+            or a layer's map is narrower than the sequence.
     """
     kinds = key_kinds.cpu()
     prompt_length = kinds.shape[1] - response_length
@@ -410,9 +438,9 @@ def _attention_to_prompt(attention: torch.Tensor | None, step: int, layer: int, 
     return attention[:, :, -1, :prompt_length].float().mean(dim=1).cpu()
 
 
-def _generated_mask(responses: torch.Tensor, eos: int, pad: int) -> torch.Tensor:
-    """(N, R) int64: 1 up to and including the first `eos`, 0 on the run of `pad` at the end; -1 stands for no id."""
-    is_eos = (responses == eos).long()
+def _generated_mask(responses: torch.Tensor, eos_token_ids: Sequence[int], pad: int) -> torch.Tensor:
+    """(N, R) int64: 1 up to and including the first end of sequence, 0 on the run of `pad` at the end; -1 is none."""
+    is_eos = _is_any(responses, eos_token_ids).long()
     ended_before = is_eos.cumsum(dim=1) - is_eos > 0
     is_trailing_pad = (responses == pad).flip(1).long().cumprod(dim=1).flip(1).bool() & (is_eos == 0)
     return (~(ended_before | is_trailing_pad)).long()
@@ -428,7 +456,7 @@ def _kinds(
     is_vision: torch.Tensor,
     special_ids: Iterable[int],
     turn_marks: tuple[int, int] | None,
-    system_role_ids: Sequence[int],
+    system_role_ids: Sequence[int] | None,
 ) -> torch.Tensor:
     """(N, S) int8; later lines overrule earlier ones."""
     is_real = attention_mask.bool()
@@ -449,9 +477,11 @@ def _system_turn(
     input_ids: torch.Tensor,
     in_prompt: torch.Tensor,
     turn_marks: tuple[int, int] | None,
-    system_role_ids: Sequence[int],
+    system_role_ids: Sequence[int] | None,
 ) -> torch.Tensor:
     """(N, S) bool: the first turn, from its mark to the one that ends it, in rows where its role is `system`."""
+    if turn_marks is not None and system_role_ids is None:
+        _warn_that_system_turns_count_as_text()
     if turn_marks is None or not system_role_ids:
         return torch.zeros_like(in_prompt)
     begins, ends = ((input_ids == mark) & in_prompt for mark in turn_marks)  # (N, S)
@@ -463,6 +493,14 @@ def _system_turn(
     ends = (ends & is_after_begin).int()
     is_over = ends.cumsum(dim=1) - ends > 0
     return is_after_begin & ~is_over & in_prompt & is_system[:, None]
+
+
+@cache
+def _warn_that_system_turns_count_as_text() -> None:
+    logger.warning(
+        "turns are marked by im_start and im_end, but system_role_ids are not given, so a system turn counts as "
+        "instruction text; give get_system_role_ids(processor)"
+    )
 
 
 def _turn_marks(special_token_ids: Mapping[str, int] | Iterable[int]) -> tuple[int, int] | None:

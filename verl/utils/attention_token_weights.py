@@ -21,9 +21,12 @@ from verl.utils.attention_metrics import (
     classify_generated,
     count_keys,
     mass_from_attentions,
-    vgr_epsilon,
     vgr_from_mass,
 )
+
+EPSILON = 1e-12
+"""Keeps the inverse of a VGR of zero finite. VGR has no unit, so no number of keys enters, and beside any VGR above
+1e-5 it is less than float32 can tell."""
 
 
 def build_token_vgr_weights_for_batch(
@@ -36,21 +39,25 @@ def build_token_vgr_weights_for_batch(
     smooth_sigma: float = 0.0,
     clip_range: tuple[float, float] = (0.2, 3.0),
     last_k_layers: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
 ) -> tuple[list[list[float]], dict[str, list[list[float]]]]:
     """Token weights from Hugging Face `generate(output_attentions=True)`, for notebooks and reward functions.
 
-    The same numbers as in training, where they come from the log-prob pass. Images are found by the tokens that stand
-    for them, so `image_grid_thw` is taken only because callers have it: it is not read.
+    The same numbers as in training, where they come from the log-prob pass, provided that all layers given are of full
+    attention. Images are found by the tokens that stand for them, so `image_grid_thw` is taken only because callers
+    have it: it is not read.
 
     Args:
-        outputs_attentions: steps x layers x (N, H, queries, keys); layers may be None. None or empty where nothing was
-            collected.
+        outputs_attentions: steps x layers x (N, H, queries, keys). Layers may be None. Those that attend through a
+            window, as Gemma 3's sliding ones, have to be None, or left out: then `last_k_layers` does not count them,
+            as in training. None or empty where nothing was collected.
         input_ids: (N, P) prompts, possibly left-padded.
         sequences: (N, P + R) what `generate` returned.
         processor: of a Qwen-VL model, or any that names its `image_token_id`.
         exclude_special: False counts special tokens of the prompt as instruction text.
         smooth_sigma, clip_range: as in `token_weights_from_vgr`.
         last_k_layers: use this many of the last layers; None uses every layer that is there.
+        eos_token_id: what `generate` stopped at, `model.generation_config.eos_token_id`; None takes the tokenizer's.
 
     Returns:
         The weights of each sample, one per response token up to and including the first end-of-sequence token; and
@@ -63,11 +70,11 @@ def build_token_vgr_weights_for_batch(
     if not outputs_attentions:
         empty: list[list[float]] = [[] for _ in input_ids]
         return empty, {name: [[] for _ in input_ids] for name in ("vgr_token", "p_text", "p_vision")}
-    key_kinds, response_mask = classify_generated(input_ids, sequences, processor, exclude_special)
+    key_kinds, response_mask = classify_generated(input_ids, sequences, processor, exclude_special, eos_token_id)
     mass = mass_from_attentions(outputs_attentions, key_kinds, response_mask.shape[1], last_k_layers)  # (N, R, 2)
     keys = count_keys(key_kinds)  # (N, 2)
     vgr = vgr_from_mass(mass, keys)  # (N, R)
-    weights = token_weights_from_vgr(vgr, response_mask, clip_range, smooth_sigma, vgr_epsilon(keys))
+    weights = token_weights_from_vgr(vgr, response_mask, clip_range, smooth_sigma)
     streams = {"weights": weights, "vgr_token": vgr, "p_text": mass[..., 0], "p_vision": mass[..., 1]}
     lengths = response_mask.sum(dim=1).tolist()
     lists = {
@@ -102,10 +109,11 @@ def choose_token_weights(
     weights = None
     if attention_mass is not None:
         vgr = vgr_from_mass(attention_mass, attention_keys)
-        weights = token_weights_from_vgr(vgr, response_mask, clip_range, smooth_sigma, vgr_epsilon(attention_keys))
-    if lists is not None and any(given is not None for given in lists):
+        weights = token_weights_from_vgr(vgr, response_mask, clip_range, smooth_sigma)
+    if lists is not None:
         given, is_given = token_weights_from_lists(lists, response_mask)
-        weights = given if weights is None else torch.where(is_given[:, None], given, weights)
+        if is_given.any():
+            weights = given if weights is None else torch.where(is_given[:, None], given, weights)
     return weights
 
 
@@ -114,19 +122,20 @@ def token_weights_from_vgr(
     response_mask: torch.Tensor,
     clip_range: tuple[float, float] = (0.2, 3.0),
     smooth_sigma: float = 0.0,
-    eps: float | torch.Tensor = 1e-6,
 ) -> torch.Tensor:
     """Weights that grow with the attention to images: (N, R) float32, 0 outside the responses.
 
-    1 / (VGR + eps), smoothed along the response if asked for, over its mean over the response, clipped. Tokens whose
-    VGR is not finite take no part in smoothing and mean and weigh exactly 1, as do single tokens and equal ones. The
-    mean is one before clipping; after it, it is not restored.
+    1 / VGR, smoothed along the response if asked for, over its mean over the response, clipped. Tokens whose VGR is
+    not finite take no part in smoothing and mean and weigh exactly 1, as do single tokens and equal ones. The mean is
+    one before clipping; after it, it is not restored.
+
+    `EPSILON` is added to every VGR, so that a token without any attention on text has the highest weight and no
+    infinite one.
 
     Args:
         vgr: (N, R). response_mask: (N, R), 1 on response tokens.
         clip_range: lowest and highest weight.
         smooth_sigma: width of the gaussian, in tokens; 0 leaves the weights as they are.
-        eps: keeps a VGR of zero finite; `vgr_epsilon` of the sample, (N, 1), in the trainer.
 
     Raises:
         ValueError: `clip_range` is not 0 <= low <= 1 <= high, or `smooth_sigma` is below 0.
@@ -139,7 +148,7 @@ def token_weights_from_vgr(
     is_response = response_mask.bool()
     takes_part = is_response & vgr.isfinite()
     # In double precision equal weights come out as exactly 1, and padding cannot show in the order of a sum.
-    weights = torch.where(takes_part, 1 / (vgr.double() + eps), 0)
+    weights = torch.where(takes_part, 1 / (vgr.double() + EPSILON), 0)
     if smooth_sigma > 0 and takes_part.any():
         weights = _smooth(weights, takes_part, smooth_sigma)
     mean = weights.sum(dim=1, keepdim=True) / takes_part.sum(dim=1, keepdim=True)  # (N, 1)
@@ -150,7 +159,8 @@ def token_weights_from_vgr(
 def token_weights_from_lists(lists: Sequence[Any], response_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights as a reward function gives them: (N, R) float32, 0 outside the responses, and (N,) bool who has any.
 
-    A list shorter than its response is filled up with 1.0; samples without one weigh 1.
+    A list shorter than its response is filled up with 1.0; samples without one weigh 1. An empty list is none: so
+    `build_token_vgr_weights_for_batch` says that there were no attentions.
 
     Args:
         lists: per sample a list (or array, or tensor) of numbers, or None.
@@ -163,12 +173,12 @@ def token_weights_from_lists(lists: Sequence[Any], response_mask: torch.Tensor) 
     if len(lists) != len(response_mask):
         raise ValueError(f"token_weights has {len(lists)} entries for {len(response_mask)} samples; give one for each")
     weights = response_mask.float()  # (N, R)
+    is_given = torch.zeros(len(lists), dtype=torch.bool, device=weights.device)
     lengths = response_mask.sum(dim=1).tolist()
     for index, (given, length) in enumerate(zip(lists, lengths, strict=True)):
-        if given is not None:
-            numbers = _checked_weights(given, index, length)
-            weights[index, : len(numbers)] = torch.tensor(numbers, dtype=torch.float32, device=weights.device)
-    is_given = torch.tensor([given is not None for given in lists], device=weights.device)
+        numbers = [] if given is None else _checked_weights(given, index, length)
+        weights[index, : len(numbers)] = torch.tensor(numbers, dtype=torch.float32, device=weights.device)
+        is_given[index] = bool(numbers)
     return weights, is_given
 
 

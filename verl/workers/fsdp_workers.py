@@ -91,6 +91,7 @@ class FSDPWorker(Worker):
         self.rollout = engine_class(self.config.worker.rollout.name).from_config(
             self.config, self.tokenizer, self.processor, self.device
         )
+        self.vocabulary: KeyVocabulary | None = None
         if self.config.worker.rollout.collect_attentions:
             self.vocabulary = KeyVocabulary.of(policy.config, self.processor or self.tokenizer)
         if self.plan.critic is not None:
@@ -178,7 +179,7 @@ class FSDPWorker(Worker):
         """
         arguments = (self.actor.forward, data, self.plan.actor.experience_micro_batch_size)
         with self.actor.resident():
-            if not self.config.worker.rollout.collect_attentions:
+            if self.vocabulary is None:
                 return DataProto.from_dict({"old_log_probs": compute_per_token(*arguments)})
             log_probs, mass, keys = compute_log_probs_and_attention(
                 *arguments, self.vocabulary, self.config.algorithm.token_weight_last_k_layers
