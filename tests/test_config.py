@@ -34,7 +34,6 @@ from verl.workers.reward.config import RewardConfig
 from verl.workers.rollout.config import RolloutConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.yaml") if path.name != "runtime_env.yaml")
 
 
 @pytest.fixture(autouse=True)
@@ -219,65 +218,6 @@ def test_lora_targets_are_a_name_or_a_list(given, expected, write_yaml):
 
 def test_a_value_may_hold_an_equals_sign():
     assert load_config(["data.prompt_key='a=b'"]).data.prompt_key == "a=b"
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_every_example_parses(name):
-    """Data and models that a script makes first are replaced by hub ids, which are not looked for on the disk."""
-    made_by_scripts = ["data.train_files=o/d", "data.val_files=o/d", "worker.actor.model.model_path=o/m"]
-    assert isinstance(load_config([f"config=examples/{name}", *made_by_scripts]), PPOConfig)
-
-
-USUAL_KEYS = [
-    *(f"data.{key}" for key in DataConfig.__dataclass_fields__),
-    *(f"algorithm.{key}" for key in ("adv_estimator", "disable_kl", "use_kl_loss", "kl_penalty", "kl_coef")),
-    *(f"algorithm.{key}" for key in ("online_filtering", "filter_key", "filter_low", "filter_high")),
-    "worker.actor.global_batch_size",
-    "worker.actor.micro_batch_size_per_device_for_update",
-    "worker.actor.micro_batch_size_per_device_for_experience",
-    *(f"worker.actor.{key}" for key in ("max_grad_norm", "padding_free", "dynamic_batching", "ulysses_size")),
-    *(f"worker.actor.model.{key}" for key in ("model_path", "enable_gradient_checkpointing", "trust_remote_code")),
-    "worker.actor.model.freeze_vision_tower",
-    *(f"worker.actor.model.lora.{key}" for key in ("rank", "alpha", "target_modules", "exclude_modules")),
-    *(f"worker.actor.optim.{key}" for key in ("lr", "weight_decay", "strategy", "lr_warmup_ratio")),
-    *(f"worker.actor.fsdp.{key}" for key in ("enable_full_shard", "enable_cpu_offload", "enable_rank0_init")),
-    *(f"worker.actor.offload.{key}" for key in ("offload_params", "offload_optimizer")),
-    *(f"worker.rollout.{key}" for key in ("n", "temperature", "top_p", "limit_images", "gpu_memory_utilization")),
-    *(f"worker.rollout.{key}" for key in ("enforce_eager", "enable_chunked_prefill", "tensor_parallel_size")),
-    *(f"worker.rollout.{key}" for key in ("disable_tqdm", "val_override_config")),
-    "worker.ref.fsdp.enable_cpu_offload",
-    "worker.reward.reward_function",
-    *(f"trainer.{key}" for key in ("total_epochs", "project_name", "experiment_name", "logger", "nnodes")),
-    *(f"trainer.{key}" for key in ("n_gpus_per_node", "max_try_make_batch", "val_freq", "val_generations_to_log")),
-    *(f"trainer.{key}" for key in ("save_freq", "save_limit")),
-]
-
-
-def test_the_shipped_configuration_sets_the_keys_that_users_override():
-    """The keys of the compatible command lines are there to be seen, and the values differ from the defaults."""
-    sections = yaml.safe_load((ROOT / "examples/config.yaml").read_text())
-    assert set(sections) == {"data", "algorithm", "worker", "trainer"}
-    config = load_config(["config=examples/config.yaml"])
-    assert config.data.train_files == "hiyouga/math12k@train"
-    assert config.worker.actor.global_batch_size == 128
-    assert config.worker.rollout.val_override_config == {"temperature": 0.6, "top_p": 0.95, "n": 1}
-    assert config.worker.actor.model.trust_remote_code is False
-    assert config.trainer.logger == ["file", "wandb"]
-
-    def keys_of(section, prefix=""):
-        for name, value in section.items():
-            yield prefix + name
-            if isinstance(value, dict):
-                yield from keys_of(value, f"{prefix}{name}.")
-
-    assert set(USUAL_KEYS) - set(keys_of(sections)) == set()
-
-
-def test_the_command_in_the_shipped_configuration_can_run():
-    command = next(
-        line for line in (ROOT / "examples/config.yaml").read_text().splitlines() if "verl.trainer.main" in line
-    )
-    assert prepare(load_config(command.split("verl.trainer.main ")[1].split())).world_size == 8
 
 
 def test_the_readmes_own_run_can_run():

@@ -2,8 +2,10 @@
 # python -m pytest tests/test_example_rewards.py
 """The example reward functions grade as their docstrings say, with the real `mathruler`."""
 
+import re
 from pathlib import Path
 
+import jinja2
 import pytest
 
 from verl.workers.reward.config import RewardConfig
@@ -46,6 +48,54 @@ def test_r1v_gives_half_for_form_and_half_for_the_answer(
 ) -> None:
     score = load("r1v.py")({"response": response, "ground_truth": truth})
     assert score == {"overall": pytest.approx(0.5 * form + 0.5 * accuracy), "format": form, "accuracy": accuracy}
+
+
+@pytest.mark.parametrize(
+    ("response", "hit"),
+    [
+        ("click(500, 120)", 1),
+        ("I tap it: click( 400,100 ).", 1),  # the corner is part of the box
+        ("click(600, 200)", 1),
+        ("click(601, 200)", 0),
+        ("click(500, 99)", 0),
+        ("click(500, 120) click(10, 10)", 0),
+        ("click(500, 120) click(500, 120)", 0),
+        ("(500, 120)", 0),
+        ("click(-500, 120)", 0),
+        ("", 0),
+    ],
+)
+@pytest.mark.parametrize("box", [[400, 100, 600, 200], "[400, 100, 600, 200]", (400.0, 100.0, 600.0, 200.0)])
+def test_android_gui_gives_all_for_a_single_click_into_the_box(response: str, hit: float, box: object) -> None:
+    assert load("android_gui.py")([{"response": response, "ground_truth": box}]) == [{"overall": hit, "accuracy": hit}]
+
+
+@pytest.mark.parametrize(
+    "box", ["[1, 2, 3]", "400, 100, 600, 200", [1, 2, 3, "x"], None, 5, [600, 100, 400, 200], [0, 0, 1080, 2400]]
+)
+def test_android_gui_refuses_a_truth_that_is_no_box_in_thousandths(box: object) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"ground truth {box!r} is not a box")):
+        load("android_gui.py")([{"response": "click(1, 1)", "ground_truth": box}])
+
+
+@pytest.mark.parametrize(
+    ("name", "response"),
+    [
+        ("math", "<think>hm</think> \\boxed{12}"),
+        ("r1v", "<think>hm</think><answer>12</answer>"),
+        ("android_gui", "click(3, 4)"),
+    ],
+)
+def test_a_format_prompt_holds_the_question_and_asks_for_what_its_reward_reads(name: str, response: str) -> None:
+    template = (EXAMPLES.parent / "format_prompt" / f"{name}.jinja").read_text()
+    prompt = jinja2.Template(template).render(content="<image>How many?\n")
+    assert prompt.startswith("<image>How many?\n\n")
+    marks = re.findall(r"</?\w+>|\\boxed|click", response)
+    assert marks and all(mark in prompt for mark in marks)
+    truth = [0, 0, 9, 9] if name == "android_gui" else "12"
+    sample = {"response": response, "ground_truth": truth}
+    score = load(f"{name}.py")(sample if name == "r1v" else [sample])
+    assert (score if name == "r1v" else score[0])["overall"] == 1
 
 
 def test_the_weighted_answer_weighs_the_tokens_that_write_it_with_mean_one() -> None:

@@ -54,6 +54,8 @@ def ray_session(config: PPOConfig) -> Iterator[None]:
 
     is_callers = ray.is_initialized()
     if not is_callers and joins:
+        # As a job, this process has the values of the job's runtime environment; Ray refuses to be told them again.
+        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
         variables = {name: os.environ[name] for name in WORKER_ENVIRONMENT}
         ray.init(logging_level="ERROR", runtime_env={"env_vars": variables})
     elif not is_callers:

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# SAPO (arXiv 2511.20347): a smooth gate in place of the clip; its temperatures are tau_positive and tau_negative.
+set -x
+
+MODEL_PATH=${MODEL_PATH:-Qwen/Qwen2.5-VL-7B-Instruct}
+
+python3 -m verl.trainer.main config=examples/config.yaml \
+    data.train_files=hiyouga/geometry3k@train \
+    data.val_files=hiyouga/geometry3k@test \
+    worker.actor.model.model_path="$MODEL_PATH" \
+    worker.actor.loss_type=sapo \
+    trainer.experiment_name=qwen2_5_vl_7b_geo3k_sapo \
+    "$@"
