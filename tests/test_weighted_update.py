@@ -251,7 +251,8 @@ def test_only_the_last_layers_that_are_asked_for_are_measured(
     response_length = int(rows.batch["response_mask"].sum(dim=1).max())
     kinds = worker.vocabulary.classify(rows.batch["input_ids"], rows.batch["attention_mask"], RESPONSE_LENGTH)
     kinds = kinds[:, : kinds.shape[1] - (RESPONSE_LENGTH - response_length)]  # the forward cuts common padding off
-    with torch.no_grad(), record_attention_mass(worker.actor.model, kinds, response_length, last_k_layers=1) as recorder:
+    model = worker.actor.model
+    with torch.no_grad(), record_attention_mass(model, kinds, response_length, last_k_layers=1) as recorder:
         worker.actor.forward(rows)
     torch.testing.assert_close(last[:, :response_length], recorder.mass(), atol=1e-6, rtol=0)
 
