@@ -159,7 +159,7 @@ class TrainerConfig(ConfigSection):
     logger: list[Literal["console", "file", "mlflow", "swanlab", "tensorboard", "wandb"]] = field(
         default_factory=lambda: ["console", "wandb"]
     )
-    """Where metrics go."""
+    """Where metrics and sampled generations go: one name or a list."""
     nnodes: int = 1
     """Machines of the Ray cluster to use."""
     n_gpus_per_node: int = 8
@@ -296,8 +296,8 @@ def require_available(config: PPOConfig) -> None:
         ValueError: one line for each key that must be given and is not, and for each feature asked for that this
             version does not have yet, with what to use now.
     """
-    algorithm, worker, trainer = config.algorithm, config.worker, config.trainer
-    actor, loggers = worker.actor, [name for name in trainer.logger if name not in ("console", "file", "tensorboard")]
+    algorithm, worker = config.algorithm, config.worker
+    actor = worker.actor
     given = {
         "data.train_files": config.data.train_files,
         "data.val_files": config.data.val_files,
@@ -339,7 +339,6 @@ def require_available(config: PPOConfig) -> None:
             "worker.actor.fsdp.enable_cpu_offload=true",
             "worker.actor.fsdp.enable_cpu_offload=false with worker.actor.offload.offload_params=true",
         ),
-        (bool(loggers), f"trainer.logger=[{','.join(trainer.logger)}]", "console, file and tensorboard"),
     ]
     sharded = {"worker.actor": actor} if algorithm.disable_kl else {"worker.actor": actor, "worker.ref": worker.ref}
     for prefix, part in sharded.items():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from verl.trainer.config import PPOConfig, load_config, require_available, speed_notes
 from verl.utils.batch_plan import BatchPlan
+from verl.utils.tracking import Tracker, require_loggers
 
 logger = logging.getLogger("verl.trainer.main")  # __name__ is __main__ under `python -m`
 
@@ -75,6 +76,7 @@ def run(config: PPOConfig) -> None:
 def prepare(config: PPOConfig) -> BatchPlan:
     """The run's batch numbers; everything that can be refused without starting a process is refused here."""
     require_available(config)
+    require_loggers(config.trainer.logger)
     return BatchPlan.from_config(config, config.trainer.nnodes * config.trainer.n_gpus_per_node)
 
 
@@ -86,7 +88,6 @@ def _train(config: PPOConfig, plan: BatchPlan) -> None:
     from verl.utils.batch_plan import training_steps
     from verl.utils.checkpoint import find_resume_point
     from verl.utils.tokenizer import get_processor, get_tokenizer
-    from verl.utils.tracking import Tracker
     from verl.workers.reward.function import AutoRewardManager
 
     device = detect_device()
@@ -115,7 +116,7 @@ def _train(config: PPOConfig, plan: BatchPlan) -> None:
         trainer_config.experiment_name,
         trainer_config.save_checkpoint_path,
         total_steps=steps,
-        resume_step=resume_point.step if resume_point else 0,
+        resume_point=resume_point,
     ) as tracker:
         trainer = RayDAPOTrainer(
             config, plan, steps, tokenizer, train_loader, val_loader, reward_manager, device, tracker, resume_point

@@ -449,7 +449,7 @@ class RayDAPOTrainer:
         else:
             logger.warning("%s does not exist: the data starts from its first epoch", loader_file)
         self.global_step = point.step
-        if os.path.dirname(os.path.abspath(point.folder)) == trainer.save_checkpoint_path:
+        if point.is_under(trainer.save_checkpoint_path):
             self.last_saved_step = point.step
         self.best_step, self.best_score = point.best_step, point.best_score
         self.tracker.note(f"resumed from {point.folder} at step {point.step} of {self.training_steps}")
