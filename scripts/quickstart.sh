@@ -6,9 +6,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() {
     cat <<'TEXT'
-usage: bash scripts/quickstart.sh [--seed N] [--engine hf] [key=value ...]
+usage: bash scripts/quickstart.sh [--seed N] [--engine hf|vllm] [key=value ...]
   --seed N     data order, model and sampling (default 0)
-  --engine E   what generates the rollouts: hf (default), Hugging Face generate
+  --engine E   what generates the rollouts: hf (default), Hugging Face generate; or vllm, which is installed first
   key=value    overrides of examples/quickstart.yaml, such as trainer.max_steps=10
 TEXT
 }
@@ -40,7 +40,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 [[ $seed =~ ^[0-9]+$ ]] || fail "--seed $seed is not a number"
-[ "$engine" = hf ] || fail "--engine $engine is not known; choose hf"
+[[ $engine =~ ^(hf|vllm)$ ]] || fail "--engine $engine is not known; choose hf or vllm"
 
 source scripts/environment.sh
 data="data/quickstart/seed_$seed"
@@ -49,7 +49,7 @@ for override in "${overrides[@]}"; do
     case $override in trainer.save_checkpoint_path=*) run=${override#*=} ;; esac
 done
 
-prepare_environment
+prepare_environment "$engine"
 environment_done=$SECONDS
 
 recipe=$(cat scripts/make_digits.py scripts/digits_task.py scripts/tiny_qwen.py | sha256sum)

@@ -746,7 +746,6 @@ def test_a_plain_run_is_available(runnable):
         "worker.actor.fsdp.fsdp_size=2",
         "worker.ref.fsdp.fsdp_size=2",
         "worker.actor.fsdp.enable_cpu_offload=true",
-        "trainer.logger=[console,wandb]",
     ],
 )
 def test_a_feature_that_is_not_there_yet_is_refused_with_what_to_use(argument, runnable):

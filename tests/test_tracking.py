@@ -4,16 +4,23 @@
 import io
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
+import uuid
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from verl.utils.tracking import Tracker, nested
+from verl.trainer.config import TrainerConfig
+from verl.utils.checkpoint import ResumePoint
+from verl.utils.sinks import Sink, nested
+from verl.utils.tracking import RUN_IDS, SINKS, Tracker, require_loggers
+
+ROOT = Path(__file__).resolve().parent.parent
 
 CONFIG = {"trainer": {"logger": ["file"], "max_steps": None}, "worker": {"actor": {"optim": {"lr": 1e-6}}}}
 SAMPLES = [("What digit?", "It is 7.", "7", 1.0), ("And this?", "九", "9", 0.0)]
@@ -26,8 +33,54 @@ class Terminal(io.StringIO):
         return True
 
 
-def make_tracker(tmp_path, *loggers, resume_step=0):
-    return Tracker(loggers, CONFIG, "digits", "demo", tmp_path / "run", total_steps=4, resume_step=resume_step)
+class ServedSink(Sink):
+    """A logger whose server numbers its runs and is never there again after the start."""
+
+    HAS_SERVER = True
+
+    def __init__(self, run):
+        super().__init__(run)
+        self.run_id = run.kept_ids.get("served") or uuid.uuid4().hex
+
+    def log(self, metrics, step):
+        raise ConnectionError(f"no answer at step {step}")
+
+
+class BrokenSink(Sink):
+    """A logger that does not start."""
+
+    def __init__(self, run):
+        raise PermissionError("no key")
+
+
+class ListeningSink(Sink):
+    """A logger that keeps what it hears."""
+
+    heard: list
+
+    def __init__(self, run):
+        super().__init__(run)
+        ListeningSink.heard = []
+
+    def log(self, metrics, step):
+        self.heard.append((dict(metrics), step))
+
+    def close(self, failed):
+        self.heard.append(("closed", failed))
+
+
+@pytest.fixture
+def more_sinks(monkeypatch):
+    """Loggers joined as a user joins one."""
+    for name, sink in (("served", ServedSink), ("broken", BrokenSink), ("listening", ListeningSink)):
+        monkeypatch.setitem(SINKS, name, sink)
+
+
+def make_tracker(tmp_path, *loggers, resume_step=0, resume_from="run"):
+    point = (
+        ResumePoint(str(tmp_path / resume_from / f"global_step_{resume_step}"), resume_step) if resume_step else None
+    )
+    return Tracker(loggers, CONFIG, "digits", "demo", tmp_path / "run", total_steps=4, resume_point=point)
 
 
 def read_lines(tmp_path):
@@ -36,9 +89,76 @@ def read_lines(tmp_path):
 
 
 def test_an_unknown_logger_is_an_error_that_lists_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match=r"trainer.logger.*wandb.*console.*file.*tensorboard"):
-        make_tracker(tmp_path, "file", "wandb")
+    with pytest.raises(ValueError, match=r"trainer.logger=wanbd .*console, file, mlflow, swanlab, tensorboard, wandb"):
+        make_tracker(tmp_path, "file", "wanbd")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_loggers_are_those_that_the_configuration_offers():
+    with pytest.raises(ValueError, match=f"each item one of {', '.join(SINKS)};"):
+        TrainerConfig(logger=["wanbd"])
+    assert TrainerConfig(logger=list(SINKS)).logger == list(SINKS)
+
+
+def test_a_library_that_is_not_installed_is_told_with_the_command_that_installs_it(tmp_path, monkeypatch):
+    """A folder with the library's name in the working folder, where wandb writes its runs, does not hide that."""
+    monkeypatch.setitem(SINKS, "swanlab", type("Absent", (Sink,), {"LIBRARY": "no_such_library"}))
+    monkeypatch.setitem(SINKS, "wandb", type("Absent", (Sink,), {"LIBRARY": "folder_of_runs"}))
+    (tmp_path / "folder_of_runs").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        require_loggers(["console", "swanlab", "wandb", "tensorboard"])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2
+    for line, name, library in zip(lines, ("swanlab", "wandb"), ("no_such_library", "folder_of_runs"), strict=True):
+        assert line.startswith(f"trainer.logger={name} needs the package {library}, which is not installed")
+        assert f"pip install -e '.[{name}]'" in line
+        assert f'"{name}": [' in (ROOT / "setup.py").read_text()
+
+
+def test_a_logger_that_cannot_start_is_named_and_the_others_are_closed(tmp_path, more_sinks):
+    with pytest.raises(PermissionError, match="no key") as caught:
+        make_tracker(tmp_path, "listening", "broken")
+    assert caught.value.__notes__ == ["The logger that could not start is trainer.logger=broken."]
+    assert ListeningSink.heard == [("closed", True)]
+
+
+def test_a_server_that_is_gone_costs_its_own_reports_and_nothing_else(tmp_path, more_sinks, caplog):
+    with make_tracker(tmp_path, "served", "listening") as tracker:
+        for step in (1, 2):
+            tracker.log({"reward/overall": 0.5}, step)
+    assert ListeningSink.heard == [({"reward/overall": 0.5}, 1), ({"reward/overall": 0.5}, 2), ("closed", False)]
+    failures = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert ["trainer.logger=served failed" in record.getMessage() for record in failures] == [True, True]
+    assert "ConnectionError: no answer at step 2" in caplog.text
+
+
+def test_a_logger_without_a_server_fails_with_the_run(tmp_path, more_sinks):
+    with (
+        pytest.raises(ValueError, match="rename one of the two"),
+        make_tracker(tmp_path, "listening", "file") as tracker,
+    ):
+        tracker.log({"a": 1, "a/b": 1}, step=1)
+    assert ListeningSink.heard[-1] == ("closed", True)
+
+
+def test_ids_at_the_servers_are_kept_by_a_run_that_goes_on_and_by_no_other(tmp_path, more_sinks):
+    def ids_after(*loggers, **start):
+        make_tracker(tmp_path, *loggers, **start).close()
+        path = tmp_path / "run" / RUN_IDS
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    first = ids_after("served")
+    assert set(first) == {"served"}
+    assert ids_after("served", resume_step=2) == first
+    assert ids_after("console", resume_step=2) == first, "a logger left out once is not forgotten"
+    assert ids_after("served", resume_step=2) == first
+    fork = ids_after("served", resume_step=2, resume_from="another_run")
+    assert fork != first
+    fresh = ids_after("served")
+    assert fresh not in (first, fork)
+    assert ids_after("console") == {}
+    assert ids_after("served", resume_step=2) not in (first, fork, fresh)
 
 
 def test_log_lines_are_the_metrics_split_at_the_slash(tmp_path):
@@ -75,9 +195,13 @@ def test_a_resumed_run_appends_and_a_fresh_one_begins_anew(tmp_path):
     assert [line["step"] for line in read_lines(tmp_path)] == [1, 2]
     assert (tmp_path / "run" / "generations.log").read_text("utf-8").count("[prompt]") == 4
 
-    make_tracker(tmp_path, "file").close()
-    assert read_lines(tmp_path) == []
-    assert (tmp_path / "run" / "generations.log").read_text("utf-8") == ""
+    for start in ({}, {"resume_step": 2, "resume_from": "another_run"}):
+        make_tracker(tmp_path, "file", **start).close()
+        assert read_lines(tmp_path) == []
+        assert (tmp_path / "run" / "generations.log").read_text("utf-8") == ""
+        with make_tracker(tmp_path, "file", resume_step=2) as tracker:
+            tracker.log({"reward/overall": 0.5}, step=3)
+        assert len(read_lines(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a")])
@@ -86,30 +210,17 @@ def test_a_name_that_is_metric_and_area_at_once_is_an_error(names):
         nested(dict.fromkeys(names, 1.0))
 
 
-def test_tensorboard_shows_the_scalars_by_name_and_step(tmp_path, monkeypatch):
-    monkeypatch.setenv("TENSORBOARD_DIR", str(tmp_path / "board"))
-    with make_tracker(tmp_path, "tensorboard") as tracker:
-        for step in (1, 2, 3):
-            tracker.log({"reward/overall": step / 4}, step)
-    with make_tracker(tmp_path, "tensorboard", resume_step=2) as tracker:
-        tracker.log({"reward/overall": 0.125}, step=3)
-
-    events = EventAccumulator(str(tmp_path / "board" / "digits" / "demo")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("reward/overall")] == [
-        (1, 0.25),
-        (2, 0.5),
-        (3, 0.125),
-    ]
-    assert "_hparams_/experiment" in events.PluginTagToContent("hparams")
-
-
-def test_tensorboard_is_imported_only_when_asked_for(tmp_path):
+def test_libraries_are_imported_only_when_they_are_asked_for(tmp_path):
     program = (
-        "import sys; from verl.utils.tracking import Tracker;"
-        f"Tracker(['console', 'file'], {{}}, 'p', 'e', {str(tmp_path)!r}, 1).close();"
-        "sys.exit('torch' in sys.modules or 'tensorboard' in sys.modules)"
+        "import sys; from verl.utils.tracking import SINKS, Tracker, require_loggers;"
+        f"require_loggers(SINKS); Tracker(['console', 'file'], {{}}, 'p', 'e', {str(tmp_path)!r}, 1).close();"
+        "loaded = {'torch', *(sink.LIBRARY for sink in SINKS.values())} & set(sys.modules); assert not loaded, loaded"
     )
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
 
 
 def test_a_log_file_gets_one_line_a_step_and_one_a_validation(tmp_path, monkeypatch):

@@ -69,11 +69,20 @@ def arguments(model_path: str, data_files: list[str], output: Path, *overrides: 
     ]
 
 
-def command(*args: str, mark: str = "", **variables: str) -> subprocess.CompletedProcess:
+OFFLINE = {
+    "WANDB_MODE": "offline",
+    "WANDB_ERROR_REPORTING": "false",
+    "SWANLAB_MODE": "offline",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+"""Variables that keep the loggers' libraries from the network."""
+
+
+def command(*args: str, mark: str = "", cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
     """Runs the trainer as a user does; every process it starts carries `mark` in its environment."""
     return subprocess.run(
         [sys.executable, "-m", "verl.trainer.main", *args],
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, **variables, "VERL_TEST_MARK": mark},
         capture_output=True,
         text=True,
@@ -116,7 +125,7 @@ def test_three_steps_on_two_workers_leave_logs_checkpoints_and_curves(
         tiny_model_path,
         data_files,
         tmp_path,
-        "trainer.logger=[console,file,tensorboard]",
+        "trainer.logger=[console,file,tensorboard,wandb,swanlab,mlflow]",
         "trainer.n_gpus_per_node=2",
         "trainer.val_freq=2",
         "trainer.val_generations_to_log=2",
@@ -126,7 +135,7 @@ def test_three_steps_on_two_workers_leave_logs_checkpoints_and_curves(
         "worker.actor.offload.offload_optimizer=true",
         "worker.rollout.val_override_config={temperature: 0.5, n: 2}",
     )
-    finished = command(*args, mark=mark, TENSORBOARD_DIR=str(tmp_path / "tensorboard"))
+    finished = command(*args, mark=mark, cwd=tmp_path, PYTHONPATH=str(ROOT), **OFFLINE)
     assert finished.returncode == 0, finished.stderr
     assert "running on cpu: 2 worker" in finished.stderr
     assert processes_marked(mark) == []
@@ -159,8 +168,14 @@ def test_three_steps_on_two_workers_leave_logs_checkpoints_and_curves(
     assert tracker["best_val_reward_score"] == pytest.approx(max(scores.values()), abs=1e-4)
     assert (tmp_path / "global_step_3" / "dataloader.pt").exists()
     assert len(list((tmp_path / "global_step_3" / "actor").glob("*_world_size_2_rank_*.pt"))) == 6
-    assert list((tmp_path / "tensorboard").rglob("events.out.tfevents.*"))
     assert "[prompt]" in (tmp_path / "generations.log").read_text()
+
+    assert list((tmp_path / "tensorboard_log").rglob("events.out.tfevents.*"))
+    ids = json.loads((tmp_path / "run_ids.json").read_text())
+    assert len(list(tmp_path.glob(f"wandb/offline-run-*-{ids['wandb']}/run-{ids['wandb']}.wandb"))) == 1
+    assert len(list(tmp_path.glob(f"swanlab_log/run-*-{ids['swanlab']}/media/text/*.txt"))) == 6
+    assert len(list(tmp_path.glob(f"mlruns/1/{ids['mlflow']}/artifacts/val/generations/step_*.txt"))) == 3
+    assert "training goes on" not in finished.stderr
 
 
 def test_token_weights_follow_their_rows_through_balancing_to_the_update(

@@ -183,7 +183,7 @@ class TrainerConfig(ConfigSection):
     logger: list[Literal["console", "file", "mlflow", "swanlab", "tensorboard", "wandb"]] = field(
         default_factory=lambda: ["console", "wandb"]
     )
-    """Where metrics go."""
+    """Where metrics and sampled generations go: one name or a list."""
     nnodes: int = 1
     """Machines of the Ray cluster to use."""
     n_gpus_per_node: int = 8
@@ -326,12 +326,11 @@ def require_available(config: PPOConfig) -> None:
         ValueError: one line for each key that must be given and is not, and for each feature asked for that this
             version does not have yet, with what to use now.
     """
-    algorithm, worker, trainer = config.algorithm, config.worker, config.trainer
-    actor, loggers = worker.actor, [name for name in trainer.logger if name not in ("console", "file", "tensorboard")]
+    algorithm, worker = config.algorithm, config.worker
     given = {
         "data.train_files": config.data.train_files,
         "data.val_files": config.data.val_files,
-        "worker.actor.model.model_path": actor.model.model_path,
+        "worker.actor.model.model_path": worker.actor.model.model_path,
         "worker.reward.reward_function": worker.reward.reward_function,
     }
     problems = [f"{key} is required and not given" for key, value in given.items() if not value]
@@ -343,7 +342,6 @@ def require_available(config: PPOConfig) -> None:
 
     wanted = [
         (not worker.hybrid_engine, "worker.hybrid_engine=false", "worker.hybrid_engine=true"),
-        (bool(loggers), f"trainer.logger=[{','.join(trainer.logger)}]", "console, file and tensorboard"),
     ]
     for prefix, model in config.trained_models.items():
         wanted += _wanted_of_model(prefix, model)

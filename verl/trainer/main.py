@@ -18,6 +18,7 @@ from verl.trainer.config import (
     speed_notes,
 )
 from verl.utils.batch_plan import BatchPlan
+from verl.utils.tracking import Tracker, require_loggers
 
 logger = logging.getLogger("verl.trainer.main")  # __name__ is __main__ under `python -m`
 
@@ -86,6 +87,7 @@ def run(config: PPOConfig) -> None:
 def prepare(config: PPOConfig) -> BatchPlan:
     """The run's batch numbers; everything that can be refused without starting a process is refused here."""
     require_available(config)
+    require_loggers(config.trainer.logger)
     plan = BatchPlan.from_config(config, config.trainer.nnodes * config.trainer.n_gpus_per_node)
     # They load torch, so every other mistake is told first.
     from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS
@@ -103,7 +105,6 @@ def _train(config: PPOConfig, plan: BatchPlan) -> None:
     from verl.utils.batch_plan import training_steps
     from verl.utils.checkpoint import find_resume_point
     from verl.utils.tokenizer import get_processor, get_tokenizer
-    from verl.utils.tracking import Tracker
     from verl.workers.reward.function import AutoRewardManager
 
     device = detect_device()
@@ -134,7 +135,7 @@ def _train(config: PPOConfig, plan: BatchPlan) -> None:
         trainer_config.experiment_name,
         trainer_config.save_checkpoint_path,
         total_steps=steps,
-        resume_step=resume_point.step if resume_point else 0,
+        resume_point=resume_point,
     ) as tracker:
         trainer = RayDAPOTrainer(
             config, plan, steps, tokenizer, train_loader, val_loader, reward_manager, device, tracker, resume_point

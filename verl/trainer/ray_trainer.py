@@ -583,7 +583,7 @@ class RayDAPOTrainer:
         if self.config.algorithm.kl_coef_adapts:
             self._resume_kl_coef(point.folder)
         self.global_step = point.step
-        if os.path.dirname(os.path.abspath(point.folder)) == trainer.save_checkpoint_path:
+        if point.is_under(trainer.save_checkpoint_path):
             self.last_saved_step = point.step
         self.best_step, self.best_score = point.best_step, point.best_score
         self.tracker.note(f"resumed from {point.folder} at step {point.step} of {self.training_steps}")

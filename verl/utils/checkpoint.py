@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 CHECKPOINT_TRACKER = "checkpoint_tracker.json"
@@ -77,8 +77,8 @@ def write_tracker(
 ) -> None:
     """Records which checkpoint is the latest and which is the best.
 
-    Call it when the checkpoint of `last_global_step` is complete. A reader sees the old file or the new one, never
-    half of one. `best_global_step` and `best_val_reward_score` are None while there has been no validation.
+    Call it when the checkpoint of `last_global_step` is complete. `best_global_step` and `best_val_reward_score` are
+    None while there has been no validation.
     """
     tracker = {
         "best_global_step": best_global_step,
@@ -86,10 +86,15 @@ def write_tracker(
         "last_global_step": last_global_step,
         "last_actor_path": os.path.join(os.path.abspath(step_folder(root, last_global_step)), "actor"),
     }
-    path = os.path.join(root, CHECKPOINT_TRACKER)
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(tracker, file, indent=2)
-    os.replace(path + ".tmp", path)
+    write_json(os.path.join(root, CHECKPOINT_TRACKER), tracker)
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Writes a file so that a reader sees the old one or the new one, never half of one."""
+    unfinished = f"{os.fspath(path)}.tmp"
+    with open(unfinished, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+    os.replace(unfinished, path)
 
 
 def find_latest_ckpt(path: str) -> tuple[str | None, dict[str, Any]]:
@@ -124,6 +129,10 @@ class ResumePoint:
     best_step: int | None = None
     best_score: float | None = None
 
+    def is_under(self, root: str) -> bool:
+        """Whether it was saved under `root`: a run that saves there too is the same run, resumed."""
+        return os.path.dirname(os.path.abspath(self.folder)) == os.path.abspath(root)
+
 
 def find_resume_point(save_path: str, load_path: str | None, find_last: bool) -> ResumePoint | None:
     """Where a run begins: `load_path` if given, else the latest checkpoint under `save_path` if `find_last` (or None).
@@ -134,9 +143,11 @@ def find_resume_point(save_path: str, load_path: str | None, find_last: bool) ->
     folder = load_path if load_path is not None else (latest if find_last else None)
     if folder is None:
         return None
-    if os.path.dirname(os.path.abspath(folder)) != os.path.abspath(save_path):
-        tracker = {}
-    return ResumePoint(folder, step_of(folder), tracker.get("best_global_step"), tracker.get("best_val_reward_score"))
+    point = ResumePoint(folder, step_of(folder))
+    if point.is_under(save_path):
+        best_step, best_score = tracker.get("best_global_step"), tracker.get("best_val_reward_score")
+        return replace(point, best_step=best_step, best_score=best_score)
+    return point
 
 
 def remove_obsolete_ckpt(path: str, global_step: int, best_global_step: int | None, save_limit: int) -> None:

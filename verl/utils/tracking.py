@@ -1,205 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where metrics, sampled generations and progress go: a `Tracker` in front of the sinks named in `trainer.logger`."""
+"""Where metrics, sampled generations and progress go: a `Tracker` before the loggers that `trainer.logger` names."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
+from verl.utils.checkpoint import ResumePoint, write_json
+from verl.utils.library_sinks import MlflowSink, SwanlabSink, TensorboardSink, WandbSink
+from verl.utils.sinks import ConsoleSink, FileSink, Generation, Run, Sink
 
+logger = logging.getLogger(__name__)
 
-class Generation(NamedTuple):
-    """One sample shown to the reader: the prompt, what the model wrote, the ground truth, the reward."""
+SINKS: dict[str, type[Sink]] = {
+    "console": ConsoleSink,
+    "file": FileSink,
+    "mlflow": MlflowSink,
+    "swanlab": SwanlabSink,
+    "tensorboard": TensorboardSink,
+    "wandb": WandbSink,
+}
+"""Every logger by its name. A new one joins here and in the choices of `TrainerConfig.logger`."""
 
-    input: str
-    output: str
-    label: str
-    score: float
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a sink may want to know about the run it reports on."""
-
-    config: dict[str, Any]
-    """The whole configuration as plain dicts and lists."""
-    project_name: str
-    experiment_name: str
-    output_dir: Path
-    """Folder of the run's own files; it exists."""
-    total_steps: int
-    resume_step: int
-    """The step that a resumed run continues after; 0 for a fresh one."""
+RUN_IDS = "run_ids.json"
+"""File in the run's folder with the ids that servers gave to it."""
 
 
-class Sink:
-    """One destination. A subclass overrides what it can show and ignores the rest."""
+def require_loggers(loggers: Iterable[str]) -> None:
+    """Raise unless every logger exists and its library is installed; imports none of them.
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Takes the metrics of one step; may be called more than once for a step."""
-
-    def log_generations(self, samples: Sequence[Generation], step: int) -> None:
-        """Takes a few samples of a validation."""
-
-    def phase(self, name: str) -> None:
-        """Hears which phase of the step begins."""
-
-    def note(self, text: str) -> None:
-        """Takes a line for the person who watches the run."""
-
-    def close(self) -> None:
-        """Writes out what is buffered."""
-
-
-class ConsoleSink(Sink):
-    """A progress bar over the steps on a terminal, log messages above it; elsewhere one compact line a step."""
-
-    SHOWN = {
-        "reward/overall": ("reward", ".3f"),
-        "val/reward_score": ("held-out", ".3f"),
-        "response_length/mean": ("length", ".1f"),
-        "perf/time_per_step": ("s/step", ".1f"),
-    }
-    """Metrics worth the line: name -> (label, format)."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
-        self._latest: dict[str, float] = {}
-        self._at_close = ExitStack()
-        self._bar = self._at_close.enter_context(
-            tqdm(
-                total=run.total_steps,
-                initial=run.resume_step,
-                desc="starting",
-                unit="step",
-                dynamic_ncols=True,
-                file=sys.stderr,
-                disable=not sys.stderr.isatty(),
-            )
-        )
-        if not self._bar.disable:
-            self._at_close.enter_context(logging_redirect_tqdm())
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self._latest.update((name, value) for name, value in metrics.items() if name in self.SHOWN)
-        held_out = {name.removeprefix("val/"): value for name, value in metrics.items() if name.startswith("val/")}
-        if held_out:
-            scores = ", ".join(f"{name} {value:.3f}" for name, value in held_out.items())
-            self.note(f"validation at step {step}: {scores}")
-
-        shown = [
-            (label, form, self._latest[name]) for name, (label, form) in self.SHOWN.items() if name in self._latest
-        ]
-        figures = ", ".join(f"{label} {value:{form}}" for label, form, value in shown)
-        if not self._bar.disable:
-            self._bar.set_postfix_str(figures, refresh=False)
-            self._bar.update(step - self._bar.n)
-            self._bar.refresh()
-        elif "reward/overall" in metrics:
-            self.note(f"step {step}/{self.run.total_steps}: {figures}")
-
-    def log_generations(self, samples: Sequence[Generation], step: int) -> None:
-        for number, sample in enumerate(samples, start=1):
-            self.note(
-                f"--- step {step}, sample {number} of {len(samples)}, score {sample.score:.3f}\n"
-                f"[prompt] {sample.input}\n[output] {sample.output}\n[ground_truth] {sample.label}"
-            )
-
-    def phase(self, name: str) -> None:
-        self._bar.set_description(name)
-
-    def note(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
-
-    def close(self) -> None:
-        self._at_close.close()
-
-
-class FileSink(Sink):
-    """Three files beside the checkpoints: the configuration, a JSON line per `log`, the sampled generations.
-
-    A resumed run appends to the last two. Steps that the interrupted run took after its last checkpoint then appear
-    twice in `experiment_log.jsonl`; the later line is the one that the weights have seen.
+    Raises:
+        ValueError: one line for each that does not or is not.
     """
-
-    CONFIG = "experiment_config.json"
-    LOG = "experiment_log.jsonl"
-    GENERATIONS = "generations.log"
-
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
-        (run.output_dir / self.CONFIG).write_text(json.dumps(run.config, indent=2, ensure_ascii=False), "utf-8")
-        if run.resume_step == 0:
-            for name in (self.LOG, self.GENERATIONS):
-                (run.output_dir / name).write_text("", "utf-8")
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        # JSON has no word for NaN and infinity.
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._append(self.LOG, json.dumps({"step": step, **nested(finite)}) + "\n")
-
-    def log_generations(self, samples: Sequence[Generation], step: int) -> None:
-        for sample in samples:
-            self._append(
-                self.GENERATIONS,
-                f"[prompt] {sample.input}\n[output] {sample.output}\n"
-                f"[ground_truth] {sample.label}\n[score] {sample.score}\n\n",
-            )
-
-    def _append(self, name: str, text: str) -> None:
-        with open(self.run.output_dir / name, "a", encoding="utf-8") as file:
-            file.write(text)
+    problems = []
+    for name in loggers:
+        if name not in SINKS:
+            problems.append(f"trainer.logger={name} does not exist; choose from {', '.join(SINKS)}")
+        elif (library := SINKS[name].LIBRARY) is not None and not _is_installed(library):
+            install = f"pip install -e '.[{name}]' in the repository's root installs it"
+            problems.append(f"trainer.logger={name} needs the package {library}, which is not installed; {install}")
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
-class TensorboardSink(Sink):
-    """Event files in `$TENSORBOARD_DIR/<project>/<experiment>`, with the configuration as hyper-parameters."""
-
-    def __init__(self, run: Run) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # seconds to import, so only where it is asked for
-
-        super().__init__(run)
-        folder = Path(os.environ.get("TENSORBOARD_DIR", "tensorboard_log")) / run.project_name / run.experiment_name
-        # Points past the checkpoint belong to steps that are taken again: viewers drop them at the purge mark.
-        self._writer = SummaryWriter(str(folder), purge_step=run.resume_step + 1 if run.resume_step else None)
-        self._writer.add_hparams(hyper_parameters(run.config), metric_dict={}, run_name=".")
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-SINKS: dict[str, type[Sink]] = {"console": ConsoleSink, "file": FileSink, "tensorboard": TensorboardSink}
+def _is_installed(library: str) -> bool:
+    # A folder of that name in the working folder, as wandb leaves one, is found too, but has no file to import.
+    spec = find_spec(library)
+    return spec is not None and spec.origin is not None
 
 
 class Tracker:
-    """Hands every report of the run to all the sinks asked for. Usable as a context manager.
+    """Hands every report of the run to all the loggers asked for. Usable as a context manager.
+
+    A logger that cannot start ends the run. One that fails later does too, unless it has a server behind it: then
+    the failure is logged with its traceback and training goes on, for its results are worth more than their report.
 
     Args:
         loggers: names out of `SINKS`.
         config: the whole configuration as plain dicts and lists.
         project_name, experiment_name: how the run is labelled.
-        output_dir: folder of the run's own files, made if missing.
+        output_dir: folder of the run's own files, made if missing. A run that goes on from a checkpoint in it keeps
+            its log files and its ids at the servers; any other starts them anew.
         total_steps: the step at which training ends.
-        resume_step: the step of the checkpoint that the run continues from; 0 starts the log files anew.
+        resume_point: the checkpoint that the run starts from; None for the model's own weights.
 
     Raises:
-        ValueError: a logger that does not exist.
+        ValueError: a logger that does not exist or whose library is not installed.
     """
 
     def __init__(
@@ -210,75 +80,66 @@ class Tracker:
         experiment_name: str,
         output_dir: str | Path,
         total_steps: int,
-        resume_step: int = 0,
+        resume_point: ResumePoint | None = None,
     ) -> None:
-        unknown = [name for name in loggers if name not in SINKS]
-        if unknown:
-            raise ValueError(f"trainer.logger names {unknown}, which this version lacks; choose from {sorted(SINKS)}")
-        run = Run(config, project_name, experiment_name, Path(output_dir), total_steps, resume_step)
-        run.output_dir.mkdir(parents=True, exist_ok=True)
-        self._sinks = [SINKS[name](run) for name in loggers]
+        require_loggers(loggers)
+        output_dir = Path(output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        ids_file = output_dir / RUN_IDS
+        continues = resume_point is not None and resume_point.is_under(str(output_dir))
+        kept_ids = json.loads(ids_file.read_text("utf-8")) if continues and ids_file.exists() else {}
+        resume_step = resume_point.step if resume_point is not None else 0
+        run = Run(config, project_name, experiment_name, output_dir, total_steps, resume_step, continues, kept_ids)
+
+        self._sinks: dict[str, Sink] = {}
+        for name in dict.fromkeys(loggers):
+            try:
+                self._sinks[name] = SINKS[name](run)
+            except BaseException as error:
+                error.add_note(f"The logger that could not start is trainer.logger={name}.")
+                if name in kept_ids:
+                    error.add_note(f"It was to take up run {kept_ids[name]}; without {ids_file} it starts a new one.")
+                self.close(failed=True)
+                raise
+        ids = kept_ids | {name: sink.run_id for name, sink in self._sinks.items() if sink.run_id is not None}
+        if ids:
+            write_json(ids_file, ids)
+        else:
+            ids_file.unlink(missing_ok=True)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Reports metrics named `area/name`: Python numbers, numpy scalars or one-element tensors."""
         values = {name: float(value) for name, value in metrics.items()}
-        for sink in self._sinks:
-            sink.log(values, step)
+        self._tell(lambda sink: sink.log(values, step))
 
     def log_generations(self, samples: Sequence[tuple[str, str, str, float]], step: int) -> None:
         """Reports samples as (input, output, label, score)."""
         generations = [Generation(*sample) for sample in samples]
-        for sink in self._sinks:
-            sink.log_generations(generations, step)
+        self._tell(lambda sink: sink.log_generations(generations, step))
 
     def phase(self, name: str) -> None:
         """Says which phase of the step begins."""
-        for sink in self._sinks:
-            sink.phase(name)
+        self._tell(lambda sink: sink.phase(name))
 
     def note(self, text: str) -> None:
         """Says a line to the person who watches the run."""
-        for sink in self._sinks:
-            sink.note(text)
+        self._tell(lambda sink: sink.note(text))
 
-    def close(self) -> None:
-        """Writes out and releases every sink."""
-        for sink in self._sinks:
-            sink.close()
+    def close(self, failed: bool = False) -> None:
+        """Writes out and releases every logger; `failed` is whether an exception ends the run."""
+        self._tell(lambda sink: sink.close(failed))
+
+    def _tell(self, report: Callable[[Sink], None]) -> None:
+        for name, sink in self._sinks.items():
+            try:
+                report(sink)
+            except Exception:
+                if not sink.HAS_SERVER:
+                    raise
+                logger.exception("trainer.logger=%s failed; training goes on without this report", name)
 
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-
-def nested(metrics: Mapping[str, float | None]) -> dict[str, Any]:
-    """`{"a/b": 1, "a/c": 2}` as `{"a": {"b": 1, "c": 2}}`.
-
-    Raises:
-        ValueError: a name is both a metric and an area, as "a" and "a/b" are.
-    """
-    tree: dict[str, Any] = {}
-    for name, value in metrics.items():
-        *areas, leaf = name.split("/")
-        branch = tree
-        for area in areas:
-            branch = branch.setdefault(area, {})
-            if not isinstance(branch, dict):
-                raise ValueError(f"metric {name!r} lies below another metric's name; rename one of the two")
-        if leaf in branch:
-            raise ValueError(f"metric {name!r} is also the area of other metrics; rename one of the two")
-        branch[leaf] = value
-    return tree
-
-
-def hyper_parameters(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | float | str]:
-    """The configuration with dotted keys and values of the kinds that tensorboard takes; others become text."""
-    flat: dict[str, bool | float | str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat |= hyper_parameters(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
-    return flat
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        self.close(failed=kind is not None)

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loggers that a library stands behind: tensorboard, wandb, swanlab, mlflow; each is imported when it is asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import indent
+from typing import Any
+
+from verl.utils.sinks import Generation, Run, Sink
+
+GENERATIONS = "val/generations"
+"""Name of the sampled generations at every logger."""
+
+
+class TensorboardSink(Sink):
+    """Event files in `$TENSORBOARD_DIR/<project>/<experiment>`, with the configuration as hyper-parameters.
+
+    Points past the step that the run starts from are of steps that are taken again: viewers drop them.
+    """
+
+    LIBRARY = "tensorboard"
+
+    def __init__(self, run: Run) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        super().__init__(run)
+        folder = Path(os.environ.get("TENSORBOARD_DIR", "tensorboard_log")) / run.project_name / run.experiment_name
+        self._writer = SummaryWriter(str(folder), purge_step=run.resume_step + 1 if run.resume_step else 0)
+        self._writer.add_hparams(hyper_parameters(run.config), metric_dict={}, run_name=".")
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def log_generations(self, samples: Sequence[Generation], step: int) -> None:
+        # The text is shown as Markdown without HTML tags; what is set in like code keeps its <think> and its lines.
+        blocks = [
+            f"**sample {number}, score {sample.score:.3f}**\n\n{indent(sample.tagged(), '    ', lambda line: True)}"
+            for number, sample in enumerate(samples, start=1)
+        ]
+        self._writer.add_text(GENERATIONS, "\n\n".join(blocks), step)
+        self._writer.flush()
+
+    def close(self, failed: bool) -> None:
+        self._writer.close()
+
+
+class WandbSink(Sink):
+    """A run of Weights & Biases, set up by its own `WANDB_*` variables; the x axis of every chart is `global_step`.
+
+    Its own `Step` cannot go back. It is the training step too, until a resumed run takes steps again that the server
+    knows: it would drop them, so they get further rows, with the `global_step` that is theirs.
+    """
+
+    LIBRARY = "wandb"
+    HAS_SERVER = True
+    STEP = "global_step"
+
+    def __init__(self, run: Run) -> None:
+        import wandb
+
+        super().__init__(run)
+        kept = run.kept_ids.get("wandb")
+        self._table_of = wandb.Table
+        self._rows: list[list[Any]] = []
+        self._wandb_run = wandb.init(
+            project=run.project_name,
+            name=run.experiment_name,
+            config=run.config,
+            id=kept,
+            resume="allow" if kept else None,
+            allow_val_change=True,
+        )
+        self._wandb_run.define_metric("*", step_metric=self.STEP)
+        self.run_id = self._wandb_run.id
+        self._step, self._row = -1, self._wandb_run.step - 1
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._log_row(metrics, step)
+
+    def log_generations(self, samples: Sequence[Generation], step: int) -> None:
+        """A table with a row for each validation, `step, input_1, output_1, label_1, score_1, input_2, ...`.
+
+        Tables do not grow: each validation logs all rows since the start or the resume once more.
+        """
+        numbers = range(1, len(samples) + 1)
+        columns = ["step", *(f"{field}_{number}" for number in numbers for field in Generation._fields)]
+        self._rows.append([step, *(value for sample in samples for value in sample)])
+        self._log_row({GENERATIONS: self._table_of(columns=columns, data=self._rows)}, step)
+
+    def _log_row(self, values: Mapping[str, Any], step: int) -> None:
+        if step != self._step:
+            self._step, self._row = step, max(step, self._row + 1)
+        self._wandb_run.log({**values, self.STEP: step}, step=self._row)
+
+    def close(self, failed: bool) -> None:
+        self._wandb_run.finish(exit_code=int(failed))
+
+
+class SwanlabSink(Sink):
+    """An experiment of SwanLab, set up by its own `SWANLAB_*` variables; its files are in `$SWANLAB_DIR`.
+
+    Its metrics cannot go back: of steps that a resumed run takes again, the server keeps the first attempt's.
+    """
+
+    LIBRARY = "swanlab"
+    HAS_SERVER = True
+
+    def __init__(self, run: Run) -> None:
+        import swanlab
+
+        super().__init__(run)
+        kept = run.kept_ids.get("swanlab")
+        self._text_of = swanlab.Text
+        self._swanlab_run = swanlab.init(
+            project=run.project_name,
+            name=run.experiment_name,
+            config=run.config,
+            log_dir=os.environ.get("SWANLAB_DIR", "swanlab_log"),
+            id=kept,
+            resume="allow" if kept else None,
+        )
+        self.run_id = self._swanlab_run.id
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._swanlab_run.log(metrics, step)
+
+    def log_generations(self, samples: Sequence[Generation], step: int) -> None:
+        texts = [
+            self._text_of(sample.tagged(), caption=f"sample {number}, score {sample.score:.3f}")
+            for number, sample in enumerate(samples, start=1)
+        ]
+        self._swanlab_run.log({GENERATIONS: texts}, step)
+
+    def close(self, failed: bool) -> None:
+        if failed:
+            self._swanlab_run.finish("crashed", error="an exception ended the run")
+        else:
+            self._swanlab_run.finish()
+
+
+class MlflowSink(Sink):
+    """A run of MLflow at `$MLFLOW_TRACKING_URI`, else in `./mlflow.db`; the configuration is its parameters.
+
+    The experiment is the project's name, unless `MLFLOW_EXPERIMENT_NAME` or `MLFLOW_EXPERIMENT_ID` says otherwise.
+    Parameters cannot change: a resumed run has those that it was first started with.
+    """
+
+    LIBRARY = "mlflow"
+    HAS_SERVER = True
+
+    def __init__(self, run: Run) -> None:
+        import mlflow
+
+        super().__init__(run)
+        self._mlflow = mlflow
+        kept = run.kept_ids.get("mlflow")
+        experiment_id = None  # the one that the variables name
+        if not {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} & set(os.environ):
+            known = mlflow.get_experiment_by_name(run.project_name)
+            experiment_id = known.experiment_id if known else mlflow.create_experiment(run.project_name)
+        self.run_id = mlflow.start_run(kept, experiment_id, run.experiment_name).info.run_id
+        if kept is None:
+            mlflow.log_params({self._name(key): value for key, value in hyper_parameters(run.config).items()})
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        # From a thread of its own: a server that does not answer is asked again for minutes.
+        values = {self._name(name): value for name, value in metrics.items()}
+        self._mlflow.log_metrics(values, step, synchronous=False, run_id=self.run_id)
+
+    def log_generations(self, samples: Sequence[Generation], step: int) -> None:
+        """A text of each validation among the run's artifacts; mlflow's own tables take the text 7 for a number."""
+        text = "\n\n".join(f"{sample.tagged()}\n[score] {sample.score}" for sample in samples)
+        self._mlflow.log_text(text, f"{GENERATIONS}/step_{step:06}.txt", self.run_id)
+
+    def close(self, failed: bool) -> None:
+        self._mlflow.flush_async_logging()
+        self._mlflow.end_run("FAILED" if failed else "FINISHED")
+
+    @staticmethod
+    def _name(name: str) -> str:
+        """`name` in the characters that the server takes."""
+        return re.sub(r"[^\w/.\- ]", "_", name)
+
+
+def hyper_parameters(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | float | str]:
+    """The configuration with dotted keys and values that are numbers or text; others become text."""
+    flat: dict[str, bool | float | str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= hyper_parameters(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+    return flat

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a logger is: a `Sink` that hears everything about one `Run`. Here too are the two that need no library."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+
+class Generation(NamedTuple):
+    """One sample shown to the reader: the prompt, what the model wrote, the ground truth, the reward."""
+
+    input: str
+    output: str
+    label: str
+    score: float
+
+    def tagged(self) -> str:
+        """The three texts, each behind its tag."""
+        return f"[prompt] {self.input}\n[output] {self.output}\n[ground_truth] {self.label}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a sink may want to know about the run it reports on."""
+
+    config: dict[str, Any]
+    """The whole configuration as plain dicts and lists."""
+    project_name: str
+    experiment_name: str
+    output_dir: Path
+    """Folder of the run's own files; it exists."""
+    total_steps: int
+    resume_step: int
+    """The step of the checkpoint that the run starts from; 0 for the model's own weights."""
+    continues: bool
+    """Whether that checkpoint lies in `output_dir`, so that this run and the one that saved it are one."""
+    kept_ids: dict[str, str]
+    """Ids that servers gave to the run before it was interrupted, by logger; empty unless it `continues`."""
+
+
+class Sink:
+    """One destination. A subclass overrides what it can show and ignores the rest."""
+
+    LIBRARY: ClassVar[str | None] = None
+    """The module that it imports when it is made, beyond what every run needs."""
+    HAS_SERVER: ClassVar[bool] = False
+    """Whether it may fail because a server or the way to it does, for which a run must not die half-way."""
+
+    run_id: str | None = None
+    """The id to take up when the run is resumed; a subclass whose server gives ids sets it."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Takes the metrics of one step; may be called more than once for a step."""
+
+    def log_generations(self, samples: Sequence[Generation], step: int) -> None:
+        """Takes a few samples of a validation."""
+
+    def phase(self, name: str) -> None:
+        """Hears which phase of the step begins."""
+
+    def note(self, text: str) -> None:
+        """Takes a line for the person who watches the run."""
+
+    def close(self, failed: bool) -> None:
+        """Writes out what is buffered; `failed` is whether an exception ends the run."""
+
+
+class ConsoleSink(Sink):
+    """A progress bar over the steps on a terminal, log messages above it; elsewhere one compact line a step."""
+
+    SHOWN = {
+        "reward/overall": ("reward", ".3f"),
+        "val/reward_score": ("held-out", ".3f"),
+        "response_length/mean": ("length", ".1f"),
+        "perf/time_per_step": ("s/step", ".1f"),
+    }
+    """Metrics worth the line: name -> (label, format)."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self._latest: dict[str, float] = {}
+        self._at_close = ExitStack()
+        self._bar = self._at_close.enter_context(
+            tqdm(
+                total=run.total_steps,
+                initial=run.resume_step,
+                desc="starting",
+                unit="step",
+                dynamic_ncols=True,
+                file=sys.stderr,
+                disable=not sys.stderr.isatty(),
+            )
+        )
+        if not self._bar.disable:
+            self._at_close.enter_context(logging_redirect_tqdm())
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._latest.update((name, value) for name, value in metrics.items() if name in self.SHOWN)
+        held_out = {name.removeprefix("val/"): value for name, value in metrics.items() if name.startswith("val/")}
+        if held_out:
+            scores = ", ".join(f"{name} {value:.3f}" for name, value in held_out.items())
+            self.note(f"validation at step {step}: {scores}")
+
+        shown = [
+            (label, form, self._latest[name]) for name, (label, form) in self.SHOWN.items() if name in self._latest
+        ]
+        figures = ", ".join(f"{label} {value:{form}}" for label, form, value in shown)
+        if not self._bar.disable:
+            self._bar.set_postfix_str(figures, refresh=False)
+            self._bar.update(step - self._bar.n)
+            self._bar.refresh()
+        elif "reward/overall" in metrics:
+            self.note(f"step {step}/{self.run.total_steps}: {figures}")
+
+    def log_generations(self, samples: Sequence[Generation], step: int) -> None:
+        for number, sample in enumerate(samples, start=1):
+            self.note(
+                f"--- step {step}, sample {number} of {len(samples)}, score {sample.score:.3f}\n{sample.tagged()}"
+            )
+
+    def phase(self, name: str) -> None:
+        self._bar.set_description(name)
+
+    def note(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self, failed: bool) -> None:
+        self._at_close.close()
+
+
+class FileSink(Sink):
+    """Three files beside the checkpoints: the configuration, a JSON line per `log`, the sampled generations.
+
+    A resumed run appends to the last two. Steps that the interrupted run took after its last checkpoint then appear
+    twice in `experiment_log.jsonl`; the later line is the one that the weights have seen.
+    """
+
+    CONFIG = "experiment_config.json"
+    LOG = "experiment_log.jsonl"
+    GENERATIONS = "generations.log"
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        (run.output_dir / self.CONFIG).write_text(json.dumps(run.config, indent=2, ensure_ascii=False), "utf-8")
+        if not run.continues:
+            for name in (self.LOG, self.GENERATIONS):
+                (run.output_dir / name).write_text("", "utf-8")
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        # JSON has no word for NaN and infinity.
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._append(self.LOG, json.dumps({"step": step, **nested(finite)}) + "\n")
+
+    def log_generations(self, samples: Sequence[Generation], step: int) -> None:
+        for sample in samples:
+            self._append(self.GENERATIONS, f"{sample.tagged()}\n[score] {sample.score}\n\n")
+
+    def _append(self, name: str, text: str) -> None:
+        with open(self.run.output_dir / name, "a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def nested(metrics: Mapping[str, float | None]) -> dict[str, Any]:
+    """`{"a/b": 1, "a/c": 2}` as `{"a": {"b": 1, "c": 2}}`.
+
+    Raises:
+        ValueError: a name is both a metric and an area, as "a" and "a/b" are.
+    """
+    tree: dict[str, Any] = {}
+    for name, value in metrics.items():
+        *areas, leaf = name.split("/")
+        branch = tree
+        for area in areas:
+            branch = branch.setdefault(area, {})
+            if not isinstance(branch, dict):
+                raise ValueError(f"metric {name!r} lies below another metric's name; rename one of the two")
+        if leaf in branch:
+            raise ValueError(f"metric {name!r} is also the area of other metrics; rename one of the two")
+        branch[leaf] = value
+    return tree
