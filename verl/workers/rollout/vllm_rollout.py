@@ -25,6 +25,7 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
+from ray import cloudpickle
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from vllm import LLM, RequestOutput, SamplingParams
 
@@ -208,8 +209,10 @@ class VLLMRollout(Rollout):
         """The outputs of this worker's requests; a group's engines work on the requests of all its workers."""
         if self.group is None:
             return self._outputs(own, sampling)
-        by_rank: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(by_rank, own, group=self.group)
+        pickled: list[Any] = [None] * dist.get_world_size(self.group)
+        # With Ray's pickle: any other leaves out of an image's reference who owns it, and who asks waits for ever.
+        dist.all_gather_object(pickled, cloudpickle.dumps(own), group=self.group)
+        by_rank = [cloudpickle.loads(requests) for requests in pickled]
         outputs = self._outputs([request for requests in by_rank for request in requests], sampling)
         first = sum(len(requests) for requests in by_rank[: dist.get_rank(self.group)])
         return outputs[first : first + len(own)]
