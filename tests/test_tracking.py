@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from verl.trainer.config import TrainerConfig
+from verl.trainer.config import TrainerConfig, load_config
+from verl.trainer.main import prepare
 from verl.utils.checkpoint import ResumePoint
 from verl.utils.sinks import Sink, nested
 from verl.utils.tracking import RUN_IDS, SINKS, Tracker, require_loggers
@@ -114,6 +115,23 @@ def test_a_library_that_is_not_installed_is_told_with_the_command_that_installs_
         assert line.startswith(f"trainer.logger={name} needs the package {library}, which is not installed")
         assert f"pip install -e '.[{name}]'" in line
         assert f'"{name}": [' in (ROOT / "setup.py").read_text()
+
+
+def test_a_missing_library_is_told_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setitem(SINKS, "mlflow", type("Absent", (Sink,), {"LIBRARY": "no_such_library"}))
+    (tmp_path / "reward.py").write_text("def main(reward_inputs): ...\n")
+    config = load_config(
+        [
+            "data.train_files=org/set@train",
+            "data.val_files=org/set@test",
+            "worker.actor.model.model_path=org/model",
+            "worker.rollout.name=hf",
+            f"worker.reward.reward_function={tmp_path}/reward.py",
+            "trainer.logger=[console,mlflow]",
+        ]
+    )
+    with pytest.raises(ValueError, match="trainer.logger=mlflow needs the package no_such_library"):
+        prepare(config)
 
 
 def test_a_logger_that_cannot_start_is_named_and_the_others_are_closed(tmp_path, more_sinks):
