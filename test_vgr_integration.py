@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # python -m pytest test_vgr_integration.py
-"""VGR token weights from end to end in half a minute, on a tiny random Qwen2.5-VL: `python3 test_vgr_integration.py`.
+"""VGR token weights from end to end in about a minute, on a tiny random Qwen2.5-VL: `python3 test_vgr_integration.py`.
 
 Five checks, each ticked as it passes; the same five run under pytest. The tests in `tests/` go deep, this file shows
 that an installation works.
@@ -82,9 +82,9 @@ def test_configuration() -> None:
     assert algorithm.token_weight_last_k_layers is None
     assert RolloutConfig().collect_attentions is False
 
-    quickstart = load_config(["algorithm.token_weight_clip=[0.1,5.0]", "worker.rollout.collect_attentions=true"])
-    assert quickstart.algorithm.token_weight_clip == (0.1, 5.0)
-    assert quickstart.worker.rollout.collect_attentions is True
+    overridden = load_config(["algorithm.token_weight_clip=[0.1,5.0]", "worker.rollout.collect_attentions=true"])
+    assert overridden.algorithm.token_weight_clip == (0.1, 5.0)
+    assert overridden.worker.rollout.collect_attentions is True
 
 
 def test_attention_metrics() -> None:
@@ -187,6 +187,7 @@ CHECKS = {
 }
 
 if __name__ == "__main__":
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars would tear the list of ticks apart
     for name, check in CHECKS.items():
         check()
         print(f"✓ {name}", flush=True)
