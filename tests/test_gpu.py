@@ -2,6 +2,7 @@
 # python -m pytest tests/test_gpu.py
 """What only a CUDA device can show: the run goes there by itself, offloaded memory comes back, kernels are right."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,17 @@ import torch
 from torch import nn
 from transformers.utils import is_flash_attn_2_available
 
-from tests.batches import ROWS, write_dataset
+from tests.batches import ROWS, make_prompts, write_dataset
+from tests.probe import ProbeWorker, make_config
 from tests.test_attention_recorder import QWEN, answered, record, recorded_and_expected_of_own_queries
 from tests.test_training_run import arguments, command, lines_of
 from verl.models.kernels.attention_mass import BACKENDS, KeyPlan, default_backend
+from verl.protocol import DataProto
+from verl.single_controller.worker_group import WorkerGroup
 from verl.utils.attention_metrics import KeyKind
+from verl.utils.batch_plan import BatchPlan
 from verl.workers.fsdp2 import resident
+from verl.workers.rollout.base import Sampling
 
 pytestmark = [
     pytest.mark.gpu,
@@ -120,3 +126,46 @@ def test_under_flash_attention_2_the_mass_is_that_of_the_models_own_queries_and_
     recorded, expected = recorded_and_expected_of_own_queries(model, inputs, case.kinds, monkeypatch)
     torch.testing.assert_close(recorded, expected, atol=1e-3, rtol=0)
     torch.testing.assert_close(recorded, under_sdpa.cpu().double(), atol=0.02, rtol=0)
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_sleeps_while_the_actor_trains_and_wakes_with_its_weights(
+    tiny_model_path: str, tmp_path: Path, ray_cluster
+) -> None:
+    """Asleep the engine holds next to nothing of the GPU; after each update greedy answers are the policy's own."""
+    config = make_config(
+        tiny_model_path,
+        "algorithm.disable_kl=true",
+        "worker.actor.offload.offload_params=true",
+        "worker.actor.offload.offload_optimizer=true",
+        "worker.rollout.name=vllm",
+        "worker.rollout.tensor_parallel_size=1",
+        "worker.rollout.gpu_memory_utilization=0.4",
+        "worker.rollout.enforce_eager=true",
+        "worker.rollout.disable_tqdm=true",
+    )
+    plan = BatchPlan.from_config(config, 1)
+    group = WorkerGroup(ProbeWorker, 1, 1, "cuda", config=config, plan=plan, training_steps=10)
+    prompts = make_prompts(tiny_model_path, tmp_path)
+    greedy = Sampling(n=1, temperature=0.0, top_p=1.0, top_k=-1, ignore_eos=False)
+    request = DataProto(prompts.batch, prompts.non_tensor_batch, {"sampling": greedy, "seed_parts": (0,)})
+    try:
+        group.init_model()
+        total = torch.cuda.get_device_properties(0).total_memory
+        for update in range(3):
+            asleep = torch.cuda.mem_get_info()[0]
+            group.prepare_rollout_engine()
+            awake = torch.cuda.mem_get_info()[0]
+            assert asleep - awake > 0.2 * total, "the engine's cache comes back when it wakes"
+            batch = group.generate_sequences(request)
+            group.release_rollout_engine()
+            assert torch.cuda.mem_get_info()[0] - awake > 0.2 * total, "and goes when it sleeps"
+            batch.non_tensor_batch["multi_modal_data"] = prompts.non_tensor_batch["multi_modal_data"]
+            of_trainer = group.compute_log_probs(batch).batch["old_log_probs"]
+            of_engine = batch.batch["rollout_log_probs"]
+            distance = (of_trainer - of_engine)[batch.batch["response_mask"].bool()].abs()
+            assert distance.max() < 1e-3
+            group.shift_weights(update)
+    finally:
+        group.shutdown()

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What generates faster: Hugging Face `generate` or vLLM, on the same prompts with the same weights.
+
+    OMP_NUM_THREADS=1 python scripts/bench_rollout.py                 # tiny random models, on CPU
+    python scripts/bench_rollout.py --model Qwen/Qwen2.5-VL-7B-Instruct --dtype bf16 --gpu-share 0.6
+
+Each engine starts in a process of its own, takes in the policy's weights as in training, and answers the same batch
+several times; half of the prompts have an image. Responses go to their full length, so that both do the same work. The
+first call is told apart: it pays for what is compiled, captured or loaded once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+ENGINES = ("hf", "vllm")
+MEBIBYTE = 2**20
+SIZES = dict(hidden_size=256, num_layers=4, num_heads=8, vision_hidden_size=64, vision_depth=2, vision_heads=2)
+"""Of the model that is made where none is named: heads of 32 dimensions, the least that vLLM takes on a CPU."""
+
+
+def make_prompts(model_path: str, count: int, prompt_length: int) -> Any:
+    """A batch of `count` prompts as the trainer hands them out, every other one with an image."""
+    import datasets
+    import numpy as np
+    from PIL import Image
+
+    from verl.data.dataset import RLHFDataset, collate_fn
+    from verl.data.vision import MediaHandle
+    from verl.protocol import DataProto
+    from verl.utils.tokenizer import get_processor, get_tokenizer
+
+    pixels = np.random.RandomState(0)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = []
+        for index in range(count):
+            paths = []
+            if index % 2 == 0:
+                paths = [f"{folder}/{index}.png"]
+                Image.fromarray(pixels.randint(0, 256, (112, 112, 3), dtype=np.uint8)).save(paths[0])
+            question = f"{'<image>' * len(paths)}What is in picture {index}?"
+            rows.append({"images": paths, "prompt": question, "answer": ""})
+        datasets.Dataset.from_list(rows).to_parquet(f"{folder}/rows.parquet")
+        dataset = RLHFDataset(
+            f"{folder}/rows.parquet",
+            get_tokenizer(model_path),
+            get_processor(model_path),
+            max_prompt_length=prompt_length,
+            filter_overlong_prompts_workers=1,
+        )
+        prompts = DataProto.from_single_dict(collate_fn([dataset[index] for index in range(count)]))
+    media = [
+        None if images is None else [MediaHandle.put(image) for image in images["images"]]
+        for images in prompts.non_tensor_batch["multi_modal_data"]
+    ]
+    return DataProto(prompts.batch, {**prompts.non_tensor_batch, "multi_modal_data": np.array(media, dtype=object)})
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, float]:
+    """One engine, in this process: seconds to start, to sync and of every call, tokens, and peak memory in MiB."""
+    import torch
+    import torch.distributed as dist
+
+    from verl.models.loader import load_model
+    from verl.trainer.config import load_config
+    from verl.utils.tokenizer import get_processor, get_tokenizer
+    from verl.workers.rollout.base import Sampling, engine_class
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = load_config(
+        [
+            f"worker.actor.model.model_path={arguments.model}",
+            f"data.max_prompt_length={arguments.prompt_length}",
+            f"data.max_response_length={arguments.response_length}",
+            f"worker.rollout.name={arguments.engine}",
+            f"worker.rollout.dtype={arguments.dtype}",
+            f"worker.rollout.gpu_memory_utilization={arguments.gpu_share}",
+            "worker.rollout.tensor_parallel_size=1",
+            "worker.rollout.max_num_batched_tokens=32768",
+            "worker.rollout.disable_tqdm=true",
+            "trainer.n_gpus_per_node=1",
+        ]
+    )
+    tokenizer, processor = get_tokenizer(arguments.model), get_processor(arguments.model)
+    prompts = make_prompts(arguments.model, arguments.prompts, arguments.prompt_length)
+
+    start = time.perf_counter()
+    engine = engine_class(arguments.engine).from_config(config, tokenizer, processor, device)
+    result = {"start": time.perf_counter() - start}
+    policy = load_model(config.worker.actor.model, torch.float32, torch.float32).state_dict()
+    start = time.perf_counter()
+    engine.wake_weights()
+    engine.update_weights(policy.items())
+    engine.wake_cache()
+    result["sync"] = time.perf_counter() - start
+
+    sampling = Sampling(n=arguments.n, temperature=1.0, top_p=1.0, top_k=-1, ignore_eos=True)
+    seconds = []
+    for call in range(arguments.calls + 1):
+        start = time.perf_counter()
+        batch = engine.generate(prompts, sampling, seed=call)
+        seconds.append(time.perf_counter() - start)
+    tokens = int(batch.batch["response_mask"].sum())
+    result |= {"first": tokens / seconds[0], "steady": tokens / statistics.median(seconds[1:]), "tokens": tokens}
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        return result | {"peak": (total - free) / MEBIBYTE}
+    status = Path("/proc/self/status").read_text().splitlines()
+    (peak,) = (int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    return result | {"peak": peak / 1024}
+
+
+def measure_in_a_fresh_process(engine: str, model: str) -> dict[str, float]:
+    command = [sys.executable, __file__, *sys.argv[1:], "--engine", engine, "--model", model]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        raise RuntimeError(f"the engine {engine} failed:\n{finished.stderr[-3000:]}")
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or hub id; by default a tiny random Qwen2.5-VL")
+    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--gpu-share", type=float, default=0.6, help="worker.rollout.gpu_memory_utilization")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--n", type=int, default=4, help="responses a prompt")
+    parser.add_argument("--prompt-length", type=int, default=128)
+    parser.add_argument("--response-length", type=int, default=128)
+    parser.add_argument("--calls", type=int, default=3, help="after the first")
+    parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.engine:
+        print(json.dumps(measure(arguments)))
+        return
+
+    from tests.tiny import make_tiny_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = arguments.model or make_tiny_model(folder, **SIZES)
+        results = {engine: measure_in_a_fresh_process(engine, model) for engine in ENGINES}
+    tokens = int(results["hf"]["tokens"])
+    print(f"\n{arguments.prompts} prompts x {arguments.n} responses = {tokens} tokens a call, {arguments.dtype}\n")
+    print("| engine | start | weight sync | first call | steady state | peak memory |\n|---|---|---|---|---|---|")
+    for engine, result in results.items():
+        print(
+            f"| {engine} | {result['start']:.1f} s | {result['sync']:.2f} s | {result['first']:.0f} tokens/s "
+            f"| {result['steady']:.0f} tokens/s | {result['peak']:.0f} MiB |"
+        )
+    ratio = results["vllm"]["steady"] / results["hf"]["steady"]
+    print(f"\nsteady state, vllm over hf: {ratio:.2f} x")
+
+
+if __name__ == "__main__":
+    main()
