@@ -221,12 +221,16 @@ def test_a_value_may_hold_an_equals_sign():
 
 
 def test_the_readmes_own_run_can_run():
-    """The command under "Your own run": hub ids, eight GPUs, everything else from the shipped configuration."""
+    """The command under "Your own run": hub ids, eight GPUs, everything else from the shipped configuration.
+
+    It asks for vLLM; where that is not installed, the other engine takes its place.
+    """
     section = (ROOT / "README.md").read_text().split("## Your own run\n")[1]
     command = re.search(r"python3 -m verl\.trainer\.main (config=(?:.*\\\n)*.*)", section)[1]
     arguments = command.replace("\\\n", " ").split()
-    assert {"config=examples/config.yaml", "worker.rollout.name=hf"} < set(arguments)
-    plan = prepare(load_config(arguments))
+    assert "config=examples/config.yaml" in arguments
+    engine = [] if importlib.util.find_spec("vllm") else ["worker.rollout.name=hf"]
+    plan = prepare(load_config([*arguments, *engine]))
     assert (plan.world_size, plan.sequences_per_step, plan.actor.optimizer_steps_per_step) == (8, 512 * 5, 4)
 
 

@@ -45,7 +45,9 @@ class Worker:
             LOCAL_RANK=str(self.local_rank),
         )
         if self.device.type == "cuda":
-            # Ray shows each actor only its own GPU, so the device index is 0 whatever the local rank.
+            # Ray shows each actor only its own GPU, so the device index is 0 whatever the local rank; libraries take
+            # LOCAL_RANK for that index.
+            os.environ["LOCAL_RANK"] = "0"
             torch.cuda.set_device(0)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
