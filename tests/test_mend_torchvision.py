@@ -66,7 +66,8 @@ assert torchvision.LOADED
 def test_where_torchvision_imports_nothing_is_written_and_an_old_hook_goes(environment) -> None:
     """The machine with CUDA. Mending it twice, or after an upgrade that cured it, leaves no hook behind."""
     python, site_packages = environment
-    install_package(site_packages, "torchvision", "")
+    for name in ("torchvision", "torchaudio", "torchcodec"):
+        install_package(site_packages, name, "")
     (site_packages / "verl_torchvision_hook.pth").write_text("# left over\n")
     before = {file.name for file in site_packages.iterdir()} - {"verl_torchvision_hook.pth"}
     mended = run(python, SCRIPTS / "mend_torchvision.py")

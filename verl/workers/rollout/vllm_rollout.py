@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # Read when vLLM is imported, and by what it starts. In process, so that the weight stream can be handed over as it is.
@@ -107,6 +108,9 @@ class VLLMRollout(Rollout):
         model, rollout = config.worker.actor.model, config.worker.rollout
         model_config = load_model_config(model)
         sleeps = device.type == "cuda"
+        group = _group_of_this_rank(rollout.tensor_parallel_size)
+        if group is not None and device.type == "cpu":
+            _remove_segments_left_behind(group)
         with _random_state_kept(device):  # starting an engine seeds every generator of the process
             llm = LLM(
                 model.model_path,
@@ -141,7 +145,7 @@ class VLLMRollout(Rollout):
             eos_token_ids_of(_generation_config(model.model_path, model_config), tokenizer),
             tokenizer.pad_token_id,
             media_token_ids(model_config),
-            _group_of_this_rank(rollout.tensor_parallel_size),
+            group,
             sleeps,
         )
         engine.sleep()
@@ -298,6 +302,19 @@ def _group_of_this_rank(size: int) -> dist.ProcessGroup | None:
         dist.new_group(list(range(first, first + size)), backend="gloo") for first in range(0, world_size, size)
     ]
     return groups[rank // size]
+
+
+def _remove_segments_left_behind(group: dist.ProcessGroup) -> None:
+    """Where a group's engines meet on a CPU is named after its ranks alone, and stays when they are killed: the next
+    run on the machine would find it taken.
+
+    https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/distributed/device_communicators/cpu_communicator.py
+    """
+    if dist.get_rank(group) == 0:
+        ranks = "-".join(map(str, dist.get_process_group_ranks(group)))
+        for segment in Path("/dev/shm").glob(f"*-tp:0-[[]{ranks}]-cpushm_*"):
+            segment.unlink(missing_ok=True)
+    dist.barrier(group)
 
 
 @contextmanager
