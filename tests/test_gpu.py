@@ -14,6 +14,7 @@ from tests.batches import ROWS, make_prompts, write_dataset
 from tests.probe import ProbeWorker, make_config
 from tests.test_attention_recorder import QWEN, answered, record, recorded_and_expected_of_own_queries
 from tests.test_training_run import arguments, command, lines_of
+from tests.tiny import make_tiny_model
 from verl.models.kernels.attention_mass import BACKENDS, KeyPlan, default_backend
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
@@ -130,12 +131,11 @@ def test_under_flash_attention_2_the_mass_is_that_of_the_models_own_queries_and_
 
 @pytest.mark.vllm
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_vllm_sleeps_while_the_actor_trains_and_wakes_with_its_weights(
-    tiny_model_path: str, tmp_path: Path, ray_cluster
-) -> None:
-    """Asleep the engine holds next to nothing of the GPU; after each update greedy answers are the policy's own."""
+def test_vllm_sleeps_while_the_actor_trains_and_wakes_with_its_weights(tmp_path: Path, ray_cluster) -> None:
+    """Its cache goes and comes back with it; after each update its log-probabilities are the trainer's."""
+    model_path = make_tiny_model(tmp_path / "model", hidden_size=128)  # heads of 32, the least that its kernels take
     config = make_config(
-        tiny_model_path,
+        model_path,
         "algorithm.disable_kl=true",
         "worker.actor.offload.offload_params=true",
         "worker.actor.offload.offload_optimizer=true",
@@ -147,7 +147,7 @@ def test_vllm_sleeps_while_the_actor_trains_and_wakes_with_its_weights(
     )
     plan = BatchPlan.from_config(config, 1)
     group = WorkerGroup(ProbeWorker, 1, 1, "cuda", config=config, plan=plan, training_steps=10)
-    prompts = make_prompts(tiny_model_path, tmp_path)
+    prompts = make_prompts(model_path, tmp_path)
     greedy = Sampling(n=1, temperature=0.0, top_p=1.0, top_k=-1, ignore_eos=False)
     request = DataProto(prompts.batch, prompts.non_tensor_batch, {"sampling": greedy, "seed_parts": (0,)})
     try:

@@ -9,18 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from tiny_qwen import build_tokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor, Gemma2Config, Gemma2ForCausalLM, Qwen3MoeConfig
 
-from tests.batches import PROMPT_LENGTH, make_prompts
+from tests.batches import PROMPT_LENGTH, ROWS, make_prompts
 from tests.probe import RESPONSE_LENGTH, make_config, start_group
-from tests.tiny import make_tiny_model
+from tests.tiny import CORPUS, make_tiny_model
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.utils.tokenizer import get_tokenizer
-from verl.workers.rollout.base import Sampling
+from verl.workers.rollout.base import Sampling, engine_class
 from verl.workers.rollout.config import RolloutConfig
 
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None or torch.cuda.is_available(),
+    reason="needs vLLM's CPU build; tests/test_gpu.py has a test of the other",
+)
 ENGINES = ["hf", pytest.param("vllm", marks=[pytest.mark.vllm, needs_vllm])]
 TEMPERATURE = 0.7
 GREEDY = Sampling(n=1, temperature=0.0, top_p=1.0, top_k=-1, ignore_eos=False)
@@ -283,6 +287,52 @@ def test_two_workers_that_share_an_engine_get_the_answers_to_their_own_prompts(
         assert len({tuple(response) for response in twice}) == 2 * RANDOM.n
     finally:
         group.shutdown()
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_a_text_model_whose_head_is_its_embeddings_takes_in_new_weights(ray_cluster, tmp_path: Path) -> None:
+    """Gemma 2, for whose head vLLM has no weight by name, though the policy's stream has."""
+    tokenizer = build_tokenizer(CORPUS)
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    path = tmp_path / "model"
+    Gemma2ForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    group = start_group(config_of(str(path), "vllm"), 1)
+    try:
+        prompts = make_prompts(str(path), tmp_path, [row for row in ROWS if not row["images"]])
+        for _ in range(2):
+            group.prepare_rollout_engine()
+            batch = with_media(generate(group, prompts, RANDOM, 0), prompts, RANDOM.n)
+            of_trainer = group.compute_log_probs(batch).batch["old_log_probs"]
+            distance = (batch.batch["rollout_log_probs"] - of_trainer)[batch.batch["response_mask"].bool()].abs()
+            assert distance.max() < 2e-5
+            group.shift_weights(3)
+    finally:
+        group.shutdown()
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_experts_on_a_cpu_are_refused_before_the_engine_starts(tmp_path: Path) -> None:
+    """vLLM's CPU build would answer with their first weights for ever."""
+    Qwen3MoeConfig(num_experts=4).save_pretrained(tmp_path)
+    config = config_of(str(tmp_path), "vllm")
+    with pytest.raises(ValueError, match=r"worker.rollout.name=vllm would go on .* use worker.rollout.name=hf there"):
+        engine_class("vllm").from_config(config, None, None, torch.device("cpu"))
 
 
 def test_validation_settings_override_those_of_training() -> None:

@@ -251,6 +251,10 @@ class PPOConfig(ConfigSection):
             if value is not None and value < length:
                 problem = f"is below data.max_prompt_length + data.max_response_length = {length}"
                 raise ConfigValueError(f"worker.rollout.{key}", value, problem)
+        budget, longest = rollout.max_num_batched_tokens, rollout.max_model_len
+        if longest is not None and longest > budget and not rollout.enable_chunked_prefill:
+            problem = f"is above worker.rollout.max_num_batched_tokens={budget}, and prompts are not taken in chunks"
+            raise ConfigValueError("worker.rollout.max_model_len", longest, problem)
 
     @property
     def trained_models(self) -> dict[str, TrainedModelConfig]:

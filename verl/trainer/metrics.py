@@ -114,9 +114,9 @@ def compute_throughput_metrics(batch: DataProto, timings: Mapping[str, float], n
 def compute_rollout_metrics(batch: DataProto, importance_cap: float | None) -> dict[str, float]:
     """How far the engine that drew the tokens and the trainer that learns from them disagree.
 
-    `rollout/log_prob_diff_{mean,max}`: distance of the two log-probabilities over the response tokens, in nats. With
-    importance correction also `rollout/importance_weight_mean`, and `rollout/importance_capped`, the share of tokens
-    whose weight is at the cap.
+    `rollout/log_prob_diff_{mean,max}`: distance of the two log-probabilities over the response tokens, in nats; where
+    `top_k` or `top_p` leave tokens out, what that adds to the others is part of it. With importance correction also
+    `rollout/importance_weight_mean`, and `rollout/importance_capped`, the share of tokens whose weight is at the cap.
 
     Reads: `response_mask`, `rollout_log_probs`, `old_log_probs`, and `importance_weights` (N, R) if there are any.
 

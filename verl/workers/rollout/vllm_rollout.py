@@ -2,7 +2,8 @@
 """Rollout with vLLM, in the worker's own process: one engine a worker, or one sharded over a group of workers.
 
 The engine reads the model once, for its architecture and buffers, and takes the policy's weights from the stream
-before every rollout. Everything here goes through vLLM's public interface; nothing else in the package knows vLLM.
+before every rollout. Nothing else in the package knows vLLM, and but for what a killed run leaves on a CPU machine
+nothing here goes past its public interface.
 
 Shapes: B prompts, n responses each, N = B * n, R response length.
 """
@@ -27,6 +28,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from ray import cloudpickle
+from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from vllm import LLM, RequestOutput, SamplingParams
 
@@ -47,7 +49,7 @@ from verl.workers.rollout.config import RolloutConfig
 
 SEQUENCES_AT_ONCE_ON_CPU = 128
 BANNED = -100.0
-"""The strongest bias that vLLM takes: e**-100 of a token's probability is left."""
+"""The strongest bias that vLLM takes, added to a logit before the temperature divides it."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class VLLMRollout(Rollout):
         eos_token_ids: tokens that end a response.
         pad_token_id: fills responses on the right.
         banned_token_ids: placeholders of media, which no response may hold.
+        transposed_weights: ends of the names of weights that transformers holds the other way round than checkpoints.
         group: the workers that share one engine's weights, all of which generate for all; None for one worker.
         sleeps: whether the engine gives its memory back between rollouts, as it can on CUDA only.
     """
@@ -81,6 +84,7 @@ class VLLMRollout(Rollout):
         eos_token_ids: list[int],
         pad_token_id: int,
         banned_token_ids: list[int],
+        transposed_weights: tuple[str, ...],
         group: dist.ProcessGroup | None,
         sleeps: bool,
     ) -> None:
@@ -90,6 +94,8 @@ class VLLMRollout(Rollout):
         self.eos_token_ids = eos_token_ids
         self.pad_token_id = pad_token_id
         self.banned_token_ids = banned_token_ids
+        self.transposed_weights = transposed_weights
+        (self.has_head,) = llm.apply_model(_has_head)
         self.group = group
         self.sleeps = sleeps
 
@@ -103,10 +109,16 @@ class VLLMRollout(Rollout):
     ) -> "VLLMRollout":
         """Starts the engine. On CUDA it falls asleep at once, so that it holds no memory until the first rollout.
 
-        Raises what vLLM raises where the engine cannot start.
+        Raises what vLLM raises where the engine cannot start, and ValueError for a mixture of experts on a CPU.
         """
         model, rollout = config.worker.actor.model, config.worker.rollout
         model_config = load_model_config(model)
+        if device.type == "cpu" and getattr(model_config.get_text_config(), "num_experts", 0):
+            # vLLM's CPU build packs experts for its kernel when it first loads them, and never again.
+            raise ValueError(
+                f"worker.rollout.name=vllm would go on with the first weights of {model.model_path}'s experts on a "
+                "CPU; use worker.rollout.name=hf there"
+            )
         sleeps = device.type == "cuda"
         group = _group_of_this_rank(rollout.tensor_parallel_size)
         if group is not None and device.type == "cpu":
@@ -145,6 +157,7 @@ class VLLMRollout(Rollout):
             eos_token_ids_of(_generation_config(model.model_path, model_config), tokenizer),
             tokenizer.pad_token_id,
             media_token_ids(model_config),
+            family_of(model_config).transposed_weights,
             group,
             sleeps,
         )
@@ -153,31 +166,36 @@ class VLLMRollout(Rollout):
 
     def wake_weights(self) -> None:
         if self.sleeps:
-            torch.cuda.empty_cache()  # what the trainer's allocator holds unused is out of the engine's reach
             self.llm.wake_up(tags=["weights"])
 
     @torch.no_grad()
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        # The iterator crosses no process boundary: the engine draws one whole tensor at a time from it.
-        self.llm.collective_rpc(
-            "reload_weights", kwargs={"weights_iterator": iter(weights), "is_checkpoint_format": True}
-        )
+        # The iterator crosses no process boundary: the engine draws from it and holds a layer until it is complete.
+        stream = self._as_in_checkpoints(weights)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream, "is_checkpoint_format": True})
         # What was computed with the old weights must not be found again. Reloading empties the worker's encoder
         # cache but not the scheduler's book of it, and the next image would be looked for in vain.
         self.llm.reset_prefix_cache()
         self.llm.reset_mm_cache()
         self.llm.llm_engine.reset_encoder_cache()
 
+    def _as_in_checkpoints(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, value in weights:
+            if name == "lm_head.weight" and not self.has_head:
+                continue  # tied to the embeddings, which bring the values
+            yield name, value.transpose(-1, -2) if name.endswith(self.transposed_weights) else value
+
     def wake_cache(self) -> None:
         if self.sleeps:
-            torch.cuda.empty_cache()
             self.llm.wake_up(tags=["kv_cache"])
 
     def sleep(self) -> None:
         if self.sleeps:
-            # Level 1 keeps the weights in host memory, and so whatever the stream does not carry.
+            # Level 1 keeps the weights in host memory, and so whatever the stream does not carry: level 2 would lose
+            # tensors that are neither parameters nor buffers, such as Qwen3-VL's deepstack inputs.
             self.llm.sleep(level=1)
-            torch.cuda.empty_cache()
 
     def generate(self, prompts: DataProto, sampling: Sampling, seed: int) -> DataProto:
         own = self._requests(prompts, seed)
@@ -250,6 +268,12 @@ class VLLMRollout(Rollout):
             flat_logprobs=True,
             detokenize=False,
         )
+
+
+def _has_head(model: nn.Module) -> bool:
+    """Whether the model has an output layer of its own by name, though its values may be tied to the embeddings."""
+    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    return any(name.endswith("lm_head.weight") for name in names)
 
 
 def _generation_config(model_path: str, model_config: PretrainedConfig) -> GenerationConfig:
