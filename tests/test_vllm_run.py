@@ -96,7 +96,7 @@ def test_an_engine_that_dies_while_it_generates_ends_the_run_within_seconds_and_
     mark = uuid.uuid4().hex
     endless = (
         "trainer.n_gpus_per_node=2",
-        "data.max_response_length=4000",
+        "data.max_response_length=900",
         "worker.rollout.ignore_eos=true",
         "worker.rollout.max_num_batched_tokens=8192",
         "trainer.val_before_train=false",
