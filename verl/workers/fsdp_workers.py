@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 
 import psutil
 import torch
@@ -113,7 +112,7 @@ class FSDPWorker(Worker):
     def _build_critic(self) -> DataParallelPPOCritic:
         """The critic reads the actor's token ids and features, so that both must have the same vocabulary."""
         actor, critic = self.config.worker.actor.model, self.config.worker.critic
-        source = replace(critic.model, model_path=critic.model.model_path or actor.model_path)
+        source = critic.model.or_that_of(actor)
         if source.model_path != actor.model_path:
             tokenizer = get_tokenizer(source.tokenizer_path, trust_remote_code=source.trust_remote_code)
             if tokenizer.get_vocab() != self.tokenizer.get_vocab():
