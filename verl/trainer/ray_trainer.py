@@ -324,7 +324,7 @@ class RayDAPOTrainer:
         with record.timed("adv"):
             streams["token_level_rewards"] = streams["token_level_scores"]
             if algorithm.kl_in_reward:
-                record.add(self._take_kl_off_the_rewards(batch))
+                record.add(self._take_kl_off_the_rewards(batch, adapts=self._actor_learns(record.step)))
             inputs = AdvantageInputs(
                 streams["token_level_rewards"],
                 streams["response_mask"],
@@ -337,8 +337,12 @@ class RayDAPOTrainer:
             streams["advantages"], streams["returns"] = ADVANTAGE_ESTIMATORS[algorithm.adv_estimator](inputs)
         return batch
 
-    def _take_kl_off_the_rewards(self, batch: DataProto) -> dict[str, float]:
-        """Writes over `token_level_rewards`; an adaptive coefficient then follows the KL, for the next step."""
+    def _take_kl_off_the_rewards(self, batch: DataProto, adapts: bool) -> dict[str, float]:
+        """Writes over `token_level_rewards`; an adaptive coefficient then follows the KL, for the next step.
+
+        Args:
+            adapts: whether it may; a policy that only waits for its critic has no KL to follow.
+        """
         algorithm, streams = self.config.algorithm, batch.batch
         kl = streams.get("ref_kl")
         if kl is None:
@@ -347,7 +351,7 @@ class RayDAPOTrainer:
             streams["token_level_scores"], kl, streams["response_mask"], self.kl_coef
         )
         metrics = {"actor/kl_penalty": mean_kl, "actor/kl_coef": self.kl_coef}
-        if algorithm.kl_coef_adapts:
+        if algorithm.kl_coef_adapts and adapts:
             self.kl_coef = adapt_kl_coef(self.kl_coef, mean_kl, len(batch), algorithm.kl_target, algorithm.kl_horizon)
         return metrics
 
@@ -358,9 +362,12 @@ class RayDAPOTrainer:
         with record.timed("update_critic"):
             record.add(self.workers.update_critic(_model_inputs(batch, "values", "returns")))
 
+    def _actor_learns(self, step: int) -> bool:
+        return step >= self.config.trainer.critic_warmup
+
     def _update_actor(self, batch: DataProto, record: StepRecord) -> None:
         """Reads: sequence tensors, media, and all the (N, R) streams of the loss."""
-        if record.step < self.config.trainer.critic_warmup:
+        if not self._actor_learns(record.step):
             return
         streams = ["old_log_probs", "advantages"]
         optional = ("ref_log_probs", "token_weights", "importance_weights")
