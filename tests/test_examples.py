@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -221,7 +222,10 @@ def test_every_script_starts_a_run_under_its_own_name(
     assert settings["trainer.experiment_name"] == script
     reward = {key.removeprefix("worker.reward."): value for key, value in settings.items() if "worker.reward." in key}
     reward = {key: value for key, value in reward.items() if key in RewardConfig.__dataclass_fields__}
-    AutoRewardManager(RewardConfig(**reward), tokenizer=None)  # finds the function, and its arguments fit
+    manager = AutoRewardManager(RewardConfig(**reward), tokenizer=None)  # finds the function, and its arguments fit
+    if settings["algorithm.online_filtering"]:
+        (result,) = manager._results_of([{"response": "Answer: 2", "response_length": 3, "ground_truth": "2"}])
+        assert settings["algorithm.filter_key"] in result
 
 
 def test_what_is_awaited_is_not_there_yet(refusals: dict[str, list[str]]) -> None:
@@ -274,6 +278,14 @@ def test_the_readmes_table_names_every_script(readme: str) -> None:
     named = {script for script in SCRIPTS if f"`{script}.sh`" in text}
     assert named == set(SCRIPTS) - set(TWINS) | {"qwen2_5_vl_7b_geo3k_grpo_vgr"}
     assert all(f"`{name}`" in text for name in (*LAUNCHERS, *CONFIGS, "runtime_env.yaml"))
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
+def test_the_readmes_say_which_scripts_are_refused_for_now(readme: str, refusals: dict[str, list[str]]) -> None:
+    refused = {script for script, lines in refusals.items() if any("not available yet" in line for line in lines)}
+    (paragraph,) = (part for part in (ROOT / readme).read_text().split("\n\n") if "`ulysses_size=8`" in part)
+    named = set(re.findall(r"`(\w+)\.sh`", paragraph))
+    assert named | {f"{script}_vgr" for script in named} & set(TWINS) == refused
 
 
 # Several machines
