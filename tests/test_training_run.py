@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText
 from tests.batches import ROWS, write_dataset
 from tests.rewards import wait_for, weights_by_length
 from tests.tiny import make_tiny_model
+from verl.algorithms.policy_loss import POLICY_LOSSES, PolicyLossInputs
 from verl.protocol import DataProto
 from verl.trainer.config import load_config
 from verl.trainer.main import run
@@ -374,6 +375,22 @@ def test_a_resumed_run_with_a_critic_ends_with_the_weights_of_one_that_was_never
     assert last[0]["step"] == last[1]["step"] == 3
     for area in ("actor", "critic", "reward"):
         assert last[0][area] == last[1][area]
+
+
+def test_a_loss_that_only_the_users_own_program_registers_trains_in_the_workers(
+    tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A function that no worker could import, as one of a script's `__main__` is: it travels to them by value."""
+
+    def plain_policy_gradient(inputs: PolicyLossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return -inputs.advantages * inputs.log_probs, {"seen": torch.full_like(inputs.advantages, 0.25)}
+
+    monkeypatch.setitem(POLICY_LOSSES, "plain", plain_policy_gradient)
+    settings = ["worker.actor.loss_type=plain", "trainer.val_before_train=false", "trainer.max_steps=1"]
+    run(load_config(arguments(tiny_model_path, data_files, tmp_path, *settings)))
+    record = lines_of(tmp_path / "experiment_log.jsonl")[0]
+    assert record["actor"]["seen"] == pytest.approx(0.25)
+    assert record["actor"]["grad_norm"] > 0
 
 
 def test_a_checkpoint_of_the_model_only_can_be_resumed_with_a_fresh_optimizer(

@@ -107,7 +107,8 @@ class AlgorithmConfig(ConfigSection):
     """Put the KL term into the loss; false takes it off the reward."""
     kl_penalty: Literal["kl", "abs", "mse", "low_var_kl", "full"] = "kl"
     """How the KL divergence from the reference is measured: estimated from the sampled tokens, or by `full` over the
-    whole vocabulary, which runs the policy (in the reward) or the reference (in the loss) once more."""
+    whole vocabulary. For `full` in the reward the policy runs once more; in the loss the reference runs inside every
+    update, in place of its own pass."""
     kl_coef: float = 1e-3
     """Weight of the KL term."""
     kl_type: Literal["fixed", "adaptive"] = "fixed"
@@ -151,6 +152,11 @@ class AlgorithmConfig(ConfigSection):
     def needs_critic(self) -> bool:
         """Whether the advantage estimator holds rewards against the values of a critic."""
         return self.adv_estimator == "gae"
+
+    @property
+    def needs_baselines(self) -> bool:
+        """Whether the advantage estimator holds rewards against the score of the prompt's greedy response."""
+        return self.adv_estimator == "remax"
 
     @property
     def kl_in_loss(self) -> bool:

@@ -22,6 +22,7 @@ from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS, AdvantageInputs
 from verl.algorithms.group_filter import informative_rows
 from verl.algorithms.importance import truncated_importance_weights
 from verl.algorithms.kl import adapt_kl_coef, apply_kl_penalty, compute_kl
+from verl.algorithms.policy_loss import POLICY_LOSSES
 from verl.data.loader import PromptLoader
 from verl.data.vision import MediaHandle
 from verl.protocol import DataProto, pad_dataproto_to_divisor, unpad_dataproto
@@ -64,7 +65,7 @@ TRAIN, VAL = 0, 1
 
 
 class RayDAPOTrainer:
-    """Trains a policy with GRPO-family algorithms on a Ray cluster.
+    """Trains a policy, and a critic where the advantages need one, on a Ray cluster.
 
     Use: `trainer.init_workers()` then `trainer.fit()`, and `trainer.shutdown()` in any case.
 
@@ -130,6 +131,7 @@ class RayDAPOTrainer:
             device=self.device,
             config=self.config,
             plan=self.plan,
+            policy_loss=POLICY_LOSSES[self.config.worker.actor.loss_type],
             training_steps=self.training_steps,
         )
         reward_class = ray.remote(num_cpus=self.config.worker.reward.num_cpus)(AutoRewardManager)
@@ -207,7 +209,7 @@ class RayDAPOTrainer:
                 draw = self._generate(prompts, sampling, seed_parts=(TRAIN, record.step, len(draws)))
                 draws.append(self._keep_informative(draw, record))
             batch = DataProto.concat(draws)[: self.plan.sequences_per_step]
-            if self.config.algorithm.adv_estimator == "remax":
+            if self.config.algorithm.needs_baselines:
                 self._add_baselines(batch, record)
         if self.config.algorithm.online_filtering:
             kept_share = self._groups_in(draws) / (len(draws) * self.plan.prompts_per_draw)

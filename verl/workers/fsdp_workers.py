@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from verl.algorithms.policy_loss import PolicyLoss
 from verl.models.loader import DTYPES, keep_vision_tower_in_step, load_model, load_value_model
 from verl.models.registry import media_token_ids
 from verl.protocol import DataProto
@@ -48,14 +49,19 @@ class FSDPWorker(Worker):
     Args:
         config: of the run.
         plan: its batch numbers.
+        policy_loss: the one that `worker.actor.loss_type` names. The controller looks it up, since a loss that the
+            user's own program registers is not registered in this process.
         training_steps: length of the run, for the learning-rate schedule.
         **place: rank, world_size, local_rank, device.
     """
 
-    def __init__(self, config: PPOConfig, plan: BatchPlan, training_steps: int, **place) -> None:
+    def __init__(
+        self, config: PPOConfig, plan: BatchPlan, policy_loss: PolicyLoss, training_steps: int, **place
+    ) -> None:
         super().__init__(**place)
         self.config = config
         self.plan = plan
+        self.policy_loss = policy_loss
         self.training_steps = training_steps
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -84,7 +90,13 @@ class FSDPWorker(Worker):
                 reference = self._forward_of(self.ref_model)
         described_by = [policy.config, policy.generation_config, self.processor or self.tokenizer]
         self.actor = DataParallelPPOActor(
-            self.config, self.plan, self._forward_of(policy), self.training_steps, described_by, reference
+            self.config,
+            self.plan,
+            self._forward_of(policy),
+            self.policy_loss,
+            self.training_steps,
+            described_by,
+            reference,
         )
         self.trained: dict[str, TrainedModel] = {"actor": self.actor}
         self.rollout = engine_class(self.config.worker.rollout.name).from_config(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from verl.algorithms.kl import compute_kl
-from verl.algorithms.policy_loss import POLICY_LOSSES, PolicyLossInputs
+from verl.algorithms.policy_loss import PolicyLoss, PolicyLossInputs
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
 from verl.utils.attention_metrics import KeyVocabulary
@@ -57,12 +57,13 @@ def compute_kl_to_reference(
 
 
 class DataParallelPPOActor(TrainedModel):
-    """Updates the sharded policy with a clipped policy gradient, and a KL loss where one is asked for.
+    """Updates the sharded policy with a policy gradient, and a KL loss where one is asked for.
 
     Args:
         config: of the run; `worker.actor` and the KL keys of `algorithm` are read.
         plan: the run's batch numbers.
         forward: the policy's forward pass.
+        policy_loss: one of `POLICY_LOSSES`.
         training_steps, described_by: as in `TrainedModel`.
         reference: the frozen policy's forward pass, for a KL loss over the whole vocabulary; None where there is none.
     """
@@ -75,12 +76,14 @@ class DataParallelPPOActor(TrainedModel):
         config: PPOConfig,
         plan: BatchPlan,
         forward: PolicyForward,
+        policy_loss: PolicyLoss,
         training_steps: int,
         described_by: Sequence[SavesPretrained],
         reference: PolicyForward | None = None,
     ) -> None:
         super().__init__(forward, config.worker.actor, plan.actor, training_steps, described_by)
         self.algorithm = config.algorithm
+        self.policy_loss = policy_loss
         self.reference = reference
 
     def update_policy(self, data: DataProto) -> dict[str, float]:
@@ -99,7 +102,7 @@ class DataParallelPPOActor(TrainedModel):
             `actor/*` metrics, the same on every rank: means over the mini-batch's real response tokens, averaged
             over the optimizer steps. Losses are the weighted ones that were trained on; `entropy_loss` is the entropy
             of the distribution that is sampled from, `ppo_kl` the mean of old less new log-probability, which
-            estimates the KL from the policy that made the rollout.
+            estimates the KL from the policy before the update.
         """
         metrics = self.update(data)
         if self.algorithm.kl_in_loss:
@@ -125,7 +128,7 @@ class DataParallelPPOActor(TrainedModel):
             return aggregate_loss(per_token, loss_weights, response_mask, mode, num_tokens, num_sequences)
 
         found = self.forward.statistics(rows, self.reference)
-        policy_loss, per_token_metrics = POLICY_LOSSES[self.config.loss_type](
+        policy_loss, per_token_metrics = self.policy_loss(
             PolicyLossInputs(
                 found.log_probs,
                 old_log_probs,
