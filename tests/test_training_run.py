@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from tests.batches import ROWS, write_dataset
+from tests.probe import WITH_CRITIC
 from tests.rewards import wait_for, weights_by_length
 from tests.tiny import make_tiny_model
 from verl.algorithms.policy_loss import POLICY_LOSSES, PolicyLossInputs
@@ -396,24 +397,27 @@ def test_a_loss_that_only_the_users_own_program_registers_trains_in_the_workers(
 def test_a_checkpoint_of_the_model_only_can_be_resumed_with_a_fresh_optimizer(
     tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster, caplog
 ) -> None:
-    args = arguments(
-        tiny_model_path, data_files, tmp_path, "trainer.save_model_only=true", "trainer.val_before_train=false"
-    )
+    """Of the actor's and of the critic's."""
+    settings = [*WITH_CRITIC, "trainer.save_model_only=true", "trainer.val_before_train=false"]
+    args = arguments(tiny_model_path, data_files, tmp_path, *settings)
     run(load_config([*args, "trainer.max_steps=1"]))
     folder = tmp_path / "global_step_1"
-    assert not list((folder / "actor").glob("optim_*"))
+    for model in ("actor", "critic"):
+        files = {path.name for path in (folder / model).iterdir()}
+        assert files == {"model_world_size_1_rank_0.pt", "huggingface"}
     adaptive = ["algorithm.use_kl_loss=false", "algorithm.kl_type=adaptive"]
     run(load_config([*args, "trainer.max_steps=2", f"trainer.load_checkpoint_path={folder}", *adaptive]))
     assert "model only" in caplog.text
     assert "kl_coef.json does not exist: the KL coefficient starts from algorithm.kl_coef" in caplog.text
-    assert (tmp_path / "global_step_2").exists()
 
     elsewhere = tmp_path / "elsewhere"
     again = [f"trainer.load_checkpoint_path={folder}", f"trainer.save_checkpoint_path={elsewhere}"]
     run(load_config([*args, "trainer.max_steps=1", *again]))
     assert "has reached the run's last step, 1" in caplog.text
     assert json.loads((elsewhere / "checkpoint_tracker.json").read_text())["last_global_step"] == 1
-    assert (elsewhere / "global_step_1" / "actor").exists()
+    for model in ("actor", "critic"):
+        assert is_changed(weights_at(tmp_path, 1, model), weights_at(tmp_path, 2, model))
+        assert not is_changed(weights_at(tmp_path, 1, model), weights_at(elsewhere, 1, model))
 
 
 def test_a_cluster_without_a_cpu_for_the_rewards_is_refused_before_workers_start(

@@ -402,8 +402,8 @@ def require_registered(config: PPOConfig, adv_estimators: Collection[str], polic
 
 
 def effect_notes(config: PPOConfig) -> list[str]:
-    """Settings that are taken and do less than their names promise, one sentence each."""
-    algorithm = config.algorithm
+    """Settings that are taken and do less, or more, than their names promise, one sentence each."""
+    algorithm, warmup = config.algorithm, config.trainer.critic_warmup
     notes = []
     if algorithm.kl_type == "adaptive" and algorithm.kl_in_loss:
         notes.append("algorithm.kl_type=adaptive with algorithm.use_kl_loss=true leaves the coefficient as it is")
@@ -411,6 +411,16 @@ def effect_notes(config: PPOConfig) -> list[str]:
         notes.append(
             "algorithm.enable_token_weights=true with worker.actor.loss_type=gspo weighs whole responses, by their "
             "tokens' mean weight: one ratio moves all tokens alike; gspo_token tells them apart"
+        )
+    if warmup > 1 and not algorithm.needs_critic:
+        notes.append(
+            f"trainer.critic_warmup={warmup} leaves the policy as it is until step {warmup}, though with "
+            f"algorithm.adv_estimator={algorithm.adv_estimator} there is no critic to wait for"
+        )
+    if algorithm.online_filtering and config.worker.rollout.n == 1:
+        notes.append(
+            "algorithm.online_filtering=true with worker.rollout.n=1 can hardly keep a group: a single response that "
+            "is right or wrong has no mean between the bounds"
         )
     return notes
 

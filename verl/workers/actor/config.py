@@ -75,7 +75,10 @@ class ModelConfig(ConfigSection):
 
 @dataclass(frozen=True)
 class OptimConfig(ConfigSection):
-    """AdamW and its learning-rate schedule, which advances once per training step."""
+    """AdamW and its learning-rate schedule, which advances once per training step that updates the model.
+
+    The actor's stands still before step `trainer.critic_warmup`, so that the run ends that much before the schedule.
+    """
 
     lr: float = 1e-6
     """Learning rate after warm-up."""
