@@ -586,7 +586,7 @@ def test_a_reward_function_that_raises_ends_the_run_with_the_sample_named_and_no
     ("override", "message"),
     [
         ("worker.actor.optim.learning_rate=1", "did you mean 'worker.actor.optim.lr'"),
-        ("worker.actor.global_batch_size=3", "is not a multiple of worker.actor.global_batch_size=3"),
+        ("worker.actor.global_batch_size=3", "worker.actor.global_batch_size=3 does not divide"),
         ("worker.actor.ulysses_size=2", "worker.actor.ulysses_size=2 is not available yet"),
     ],
 )
