@@ -343,14 +343,14 @@ def test_a_machine_waits_only_so_long_for_the_first(tmp_path: Path) -> None:
     assert finished.stderr == "nothing answered at 127.0.0.1:9 within 1 s\n"
 
 
-def test_the_runtime_environment_is_valid_and_leaves_large_folders_behind() -> None:
+def test_the_runtime_environment_is_valid_and_leaves_behind_what_git_does() -> None:
     settings = yaml.safe_load((EXAMPLES / "runtime_env.yaml").read_text())
     environment = RuntimeEnv(**settings)
     assert set(environment) - {"_ray_commit"} == {"working_dir", "excludes", "env_vars"}
-    kept = {line for line in (ROOT / ".gitignore").read_text().splitlines() if line.endswith("/")}
-    caches = {"__pycache__/", "*.egg-info/", "build/", "dist/", ".pytest_cache/", ".ruff_cache/"}
+    ignored = {line for line in (ROOT / ".gitignore").read_text().splitlines() if line and not line.startswith("#")}
+    caches = {"__pycache__/", "*.py[cod]", "*.egg-info/", "build/", "dist/", ".pytest_cache/", ".ruff_cache/"}
     excluded = {pattern.strip("/") for pattern in settings["excludes"]}
-    assert {pattern.strip("/") for pattern in kept - caches} | {".git"} == excluded
+    assert {pattern.strip("/") for pattern in ignored - caches} | {".git"} == excluded
 
 
 IN_A_JOB = """
@@ -375,6 +375,7 @@ def test_a_job_with_the_runtime_environment_hands_it_on_with_the_trainers_own_va
     assert finished.returncode == 0, finished.stderr
     in_a_worker = json.loads(finished.stdout)
     expected = WORKER_ENVIRONMENT | variables
+    assert {name for name in WORKER_ENVIRONMENT if expected[name] != WORKER_ENVIRONMENT[name]} == {"NCCL_DEBUG"}
     assert {name: in_a_worker.get(name) for name in expected} == expected
 
 
