@@ -22,12 +22,13 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from datasets import Dataset
 from ray.runtime_env import RuntimeEnv
 
 from tests.batches import ROWS, write_dataset
-from tests.tiny import make_tiny_model
+from tests.tiny import make_tiny_model, make_tiny_text_model
 from verl.trainer.config import DataConfig, PPOConfig, load_config
-from verl.trainer.main import WORKER_ENVIRONMENT, prepare
+from verl.trainer.main import WORKER_ENVIRONMENT, prepare, run
 from verl.workers.reward.config import RewardConfig
 from verl.workers.reward.function import AutoRewardManager
 
@@ -471,3 +472,17 @@ def test_a_script_of_each_kind_trains_a_tiny_model(
         if script.endswith("_vgr"):
             assert metrics["token_weights/weighted_rows"] > 0
     assert (tmp_path / "run" / "global_step_2" / "actor").is_dir()
+
+
+def test_a_script_without_images_trains_a_model_that_takes_none(tmp_path: Path, ray_cluster) -> None:
+    """Data without a column of images; with VGR token weights every token weighs 1."""
+    rows = [{"prompt": row["prompt"], "answer": row["answer"]} for row in ROWS if not row["images"]]
+    Dataset.from_list(rows * 4).to_parquet(str(tmp_path / "data.parquet"))
+    data_files = [f"data.{split}_files={tmp_path}/data.parquet" for split in ("train", "val")]
+    overrides = tiny(tmp_path / "run", data_files, make_tiny_text_model(tmp_path / "model"))
+    weights = ["algorithm.enable_token_weights=true", "worker.rollout.collect_attentions=true"]
+    run(load_config(arguments_of(tmp_path, "qwen2_5_7b_math_grpo", *overrides, *weights, "trainer.max_steps=1")))
+    record = json.loads((tmp_path / "run" / "experiment_log.jsonl").read_text().splitlines()[0])
+    assert record["step"] == 1 and record["actor"]["grad_norm"] > 0
+    assert record["token_weights"]["weighted_rows"] == 0
+    assert record["token_weights"]["mean"] == 1
