@@ -618,9 +618,9 @@ def _model_inputs(batch: DataProto, *streams: str) -> DataProto:
     return batch.select([*sequence, *streams], ["multi_modal_data"], [])
 
 
-def _without_token_weights(values_by_key: dict[str, list[Any]]) -> dict[str, list[float]]:
+def _without_token_weights(reward_values: dict[str, list[Any]]) -> dict[str, list[float]]:
     """The reward function's numbers, which can be averaged."""
-    return {key: values for key, values in values_by_key.items() if key != TOKEN_WEIGHTS}
+    return {key: values for key, values in reward_values.items() if key != TOKEN_WEIGHTS}
 
 
 def _objects(values: list[Any]) -> np.ndarray:

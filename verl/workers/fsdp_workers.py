@@ -25,15 +25,11 @@ from verl.utils.attention_metrics import KeyVocabulary
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.tokenizer import get_processor, get_tokenizer
 from verl.workers.actor.config import FSDPConfig, ModelConfig
-from verl.workers.actor.dp_actor import (
-    DataParallelPPOActor,
-    compute_kl_to_reference,
-    compute_log_probs_and_attention,
-)
+from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.forward import PolicyForward
 from verl.workers.critic.dp_critic import DataParallelPPOCritic, ValueForward
 from verl.workers.fsdp2 import build_mesh, resident, shard_model
-from verl.workers.response_forward import compute_per_token
+from verl.workers.response_forward import compute_per_token, compute_streams
 from verl.workers.rollout.base import Sampling, draw_seed, engine_class
 from verl.workers.trained_model import TrainedModel
 from verl.workers.weight_sync import stream_weights
@@ -188,13 +184,15 @@ class FSDPWorker(Worker):
         token's attention on the prompt's text and on its images; and `attention_keys` (N, 2): how many tokens each of
         the two has.
         """
-        arguments = (self.actor.forward, data, self.plan.actor.experience_micro_batch_size)
+        forward, size = self.actor.forward, self.plan.actor.experience_micro_batch_size
+
+        def measured(rows: DataProto) -> tuple[torch.Tensor, ...]:
+            return forward.with_attention(rows, self.vocabulary, self.config.algorithm.token_weight_last_k_layers)
+
         with self.actor.resident():
             if self.vocabulary is None:
-                return DataProto.from_dict({"old_log_probs": compute_per_token(*arguments)})
-            log_probs, mass, keys = compute_log_probs_and_attention(
-                *arguments, self.vocabulary, self.config.algorithm.token_weight_last_k_layers
-            )
+                return DataProto.from_dict({"old_log_probs": compute_per_token(forward, data, size)})
+            log_probs, mass, keys = compute_streams(forward.model, measured, data, size)
         return DataProto.from_dict({"old_log_probs": log_probs, "attention_mass": mass, "attention_keys": keys})
 
     @register(DP_COMPUTE_PROTO)
@@ -212,10 +210,10 @@ class FSDPWorker(Worker):
 
         Costs a pass of either model.
         """
+        forward, reference = self.actor.forward, self._forward_of(self.ref_model)
+        size = self.plan.actor.experience_micro_batch_size
         with self.actor.resident(), self._reference_resident():
-            kl = compute_kl_to_reference(
-                self.actor.forward, self._forward_of(self.ref_model), data, self.plan.actor.experience_micro_batch_size
-            )
+            (kl,) = compute_streams(forward.model, lambda rows: (forward.statistics(rows, reference).kl,), data, size)
         return DataProto.from_dict({"ref_kl": kl})
 
     @register(DP_COMPUTE_PROTO)

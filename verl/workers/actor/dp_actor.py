@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data-parallel actor: log-probabilities of a rank's rows, and the policy update over all ranks.
+"""The data-parallel actor: the policy update over all ranks.
 
 Shapes: N sequences of this rank, R response length, W ranks.
 """
@@ -12,48 +12,13 @@ from verl.algorithms.kl import compute_kl
 from verl.algorithms.policy_loss import PolicyLoss, PolicyLossInputs
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
-from verl.utils.attention_metrics import KeyVocabulary
 from verl.utils.attention_token_weights import align_token_weights
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.masked_ops import aggregate_loss
 from verl.workers.actor.config import ActorConfig
 from verl.workers.actor.forward import PolicyForward
 from verl.workers.fsdp_checkpoint import SavesPretrained
-from verl.workers.response_forward import micro_batches
 from verl.workers.trained_model import TrainedModel
-
-
-def compute_log_probs_and_attention(
-    forward: PolicyForward,
-    data: DataProto,
-    micro_batch_size: int,
-    vocabulary: KeyVocabulary,
-    last_k_layers: int | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What `compute_per_token` does, and from the same passes (N, R, 2) attention mass and (N, 2) numbers of keys.
-
-    See `PolicyForward.with_attention` for the two and for what it raises.
-    """
-    forward.model.eval()
-    with torch.no_grad():
-        parts = [
-            forward.with_attention(rows, vocabulary, last_k_layers) for rows in micro_batches(data, micro_batch_size)
-        ]
-    log_probs, mass, keys = (torch.cat([part.cpu() for part in stream]) for stream in zip(*parts, strict=True))
-    return log_probs, mass, keys
-
-
-def compute_kl_to_reference(
-    forward: PolicyForward, reference: PolicyForward, data: DataProto, micro_batch_size: int
-) -> torch.Tensor:
-    """(N, R) float32 on the CPU: KL(policy || reference) over the whole vocabulary, without gradient.
-
-    Both run on each micro-batch in turn.
-    """
-    forward.model.eval()
-    with torch.no_grad():
-        parts = [forward.statistics(rows, reference).kl for rows in micro_batches(data, micro_batch_size)]
-    return torch.cat([part.cpu() for part in parts])
 
 
 class DataParallelPPOActor(TrainedModel):
