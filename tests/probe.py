@@ -2,11 +2,13 @@
 """The real worker with a few windows into it, for tests that compare numbers across ranks."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import distribute_tensor
 
+from verl.algorithms.policy_loss import POLICY_LOSSES
 from verl.data.vision import featurize
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import DP_COMPUTE_METRIC, ONE_TO_ALL, register
@@ -41,7 +43,8 @@ class ProbeWorker(FSDPWorker):
 
         `settings` are keys of `worker.actor`.
         """
-        self.actor.config = replace(self.config.worker.actor, loss_avg_mode=mode, loss_type=loss_type, **settings)
+        self.actor.config = replace(self.config.worker.actor, loss_avg_mode=mode, **settings)
+        self.actor.policy_loss = POLICY_LOSSES[loss_type]
         return gradients_of(self.actor, mini_batch)
 
     @register(DP_COMPUTE_METRIC)
@@ -156,11 +159,15 @@ def make_config(model_path: str, *overrides: str) -> PPOConfig:
 
 def start_alone(config: PPOConfig) -> ProbeWorker:
     """One rank in this process; needs the `lone_process_group` fixture."""
-    worker = ProbeWorker(
-        config, BatchPlan.from_config(config, 1), 10, rank=0, world_size=1, local_rank=0, device="cpu"
-    )
+    worker = ProbeWorker(**run_of(config, 1), rank=0, world_size=1, local_rank=0, device="cpu")
     worker.init_model()
     return worker
+
+
+def run_of(config: PPOConfig, num_workers: int) -> dict[str, Any]:
+    """What a worker is told of its run."""
+    plan, policy_loss = BatchPlan.from_config(config, num_workers), POLICY_LOSSES[config.worker.actor.loss_type]
+    return {"config": config, "plan": plan, "policy_loss": policy_loss, "training_steps": 10}
 
 
 def start_two(config: PPOConfig) -> WorkerGroup:
@@ -169,7 +176,6 @@ def start_two(config: PPOConfig) -> WorkerGroup:
 
 def start_group(config: PPOConfig, num_workers: int) -> WorkerGroup:
     """Ranks in processes of their own; needs the `ray_cluster` fixture."""
-    plan = BatchPlan.from_config(config, num_workers)
-    group = WorkerGroup(ProbeWorker, 1, num_workers, "cpu", config=config, plan=plan, training_steps=10)
+    group = WorkerGroup(ProbeWorker, 1, num_workers, "cpu", **run_of(config, num_workers))
     group.init_model()
     return group

@@ -40,9 +40,9 @@ def batch() -> DataProto:
     )
 
 
-def compute(trainer: RayDAPOTrainer, batch: DataProto) -> tuple[DataProto, dict[str, float]]:
+def compute(trainer: RayDAPOTrainer, batch: DataProto, step: int = 1) -> tuple[DataProto, dict[str, float]]:
     """The batch after the phase, and the metrics of the KL."""
-    record = StepRecord(1)
+    record = StepRecord(step)
     result = trainer._compute_advantages(batch[list(range(len(batch)))], record)
     return result, {name: value for name, value in record.metrics.items() if name.startswith("actor/")}
 
@@ -94,6 +94,23 @@ def test_an_adaptive_coefficient_changes_after_it_was_applied(batch: DataProto) 
     batch.batch["ref_kl"] = torch.full((8, 4), 0.5)
     coefficients = [compute(trainer, batch)[1]["actor/kl_coef"] for _ in range(3)]
     assert coefficients == pytest.approx([0.1, 0.102, 0.10404])
+
+
+def test_an_adaptive_coefficient_waits_with_the_actor_for_the_critic(batch: DataProto) -> None:
+    """Before step 3 the policy is its reference: its KL of 0 would only make the coefficient shrink."""
+    trainer = trainer_with(
+        "algorithm.kl_penalty=full",
+        "algorithm.kl_coef=0.1",
+        "algorithm.kl_type=adaptive",
+        "algorithm.kl_horizon=80",
+        "trainer.critic_warmup=3",
+    )
+    batch.batch["ref_kl"] = torch.zeros(8, 4)
+    coefficients = []
+    for step in (1, 2, 3):
+        compute(trainer, batch, step)
+        coefficients.append(trainer.kl_coef)
+    assert coefficients == pytest.approx([0.1, 0.1, 0.098])
 
 
 @pytest.mark.parametrize("place", ["algorithm.use_kl_loss=true", "algorithm.disable_kl=true"])

@@ -176,21 +176,21 @@ def test_the_plan_is_told_in_five_lines_with_its_numbers_and_in_three_more_for_a
     [
         (
             {"data__rollout_batch_size": 10, "worker__actor__global_batch_size": 4},
-            "data.rollout_batch_size=10 is not a multiple of worker.actor.global_batch_size=4; use 8 or 12",
+            "worker.actor.global_batch_size=4 does not divide data.rollout_batch_size=10; use 2 or 5",
         ),
         (
             {"data__rollout_batch_size": 4},
-            "data.rollout_batch_size=4 is not a multiple of worker.actor.global_batch_size=8; use 8",
+            "worker.actor.global_batch_size=8 does not divide data.rollout_batch_size=4; use 2 or 4",
         ),
         (
             {"worker__actor__micro_batch_size_per_device_for_experience": 24},
-            "data.rollout_batch_size=16 x worker.rollout.n=4 = 64 sequences is not a multiple of "
-            "worker.actor.micro_batch_size_per_device_for_experience=24; use 12 or 18",
+            "worker.actor.micro_batch_size_per_device_for_experience=24 does not divide "
+            "data.rollout_batch_size=16 x worker.rollout.n=4 = 64 sequences; use 16 or 32",
         ),
         (
             {"worker__actor__micro_batch_size_per_device_for_update": 6},
-            "worker.actor.global_batch_size=8 x worker.rollout.n=4 / 2 workers = 16 sequences is not a multiple of "
-            "worker.actor.micro_batch_size_per_device_for_update=6; use 4 or 8",
+            "worker.actor.micro_batch_size_per_device_for_update=6 does not divide worker.actor.global_batch_size=8 x "
+            "worker.rollout.n=4 / 2 workers = 16 sequences; use 4 or 8",
         ),
         (
             {"data__mini_rollout_batch_size": 5},
@@ -223,7 +223,7 @@ def test_the_plan_is_told_in_five_lines_with_its_numbers_and_in_three_more_for_a
         ),
         (
             {"algorithm__adv_estimator": "gae", "worker__critic__global_batch_size": 5},
-            "data.rollout_batch_size=16 is not a multiple of worker.critic.global_batch_size=5; use 15 or 20",
+            "worker.critic.global_batch_size=5 does not divide data.rollout_batch_size=16; use 2 or 4",
         ),
     ],
 )

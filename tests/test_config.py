@@ -852,6 +852,14 @@ def test_what_does_less_than_its_name_promises_is_told():
     weighted = "algorithm.enable_token_weights=true"
     for loss_type, count in (("gspo", 1), ("gspo_token", 0), ("default", 0)):
         assert len(effect_notes(load_config([weighted, f"worker.actor.loss_type={loss_type}"]))) == count
+    assert effect_notes(load_config(["trainer.critic_warmup=1"])) == []
+    assert effect_notes(load_config(["trainer.critic_warmup=2", "algorithm.adv_estimator=gae"])) == []
+    (note,) = effect_notes(load_config(["trainer.critic_warmup=2"]))
+    assert note.startswith("trainer.critic_warmup=2 leaves the policy as it is until step 2")
+    filtering = "algorithm.online_filtering=true"
+    assert effect_notes(load_config([filtering, "worker.rollout.n=2"])) == []
+    (note,) = effect_notes(load_config([filtering, "worker.rollout.n=1"]))
+    assert note.startswith("algorithm.online_filtering=true with worker.rollout.n=1 can hardly keep a group")
 
 
 def test_where_the_kl_goes():

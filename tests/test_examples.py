@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,12 +22,13 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from datasets import Dataset
 from ray.runtime_env import RuntimeEnv
 
 from tests.batches import ROWS, write_dataset
-from tests.tiny import make_tiny_model
+from tests.tiny import make_tiny_model, make_tiny_text_model
 from verl.trainer.config import DataConfig, PPOConfig, load_config
-from verl.trainer.main import WORKER_ENVIRONMENT, prepare
+from verl.trainer.main import WORKER_ENVIRONMENT, prepare, run
 from verl.workers.reward.config import RewardConfig
 from verl.workers.reward.function import AutoRewardManager
 
@@ -221,7 +223,10 @@ def test_every_script_starts_a_run_under_its_own_name(
     assert settings["trainer.experiment_name"] == script
     reward = {key.removeprefix("worker.reward."): value for key, value in settings.items() if "worker.reward." in key}
     reward = {key: value for key, value in reward.items() if key in RewardConfig.__dataclass_fields__}
-    AutoRewardManager(RewardConfig(**reward), tokenizer=None)  # finds the function, and its arguments fit
+    manager = AutoRewardManager(RewardConfig(**reward), tokenizer=None)  # finds the function, and its arguments fit
+    if settings["algorithm.online_filtering"]:
+        (result,) = manager._results_of([{"response": "Answer: 2", "response_length": 3, "ground_truth": "2"}])
+        assert settings["algorithm.filter_key"] in result
 
 
 def test_what_is_awaited_is_not_there_yet(refusals: dict[str, list[str]]) -> None:
@@ -274,6 +279,14 @@ def test_the_readmes_table_names_every_script(readme: str) -> None:
     named = {script for script in SCRIPTS if f"`{script}.sh`" in text}
     assert named == set(SCRIPTS) - set(TWINS) | {"qwen2_5_vl_7b_geo3k_grpo_vgr"}
     assert all(f"`{name}`" in text for name in (*LAUNCHERS, *CONFIGS, "runtime_env.yaml"))
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
+def test_the_readmes_say_which_scripts_are_refused_for_now(readme: str, refusals: dict[str, list[str]]) -> None:
+    refused = {script for script, lines in refusals.items() if any("not available yet" in line for line in lines)}
+    (paragraph,) = (part for part in (ROOT / readme).read_text().split("\n\n") if "`ulysses_size=8`" in part)
+    named = set(re.findall(r"`(\w+)\.sh`", paragraph))
+    assert named | {f"{script}_vgr" for script in named} & set(TWINS) == refused
 
 
 # Several machines
@@ -331,14 +344,14 @@ def test_a_machine_waits_only_so_long_for_the_first(tmp_path: Path) -> None:
     assert finished.stderr == "nothing answered at 127.0.0.1:9 within 1 s\n"
 
 
-def test_the_runtime_environment_is_valid_and_leaves_large_folders_behind() -> None:
+def test_the_runtime_environment_is_valid_and_leaves_behind_what_git_does() -> None:
     settings = yaml.safe_load((EXAMPLES / "runtime_env.yaml").read_text())
     environment = RuntimeEnv(**settings)
     assert set(environment) - {"_ray_commit"} == {"working_dir", "excludes", "env_vars"}
-    kept = {line for line in (ROOT / ".gitignore").read_text().splitlines() if line.endswith("/")}
-    caches = {"__pycache__/", "*.egg-info/", "build/", "dist/", ".pytest_cache/", ".ruff_cache/"}
+    ignored = {line for line in (ROOT / ".gitignore").read_text().splitlines() if line and not line.startswith("#")}
+    caches = {"__pycache__/", "*.py[cod]", "*.egg-info/", "build/", "dist/", ".pytest_cache/", ".ruff_cache/"}
     excluded = {pattern.strip("/") for pattern in settings["excludes"]}
-    assert {pattern.strip("/") for pattern in kept - caches} | {".git"} == excluded
+    assert {pattern.strip("/") for pattern in ignored - caches} | {".git"} == excluded
 
 
 IN_A_JOB = """
@@ -363,6 +376,7 @@ def test_a_job_with_the_runtime_environment_hands_it_on_with_the_trainers_own_va
     assert finished.returncode == 0, finished.stderr
     in_a_worker = json.loads(finished.stdout)
     expected = WORKER_ENVIRONMENT | variables
+    assert {name for name in WORKER_ENVIRONMENT if expected[name] != WORKER_ENVIRONMENT[name]} == {"NCCL_DEBUG"}
     assert {name: in_a_worker.get(name) for name in expected} == expected
 
 
@@ -458,3 +472,17 @@ def test_a_script_of_each_kind_trains_a_tiny_model(
         if script.endswith("_vgr"):
             assert metrics["token_weights/weighted_rows"] > 0
     assert (tmp_path / "run" / "global_step_2" / "actor").is_dir()
+
+
+def test_a_script_without_images_trains_a_model_that_takes_none(tmp_path: Path, ray_cluster) -> None:
+    """Data without a column of images; with VGR token weights every token weighs 1."""
+    rows = [{"prompt": row["prompt"], "answer": row["answer"]} for row in ROWS if not row["images"]]
+    Dataset.from_list(rows * 4).to_parquet(str(tmp_path / "data.parquet"))
+    data_files = [f"data.{split}_files={tmp_path}/data.parquet" for split in ("train", "val")]
+    overrides = tiny(tmp_path / "run", data_files, make_tiny_text_model(tmp_path / "model"))
+    weights = ["algorithm.enable_token_weights=true", "worker.rollout.collect_attentions=true"]
+    run(load_config(arguments_of(tmp_path, "qwen2_5_7b_math_grpo", *overrides, *weights, "trainer.max_steps=1")))
+    record = json.loads((tmp_path / "run" / "experiment_log.jsonl").read_text().splitlines()[0])
+    assert record["step"] == 1 and record["actor"]["grad_norm"] > 0
+    assert record["token_weights"]["weighted_rows"] == 0
+    assert record["token_weights"]["mean"] == 1

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.utils import is_flash_attn_2_available
 
 from tests.batches import ROWS, make_prompts, write_dataset
-from tests.probe import ProbeWorker, make_config
+from tests.probe import ProbeWorker, make_config, run_of
 from tests.test_attention_recorder import QWEN, answered, record, recorded_and_expected_of_own_queries
 from tests.test_training_run import arguments, command, lines_of
 from tests.tiny import make_tiny_model
@@ -19,7 +19,6 @@ from verl.models.kernels.attention_mass import BACKENDS, KeyPlan, default_backen
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.utils.attention_metrics import KeyKind
-from verl.utils.batch_plan import BatchPlan
 from verl.workers.fsdp2 import resident
 from verl.workers.rollout.base import Sampling
 
@@ -145,8 +144,7 @@ def test_vllm_sleeps_while_the_actor_trains_and_wakes_with_its_weights(tmp_path:
         "worker.rollout.enforce_eager=true",
         "worker.rollout.disable_tqdm=true",
     )
-    plan = BatchPlan.from_config(config, 1)
-    group = WorkerGroup(ProbeWorker, 1, 1, "cuda", config=config, plan=plan, training_steps=10)
+    group = WorkerGroup(ProbeWorker, 1, 1, "cuda", **run_of(config, 1))
     prompts = make_prompts(model_path, tmp_path)
     greedy = Sampling(n=1, temperature=0.0, top_p=1.0, top_k=-1, ignore_eos=False)
     request = DataProto(prompts.batch, prompts.non_tensor_batch, {"sampling": greedy, "seed_parts": (0,)})

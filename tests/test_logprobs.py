@@ -3,27 +3,36 @@
 """The frugal log-probabilities, entropy and KL equal the plain ones, in value and gradient."""
 
 import math
+import weakref
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from verl.utils import logprobs
 from verl.utils.logprobs import log_probs_from_logits, token_statistics
 
 SUPPRESSED = [0, 7]
 
 
-class LargestFloat32(TorchDispatchMode):
-    """Notes the size of the largest float32 tensor that any operation inside makes."""
+class LiveFloat32(TorchDispatchMode):
+    """Keeps count of the bytes of float32 tensors that operations inside made and that are still there."""
 
-    numel = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.peak = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
-                self.numel = max(self.numel, tensor.numel())
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.sizes:
+                    self.sizes[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.sizes.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self.sizes.values()))
         return result
 
 
@@ -233,10 +242,33 @@ def test_no_float32_copy_of_the_logits_waits_for_the_backward_pass(ref_logits):
     assert not [tensor.shape for tensor in kept if tensor.dtype == torch.float32 and tensor.shape[-1] == 11]
 
 
-def test_no_more_than_a_row_of_logits_is_ever_held_in_float32():
-    """Of all that any operation makes on the way, forward and backward."""
-    (logits, labels), ref_logits = draw(torch.bfloat16), draw_reference(torch.bfloat16)
-    with LargestFloat32() as largest:
+@pytest.mark.parametrize("at_once", [1, 2, 5, 9])
+def test_any_number_of_positions_at_once_gives_the_same_bits(at_once, monkeypatch):
+    (logits, labels), ref_logits = draw(), draw_reference()
+    upstream = torch.linspace(-1, 1, 15).view(3, 5)
+
+    def everything() -> list[torch.Tensor]:
         found = token_statistics(logits, labels, 0.7, SUPPRESSED, ref_logits)
-        (found.log_probs + found.kl).sum().backward()
-    assert largest.numel == 5 * 11
+        (grad,) = torch.autograd.grad((found.log_probs * upstream + found.kl).sum(), logits)
+        return [found.log_probs, found.entropy, found.kl, grad]
+
+    expected = everything()
+    monkeypatch.setattr(logprobs, "POSITIONS_AT_ONCE", at_once)
+    assert all(torch.equal(*pair) for pair in zip(everything(), expected, strict=True))
+
+
+@pytest.mark.parametrize("num_rows", [1, 4])
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_no_more_than_four_pieces_of_the_logits_are_held_in_float32_at_a_time(num_rows, with_reference, monkeypatch):
+    """Forward and backward, even where one row is the whole batch: pieces of 8 positions x 500 ids x 4 bytes.
+
+    Half a piece is left for the numbers that there are one a token of.
+    """
+    monkeypatch.setattr(logprobs, "POSITIONS_AT_ONCE", 8)
+    logits = torch.randn(num_rows, 50, 500).bfloat16().requires_grad_()
+    labels = torch.randint(1, 7, (num_rows, 50))
+    ref_logits = torch.randn(num_rows, 50, 500).bfloat16() if with_reference else None
+    with LiveFloat32() as live:
+        found = token_statistics(logits, labels, 0.7, SUPPRESSED, ref_logits)
+        (found.log_probs + (found.kl if with_reference else 0)).sum().backward()
+    assert 8 * 500 * 4 < live.peak < 4.5 * 8 * 500 * 4

@@ -16,8 +16,10 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from tests.batches import ROWS, write_dataset
+from tests.probe import WITH_CRITIC
 from tests.rewards import wait_for, weights_by_length
 from tests.tiny import make_tiny_model
+from verl.algorithms.policy_loss import POLICY_LOSSES, PolicyLossInputs
 from verl.protocol import DataProto
 from verl.trainer.config import load_config
 from verl.trainer.main import run
@@ -376,27 +378,46 @@ def test_a_resumed_run_with_a_critic_ends_with_the_weights_of_one_that_was_never
         assert last[0][area] == last[1][area]
 
 
+def test_a_loss_that_only_the_users_own_program_registers_trains_in_the_workers(
+    tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A function that no worker could import, as one of a script's `__main__` is: it travels to them by value."""
+
+    def plain_policy_gradient(inputs: PolicyLossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return -inputs.advantages * inputs.log_probs, {"seen": torch.full_like(inputs.advantages, 0.25)}
+
+    monkeypatch.setitem(POLICY_LOSSES, "plain", plain_policy_gradient)
+    settings = ["worker.actor.loss_type=plain", "trainer.val_before_train=false", "trainer.max_steps=1"]
+    run(load_config(arguments(tiny_model_path, data_files, tmp_path, *settings)))
+    record = lines_of(tmp_path / "experiment_log.jsonl")[0]
+    assert record["actor"]["seen"] == pytest.approx(0.25)
+    assert record["actor"]["grad_norm"] > 0
+
+
 def test_a_checkpoint_of_the_model_only_can_be_resumed_with_a_fresh_optimizer(
     tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster, caplog
 ) -> None:
-    args = arguments(
-        tiny_model_path, data_files, tmp_path, "trainer.save_model_only=true", "trainer.val_before_train=false"
-    )
+    """Of the actor's and of the critic's."""
+    settings = [*WITH_CRITIC, "trainer.save_model_only=true", "trainer.val_before_train=false"]
+    args = arguments(tiny_model_path, data_files, tmp_path, *settings)
     run(load_config([*args, "trainer.max_steps=1"]))
     folder = tmp_path / "global_step_1"
-    assert not list((folder / "actor").glob("optim_*"))
+    for model in ("actor", "critic"):
+        files = {path.name for path in (folder / model).iterdir()}
+        assert files == {"model_world_size_1_rank_0.pt", "huggingface"}
     adaptive = ["algorithm.use_kl_loss=false", "algorithm.kl_type=adaptive"]
     run(load_config([*args, "trainer.max_steps=2", f"trainer.load_checkpoint_path={folder}", *adaptive]))
     assert "model only" in caplog.text
     assert "kl_coef.json does not exist: the KL coefficient starts from algorithm.kl_coef" in caplog.text
-    assert (tmp_path / "global_step_2").exists()
 
     elsewhere = tmp_path / "elsewhere"
     again = [f"trainer.load_checkpoint_path={folder}", f"trainer.save_checkpoint_path={elsewhere}"]
     run(load_config([*args, "trainer.max_steps=1", *again]))
     assert "has reached the run's last step, 1" in caplog.text
     assert json.loads((elsewhere / "checkpoint_tracker.json").read_text())["last_global_step"] == 1
-    assert (elsewhere / "global_step_1" / "actor").exists()
+    for model in ("actor", "critic"):
+        assert is_changed(weights_at(tmp_path, 1, model), weights_at(tmp_path, 2, model))
+        assert not is_changed(weights_at(tmp_path, 1, model), weights_at(elsewhere, 1, model))
 
 
 def test_a_cluster_without_a_cpu_for_the_rewards_is_refused_before_workers_start(
@@ -565,7 +586,7 @@ def test_a_reward_function_that_raises_ends_the_run_with_the_sample_named_and_no
     ("override", "message"),
     [
         ("worker.actor.optim.learning_rate=1", "did you mean 'worker.actor.optim.lr'"),
-        ("worker.actor.global_batch_size=3", "is not a multiple of worker.actor.global_batch_size=3"),
+        ("worker.actor.global_batch_size=3", "worker.actor.global_batch_size=3 does not divide"),
         ("worker.actor.ulysses_size=2", "worker.actor.ulysses_size=2 is not available yet"),
     ],
 )

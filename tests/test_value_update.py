@@ -3,6 +3,7 @@
 """The critic's values stand where they should, and its update depends neither on micro-batches nor on ranks."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.config import PPOConfig
 from verl.utils.masked_ops import masked_mean
+from verl.workers.actor.config import ModelConfig
 
 
 def critic_config(model_path: str, *overrides: str) -> PPOConfig:
@@ -232,6 +234,24 @@ def test_a_checkpoint_without_a_critic_is_refused_by_a_run_with_one(
     worker = start_alone(critic_config(tiny_model_path))
     with pytest.raises(ValueError, match=r"/critic does not exist.* trained no critic.*algorithm.adv_estimator"):
         worker.load_checkpoint(str(tmp_path), model_only=False)
+
+
+def test_a_critic_without_a_model_of_its_own_has_the_actors_as_the_actor_has_it(
+    tiny_model_path: str, lone_process_group
+) -> None:
+    """Tokenizer, overrides and trust come with the path; how the model is trained stays the critic's own."""
+    overrides = {"attn_implementation": "eager", "text_config": {"rms_norm_eps": 0.5}}
+    actor = ModelConfig(tiny_model_path, "org/tokenizer", overrides, trust_remote_code=False)
+    found = ModelConfig(enable_gradient_checkpointing=False, override_config={"a": 1}).or_that_of(actor)
+    assert found == replace(actor, enable_gradient_checkpointing=False)
+    own = ModelConfig("org/critic", override_config={"a": 1})
+    assert own.or_that_of(actor) == own
+
+    keys = "{attn_implementation: eager, text_config: {rms_norm_eps: 0.5}}"
+    worker = start_alone(critic_config(tiny_model_path, f"worker.actor.model.override_config={keys}"))
+    for model in (worker.actor.model, worker.critic.model):
+        text_config = model.config.get_text_config()
+        assert (text_config.rms_norm_eps, text_config._attn_implementation) == (0.5, "eager")
 
 
 def test_a_critic_may_have_a_model_of_its_own_with_the_same_vocabulary(

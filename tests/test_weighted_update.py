@@ -121,9 +121,7 @@ def test_the_kl_loss_is_weighted_too(tiny_model_path: str, batch: DataProto, lon
 
 
 def with_weights_of(rows: DataProto, weight: float) -> DataProto:
-    copy = rows[list(range(len(rows)))]
-    copy.batch["token_weights"] = torch.full((len(rows), RESPONSE_LENGTH), weight)
-    return copy
+    return with_stream(rows, "token_weights", torch.full((len(rows), RESPONSE_LENGTH), weight))
 
 
 def test_ratios_and_metrics_keep_the_binary_mask(tiny_model_path: str, batch: DataProto, lone_process_group) -> None:
@@ -163,6 +161,43 @@ def at_once(tiny_model_path: str, lone_process_group) -> ProbeWorker:
 @pytest.fixture(scope="module")
 def one_by_one(tiny_model_path: str, lone_process_group) -> ProbeWorker:
     return start_alone(make_config(tiny_model_path, "worker.actor.micro_batch_size_per_device_for_update=1"))
+
+
+@pytest.mark.parametrize("with_token_weights", [False, True])
+@pytest.mark.parametrize("loss_avg_mode", ["token", "seq"])
+def test_importance_weights_are_as_advantages_times_them_and_leave_the_kl_loss_alone(
+    loss_avg_mode: str,
+    with_token_weights: bool,
+    batch: DataProto,
+    at_once: ProbeWorker,
+    one_by_one: ProbeWorker,
+    two_ranks: WorkerGroup,
+) -> None:
+    """Weights above 0 leave every advantage its sign, at which the loss is linear in it, clipped or not.
+
+    Beside token weights they multiply: the policy loss is that of the product of both.
+    """
+    rows = with_weights(batch, batch.batch["token_weights"] if with_token_weights else None)
+    weights = 0.1 + 1.9 * torch.rand(8, RESPONSE_LENGTH, generator=torch.Generator().manual_seed(3))
+    plain, plain_metrics = at_once.gradients(rows, loss_avg_mode)
+    with_scaled_advantages = with_stream(rows, "advantages", rows.batch["advantages"] * weights)
+    scaled, scaled_metrics = at_once.gradients(with_scaled_advantages, loss_avg_mode)
+    assert largest_relative_difference(plain, scaled) > 1e-2
+    for worker in (at_once, one_by_one, two_ranks):
+        gradients, metrics = worker.gradients(with_stream(rows, "importance_weights", weights), loss_avg_mode)
+        assert largest_relative_difference(scaled, gradients) < 1e-5
+        assert metrics == pytest.approx({**scaled_metrics, "actor/kl_loss": plain_metrics["actor/kl_loss"]}, rel=1e-5)
+
+    product = weights * rows.batch["token_weights"] if with_token_weights else weights
+    _, metrics_of_product = at_once.gradients(with_stream(rows, "token_weights", product), loss_avg_mode)
+    assert metrics_of_product["actor/pg_loss"] == pytest.approx(scaled_metrics["actor/pg_loss"], rel=1e-5)
+    assert metrics_of_product["actor/kl_loss"] != pytest.approx(plain_metrics["actor/kl_loss"], rel=1e-2)
+
+
+def with_stream(rows: DataProto, name: str, values: torch.Tensor) -> DataProto:
+    copy = rows[list(range(len(rows)))]
+    copy.batch[name] = values
+    return copy
 
 
 def test_every_loss_has_a_gradient_of_its_own_and_weights_change_it(batch: DataProto, at_once: ProbeWorker) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tiny vision-language model that tests load: `make_tiny_model(directory)` writes one in well under a second."""
+"""The tiny models that tests load, with images and without: each is written in well under a second."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
+import torch
 from tiny_qwen import build_model, build_processor, build_tokenizer, save_tiny
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 CORPUS = (
     "What is the sum of the digits? What is in the picture?",
@@ -26,3 +28,16 @@ def make_tiny_model(directory: str | Path, seed: int = 0, **sizes: int | bool) -
     defaults = dict(hidden_size=64, num_layers=2, num_heads=4, vision_hidden_size=32, vision_depth=1, vision_heads=2)
     model = build_model(tokenizer, seed, **{**defaults, **sizes})
     return save_tiny(directory, model, build_processor(tokenizer))
+
+
+def make_tiny_text_model(directory: str | Path) -> str:
+    """Write a random Qwen2 (2 layers, hidden size 64) with the same tokenizer and return its folder."""
+    tokenizer = build_tokenizer(CORPUS)
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    ids = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, **sizes, **ids))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)

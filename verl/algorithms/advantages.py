@@ -28,9 +28,9 @@ class AdvantageInputs:
     uid: np.ndarray
     """(N,) objects, equal for responses to the same prompt."""
     values: torch.Tensor | None = None
-    """(N, R): a critic's estimate, before each token, of the discounted rewards from that token on."""
+    """(N, R): a critic's estimate, before each token, of the discounted rewards from that token on; for `gae` only."""
     reward_baselines: torch.Tensor | None = None
-    """(N,): the score of the greedy response to the row's prompt."""
+    """(N,): the score of the greedy response to the row's prompt; for `remax` only."""
     gamma: float = 1.0
     """Discount per token."""
     lam: float = 1.0

@@ -4,7 +4,7 @@
 N sequences, R response length. A loss is a function in `POLICY_LOSSES`, found by `worker.actor.loss_type`: it takes
 one `PolicyLossInputs` and returns the loss (N, R) and metrics, (N, R) each without gradient, to be averaged over the
 real tokens. Neither is masked. While nothing is clipped and the ratio is one, every loss has the plain policy
-gradient, -A d log pi.
+gradient, -A d log pi (gspo: with one advantage a response).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PolicyLossInputs:
     log_probs: torch.Tensor
     """(N, R): the only input that carries a gradient."""
     old_log_probs: torch.Tensor
-    """(N, R): of the policy that made the rollout."""
+    """(N, R): of the policy before the update."""
     advantages: torch.Tensor
     """(N, R)."""
     response_mask: torch.Tensor

@@ -107,7 +107,8 @@ class AlgorithmConfig(ConfigSection):
     """Put the KL term into the loss; false takes it off the reward."""
     kl_penalty: Literal["kl", "abs", "mse", "low_var_kl", "full"] = "kl"
     """How the KL divergence from the reference is measured: estimated from the sampled tokens, or by `full` over the
-    whole vocabulary, which runs the policy (in the reward) or the reference (in the loss) once more."""
+    whole vocabulary. For `full` in the reward the policy runs once more; in the loss the reference runs inside every
+    update, in place of its own pass."""
     kl_coef: float = 1e-3
     """Weight of the KL term."""
     kl_type: Literal["fixed", "adaptive"] = "fixed"
@@ -151,6 +152,11 @@ class AlgorithmConfig(ConfigSection):
     def needs_critic(self) -> bool:
         """Whether the advantage estimator holds rewards against the values of a critic."""
         return self.adv_estimator == "gae"
+
+    @property
+    def needs_baselines(self) -> bool:
+        """Whether the advantage estimator holds rewards against the score of the prompt's greedy response."""
+        return self.adv_estimator == "remax"
 
     @property
     def kl_in_loss(self) -> bool:
@@ -400,8 +406,8 @@ def require_registered(config: PPOConfig, adv_estimators: Collection[str], polic
 
 
 def effect_notes(config: PPOConfig) -> list[str]:
-    """Settings that are taken and do less than their names promise, one sentence each."""
-    algorithm = config.algorithm
+    """Settings that are taken and do less, or more, than their names promise, one sentence each."""
+    algorithm, warmup = config.algorithm, config.trainer.critic_warmup
     notes = []
     if algorithm.kl_type == "adaptive" and algorithm.kl_in_loss:
         notes.append("algorithm.kl_type=adaptive with algorithm.use_kl_loss=true leaves the coefficient as it is")
@@ -409,6 +415,16 @@ def effect_notes(config: PPOConfig) -> list[str]:
         notes.append(
             "algorithm.enable_token_weights=true with worker.actor.loss_type=gspo weighs whole responses, by their "
             "tokens' mean weight: one ratio moves all tokens alike; gspo_token tells them apart"
+        )
+    if warmup > 1 and not algorithm.needs_critic:
+        notes.append(
+            f"trainer.critic_warmup={warmup} leaves the policy as it is until step {warmup}, though with "
+            f"algorithm.adv_estimator={algorithm.adv_estimator} there is no critic to wait for"
+        )
+    if algorithm.online_filtering and config.worker.rollout.n == 1:
+        notes.append(
+            "algorithm.online_filtering=true with worker.rollout.n=1 can hardly keep a group: a single response that "
+            "is right or wrong has no mean between the bounds"
         )
     return notes
 

@@ -22,6 +22,7 @@ from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS, AdvantageInputs
 from verl.algorithms.group_filter import informative_rows
 from verl.algorithms.importance import truncated_importance_weights
 from verl.algorithms.kl import adapt_kl_coef, apply_kl_penalty, compute_kl
+from verl.algorithms.policy_loss import POLICY_LOSSES
 from verl.data.loader import PromptLoader
 from verl.data.vision import MediaHandle
 from verl.protocol import DataProto, pad_dataproto_to_divisor, unpad_dataproto
@@ -64,7 +65,7 @@ TRAIN, VAL = 0, 1
 
 
 class RayDAPOTrainer:
-    """Trains a policy with GRPO-family algorithms on a Ray cluster.
+    """Trains a policy, and a critic where the advantages need one, on a Ray cluster.
 
     Use: `trainer.init_workers()` then `trainer.fit()`, and `trainer.shutdown()` in any case.
 
@@ -130,6 +131,7 @@ class RayDAPOTrainer:
             device=self.device,
             config=self.config,
             plan=self.plan,
+            policy_loss=POLICY_LOSSES[self.config.worker.actor.loss_type],
             training_steps=self.training_steps,
         )
         reward_class = ray.remote(num_cpus=self.config.worker.reward.num_cpus)(AutoRewardManager)
@@ -207,7 +209,7 @@ class RayDAPOTrainer:
                 draw = self._generate(prompts, sampling, seed_parts=(TRAIN, record.step, len(draws)))
                 draws.append(self._keep_informative(draw, record))
             batch = DataProto.concat(draws)[: self.plan.sequences_per_step]
-            if self.config.algorithm.adv_estimator == "remax":
+            if self.config.algorithm.needs_baselines:
                 self._add_baselines(batch, record)
         if self.config.algorithm.online_filtering:
             kept_share = self._groups_in(draws) / (len(draws) * self.plan.prompts_per_draw)
@@ -324,7 +326,7 @@ class RayDAPOTrainer:
         with record.timed("adv"):
             streams["token_level_rewards"] = streams["token_level_scores"]
             if algorithm.kl_in_reward:
-                record.add(self._take_kl_off_the_rewards(batch))
+                record.add(self._take_kl_off_the_rewards(batch, adapts=self._actor_learns(record.step)))
             inputs = AdvantageInputs(
                 streams["token_level_rewards"],
                 streams["response_mask"],
@@ -337,8 +339,12 @@ class RayDAPOTrainer:
             streams["advantages"], streams["returns"] = ADVANTAGE_ESTIMATORS[algorithm.adv_estimator](inputs)
         return batch
 
-    def _take_kl_off_the_rewards(self, batch: DataProto) -> dict[str, float]:
-        """Writes over `token_level_rewards`; an adaptive coefficient then follows the KL, for the next step."""
+    def _take_kl_off_the_rewards(self, batch: DataProto, adapts: bool) -> dict[str, float]:
+        """Writes over `token_level_rewards`; an adaptive coefficient then follows the KL, for the next step.
+
+        Args:
+            adapts: whether it may; a policy that only waits for its critic has no KL to follow.
+        """
         algorithm, streams = self.config.algorithm, batch.batch
         kl = streams.get("ref_kl")
         if kl is None:
@@ -347,7 +353,7 @@ class RayDAPOTrainer:
             streams["token_level_scores"], kl, streams["response_mask"], self.kl_coef
         )
         metrics = {"actor/kl_penalty": mean_kl, "actor/kl_coef": self.kl_coef}
-        if algorithm.kl_coef_adapts:
+        if algorithm.kl_coef_adapts and adapts:
             self.kl_coef = adapt_kl_coef(self.kl_coef, mean_kl, len(batch), algorithm.kl_target, algorithm.kl_horizon)
         return metrics
 
@@ -358,9 +364,12 @@ class RayDAPOTrainer:
         with record.timed("update_critic"):
             record.add(self.workers.update_critic(_model_inputs(batch, "values", "returns")))
 
+    def _actor_learns(self, step: int) -> bool:
+        return step >= self.config.trainer.critic_warmup
+
     def _update_actor(self, batch: DataProto, record: StepRecord) -> None:
         """Reads: sequence tensors, media, and all the (N, R) streams of the loss."""
-        if record.step < self.config.trainer.critic_warmup:
+        if not self._actor_learns(record.step):
             return
         streams = ["old_log_probs", "advantages"]
         optional = ("ref_log_probs", "token_weights", "importance_weights")
@@ -609,9 +618,9 @@ def _model_inputs(batch: DataProto, *streams: str) -> DataProto:
     return batch.select([*sequence, *streams], ["multi_modal_data"], [])
 
 
-def _without_token_weights(values_by_key: dict[str, list[Any]]) -> dict[str, list[float]]:
+def _without_token_weights(reward_values: dict[str, list[Any]]) -> dict[str, list[float]]:
     """The reward function's numbers, which can be averaged."""
-    return {key: values for key, values in values_by_key.items() if key != TOKEN_WEIGHTS}
+    return {key: values for key, values in reward_values.items() if key != TOKEN_WEIGHTS}
 
 
 def _objects(values: list[Any]) -> np.ndarray:

@@ -48,19 +48,16 @@ class ModelPlan:
         """
         batch_size, micro_batch_size = model.global_batch_size, model.micro_batch_size_per_device_for_update
         experience_size = model.micro_batch_size_per_device_for_experience
-        batch = f"{name}.global_batch_size={batch_size}"
-        experience = f"{name}.micro_batch_size_per_device_for_experience={experience_size}"
-        workers = f"{world_size} workers"
-        _require_multiple("data.rollout_batch_size", prompts_per_step, batch_size, batch)
-        _require_multiple("data.rollout_batch_size", prompts_per_step, experience_size, experience, n)
-        _require_multiple(f"{name}.global_batch_size", batch_size, world_size, workers, n)
+        batch, workers = f"{name}.global_batch_size", f"{world_size} workers"
+        step, sequences = f"data.rollout_batch_size={prompts_per_step}", prompts_per_step * n
+        step_of_sequences = f"{step} x worker.rollout.n={n} = {sequences} sequences"
+        micro_batch = f"{name}.micro_batch_size_per_device"
+        _require_divisor(batch, batch_size, prompts_per_step, step)
+        _require_divisor(f"{micro_batch}_for_experience", experience_size, sequences, step_of_sequences)
+        _require_multiple(batch, batch_size, world_size, workers, n)
         per_rank = batch_size * n // world_size
-        if per_rank % micro_batch_size:
-            raise ValueError(
-                f"{batch} x worker.rollout.n={n} / {workers} = {per_rank} sequences is not a multiple of "
-                f"{name}.micro_batch_size_per_device_for_update={micro_batch_size}; "
-                f"use {_nearest_divisors(per_rank, micro_batch_size)}"
-            )
+        share = f"{batch}={batch_size} x worker.rollout.n={n} / {workers} = {per_rank} sequences"
+        _require_divisor(f"{micro_batch}_for_update", micro_batch_size, per_rank, share)
         mini_batches = prompts_per_step // batch_size
         return cls(
             prompts_per_mini_batch=batch_size,
@@ -218,6 +215,15 @@ def training_steps(config: PPOConfig, prompts_in_dataset: int) -> int:
             f"data.rollout_batch_size={config.data.rollout_batch_size}; use a smaller batch or more data"
         )
     return steps_per_epoch * config.trainer.total_epochs
+
+
+def _require_divisor(key: str, value: int, total: int, total_text: str) -> None:
+    """Raise unless `total` is a multiple of `value`; name the nearest `value`s that it is one of.
+
+    The total is not the one to change: other rules hold it too.
+    """
+    if total % value:
+        raise ValueError(f"{key}={value} does not divide {total_text}; use {_nearest_divisors(total, value)}")
 
 
 def _nearest_divisors(total: int, wanted: int) -> str:

@@ -59,8 +59,7 @@ def extra_state_file(world_size: int, rank: int) -> str:
 
 def write_kl_coef(folder: str, kl_coef: float) -> None:
     """Keeps the adaptive KL coefficient that the step after the one of `folder` begins with."""
-    with open(os.path.join(folder, KL_COEF_FILE), "w", encoding="utf-8") as file:
-        json.dump({"kl_coef": kl_coef}, file)
+    write_json(os.path.join(folder, KL_COEF_FILE), {"kl_coef": kl_coef})
 
 
 def read_kl_coef(folder: str) -> float | None:

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model's logits say of given tokens, in float32, without a float32 copy of all the logits.
 
-Log-probabilities, the entropy of the distribution, and its KL from another model's. One row is upcast at a time,
-forward and backward: at a vocabulary of 152k the float32 logits of a whole batch, and their softmax, would be the
-largest tensors of a training step.
+Log-probabilities, the entropy of the distribution, and its KL from another model's. A few hundred positions of a row
+are upcast at a time, forward and backward: at a vocabulary of 152k the float32 logits of one long response, and their
+softmax, would be the largest tensors of a training step.
 
-N sequences, R response length, V vocabulary.
+N sequences, R response length, V vocabulary, T positions of a piece.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+
+POSITIONS_AT_ONCE = 256  # at a vocabulary of 152k this is 156 MB a temporary, of which up to four live at once
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def token_statistics(
 
 
 class _Statistics(torch.autograd.Function):
-    """Keeps the logits as they came and one number a token; the softmax is made again, row by row, when asked for."""
+    """Keeps the logits as they came and one number a token; the backward pass makes the softmax again, by pieces."""
 
     @staticmethod
     def forward(ctx, logits, ref_logits, labels, temperature, suppressed, with_entropy):
@@ -78,19 +80,19 @@ class _Statistics(torch.autograd.Function):
         if ref_logits is not None:
             kl, ref_log_normalizers = torch.empty_like(log_probs), torch.empty_like(log_probs)  # (N, R)
 
-        for row, row_labels in enumerate(labels):
-            scaled = _scale(logits[row], temperature, suppressed)  # (R, V)
-            log_normalizers[row] = scaled.logsumexp(-1)
-            log_probs[row] = scaled.gather(-1, row_labels.unsqueeze(-1)).squeeze(-1) - log_normalizers[row]
+        for at in _pieces(labels):
+            scaled = _scale(logits[at], temperature, suppressed)  # (T, V)
+            log_normalizers[at] = scaled.logsumexp(-1)
+            log_probs[at] = scaled.gather(-1, labels[at].unsqueeze(-1)).squeeze(-1) - log_normalizers[at]
             if not with_entropy:
                 continue
-            scaled.sub_(log_normalizers[row].unsqueeze(-1))
-            probs = scaled.exp()  # (R, V)
+            scaled.sub_(log_normalizers[at].unsqueeze(-1))
+            probs = scaled.exp()  # (T, V)
             if ref_logits is not None:
-                ref_scaled = _scale(ref_logits[row], temperature, suppressed)  # (R, V)
-                ref_log_normalizers[row] = ref_scaled.logsumexp(-1)
-                kl[row] = _log_ratio(scaled, ref_scaled, ref_log_normalizers[row], suppressed).mul_(probs).sum(-1)
-            entropy[row] = torch.special.entr(probs).sum(-1)
+                ref_scaled = _scale(ref_logits[at], temperature, suppressed)  # (T, V)
+                ref_log_normalizers[at] = ref_scaled.logsumexp(-1)
+                kl[at] = _log_ratio(scaled, ref_scaled, ref_log_normalizers[at], suppressed).mul_(probs).sum(-1)
+            entropy[at] = torch.special.entr(probs).sum(-1)
 
         ctx.save_for_backward(logits, ref_logits, labels, log_normalizers, ref_log_normalizers, kl, suppressed)
         ctx.temperature = temperature
@@ -103,31 +105,39 @@ class _Statistics(torch.autograd.Function):
     def backward(ctx, grad_log_probs, _, grad_kl):
         logits, ref_logits, labels, log_normalizers, ref_log_normalizers, kl, suppressed = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)  # (N, R, V)
-        for row, row_labels in enumerate(labels):
+        for at in _pieces(labels):
             # d log p(label) / d logit(v) = (1[v = label] - p(v)) / temperature
-            upstream = grad_log_probs[row].unsqueeze(-1) / ctx.temperature  # (R, 1)
-            log_p = _scale(logits[row], ctx.temperature, suppressed)  # (R, V)
-            log_p.sub_(log_normalizers[row].unsqueeze(-1))
+            upstream = grad_log_probs[at].unsqueeze(-1) / ctx.temperature  # (T, 1)
+            log_p = _scale(logits[at], ctx.temperature, suppressed)  # (T, V)
+            log_p.sub_(log_normalizers[at].unsqueeze(-1))
             if ref_logits is None:
-                row_grad = log_p.exp_().mul_(-upstream)
+                piece_grad = log_p.exp_().mul_(-upstream)
             else:
                 # d KL / d logit(v) = p(v) (log p(v) - log q(v) - KL) / temperature
-                ref_scaled = _scale(ref_logits[row], ctx.temperature, suppressed)  # (R, V)
-                row_grad = _log_ratio(log_p, ref_scaled, ref_log_normalizers[row], suppressed)
-                row_grad.sub_(kl[row].unsqueeze(-1)).mul_(grad_kl[row].unsqueeze(-1) / ctx.temperature)
-                row_grad.sub_(upstream).mul_(log_p.exp_())
-            row_grad.scatter_add_(-1, row_labels.unsqueeze(-1), upstream)
-            grad_logits[row] = row_grad.index_fill_(-1, suppressed, 0.0)
+                ref_scaled = _scale(ref_logits[at], ctx.temperature, suppressed)  # (T, V)
+                piece_grad = _log_ratio(log_p, ref_scaled, ref_log_normalizers[at], suppressed)
+                piece_grad.sub_(kl[at].unsqueeze(-1)).mul_(grad_kl[at].unsqueeze(-1) / ctx.temperature)
+                piece_grad.sub_(upstream).mul_(log_p.exp_())
+            piece_grad.scatter_add_(-1, labels[at].unsqueeze(-1), upstream)
+            grad_logits[at] = piece_grad.index_fill_(-1, suppressed, 0.0)
         return grad_logits, None, None, None, None, None
 
 
+def _pieces(labels: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """Indices of a row and of at most `POSITIONS_AT_ONCE` positions in it, which together cover `labels` (N, R)."""
+    num_rows, length = labels.shape
+    for row in range(num_rows):
+        for start in range(0, length, POSITIONS_AT_ONCE):
+            yield row, slice(start, start + POSITIONS_AT_ONCE)
+
+
 def _scale(logits: torch.Tensor, temperature: float, suppressed: torch.Tensor) -> torch.Tensor:
-    scaled = logits.float() / temperature  # divided in float32; a new tensor, which the callers may write into
+    scaled = logits.to(torch.float32, copy=True).div_(temperature)  # a tensor that the callers may write into
     return scaled.index_fill_(-1, suppressed, torch.finfo(torch.float32).min)
 
 
 def _log_ratio(
     log_p: torch.Tensor, ref_scaled: torch.Tensor, ref_log_normalizer: torch.Tensor, suppressed: torch.Tensor
 ) -> torch.Tensor:
-    """log p - log q (R, V), written over `ref_scaled`; 0 for suppressed ids, which neither can draw."""
+    """log p - log q (T, V), written over `ref_scaled`; 0 for suppressed ids, which neither can draw."""
     return ref_scaled.sub_(ref_log_normalizer.unsqueeze(-1)).neg_().add_(log_p).index_fill_(-1, suppressed, 0.0)

@@ -94,7 +94,7 @@ class FSDPCheckpoint:
         if not root.is_dir():
             raise ValueError(
                 f"{root} does not exist: the run that saved this checkpoint trained no {root.name}; resume with its "
-                "algorithm.adv_estimator, or start anew from its merged weights"
+                "algorithm.adv_estimator, or start a run of its own with another trainer.save_checkpoint_path"
             )
         model_path = root / self._name(model_file)
         if not model_path.exists():

@@ -8,13 +8,13 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 
 import psutil
 import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from verl.algorithms.policy_loss import PolicyLoss
 from verl.models.loader import DTYPES, keep_vision_tower_in_step, load_model, load_value_model
 from verl.models.registry import media_token_ids
 from verl.protocol import DataProto
@@ -25,15 +25,11 @@ from verl.utils.attention_metrics import KeyVocabulary
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.tokenizer import get_processor, get_tokenizer
 from verl.workers.actor.config import FSDPConfig, ModelConfig
-from verl.workers.actor.dp_actor import (
-    DataParallelPPOActor,
-    compute_kl_to_reference,
-    compute_log_probs_and_attention,
-)
+from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.forward import PolicyForward
 from verl.workers.critic.dp_critic import DataParallelPPOCritic, ValueForward
 from verl.workers.fsdp2 import build_mesh, resident, shard_model
-from verl.workers.response_forward import compute_per_token
+from verl.workers.response_forward import compute_per_token, compute_streams
 from verl.workers.rollout.base import Sampling, draw_seed, engine_class
 from verl.workers.trained_model import TrainedModel
 from verl.workers.weight_sync import stream_weights
@@ -49,14 +45,19 @@ class FSDPWorker(Worker):
     Args:
         config: of the run.
         plan: its batch numbers.
+        policy_loss: the one that `worker.actor.loss_type` names. The controller looks it up, since a loss that the
+            user's own program registers is not registered in this process.
         training_steps: length of the run, for the learning-rate schedule.
         **place: rank, world_size, local_rank, device.
     """
 
-    def __init__(self, config: PPOConfig, plan: BatchPlan, training_steps: int, **place) -> None:
+    def __init__(
+        self, config: PPOConfig, plan: BatchPlan, policy_loss: PolicyLoss, training_steps: int, **place
+    ) -> None:
         super().__init__(**place)
         self.config = config
         self.plan = plan
+        self.policy_loss = policy_loss
         self.training_steps = training_steps
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -85,7 +86,13 @@ class FSDPWorker(Worker):
                 reference = self._forward_of(self.ref_model)
         described_by = [policy.config, policy.generation_config, self.processor or self.tokenizer]
         self.actor = DataParallelPPOActor(
-            self.config, self.plan, self._forward_of(policy), self.training_steps, described_by, reference
+            self.config,
+            self.plan,
+            self._forward_of(policy),
+            self.policy_loss,
+            self.training_steps,
+            described_by,
+            reference,
         )
         self.trained: dict[str, TrainedModel] = {"actor": self.actor}
         self.rollout = engine_class(self.config.worker.rollout.name).from_config(
@@ -113,7 +120,7 @@ class FSDPWorker(Worker):
     def _build_critic(self) -> DataParallelPPOCritic:
         """The critic reads the actor's token ids and features, so that both must have the same vocabulary."""
         actor, critic = self.config.worker.actor.model, self.config.worker.critic
-        source = replace(critic.model, model_path=critic.model.model_path or actor.model_path)
+        source = critic.model.or_that_of(actor)
         if source.model_path != actor.model_path:
             tokenizer = get_tokenizer(source.tokenizer_path, trust_remote_code=source.trust_remote_code)
             if tokenizer.get_vocab() != self.tokenizer.get_vocab():
@@ -177,13 +184,15 @@ class FSDPWorker(Worker):
         token's attention on the prompt's text and on its images; and `attention_keys` (N, 2): how many tokens each of
         the two has.
         """
-        arguments = (self.actor.forward, data, self.plan.actor.experience_micro_batch_size)
+        forward, size = self.actor.forward, self.plan.actor.experience_micro_batch_size
+
+        def measured(rows: DataProto) -> tuple[torch.Tensor, ...]:
+            return forward.with_attention(rows, self.vocabulary, self.config.algorithm.token_weight_last_k_layers)
+
         with self.actor.resident():
             if self.vocabulary is None:
-                return DataProto.from_dict({"old_log_probs": compute_per_token(*arguments)})
-            log_probs, mass, keys = compute_log_probs_and_attention(
-                *arguments, self.vocabulary, self.config.algorithm.token_weight_last_k_layers
-            )
+                return DataProto.from_dict({"old_log_probs": compute_per_token(forward, data, size)})
+            log_probs, mass, keys = compute_streams(forward.model, measured, data, size)
         return DataProto.from_dict({"old_log_probs": log_probs, "attention_mass": mass, "attention_keys": keys})
 
     @register(DP_COMPUTE_PROTO)
@@ -201,10 +210,10 @@ class FSDPWorker(Worker):
 
         Costs a pass of either model.
         """
+        forward, reference = self.actor.forward, self._forward_of(self.ref_model)
+        size = self.plan.actor.experience_micro_batch_size
         with self.actor.resident(), self._reference_resident():
-            kl = compute_kl_to_reference(
-                self.actor.forward, self._forward_of(self.ref_model), data, self.plan.actor.experience_micro_batch_size
-            )
+            (kl,) = compute_streams(forward.model, lambda rows: (forward.statistics(rows, reference).kl,), data, size)
         return DataProto.from_dict({"ref_kl": kl})
 
     @register(DP_COMPUTE_PROTO)

@@ -4,7 +4,7 @@
 Shapes: N sequences, P prompt length, R response length, S = P + R, V numbers that the model gives for a position.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -80,16 +80,25 @@ def filled_columns(rows: DataProto) -> tuple[slice, int]:
 
 
 def compute_per_token(forward: ResponseForward, data: DataProto, micro_batch_size: int) -> torch.Tensor:
-    """(N, R) float32 on the CPU: what `forward` gives for all rows, without gradient.
+    """(N, R) float32 on the CPU: what `forward` gives for all rows, without gradient."""
+    (stream,) = compute_streams(forward.model, lambda rows: (forward(rows),), data, micro_batch_size)
+    return stream
+
+
+def compute_streams(
+    model: nn.Module, compute: Callable[[DataProto], tuple[torch.Tensor, ...]], data: DataProto, micro_batch_size: int
+) -> list[torch.Tensor]:
+    """What `compute` gives for all rows, (N, ...) each on the CPU, without gradient.
 
     Rows go through in micro-batches, the last one smaller if need be; all ranks have as many rows.
+
+    Args:
+        model: which `compute` runs.
+        compute: from rows to tensors with as many rows.
     """
-    forward.model.eval()
+    model.eval()
+    parts = []
     with torch.no_grad():
-        return torch.cat([forward(rows).cpu() for rows in micro_batches(data, micro_batch_size)])
-
-
-def micro_batches(data: DataProto, size: int) -> Iterator[DataProto]:
-    """The rows in pieces of `size`, the last one smaller if need be."""
-    for start in range(0, len(data), size):
-        yield data[start : start + size]
+        for start in range(0, len(data), micro_batch_size):
+            parts.append([tensor.cpu() for tensor in compute(data[start : start + micro_batch_size])])
+    return [torch.cat(stream) for stream in zip(*parts, strict=True)]

@@ -2,8 +2,8 @@
 """Configuration of the trained policy and its frozen reference: model, optimizer, sharding, offload, loss."""
 
 import os
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
 
 from verl.config import ConfigSection, looks_local
 
@@ -42,7 +42,8 @@ class ModelConfig(ConfigSection):
     """Which model to load and how to hold it in memory."""
 
     model_path: str | None = None
-    """Hub id or local folder of the model; a local folder becomes absolute. Null for the critic takes the actor's."""
+    """Hub id or local folder of the model; a local folder becomes absolute. A critic without one has the actor's, and
+    with it the actor's `tokenizer_path`, `override_config` and `trust_remote_code`."""
     tokenizer_path: str | None = None
     """Hub id or local folder of the tokenizer; null takes `model_path`."""
     override_config: dict[str, Any] = field(default_factory=dict)
@@ -64,10 +65,20 @@ class ModelConfig(ConfigSection):
         if self.tokenizer_path is None:
             self.settle("tokenizer_path", self.model_path)
 
+    def or_that_of(self, other: Self) -> Self:
+        """Itself if it has a `model_path`, else with all that says which model it is taken from `other`."""
+        if self.model_path:
+            return self
+        keys = ("model_path", "tokenizer_path", "override_config", "trust_remote_code")
+        return replace(self, **{key: getattr(other, key) for key in keys})
+
 
 @dataclass(frozen=True)
 class OptimConfig(ConfigSection):
-    """AdamW and its learning-rate schedule, which advances once per training step."""
+    """AdamW and its learning-rate schedule, which advances once per training step that updates the model.
+
+    The actor's stands still before step `trainer.critic_warmup`, so that the run ends that much before the schedule.
+    """
 
     lr: float = 1e-6
     """Learning rate after warm-up."""

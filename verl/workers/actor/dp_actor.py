@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data-parallel actor: log-probabilities of a rank's rows, and the policy update over all ranks.
+"""The data-parallel actor: the policy update over all ranks.
 
 Shapes: N sequences of this rank, R response length, W ranks.
 """
@@ -9,60 +9,26 @@ from collections.abc import Sequence
 import torch
 
 from verl.algorithms.kl import compute_kl
-from verl.algorithms.policy_loss import POLICY_LOSSES, PolicyLossInputs
+from verl.algorithms.policy_loss import PolicyLoss, PolicyLossInputs
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
-from verl.utils.attention_metrics import KeyVocabulary
 from verl.utils.attention_token_weights import align_token_weights
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.masked_ops import aggregate_loss
 from verl.workers.actor.config import ActorConfig
 from verl.workers.actor.forward import PolicyForward
 from verl.workers.fsdp_checkpoint import SavesPretrained
-from verl.workers.response_forward import micro_batches
 from verl.workers.trained_model import TrainedModel
 
 
-def compute_log_probs_and_attention(
-    forward: PolicyForward,
-    data: DataProto,
-    micro_batch_size: int,
-    vocabulary: KeyVocabulary,
-    last_k_layers: int | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What `compute_per_token` does, and from the same passes (N, R, 2) attention mass and (N, 2) numbers of keys.
-
-    See `PolicyForward.with_attention` for the two and for what it raises.
-    """
-    forward.model.eval()
-    with torch.no_grad():
-        parts = [
-            forward.with_attention(rows, vocabulary, last_k_layers) for rows in micro_batches(data, micro_batch_size)
-        ]
-    log_probs, mass, keys = (torch.cat([part.cpu() for part in stream]) for stream in zip(*parts, strict=True))
-    return log_probs, mass, keys
-
-
-def compute_kl_to_reference(
-    forward: PolicyForward, reference: PolicyForward, data: DataProto, micro_batch_size: int
-) -> torch.Tensor:
-    """(N, R) float32 on the CPU: KL(policy || reference) over the whole vocabulary, without gradient.
-
-    Both run on each micro-batch in turn.
-    """
-    forward.model.eval()
-    with torch.no_grad():
-        parts = [forward.statistics(rows, reference).kl for rows in micro_batches(data, micro_batch_size)]
-    return torch.cat([part.cpu() for part in parts])
-
-
 class DataParallelPPOActor(TrainedModel):
-    """Updates the sharded policy with a clipped policy gradient, and a KL loss where one is asked for.
+    """Updates the sharded policy with a policy gradient, and a KL loss where one is asked for.
 
     Args:
         config: of the run; `worker.actor` and the KL keys of `algorithm` are read.
         plan: the run's batch numbers.
         forward: the policy's forward pass.
+        policy_loss: one of `POLICY_LOSSES`.
         training_steps, described_by: as in `TrainedModel`.
         reference: the frozen policy's forward pass, for a KL loss over the whole vocabulary; None where there is none.
     """
@@ -75,12 +41,14 @@ class DataParallelPPOActor(TrainedModel):
         config: PPOConfig,
         plan: BatchPlan,
         forward: PolicyForward,
+        policy_loss: PolicyLoss,
         training_steps: int,
         described_by: Sequence[SavesPretrained],
         reference: PolicyForward | None = None,
     ) -> None:
         super().__init__(forward, config.worker.actor, plan.actor, training_steps, described_by)
         self.algorithm = config.algorithm
+        self.policy_loss = policy_loss
         self.reference = reference
 
     def update_policy(self, data: DataProto) -> dict[str, float]:
@@ -99,7 +67,7 @@ class DataParallelPPOActor(TrainedModel):
             `actor/*` metrics, the same on every rank: means over the mini-batch's real response tokens, averaged
             over the optimizer steps. Losses are the weighted ones that were trained on; `entropy_loss` is the entropy
             of the distribution that is sampled from, `ppo_kl` the mean of old less new log-probability, which
-            estimates the KL from the policy that made the rollout.
+            estimates the KL from the policy before the update.
         """
         metrics = self.update(data)
         if self.algorithm.kl_in_loss:
@@ -125,7 +93,7 @@ class DataParallelPPOActor(TrainedModel):
             return aggregate_loss(per_token, loss_weights, response_mask, mode, num_tokens, num_sequences)
 
         found = self.forward.statistics(rows, self.reference)
-        policy_loss, per_token_metrics = POLICY_LOSSES[self.config.loss_type](
+        policy_loss, per_token_metrics = self.policy_loss(
             PolicyLossInputs(
                 found.log_probs,
                 old_log_probs,
