@@ -2,6 +2,8 @@
 # python -m pytest tests/test_position_ids.py
 """Position ids are the model class's own, for every family that uses multimodal rope, and go on into the response."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import (
@@ -115,8 +117,10 @@ def test_media_tokens_are_marked_by_kind_and_only_where_the_model_takes_marks() 
     assert media_token_types(LlamaConfig(), input_ids) == {}
 
 
-def test_a_mixture_of_experts_is_of_the_family_of_its_dense_model() -> None:
-    assert family_of(Qwen3VLMoeConfig()) is family_of(Qwen3VLConfig())
+def test_a_mixture_of_experts_differs_from_its_dense_model_only_in_how_it_holds_its_experts() -> None:
+    dense, experts = family_of(Qwen3VLConfig()), family_of(Qwen3VLMoeConfig())
+    assert (dense.transposed_weights, bool(experts.transposed_weights)) == ((), True)
+    assert replace(experts, name=dense.name, model_types=dense.model_types, transposed_weights=()) == dense
 
 
 def test_a_multimodal_model_of_no_known_family_is_refused_with_those_that_are() -> None:

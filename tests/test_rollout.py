@@ -327,6 +327,22 @@ def test_a_text_model_whose_head_is_its_embeddings_takes_in_new_weights(ray_clus
 
 @pytest.mark.vllm
 @needs_vllm
+def test_the_stream_is_brought_to_the_form_of_checkpoints() -> None:
+    """Two experts of 4 x 3 held as 3 x 4 are turned; a head that the engine ties to its embeddings is left out."""
+    from verl.workers.rollout.vllm_rollout import as_in_checkpoints
+
+    experts, plain = torch.arange(24.0).view(2, 3, 4), torch.arange(12.0).view(3, 4)
+    weights = {"layers.0.experts.down_proj": experts, "layers.0.gate.weight": plain, "lm_head.weight": plain}
+    for has_head, names in ((True, list(weights)), (False, list(weights)[:2])):
+        stream = dict(as_in_checkpoints(weights.items(), ("experts.down_proj",), has_head))
+        assert list(stream) == names
+        assert torch.equal(stream["layers.0.gate.weight"], plain)
+        turned = stream["layers.0.experts.down_proj"]
+        assert turned.shape == (2, 4, 3) and turned[1, 2, 0] == experts[1, 0, 2]
+
+
+@pytest.mark.vllm
+@needs_vllm
 def test_experts_on_a_cpu_are_refused_before_the_engine_starts(tmp_path: Path) -> None:
     """vLLM's CPU build would answer with their first weights for ever."""
     Qwen3MoeConfig(num_experts=4).save_pretrained(tmp_path)

@@ -171,21 +171,13 @@ class VLLMRollout(Rollout):
     @torch.no_grad()
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         # The iterator crosses no process boundary: the engine draws from it and holds a layer until it is complete.
-        stream = self._as_in_checkpoints(weights)
+        stream = as_in_checkpoints(weights, self.transposed_weights, self.has_head)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream, "is_checkpoint_format": True})
         # What was computed with the old weights must not be found again. Reloading empties the worker's encoder
         # cache but not the scheduler's book of it, and the next image would be looked for in vain.
         self.llm.reset_prefix_cache()
         self.llm.reset_mm_cache()
         self.llm.llm_engine.reset_encoder_cache()
-
-    def _as_in_checkpoints(
-        self, weights: Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, value in weights:
-            if name == "lm_head.weight" and not self.has_head:
-                continue  # tied to the embeddings, which bring the values
-            yield name, value.transpose(-1, -2) if name.endswith(self.transposed_weights) else value
 
     def wake_cache(self) -> None:
         if self.sleeps:
@@ -268,6 +260,22 @@ class VLLMRollout(Rollout):
             flat_logprobs=True,
             detokenize=False,
         )
+
+
+def as_in_checkpoints(
+    weights: Iterable[tuple[str, torch.Tensor]], transposed_weights: tuple[str, ...], has_head: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The policy's weights as a checkpoint of the model has them, which is what the engine's loaders read.
+
+    Args:
+        weights: by Hugging Face name.
+        transposed_weights: ends of names; the last two dimensions of these are swapped.
+        has_head: False leaves `lm_head.weight` out, tied to the embeddings, which bring its values.
+    """
+    for name, value in weights:
+        if name == "lm_head.weight" and not has_head:
+            continue
+        yield name, value.transpose(-1, -2) if name.endswith(transposed_weights) else value
 
 
 def _has_head(model: nn.Module) -> bool:
