@@ -447,9 +447,28 @@ def test_a_validation_setting_is_checked_before_the_run(given, words):
     assert text.startswith(f"worker.rollout.val_override_config.{words}")
 
 
-def test_every_validation_setting_is_taken():
-    settings = {"n": 2, "temperature": 0, "top_p": 1, "top_k": -1, "ignore_eos": True}
+@pytest.mark.parametrize(("n", "temperature"), [(2, 0.6), (1, 0)])
+def test_every_validation_setting_is_taken(n, temperature):
+    settings = {"n": n, "temperature": temperature, "top_p": 1, "top_k": -1, "ignore_eos": True}
     assert RolloutConfig(val_override_config=settings).val_override_config == settings
+
+
+def test_several_greedy_answers_to_a_prompt_are_refused_since_they_would_be_one():
+    with pytest.raises(ValueError, match="n=4 asks for answers that temperature=0 makes all alike"):
+        RolloutConfig(val_override_config={"n": 4, "temperature": 0})
+
+
+def test_sequences_longer_than_what_vllm_takes_at_once_need_chunks():
+    lengths = ["worker.rollout.max_model_len=16000", "worker.rollout.max_num_batched_tokens=8192"]
+    told = refusal(*lengths)
+    assert "worker.rollout.max_model_len=16000 is above worker.rollout.max_num_batched_tokens=8192" in told
+    load_config([*lengths, "worker.rollout.enable_chunked_prefill=true"])
+
+
+def test_an_importance_cap_is_above_0_or_null():
+    assert load_config([]).worker.rollout.importance_cap is None
+    assert load_config(["worker.rollout.importance_cap=2"]).worker.rollout.importance_cap == 2.0
+    assert "worker.rollout.importance_cap=0" in refusal("worker.rollout.importance_cap=0")
 
 
 def test_an_interpolation_of_nothing_is_refused_with_key_and_value():
