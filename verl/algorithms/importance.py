@@ -21,7 +21,7 @@ def truncated_importance_weights(
         distribution it drew from. response_mask: (N, R).
     cap: above 0, the largest weight.
 
-    Source: Ionides, "Truncated Importance Sampling" (2008), equation 4; as the V-trace weight rho in Espeholt et al.,
+    Source: Ionides, "Truncated Importance Sampling" (2008); as the V-trace weight rho in Espeholt et al.,
     arXiv 1802.01561, section 4.1; between rollout engine and trainer in Yao et al., "Your Efficient RL Framework
     Secretly Brings You Off-Policy RL Training" (2025). Deltas: 1. one ratio a token, none over the sequence. 2. a
     constant: no gradient flows through it.
