@@ -35,7 +35,7 @@ WITH_CRITIC = (
 
 
 class ProbeWorker(FSDPWorker):
-    @register(DP_COMPUTE_METRIC)
+    @register(DP_COMPUTE_METRIC, shared_by="actor")
     def gradients(
         self, mini_batch: DataProto, mode: str, loss_type: str = "default", **settings: float
     ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
@@ -47,7 +47,7 @@ class ProbeWorker(FSDPWorker):
         self.actor.policy_loss = POLICY_LOSSES[loss_type]
         return gradients_of(self.actor, mini_batch)
 
-    @register(DP_COMPUTE_METRIC)
+    @register(DP_COMPUTE_METRIC, shared_by="critic")
     def critic_gradients(self, mini_batch: DataProto, mode: str) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """The same of the critic."""
         self.critic.config = replace(self.config.worker.critic, loss_avg_mode=mode)
@@ -176,6 +176,7 @@ def start_two(config: PPOConfig) -> WorkerGroup:
 
 def start_group(config: PPOConfig, num_workers: int) -> WorkerGroup:
     """Ranks in processes of their own; needs the `ray_cluster` fixture."""
-    group = WorkerGroup(ProbeWorker, 1, num_workers, "cpu", **run_of(config, num_workers))
+    shares = {"actor": config.worker.actor.ulysses_size, "critic": config.worker.critic.ulysses_size}
+    group = WorkerGroup(ProbeWorker, 1, num_workers, "cpu", shares, **run_of(config, num_workers))
     group.init_model()
     return group

@@ -762,7 +762,6 @@ def test_a_plain_run_is_available(runnable):
     "argument",
     [
         "worker.hybrid_engine=false",
-        "worker.actor.ulysses_size=2",
         "worker.actor.model.lora.rank=8",
         "worker.actor.model.freeze_vision_tower=true",
         "worker.actor.optim.strategy=adamw_bf16",
@@ -798,7 +797,6 @@ def test_the_reference_may_rest_in_host_memory_and_the_policy_is_told_what_it_ma
 @pytest.mark.parametrize(
     "argument",
     [
-        "worker.critic.ulysses_size=2",
         "worker.critic.model.lora.rank=8",
         "worker.critic.model.freeze_vision_tower=true",
         "worker.critic.optim.strategy=adamw_bf16",
@@ -896,11 +894,10 @@ def test_where_the_kl_goes():
 
 
 def test_switches_without_effect_are_named_while_they_are_on():
-    off = ["worker.actor.use_torch_compile", "worker.actor.padding_free", "worker.actor.dynamic_batching"]
-    off.append("worker.actor.fsdp.enable_rank0_init")
+    off = ["worker.actor.use_torch_compile", "worker.actor.fsdp.enable_rank0_init"]
     assert speed_notes(load_config([])) == [f"{key}=true" for key in off]
     assert speed_notes(load_config([f"{key}=false" for key in off])) == []
-    critic = ["worker.critic.dynamic_batching=true", "worker.critic.fsdp.enable_rank0_init=true"]
+    critic = ["worker.critic.fsdp.enable_rank0_init=true"]
     assert speed_notes(load_config(["algorithm.adv_estimator=gae", *(f"{key}=false" for key in off)])) == critic
 
 

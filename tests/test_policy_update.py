@@ -126,11 +126,16 @@ def test_the_entropy_metric_is_the_entropy_of_the_distribution_that_is_sampled_f
 def test_logits_are_made_for_response_positions_only(
     tiny_model_path: str, batch: DataProto, lone_process_group
 ) -> None:
-    worker = start_alone(make_config(tiny_model_path))
-    widths = []
-    worker.actor.model.lm_head.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
-    worker.compute_log_probs(batch)
-    assert widths and max(widths) <= RESPONSE_LENGTH + 1
+    """Packed, just those; padded, the longest response's and the position before it, of every row at once."""
+    num_tokens = int(batch.batch["response_mask"].sum())
+    for switch, at_most in (("true", num_tokens), ("false", 8 * (RESPONSE_LENGTH + 1))):
+        worker = start_alone(make_config(tiny_model_path, f"worker.actor.padding_free={switch}"))
+        positions = []
+        worker.actor.model.lm_head.register_forward_pre_hook(
+            lambda _, inputs, positions=positions: positions.append(inputs[0].shape[:2].numel())
+        )
+        worker.compute_log_probs(batch)
+        assert num_tokens <= sum(positions) <= at_most
 
 
 def test_an_update_moves_the_policy_towards_rewarded_responses(

@@ -23,6 +23,8 @@ class ModelFamily:
     """Whether position ids have time, height and width beside the text position: (4, S) a row instead of (S,)."""
     media_token_fields: tuple[str, ...]
     """Config fields with the placeholder ids, in the order of transformers' media types: 1 image, 2 video."""
+    packs: bool = True
+    """Whether nothing but the order of the tokens decides who attends to whom."""
     transposed_weights: tuple[str, ...] = ()
     """Ends of the names of weights whose last two dimensions transformers holds swapped against checkpoints."""
 
@@ -34,7 +36,7 @@ MODEL_FAMILIES = (
     ModelFamily("Qwen2-VL", ("qwen2_vl",), True, True, QWEN_MEDIA),
     ModelFamily("Qwen2.5-VL", ("qwen2_5_vl",), True, True, QWEN_MEDIA),
     ModelFamily("Qwen3-VL", ("qwen3_vl",), True, True, QWEN_MEDIA),
-    ModelFamily("Qwen3-VL-MoE", ("qwen3_vl_moe",), True, True, QWEN_MEDIA, FUSED_EXPERTS),
+    ModelFamily("Qwen3-VL-MoE", ("qwen3_vl_moe",), True, True, QWEN_MEDIA, transposed_weights=FUSED_EXPERTS),
 )
 
 PLAIN_TEXT = ModelFamily("plain text", (), False, False, ())

@@ -3,7 +3,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -35,6 +35,7 @@ class WorkerGroup:
         worker_class: a subclass of `Worker`.
         num_nodes, workers_per_node: their product is the number of workers; rank = node * workers_per_node + local.
         device: "cuda" gives each worker one GPU, "cpu" none.
+        shares: how many neighbouring ranks share the parts of the methods that name it; 1 for names that are missing.
         **worker_kwargs: passed on to the class beside `rank, world_size, local_rank, device`.
 
     Raises:
@@ -44,14 +45,20 @@ class WorkerGroup:
     """
 
     def __init__(
-        self, worker_class: type[Worker], num_nodes: int, workers_per_node: int, device: str, **worker_kwargs: Any
+        self,
+        worker_class: type[Worker],
+        num_nodes: int,
+        workers_per_node: int,
+        device: str,
+        shares: Mapping[str, int] | None = None,
+        **worker_kwargs: Any,
     ) -> None:
         self.world_size = num_nodes * workers_per_node
         _check_resources(num_nodes, workers_per_node, device)
         self._placement_groups = _reserve_nodes(num_nodes, workers_per_node, device)
         self._workers = self._start(worker_class, workers_per_node, device, worker_kwargs)
         for name, method in _driven_methods(worker_class).items():
-            setattr(self, name, self._drive(name, method.dispatch))
+            setattr(self, name, self._drive(name, method.dispatch, (shares or {}).get(method.shared_by, 1)))
         self._join_process_group()
 
     def _start(
@@ -79,16 +86,17 @@ class WorkerGroup:
         address, port = self._gather([self._workers[0].free_address.remote()])[0]
         self._gather([worker.join_process_group.remote(address, port) for worker in self._workers])
 
-    def _drive(self, name: str, dispatch: Dispatch) -> Callable:
+    def _drive(self, name: str, dispatch: Dispatch, ranks_per_part: int) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
             if not self.alive:
                 raise RuntimeError(f"{name} was called on workers that were shut down, after a failure or at the end")
-            by_rank = dispatch.split(self.world_size, args, kwargs)
+            parts = dispatch.split(self.world_size // ranks_per_part, args, kwargs)
+            by_rank = [part for part in parts for _ in range(ranks_per_part)]
             answers = [
                 getattr(worker, name).remote(*worker_args, **worker_kwargs)
                 for worker, (worker_args, worker_kwargs) in zip(self._workers, by_rank, strict=True)
             ]
-            return dispatch.gather(self._gather(answers))
+            return dispatch.gather(self._gather(answers)[::ranks_per_part])
 
         return call
 

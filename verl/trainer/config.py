@@ -369,7 +369,6 @@ def _wanted_of_model(prefix: str, model: TrainedModelConfig) -> list[tuple[bool,
     rank, strategy = model.model.lora.rank, model.optim.strategy
     offload = f"{prefix}.fsdp.enable_cpu_offload"
     return [
-        (model.ulysses_size > 1, f"{prefix}.ulysses_size={model.ulysses_size}", f"{prefix}.ulysses_size=1"),
         (rank > 0, f"{prefix}.model.lora.rank={rank}", f"{prefix}.model.lora.rank=0"),
         (
             model.model.freeze_vision_tower,
@@ -434,8 +433,6 @@ def speed_notes(config: PPOConfig) -> list[str]:
     switches = {"worker.actor.use_torch_compile": config.worker.actor.use_torch_compile}
     for prefix, model in config.trained_models.items():
         switches |= {
-            f"{prefix}.padding_free": model.padding_free,
-            f"{prefix}.dynamic_batching": model.dynamic_batching,
             f"{prefix}.fsdp.enable_rank0_init": model.fsdp.enable_rank0_init,
         }
     return [f"{key}=true" for key, is_on in switches.items() if is_on]

@@ -151,10 +151,11 @@ class BatchPlan:
         critic = None
         if config.algorithm.needs_critic:
             critic = ModelPlan.from_config("worker.critic", worker.critic, *sizes)
+        teams = {f"{key}.ulysses_size": model.ulysses_size for key, model in config.trained_models.items()}
         if rollout.name == "vllm":
-            parallel = f"worker.rollout.tensor_parallel_size={rollout.tensor_parallel_size}"
-            key = "trainer.nnodes x trainer.n_gpus_per_node"
-            _require_multiple(key, world_size, rollout.tensor_parallel_size, parallel)
+            teams["worker.rollout.tensor_parallel_size"] = rollout.tensor_parallel_size
+        for key, size in teams.items():
+            _require_multiple("trainer.nnodes x trainer.n_gpus_per_node", world_size, size, f"{key}={size}")
 
         return cls(
             world_size=world_size,

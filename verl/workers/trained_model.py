@@ -60,6 +60,11 @@ class TrainedModel:
     def model(self) -> nn.Module:
         return self.forward.model
 
+    @property
+    def ranks_per_row(self) -> int:
+        """How many ranks share each row, and have the same rows."""
+        return 1 if self.forward.group is None else self.forward.group.size
+
     def resident(self, optimizer: bool = False) -> AbstractContextManager:
         """Holds what `config.offload` sends to the CPU between phases on the device: parameters, on request states."""
         offload = self.config.offload
@@ -82,7 +87,7 @@ class TrainedModel:
         self.model.train()
         steps = []
         for _ in range(self.config.ppo_epochs):
-            for mini_batch in data.split(self.plan.sequences_per_rank_per_mini_batch):
+            for mini_batch in data.split(self.plan.sequences_per_rank_per_mini_batch * self.ranks_per_row):
                 steps.append(self._optimizer_step(mini_batch))
         learning_rate = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
@@ -106,9 +111,9 @@ class TrainedModel:
             mini_batch: this rank's rows of it; all ranks have as many rows.
         """
         world_size = dist.get_world_size()
-        num_tokens = _sum_over_ranks(mini_batch.batch["response_mask"].sum())
-        num_sequences = len(mini_batch) * world_size
-        micro_batches = mini_batch.split(self.plan.update_micro_batch_size)
+        num_tokens = self._sum_over_rows(mini_batch.batch["response_mask"].sum())
+        num_sequences = len(mini_batch) * world_size // self.ranks_per_row
+        micro_batches, _ = self.forward.micro_batches(mini_batch, self.plan.update_micro_batch_size)
         sums: dict[str, torch.Tensor] = {}
         for index, micro_batch in enumerate(micro_batches):
             self.model.set_requires_gradient_sync(index == len(micro_batches) - 1)
@@ -116,7 +121,13 @@ class TrainedModel:
             (loss * world_size).backward()  # FSDP averages gradients over the ranks
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
-        return {f"{self.area}/{name}": _sum_over_ranks(value).item() for name, value in sums.items()}
+        return {f"{self.area}/{name}": self._sum_over_rows(value).item() for name, value in sums.items()}
+
+    def _sum_over_rows(self, value: torch.Tensor) -> torch.Tensor:
+        """Over all ranks, each row counted once."""
+        total = value.detach().to(torch.float64).cpu()
+        dist.all_reduce(total)
+        return total / self.ranks_per_row
 
     def _loss(
         self, rows: DataProto, num_tokens: torch.Tensor, num_sequences: int
@@ -127,9 +138,3 @@ class TrainedModel:
             num_tokens, num_sequences: of the mini-batch, over all micro-batches and ranks.
         """
         raise NotImplementedError
-
-
-def _sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    total = value.detach().to(torch.float64).cpu()
-    dist.all_reduce(total)
-    return total
