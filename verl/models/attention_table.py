@@ -2,8 +2,8 @@
 """The one place that reaches into transformers' attention: what happens around the attention of a decoder layer.
 
 transformers looks every layer's attention function up in a table, each time the layer runs; `extend_attention` has the
-table hand them out with rings around them. The functions keep their names: other names lose the causal mask or a vision
-tower's fast path without a word.
+table hand them out with rings around them. The functions keep their names: other names lose the causal mask or a
+vision tower's fast path without a word.
 
 Shapes: N samples, T tokens in a row, W ranks that share it, H heads, D head dimension.
 """

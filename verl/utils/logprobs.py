@@ -108,8 +108,8 @@ class _Statistics(torch.autograd.Function):
 
     Its inputs are flat: states (L, V) or (L, H), labels (L,).
 
-    Libraries have kernels for parts of this. torch's `linear_cross_entropy` and the cross entropies of Liger and of Cut
-    Cross-Entropy fuse the head with the label's log-probability, but give no entropy and no KL, for which the head
+    Libraries have kernels for parts of this. torch's `linear_cross_entropy` and the cross entropies of Liger and of
+    Cut Cross-Entropy fuse the head with the label's log-probability, but give no entropy and no KL, for which the head
     would have to be multiplied again; Liger's takes gradients in the forward pass, before the tokens' weights are
     known; the last two need a GPU. FlashAttention's cross entropy starts from whole logits.
     """
