@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from verl.algorithms.policy_loss import PolicyLoss
 from verl.models.loader import DTYPES, keep_vision_tower_in_step, load_model, load_value_model
 from verl.models.registry import media_token_ids
+from verl.models.trainable import choose_trainable
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import DP_COMPUTE_METRIC, DP_COMPUTE_PROTO, ONE_TO_ALL, register
 from verl.single_controller.worker import Worker
@@ -75,15 +76,19 @@ class FSDPWorker(Worker):
         self.processor = get_processor(*source, trust_remote_code=actor.model.trust_remote_code)
         self.mesh = build_mesh(self.device)
 
-        policy = self._load_sharded(load_model, actor.model, actor.fsdp, default_dtype="fp32")
+        # A frozen weight is only computed with: digits beyond those of the computation would be dead memory.
+        policy_dtype = actor.fsdp.mp_param_dtype if actor.model.lora.rank > 0 else "fp32"
+        policy = self._load_sharded(load_model, actor.model, actor.fsdp, policy_dtype)
         algorithm, reference = self.config.algorithm, None
-        if not algorithm.disable_kl:
+        if self.config.needs_reference_model:
             self.ref_model = self._load_sharded(load_model, actor.model, ref.fsdp, default_dtype="bf16")
             self.ref_model.requires_grad_(False)
             with self._reference_resident():
                 pass  # from here on it rests where it does between phases
-            if algorithm.kl_in_loss and algorithm.kl_penalty == "full":
-                reference = self._forward_of(self.ref_model)
+        elif not algorithm.disable_kl:
+            self.ref_model = policy
+        if algorithm.kl_in_loss and algorithm.kl_penalty == "full":
+            reference = self._reference_forward()
         described_by = [policy.config, policy.generation_config, self.processor or self.tokenizer]
         self.actor = DataParallelPPOActor(
             self.config,
@@ -114,6 +119,7 @@ class FSDPWorker(Worker):
     ) -> nn.Module:
         model = load(config, DTYPES[fsdp.torch_dtype or default_dtype], DTYPES[fsdp.mp_param_dtype])
         keep_vision_tower_in_step(model)
+        choose_trainable(model, config)
         shard_model(model, self.mesh, fsdp)
         return model
 
@@ -137,16 +143,23 @@ class FSDPWorker(Worker):
             described_by=[model.config, self.processor or self.tokenizer],
         )
 
-    def _forward_of(self, model: nn.Module) -> PolicyForward:
+    def _forward_of(self, model: nn.Module, is_base: bool = False) -> PolicyForward:
         return PolicyForward(
             model,
             self.processor,
             self.config.worker.rollout.temperature,
             media_token_ids(model.config),
             self.device,
+            is_base,
         )
 
+    def _reference_forward(self) -> PolicyForward:
+        """Of the model that the run began with: a frozen copy of it, or the policy without its adapters."""
+        return self._forward_of(self.ref_model, is_base=not self.config.needs_reference_model)
+
     def _reference_resident(self) -> AbstractContextManager:
+        if not self.config.needs_reference_model:
+            return self.actor.resident()
         ref = self.config.worker.ref
         # FSDP's own CPU offload fetches each layer by itself.
         moves = ref.offload.offload_params and not ref.fsdp.enable_cpu_offload
@@ -200,7 +213,7 @@ class FSDPWorker(Worker):
         """Adds `ref_log_probs` (N, R): those of the policy the run began with."""
         with self._reference_resident():
             log_probs = compute_per_token(
-                self._forward_of(self.ref_model), data, self.plan.actor.experience_micro_batch_size
+                self._reference_forward(), data, self.plan.actor.experience_micro_batch_size
             )
         return DataProto.from_dict({"ref_log_probs": log_probs})
 
@@ -210,7 +223,7 @@ class FSDPWorker(Worker):
 
         Costs a pass of either model.
         """
-        forward, reference = self.actor.forward, self._forward_of(self.ref_model)
+        forward, reference = self.actor.forward, self._reference_forward()
         size = self.plan.actor.experience_micro_batch_size
         with self.actor.resident(), self._reference_resident():
             (kl,) = compute_streams(forward.model, lambda rows: (forward.statistics(rows, reference).kl,), data, size)

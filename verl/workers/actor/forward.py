@@ -10,12 +10,14 @@ Shapes: N sequences, P prompt length, R response length, S = P + R.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 from transformers import ProcessorMixin
 
 from verl.models.attention_recorder import record_attention_mass
+from verl.models.trainable import without_adapters
 from verl.protocol import DataProto
 from verl.utils.attention_metrics import KeyVocabulary, count_keys
 from verl.utils.logprobs import TokenStatistics, log_probs_from_logits, token_statistics
@@ -31,6 +33,7 @@ class PolicyForward(ResponseForward):
         temperature: of the rollout; logits are divided by it.
         banned_token_ids: tokens that cannot be sampled; they have probability zero here too.
         device: of the computation.
+        is_base: runs the model without its adapters.
     """
 
     def __init__(
@@ -40,10 +43,12 @@ class PolicyForward(ResponseForward):
         temperature: float,
         banned_token_ids: Sequence[int],
         device: torch.device,
+        is_base: bool = False,
     ) -> None:
         super().__init__(model, processor, device)
         self.temperature = temperature
         self.banned_token_ids = banned_token_ids
+        self.is_base = is_base
 
     def __call__(self, rows: DataProto) -> torch.Tensor:
         """(N, R) float32 log-probabilities of `responses`, zero outside `response_mask`; see the base class."""
@@ -72,7 +77,8 @@ class PolicyForward(ResponseForward):
 
     def _logits(self, rows: DataProto) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (N, length, V) and the responses (N, length) they predict, length being the longest response's."""
-        logits = self.outputs(rows)
+        with without_adapters(self.model) if self.is_base else nullcontext():
+            logits = self.outputs(rows)
         return logits, rows.batch["responses"][:, : logits.shape[1]].to(self.device)
 
     def with_attention(
