@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from tests.batches import answer_at_random, make_prompts, response_logits
 from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, ProbeWorker, make_config, start_alone, start_two
 from tests.tiny import make_tiny_model, make_tiny_text_model
+from tests.vlm_zoo import FAMILIES, make_model, model_inputs, write_prompts
 from verl.models.loader import load_model
 from verl.models.trainable import choose_trainable
 from verl.protocol import DataProto
@@ -114,6 +115,23 @@ def test_a_text_model_gets_them_with_the_exclusion_of_the_shipped_configuration(
     assert len(layers) == 14 and "lm_head" not in layers
 
 
+@pytest.mark.parametrize("family", ["Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL"])
+def test_every_adapter_of_every_family_gets_a_gradient_from_a_batch_with_images(family: str) -> None:
+    """Of B, that is: A's is a multiple of B, which begins at zero."""
+    kind = FAMILIES[family]
+    model = make_model(kind.class_name, kind.config())
+    prompts = write_prompts(kind, ["st4ttt", "sttt2t"])
+    inputs = model_inputs(kind, prompts.input_ids, prompts.attention_mask, prompts.images)
+    before = model(**inputs).logits
+    choose_trainable(model, ModelConfig(lora=LoraConfig(rank=RANK)))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    logits = model.train()(**inputs, use_cache=False).logits
+    assert torch.equal(logits, before)
+    logits.log_softmax(-1)[..., 0].sum().backward()
+    still = {name for name, value in model.named_parameters() if value.grad is None or (value.grad == 0).all()}
+    assert still == {name for name, _ in model.named_parameters() if ".lora_B." not in name}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -133,8 +151,9 @@ def test_targets_that_are_not_there_are_refused_with_those_that_are(
 
 
 def test_they_are_float32_over_a_base_in_the_precision_that_it_computes_in_unless_another_is_given(
-    tiny_model_path: str, lone_process_group
+    tiny_model_path: str, batch: DataProto, lone_process_group
 ) -> None:
+    """Gradients are asked for too, since sharding has its own mind about groups of several precisions."""
     dtypes = {}
     for override in ("mp_param_dtype=bf16", "mp_param_dtype=fp32", "torch_dtype=bf16"):
         worker = start_alone(make_config(tiny_model_path, *LORA, f"worker.actor.fsdp.{override}"))
@@ -142,6 +161,9 @@ def test_they_are_float32_over_a_base_in_the_precision_that_it_computes_in_unles
         pairs = {(is_adapter(name), parameter.dtype) for name, parameter in parameters}
         dtypes[override] = dict(pairs)
         assert len(pairs) == 2
+        gradients, _ = worker.gradients(batch, "token")
+        assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+        assert any(gradient.abs().max() > 0 for gradient in gradients.values())
     assert [found[True] for found in dtypes.values()] == [torch.float32] * 3
     assert [found[False] for found in dtypes.values()] == [torch.bfloat16, torch.float32, torch.bfloat16]
 

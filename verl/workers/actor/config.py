@@ -216,7 +216,10 @@ class ActorConfig(TrainedModelConfig):
 
 @dataclass(frozen=True)
 class RefConfig(ConfigSection):
-    """The frozen reference. Its model and batch sizes are the actor's."""
+    """The frozen reference. Its model and batch sizes are the actor's.
+
+    With `worker.actor.model.lora.rank` above 0 it is the actor without its adapters, and no key here has an effect.
+    """
 
     strategy: str = "fsdp"
     """Accepted for existing configurations, no effect: sharding is always FSDP2."""
