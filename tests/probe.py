@@ -85,8 +85,9 @@ class ProbeWorker(FSDPWorker):
 
     @register(ONE_TO_ALL)
     def shift_weights(self, seed: int) -> None:
-        """Adds noise to every weight of the policy, the same on all ranks."""
-        for index, parameter in enumerate(self.actor.model.parameters()):
+        """Adds noise to every weight of the policy that trains, the same on all ranks."""
+        trainable = (parameter for parameter in self.actor.model.parameters() if parameter.requires_grad)
+        for index, parameter in enumerate(trainable):
             generator = torch.Generator().manual_seed(seed + index)
             noise = 0.05 * torch.randn(parameter.shape, generator=generator)
             self._set(parameter, full_tensor(parameter).detach() + noise)
@@ -128,7 +129,11 @@ class ProbeWorker(FSDPWorker):
 def gradients_of(trained: TrainedModel, mini_batch: DataProto) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     trained.model.train()
     metrics = trained.accumulate_gradients(mini_batch)
-    gradients = {name: full_tensor(parameter.grad) for name, parameter in trained.model.named_parameters()}
+    gradients = {
+        name: full_tensor(parameter.grad)
+        for name, parameter in trained.model.named_parameters()
+        if parameter.requires_grad
+    }
     trained.optimizer.zero_grad()
     return gradients, metrics
 

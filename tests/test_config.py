@@ -317,6 +317,7 @@ def test_a_key_like_no_other_is_refused_with_the_first_words_of_keys():
         ("worker.actor=3", "worker.actor=3 is a section of keys such as worker.actor.strategy"),
         ("data=null", "data=null is a section of keys such as data.train_files"),
         ("worker.actor.model.lora.target_modules=5", "is not a module name or a list of them"),
+        ("worker.actor.model.lora.exclude_modules=visual(", "is not a regular expression: missing )"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_with_what_the_key_takes(argument, words):
@@ -762,8 +763,6 @@ def test_a_plain_run_is_available(runnable):
     "argument",
     [
         "worker.hybrid_engine=false",
-        "worker.actor.model.lora.rank=8",
-        "worker.actor.model.freeze_vision_tower=true",
         "worker.actor.optim.strategy=adamw_bf16",
         "worker.actor.fsdp.fsdp_size=2",
         "worker.ref.fsdp.fsdp_size=2",
@@ -784,8 +783,9 @@ def test_an_engine_that_is_not_installed_is_refused_with_the_command_that_instal
         require_available(load_config([*runnable, "worker.rollout.name=vllm"]))
 
 
-def test_the_reference_is_not_asked_about_where_there_is_none(runnable):
-    require_available(load_config([*runnable, "algorithm.disable_kl=true", "worker.ref.fsdp.fsdp_size=2"]))
+@pytest.mark.parametrize("argument", ["algorithm.disable_kl=true", "worker.actor.model.lora.rank=8"])
+def test_the_reference_is_not_asked_about_where_there_is_none(argument, runnable):
+    require_available(load_config([*runnable, argument, "worker.ref.fsdp.fsdp_size=2"]))
 
 
 def test_the_reference_may_rest_in_host_memory_and_the_policy_is_told_what_it_may(runnable):
@@ -798,7 +798,6 @@ def test_the_reference_may_rest_in_host_memory_and_the_policy_is_told_what_it_ma
     "argument",
     [
         "worker.critic.model.lora.rank=8",
-        "worker.critic.model.freeze_vision_tower=true",
         "worker.critic.optim.strategy=adamw_bf16",
         "worker.critic.fsdp.fsdp_size=2",
         "worker.critic.fsdp.enable_cpu_offload=true",
@@ -878,6 +877,12 @@ def test_what_does_less_than_its_name_promises_is_told():
     assert effect_notes(load_config([filtering, "worker.rollout.n=2"])) == []
     (note,) = effect_notes(load_config([filtering, "worker.rollout.n=1"]))
     assert note.startswith("algorithm.online_filtering=true with worker.rollout.n=1 can hardly keep a group")
+    adapters, no_kl = "worker.actor.model.lora.rank=8", "algorithm.disable_kl=true"
+    assert effect_notes(load_config([adapters])) == []
+    for setting in ("worker.ref.fsdp.torch_dtype=fp32", "worker.ref.offload.offload_params=true"):
+        assert effect_notes(load_config([setting])) == effect_notes(load_config([adapters, no_kl, setting])) == []
+        (note,) = effect_notes(load_config([adapters, setting]))
+        assert note.startswith(f"{adapters} makes the policy without its adapters the reference")
 
 
 def test_where_the_kl_goes():

@@ -48,7 +48,6 @@ WITHOUT_TWIN = {
 }
 
 AWAITED = (
-    "worker.actor.model.lora.rank=64 is not available yet",
     "worker.actor.optim.strategy=adamw_bf16 is not available yet",
     *(() if importlib.util.find_spec("vllm") else ("worker.rollout.name=vllm needs vLLM",)),
 )

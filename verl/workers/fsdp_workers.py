@@ -19,6 +19,7 @@ from verl.models.attention_table import SAMPLES
 from verl.models.loader import DTYPES, keep_vision_tower_in_step, load_model, load_value_model
 from verl.models.registry import media_token_ids
 from verl.models.sequence_parallel import SequenceGroup, join_sequence_group, share_rows
+from verl.models.trainable import choose_trainable
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import DP_COMPUTE_METRIC, DP_COMPUTE_PROTO, ONE_TO_ALL, register
 from verl.single_controller.worker import Worker
@@ -78,15 +79,19 @@ class FSDPWorker(Worker):
         self.mesh = build_mesh(self.device)
 
         self.actor_group = join_sequence_group(actor.ulysses_size)
-        policy = self._load_sharded(load_model, actor.model, actor.fsdp, "fp32", self.actor_group)
+        # A frozen weight is only computed with: digits beyond those of the computation would be dead memory.
+        policy_dtype = actor.fsdp.mp_param_dtype if actor.model.lora.rank > 0 else "fp32"
+        policy = self._load_sharded(load_model, actor.model, actor.fsdp, policy_dtype, self.actor_group)
         algorithm, reference = self.config.algorithm, None
-        if not algorithm.disable_kl:
+        if self.config.needs_reference_model:
             self.ref_model = self._load_sharded(load_model, actor.model, ref.fsdp, "bf16", self.actor_group)
             self.ref_model.requires_grad_(False)
             with self._reference_resident():
                 pass  # from here on it rests where it does between phases
-            if algorithm.kl_in_loss and algorithm.kl_penalty == "full":
-                reference = self._forward_of(self.ref_model)
+        elif not algorithm.disable_kl:
+            self.ref_model = policy
+        if algorithm.kl_in_loss and algorithm.kl_penalty == "full":
+            reference = self._reference_forward()
         described_by = [policy.config, policy.generation_config, self.processor or self.tokenizer]
         self.actor = DataParallelPPOActor(
             self.config,
@@ -120,6 +125,7 @@ class FSDPWorker(Worker):
         keep_vision_tower_in_step(model)
         if group is not None:
             share_rows(model, group.size, SAMPLES)
+        choose_trainable(model, config)
         shard_model(model, self.mesh, fsdp)
         return model
 
@@ -144,7 +150,7 @@ class FSDPWorker(Worker):
             described_by=[model.config, self.processor or self.tokenizer],
         )
 
-    def _forward_of(self, model: nn.Module) -> PolicyForward:
+    def _forward_of(self, model: nn.Module, is_base: bool = False) -> PolicyForward:
         return PolicyForward(
             model,
             self.processor,
@@ -153,9 +159,16 @@ class FSDPWorker(Worker):
             self.device,
             self.config.worker.actor,
             self.actor_group,
+            is_base,
         )
 
+    def _reference_forward(self) -> PolicyForward:
+        """Of the model that the run began with: a frozen copy of it, or the policy without its adapters."""
+        return self._forward_of(self.ref_model, is_base=not self.config.needs_reference_model)
+
     def _reference_resident(self) -> AbstractContextManager:
+        if not self.config.needs_reference_model:
+            return self.actor.resident()
         ref = self.config.worker.ref
         # FSDP's own CPU offload fetches each layer by itself.
         moves = ref.offload.offload_params and not ref.fsdp.enable_cpu_offload
@@ -208,9 +221,7 @@ class FSDPWorker(Worker):
     def compute_ref_log_probs(self, data: DataProto) -> DataProto:
         """Adds `ref_log_probs` (N, R): those of the policy the run began with."""
         with self._reference_resident():
-            log_probs = compute_per_token(
-                self._forward_of(self.ref_model), data, self.plan.actor.experience_micro_batch_size
-            )
+            log_probs = compute_per_token(self._reference_forward(), data, self.plan.actor.experience_micro_batch_size)
         return DataProto.from_dict({"ref_log_probs": log_probs})
 
     @register(DP_COMPUTE_PROTO, shared_by="actor")
@@ -219,7 +230,7 @@ class FSDPWorker(Worker):
 
         Costs a pass of either model.
         """
-        forward, reference = self.actor.forward, self._forward_of(self.ref_model)
+        forward, reference = self.actor.forward, self._reference_forward()
         size = self.plan.actor.experience_micro_batch_size
         with self.actor.resident(), self._reference_resident():
             (kl,) = compute_streams(forward, lambda rows: (forward.statistics(rows, reference).kl,), data, size)

@@ -11,6 +11,7 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from transformers import ProcessorMixin
 from verl.models.output_head import forward_with_head, has_plain_head
 from verl.models.sequence_parallel import SequenceGroup
 from verl.models.token_layout import TokenLayout
+from verl.models.trainable import without_adapters
 from verl.protocol import DataProto
 from verl.utils.attention_metrics import KeyVocabulary, count_keys
 from verl.utils.logprobs import HeadInputs, TokenStatistics, log_probs_from_logits, token_statistics
@@ -37,6 +39,7 @@ class PolicyForward(ResponseForward):
         temperature: of the rollout; logits are divided by it.
         banned_token_ids: tokens that cannot be sampled; they have probability zero here too.
         device, config, group: as in `ResponseForward`.
+        is_base: runs the model without its adapters.
     """
 
     def __init__(
@@ -48,11 +51,13 @@ class PolicyForward(ResponseForward):
         device: torch.device,
         config: ActorConfig,
         group: SequenceGroup | None = None,
+        is_base: bool = False,
     ) -> None:
         super().__init__(model, processor, device, config, group)
         self.temperature = temperature
         self.banned_token_ids = banned_token_ids
         self.has_plain_head = has_plain_head(model)
+        self.is_base = is_base
 
     def __call__(self, rows: DataProto) -> torch.Tensor:
         """(N, R) float32 log-probabilities of `responses`, zero outside `response_mask`; see the base class."""
@@ -96,7 +101,8 @@ class PolicyForward(ResponseForward):
         Costs a copy of the head's weight (V, H), far less than the logits of a batch of long responses.
         """
         if not self.has_plain_head:
-            return layout.at_labels(self.model(**self.inputs(rows, layout)).logits)
+            with self._adapters():
+                return layout.at_labels(self.model(**self.inputs(rows, layout)).logits)
         kept: list[HeadInputs] = []
 
         def keep(hidden_states: torch.Tensor, head: nn.Linear) -> torch.Tensor:
@@ -104,8 +110,13 @@ class PolicyForward(ResponseForward):
             kept.append(HeadInputs(layout.at_labels(hidden_states), head.weight.clone(), bias))
             return hidden_states
 
-        forward_with_head(self.model, keep, self.inputs(rows, layout))
+        with self._adapters():
+            forward_with_head(self.model, keep, self.inputs(rows, layout))
         return kept[0]
+
+    def _adapters(self) -> AbstractContextManager:
+        """Whether they count inside."""
+        return without_adapters(self.model) if self.is_base else nullcontext()
 
     def _per_token(
         self,
@@ -119,13 +130,16 @@ class PolicyForward(ResponseForward):
             compute: from the logits that predict `layout.labels()`, or what makes them, to (L, K) float32.
         """
         inputs = self.inputs(rows, layout)
-        if not self.has_plain_head:
-            return layout.of_all_ranks(compute(layout.at_labels(self.model(**inputs).logits)))
 
         def in_place_of_head(hidden_states: torch.Tensor, head: nn.Linear) -> torch.Tensor:
             return compute(HeadInputs(layout.at_labels(hidden_states), head.weight, head.bias))
 
-        return layout.of_all_ranks(forward_with_head(self.model, in_place_of_head, inputs))
+        with self._adapters():
+            if self.has_plain_head:
+                of_labels = forward_with_head(self.model, in_place_of_head, inputs)
+            else:
+                of_labels = compute(layout.at_labels(self.model(**inputs).logits))
+        return layout.of_all_ranks(of_labels)
 
     def with_attention(
         self, rows: DataProto, vocabulary: KeyVocabulary, last_k_layers: int | None
