@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from huggingface_hub import HfApi
 from peft import PeftConfig, get_peft_model
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -133,7 +134,7 @@ def assemble(shards: Sequence[torch.Tensor]) -> torch.Tensor:
 def merge(
     local_dir: Path, dtype: torch.dtype, base_model: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model that a checkpoint holds, in `dtype` on the CPU.
+    """The model that a checkpoint holds, in `dtype` on the CPU, ready to run.
 
     A critic comes as transformers' token classification of one label: the value of each position is its logit.
 
@@ -171,29 +172,27 @@ def _merge_shards(local_dir: Path, config: PretrainedConfig, options: dict[str, 
                 f"the state dict of {ValueModel.__module__}.{ValueModel.__name__}"
             )
         config.num_labels = 1
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False):  # what is in no state dict, such as rope tables, is made here
         model = auto_class.from_config(config, **options)
-    expected = model.state_dict()
     state = {}
     for name, value in read_whole_tensors(local_dir):
-        if name.startswith("base_model.model."):
-            raise ValueError(f"{local_dir} holds a model with adapters ({name}), but not their folder {ADAPTER}/")
+        if ".lora_A." in name:
+            raise ValueError(f"{local_dir} holds adapters ({name}), but not their folder {ADAPTER}/")
         if is_value_model:
             name = _name_in_classifier(name, model.base_model_prefix)
-        kind = expected[name].dtype if name in expected else options["dtype"]
-        state[name] = value.to(kind if value.is_floating_point() else value.dtype)
-    if _shapes(state) == _shapes(expected):
+        state[name] = value.to(options["dtype"]) if value.is_floating_point() else value
+    if _shapes(state) == _shapes(model.state_dict()):
         model.load_state_dict(state, assign=True)
         model.tie_weights()
-        return model
-    # Names and shapes of an older transformers, such as EasyR1's: those that a checkpoint of this model may have.
+        return model.eval()
+    # Names or shapes of published checkpoints and of older transformers, as EasyR1's: loading one brings them in.
     model, report = type(model).from_pretrained(
         None,
         config=config,
         state_dict=state,
         dtype=options["dtype"],
         output_loading_info=True,
-        ignore_mismatched_sizes=True,
+        ignore_mismatched_sizes=True,  # the report has them
     )
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if wrong:
@@ -225,7 +224,7 @@ def _merge_adapter(
             f"the weights in {adapter} are not those that its adapter_config.json puts on {base}: "
             f"missing {_some_of(report.missing_keys)}; unexpected {_some_of(report.unexpected_keys)}"
         )
-    return adapted.merge_and_unload()
+    return adapted.merge_and_unload().eval()
 
 
 def _name_in_classifier(name: str, prefix: str) -> str:
@@ -270,7 +269,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     transposed = next((family.transposed_weights for family in families), ())
     options = {}
     if transposed:
-        # transformers reads these either way round and writes them as it holds them; vLLM reads the published way only.
+        # transformers reads them either way round and writes them as it holds them; vLLM reads the published way only.
         state = model.state_dict().items()
         turned = {name: value.transpose(-1, -2) if name.endswith(transposed) else value for name, value in state}
         options = dict(state_dict=turned, save_original_format=False)
