@@ -43,6 +43,12 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     return model_config
 
 
+def policy_class(model_config: PretrainedConfig) -> type[AutoModelForImageTextToText] | type[AutoModelForCausalLM]:
+    """The auto class of a policy: image-text wherever transformers has one for this config, else causal."""
+    is_image_text = type(model_config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if is_image_text else AutoModelForCausalLM
+
+
 def load_model(config: ModelConfig, dtype: torch.dtype, compute_dtype: torch.dtype) -> nn.Module:
     """A policy with its weights, on the CPU.
 
@@ -59,11 +65,9 @@ def load_model(config: ModelConfig, dtype: torch.dtype, compute_dtype: torch.dty
         OSError: `model_path` is neither a folder with a model nor a reachable hub id (transformers says which).
     """
     model_config = load_model_config(config)
-    is_image_text = type(model_config) in AutoModelForImageTextToText._model_mapping
-    auto_class = AutoModelForImageTextToText if is_image_text else AutoModelForCausalLM
     can_flash = compute_dtype in (torch.float16, torch.bfloat16) and is_flash_attn_2_available()
     default_attention = "flash_attention_2" if can_flash else "sdpa"
-    return auto_class.from_pretrained(
+    return policy_class(model_config).from_pretrained(
         config.model_path,
         config=model_config,
         dtype=dtype,
