@@ -120,6 +120,8 @@ def test_two_pairs_take_the_training_step_of_one_rank(
     finally:
         group.shutdown()
     assert_same(shared_gradients, gradients)
+    for one in (metrics, shared_metrics):
+        assert one.pop("perf/tflops_actor") > 0
     assert shared_metrics == pytest.approx(metrics, rel=1e-4)
 
 

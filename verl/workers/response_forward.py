@@ -15,8 +15,10 @@ from transformers import ProcessorMixin
 
 from verl.data.vision import featurize
 from verl.models.attention_table import extend_attention
+from verl.models.flops import FlopCounter, Work
 from verl.models.sequence_parallel import SequenceGroup
 from verl.models.token_layout import PackedLayout, PaddedLayout, TokenLayout, why_not_packed
+from verl.models.trainable import vision_tower
 from verl.protocol import DataProto
 from verl.utils.seqlen_balancing import prepare_dynamic_batch, restore_dynamic_batch
 from verl.workers.actor.config import TrainedModelConfig
@@ -57,6 +59,9 @@ class ResponseForward:
             logger.warning("padding_free=true has no effect on %s: %s", type(model).__name__, obstacle)
         self.packs = group is not None or (config.padding_free and obstacle is None)
         self.fills_by_tokens = config.dynamic_batching
+        self.counter = FlopCounter(model, vision_tower(model))
+        self.work = Work()
+        """Operations of all forwards since someone last set it to none."""
         if self.packs:
             extend_attention()
 
@@ -74,8 +79,11 @@ class ResponseForward:
         return PackedLayout(rows, self.group) if self.packs else PaddedLayout(rows)
 
     def inputs(self, rows: DataProto, layout: TokenLayout) -> dict[str, Any]:
-        """All keywords of the model's forward, on the device."""
-        inputs = {**layout.model_inputs(), **self._media_inputs(rows), "use_cache": False}
+        """All keywords of the model's forward, on the device; the forward counts as work done."""
+        media = self._media_inputs(rows)
+        lengths = rows.batch["attention_mask"].sum(dim=1).tolist()
+        self.work += self.counter.count(lengths, int(layout.response_mask.sum()), media)
+        inputs = {**layout.model_inputs(), **media, "use_cache": False}
         return {
             name: value.to(self.device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
         }

@@ -6,6 +6,7 @@ Shapes: N sequences of this rank, R response length, W ranks.
 
 import logging
 import math
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from verl.models.flops import Work, peak_flops
 from verl.protocol import DataProto
 from verl.utils.batch_plan import ModelPlan
 from verl.workers.actor.config import TrainedModelConfig
@@ -82,9 +84,12 @@ class TrainedModel:
         over all ranks, so the result depends neither on micro-batches nor on the number of ranks.
 
         Returns metrics, the same on every rank: the loss's own, `grad_norm` before clipping, averaged over the
-        optimizer steps, and `lr`.
+        optimizer steps, and `lr`; by this rank's clock `perf/tflops_*`, the operations in 10^12 that a device did in a
+        second, and `perf/mfu_*`, their share of what it is made for, where that is known.
         """
         self.model.train()
+        self.forward.work = Work()
+        start = time.perf_counter()
         steps = []
         for _ in range(self.config.ppo_epochs):
             for mini_batch in data.split(self.plan.sequences_per_rank_per_mini_batch * self.ranks_per_row):
@@ -92,7 +97,17 @@ class TrainedModel:
         learning_rate = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
         metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-        return {**metrics, f"{self.area}/lr": learning_rate}
+        return {**metrics, f"{self.area}/lr": learning_rate, **self._throughput(start)}
+
+    def _throughput(self, start: float) -> dict[str, float]:
+        work = self._sum_over_rows(torch.tensor(self.forward.work.training)).item()
+        device, is_cuda = self.forward.device, self.forward.device.type == "cuda"
+        if is_cuda:
+            torch.cuda.synchronize(device)
+        of_device = work / dist.get_world_size() / (time.perf_counter() - start)
+        metrics = {f"perf/tflops_{self.area}": of_device / 1e12}
+        peak = peak_flops(torch.cuda.get_device_name(device)) if is_cuda else None
+        return metrics if peak is None else {**metrics, f"perf/mfu_{self.area}": of_device / peak}
 
     def _optimizer_step(self, mini_batch: DataProto) -> dict[str, float]:
         metrics = self.accumulate_gradients(mini_batch)
