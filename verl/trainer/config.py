@@ -336,7 +336,7 @@ def require_available(config: PPOConfig) -> None:
         ValueError: one line for each key that must be given and is not, and for each feature asked for that this
             version does not have yet, with what to use now.
     """
-    algorithm, worker = config.algorithm, config.worker
+    worker = config.worker
     given = {
         "data.train_files": config.data.train_files,
         "data.val_files": config.data.val_files,
@@ -355,10 +355,6 @@ def require_available(config: PPOConfig) -> None:
     ]
     for prefix, model in config.trained_models.items():
         wanted += _wanted_of_model(prefix, model)
-    sharded = config.trained_models if algorithm.disable_kl else config.trained_models | {"worker.ref": worker.ref}
-    for prefix, part in sharded.items():
-        size = f"{prefix}.fsdp.fsdp_size"
-        wanted.append((part.fsdp.fsdp_size > 0, f"{size}={part.fsdp.fsdp_size}", f"{size}=-1"))
     problems += [f"{asked} is not available yet; use {remedy}" for is_asked, asked, remedy in wanted if is_asked]
     if problems:
         raise ValueError("\n".join(problems))
@@ -366,8 +362,7 @@ def require_available(config: PPOConfig) -> None:
 
 def _wanted_of_model(prefix: str, model: TrainedModelConfig) -> list[tuple[bool, str, str]]:
     """What is not available yet of the actor's or the critic's keys: whether it is asked for, its name, the remedy."""
-    rank, strategy = model.model.lora.rank, model.optim.strategy
-    offload = f"{prefix}.fsdp.enable_cpu_offload"
+    rank = model.model.lora.rank
     return [
         (model.ulysses_size > 1, f"{prefix}.ulysses_size={model.ulysses_size}", f"{prefix}.ulysses_size=1"),
         (rank > 0, f"{prefix}.model.lora.rank={rank}", f"{prefix}.model.lora.rank=0"),
@@ -375,12 +370,6 @@ def _wanted_of_model(prefix: str, model: TrainedModelConfig) -> list[tuple[bool,
             model.model.freeze_vision_tower,
             f"{prefix}.model.freeze_vision_tower=true",
             f"{prefix}.model.freeze_vision_tower=false",
-        ),
-        (strategy != "adamw", f"{prefix}.optim.strategy={strategy}", f"{prefix}.optim.strategy=adamw"),
-        (
-            model.fsdp.enable_cpu_offload,
-            f"{offload}=true",
-            f"{offload}=false with {prefix}.offload.offload_params=true",
         ),
     ]
 
@@ -416,6 +405,12 @@ def effect_notes(config: PPOConfig) -> list[str]:
             "algorithm.enable_token_weights=true with worker.actor.loss_type=gspo weighs whole responses, by their "
             "tokens' mean weight: one ratio moves all tokens alike; gspo_token tells them apart"
         )
+    for prefix, model in config.trained_models.items():
+        if model.fsdp.torch_dtype in ("bf16", "bfloat16") and model.optim.strategy == "adamw":
+            notes.append(
+                f"{prefix}.fsdp.torch_dtype={model.fsdp.torch_dtype} with {prefix}.optim.strategy=adamw rounds most "
+                "updates away: a bf16 weight moves by 1/256 of itself or not at all; adamw_bf16 adds up what is smaller"
+            )
     if warmup > 1 and not algorithm.needs_critic:
         notes.append(
             f"trainer.critic_warmup={warmup} leaves the policy as it is until step {warmup}, though with "
@@ -436,6 +431,5 @@ def speed_notes(config: PPOConfig) -> list[str]:
         switches |= {
             f"{prefix}.padding_free": model.padding_free,
             f"{prefix}.dynamic_batching": model.dynamic_batching,
-            f"{prefix}.fsdp.enable_rank0_init": model.fsdp.enable_rank0_init,
         }
     return [f"{key}=true" for key, is_on in switches.items() if is_on]

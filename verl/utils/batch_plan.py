@@ -155,6 +155,13 @@ class BatchPlan:
             parallel = f"worker.rollout.tensor_parallel_size={rollout.tensor_parallel_size}"
             key = "trainer.nnodes x trainer.n_gpus_per_node"
             _require_multiple(key, world_size, rollout.tensor_parallel_size, parallel)
+        sharded = config.trained_models
+        if not config.algorithm.disable_kl:
+            sharded = sharded | {"worker.ref": worker.ref}
+        for name, model in sharded.items():
+            size = model.fsdp.fsdp_size
+            if 0 < size < world_size:
+                _require_divisor(f"{name}.fsdp.fsdp_size", size, world_size, f"{world_size} workers")
 
         return cls(
             world_size=world_size,

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import psutil
 import torch
@@ -28,7 +29,7 @@ from verl.workers.actor.config import FSDPConfig, ModelConfig
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.forward import PolicyForward
 from verl.workers.critic.dp_critic import DataParallelPPOCritic, ValueForward
-from verl.workers.fsdp2 import build_mesh, resident, shard_model
+from verl.workers.fsdp2 import build_mesh, fill_from_rank0, resident, shard_model, whole_tensors
 from verl.workers.response_forward import compute_per_token, compute_streams
 from verl.workers.rollout.base import Sampling, draw_seed, engine_class
 from verl.workers.trained_model import TrainedModel
@@ -73,7 +74,7 @@ class FSDPWorker(Worker):
         source = (actor.model.tokenizer_path, self.config.data.override_chat_template)
         self.tokenizer = get_tokenizer(*source, trust_remote_code=actor.model.trust_remote_code)
         self.processor = get_processor(*source, trust_remote_code=actor.model.trust_remote_code)
-        self.mesh = build_mesh(self.device)
+        self.mesh_of_size = cache(lambda fsdp_size: build_mesh(self.device, fsdp_size))
 
         policy = self._load_sharded(load_model, actor.model, actor.fsdp, default_dtype="fp32")
         algorithm, reference = self.config.algorithm, None
@@ -107,14 +108,19 @@ class FSDPWorker(Worker):
 
     def _load_sharded(
         self,
-        load: Callable[[ModelConfig, torch.dtype, torch.dtype], nn.Module],
+        load: Callable[[ModelConfig, torch.dtype, torch.dtype, bool], nn.Module],
         config: ModelConfig,
         fsdp: FSDPConfig,
         default_dtype: str,
     ) -> nn.Module:
-        model = load(config, DTYPES[fsdp.torch_dtype or default_dtype], DTYPES[fsdp.mp_param_dtype])
+        is_sent = fsdp.enable_rank0_init and self.world_size > 1
+        dtype, compute_dtype = DTYPES[fsdp.torch_dtype or default_dtype], DTYPES[fsdp.mp_param_dtype]
+        model = load(config, dtype, compute_dtype, self.rank == 0 or not is_sent)
         keep_vision_tower_in_step(model)
-        shard_model(model, self.mesh, fsdp)
+        whole = whole_tensors(model) if is_sent else {}
+        shard_model(model, self.mesh_of_size(fsdp.fsdp_size), fsdp)
+        if is_sent:
+            fill_from_rank0(model, whole, fsdp, self.device)
         return model
 
     def _build_critic(self) -> DataParallelPPOCritic:

@@ -7,7 +7,7 @@ Shapes: N sequences of this rank, R response length, W ranks.
 import logging
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,8 @@ class TrainedModel:
     def resident(self, optimizer: bool = False) -> AbstractContextManager:
         """Holds what `config.offload` sends to the CPU between phases on the device: parameters, on request states."""
         offload = self.config.offload
+        if self.config.fsdp.enable_cpu_offload:  # FSDP fetches each layer by itself, and the optimizer stays on the CPU
+            return nullcontext()
         return resident(
             self.forward.device,
             model=self.model if offload.offload_params else None,
