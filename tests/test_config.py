@@ -765,10 +765,6 @@ def test_a_plain_run_is_available(runnable):
         "worker.actor.ulysses_size=2",
         "worker.actor.model.lora.rank=8",
         "worker.actor.model.freeze_vision_tower=true",
-        "worker.actor.optim.strategy=adamw_bf16",
-        "worker.actor.fsdp.fsdp_size=2",
-        "worker.ref.fsdp.fsdp_size=2",
-        "worker.actor.fsdp.enable_cpu_offload=true",
     ],
 )
 def test_a_feature_that_is_not_there_yet_is_refused_with_what_to_use(argument, runnable):
@@ -785,14 +781,20 @@ def test_an_engine_that_is_not_installed_is_refused_with_the_command_that_instal
         require_available(load_config([*runnable, "worker.rollout.name=vllm"]))
 
 
-def test_the_reference_is_not_asked_about_where_there_is_none(runnable):
-    require_available(load_config([*runnable, "algorithm.disable_kl=true", "worker.ref.fsdp.fsdp_size=2"]))
+@pytest.mark.parametrize("part", ["actor", "critic", "ref"])
+def test_every_model_may_be_sharded_in_groups_and_rest_in_host_memory(part, runnable):
+    keys = ["fsdp_size=2", "enable_cpu_offload=true", "enable_rank0_init=true", "enable_rank0_init=false"]
+    for key in keys:
+        require_available(load_config([*runnable, "algorithm.adv_estimator=gae", f"worker.{part}.fsdp.{key}"]))
 
 
-def test_the_reference_may_rest_in_host_memory_and_the_policy_is_told_what_it_may(runnable):
-    require_available(load_config([*runnable, "worker.ref.fsdp.enable_cpu_offload=true"]))
-    with pytest.raises(ValueError, match="use worker.actor.fsdp.enable_cpu_offload=false with worker.actor.offload"):
-        require_available(load_config([*runnable, "worker.actor.fsdp.enable_cpu_offload=true"]))
+@pytest.mark.parametrize("part", ["actor", "critic"])
+def test_the_optimizer_in_bf16_takes_weights_in_bf16_or_fp32(part, runnable):
+    asked = [*runnable, "algorithm.adv_estimator=gae", f"worker.{part}.optim.strategy=adamw_bf16"]
+    for dtype in ("bf16", "fp32"):
+        require_available(load_config([*asked, f"worker.{part}.fsdp.torch_dtype={dtype}"]))
+    with pytest.raises(ValueError, match=f"worker.{part}.fsdp.torch_dtype=fp16 holds .* use bf16 or fp32"):
+        load_config([*asked, f"worker.{part}.fsdp.torch_dtype=fp16"])
 
 
 @pytest.mark.parametrize(
@@ -801,9 +803,6 @@ def test_the_reference_may_rest_in_host_memory_and_the_policy_is_told_what_it_ma
         "worker.critic.ulysses_size=2",
         "worker.critic.model.lora.rank=8",
         "worker.critic.model.freeze_vision_tower=true",
-        "worker.critic.optim.strategy=adamw_bf16",
-        "worker.critic.fsdp.fsdp_size=2",
-        "worker.critic.fsdp.enable_cpu_offload=true",
     ],
 )
 def test_the_critic_is_held_to_what_there_is_where_one_is_trained(argument, runnable):
@@ -880,6 +879,10 @@ def test_what_does_less_than_its_name_promises_is_told():
     assert effect_notes(load_config([filtering, "worker.rollout.n=2"])) == []
     (note,) = effect_notes(load_config([filtering, "worker.rollout.n=1"]))
     assert note.startswith("algorithm.online_filtering=true with worker.rollout.n=1 can hardly keep a group")
+    in_bf16 = "worker.actor.fsdp.torch_dtype=bf16"
+    assert effect_notes(load_config([in_bf16, "worker.actor.optim.strategy=adamw_bf16"])) == []
+    (note,) = effect_notes(load_config([in_bf16]))
+    assert note.startswith("worker.actor.fsdp.torch_dtype=bf16 with worker.actor.optim.strategy=adamw rounds most")
 
 
 def test_where_the_kl_goes():
@@ -897,10 +900,9 @@ def test_where_the_kl_goes():
 
 def test_switches_without_effect_are_named_while_they_are_on():
     off = ["worker.actor.use_torch_compile", "worker.actor.padding_free", "worker.actor.dynamic_batching"]
-    off.append("worker.actor.fsdp.enable_rank0_init")
     assert speed_notes(load_config([])) == [f"{key}=true" for key in off]
     assert speed_notes(load_config([f"{key}=false" for key in off])) == []
-    critic = ["worker.critic.dynamic_batching=true", "worker.critic.fsdp.enable_rank0_init=true"]
+    critic = ["worker.critic.dynamic_batching=true"]
     assert speed_notes(load_config(["algorithm.adv_estimator=gae", *(f"{key}=false" for key in off)])) == critic
 
 

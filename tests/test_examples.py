@@ -50,7 +50,6 @@ WITHOUT_TWIN = {
 AWAITED = (
     "worker.actor.ulysses_size=8 is not available yet",
     "worker.actor.model.lora.rank=64 is not available yet",
-    "worker.actor.optim.strategy=adamw_bf16 is not available yet",
     *(() if importlib.util.find_spec("vllm") else ("worker.rollout.name=vllm needs vLLM",)),
 )
 """Beginnings of the refusals that are right for now, since what the scripts ask for is still to come."""

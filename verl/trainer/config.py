@@ -409,7 +409,7 @@ def effect_notes(config: PPOConfig) -> list[str]:
         if model.fsdp.torch_dtype in ("bf16", "bfloat16") and model.optim.strategy == "adamw":
             notes.append(
                 f"{prefix}.fsdp.torch_dtype={model.fsdp.torch_dtype} with {prefix}.optim.strategy=adamw rounds most "
-                "updates away: a bf16 weight moves by 1/256 of itself or not at all; adamw_bf16 adds up what is smaller"
+                "updates away: a bf16 weight moves by 1/256 of itself or not at all; adamw_bf16 adds up smaller ones"
             )
     if warmup > 1 and not algorithm.needs_critic:
         notes.append(

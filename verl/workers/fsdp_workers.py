@@ -60,6 +60,7 @@ class FSDPWorker(Worker):
         self.plan = plan
         self.policy_loss = policy_loss
         self.training_steps = training_steps
+        self.mesh_of_size = cache(lambda fsdp_size: build_mesh(self.device, fsdp_size))
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
 
@@ -74,7 +75,6 @@ class FSDPWorker(Worker):
         source = (actor.model.tokenizer_path, self.config.data.override_chat_template)
         self.tokenizer = get_tokenizer(*source, trust_remote_code=actor.model.trust_remote_code)
         self.processor = get_processor(*source, trust_remote_code=actor.model.trust_remote_code)
-        self.mesh_of_size = cache(lambda fsdp_size: build_mesh(self.device, fsdp_size))
 
         policy = self._load_sharded(load_model, actor.model, actor.fsdp, default_dtype="fp32")
         algorithm, reference = self.config.algorithm, None
