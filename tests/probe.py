@@ -10,11 +10,13 @@ from torch.distributed.tensor import distribute_tensor
 
 from verl.algorithms.policy_loss import POLICY_LOSSES
 from verl.data.vision import featurize
+from verl.models.loader import load_model, load_value_model
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import DP_COMPUTE_METRIC, ONE_TO_ALL, register
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.config import PPOConfig, load_config
 from verl.utils.batch_plan import BatchPlan
+from verl.workers.actor.config import FSDPConfig, ModelConfig
 from verl.workers.fsdp2 import full_tensor
 from verl.workers.fsdp_workers import FSDPWorker
 from verl.workers.rollout.base import Sampling
@@ -63,6 +65,20 @@ class ProbeWorker(FSDPWorker):
             "value_head.bias": torch.randn(1, generator=generator),
         }
         set_model_state_dict(self.critic.model, values, options=StateDictOptions(full_state_dict=True, strict=False))
+
+    @register(ONE_TO_ALL)
+    def restart(self, config: PPOConfig) -> None:
+        """Builds everything anew, for a run with another configuration on the same ranks."""
+        self.config, self.plan = config, BatchPlan.from_config(config, self.world_size)
+        self.init_model()
+
+    @register(ONE_TO_ALL)
+    def tensors_of(self, paths: list[str], fsdp: FSDPConfig, with_critic: bool) -> dict[str, torch.Tensor]:
+        """Parameters and buffers, whole, of a model that each rank loads from its own of `paths`; tied ones twice."""
+        load = load_value_model if with_critic else load_model
+        model = self._load_sharded(load, ModelConfig(model_path=paths[self.rank]), fsdp, default_dtype="fp32")
+        parameters, buffers = model.named_parameters(remove_duplicate=False), model.named_buffers()
+        return {name: full_tensor(tensor).detach().clone() for name, tensor in (*parameters, *buffers)}
 
     @register(ONE_TO_ALL)
     def scale_weights(self, factor: float) -> None:

@@ -26,7 +26,6 @@ from verl.trainer.config import (
     effect_notes,
     load_config,
     require_available,
-    speed_notes,
 )
 from verl.trainer.main import prepare
 from verl.workers.actor.config import ActorConfig, LoraConfig, OptimConfig
@@ -759,21 +758,9 @@ def test_a_plain_run_is_available(runnable):
     require_available(load_config(runnable))
 
 
-@pytest.mark.parametrize(
-    "argument",
-    [
-        "worker.hybrid_engine=false",
-        "worker.actor.optim.strategy=adamw_bf16",
-        "worker.actor.fsdp.fsdp_size=2",
-        "worker.ref.fsdp.fsdp_size=2",
-        "worker.actor.fsdp.enable_cpu_offload=true",
-    ],
-)
-def test_a_feature_that_is_not_there_yet_is_refused_with_what_to_use(argument, runnable):
-    with pytest.raises(ValueError) as caught:
-        require_available(load_config([*runnable, argument]))
-    assert str(caught.value).startswith(f"{argument} is not available yet; use ")
-    assert len(str(caught.value).splitlines()) == 1
+def test_an_engine_in_processes_of_its_own_is_refused_with_what_to_use(runnable):
+    with pytest.raises(ValueError, match=r"^worker.hybrid_engine=false asks for .*, so use true$"):
+        require_available(load_config([*runnable, "worker.hybrid_engine=false"]))
 
 
 def test_an_engine_that_is_not_installed_is_refused_with_the_command_that_installs_it(runnable, monkeypatch):
@@ -783,32 +770,27 @@ def test_an_engine_that_is_not_installed_is_refused_with_the_command_that_instal
         require_available(load_config([*runnable, "worker.rollout.name=vllm"]))
 
 
-@pytest.mark.parametrize("argument", ["algorithm.disable_kl=true", "worker.actor.model.lora.rank=8"])
-def test_the_reference_is_not_asked_about_where_there_is_none(argument, runnable):
-    require_available(load_config([*runnable, argument, "worker.ref.fsdp.fsdp_size=2"]))
+@pytest.mark.parametrize("part", ["actor", "critic", "ref"])
+def test_every_model_may_be_sharded_in_groups_and_rest_in_host_memory(part, runnable):
+    keys = ["fsdp_size=2", "enable_cpu_offload=true", "enable_rank0_init=true", "enable_rank0_init=false"]
+    for key in keys:
+        require_available(load_config([*runnable, "algorithm.adv_estimator=gae", f"worker.{part}.fsdp.{key}"]))
 
 
-def test_the_reference_may_rest_in_host_memory_and_the_policy_is_told_what_it_may(runnable):
-    require_available(load_config([*runnable, "worker.ref.fsdp.enable_cpu_offload=true"]))
-    with pytest.raises(ValueError, match="use worker.actor.fsdp.enable_cpu_offload=false with worker.actor.offload"):
-        require_available(load_config([*runnable, "worker.actor.fsdp.enable_cpu_offload=true"]))
+@pytest.mark.parametrize("part", ["actor", "critic"])
+def test_the_optimizer_in_bf16_takes_weights_in_bf16_or_fp32(part, runnable):
+    asked = [*runnable, "algorithm.adv_estimator=gae", f"worker.{part}.optim.strategy=adamw_bf16"]
+    for dtype in ("bf16", "fp32"):
+        require_available(load_config([*asked, f"worker.{part}.fsdp.torch_dtype={dtype}"]))
+    with pytest.raises(ValueError, match=f"worker.{part}.fsdp.torch_dtype=fp16 holds .* use bf16 or fp32"):
+        load_config([*asked, f"worker.{part}.fsdp.torch_dtype=fp16"])
 
 
-@pytest.mark.parametrize(
-    "argument",
-    [
-        "worker.critic.model.lora.rank=8",
-        "worker.critic.optim.strategy=adamw_bf16",
-        "worker.critic.fsdp.fsdp_size=2",
-        "worker.critic.fsdp.enable_cpu_offload=true",
-    ],
-)
-def test_the_critic_is_held_to_what_there_is_where_one_is_trained(argument, runnable):
-    require_available(load_config([*runnable, argument]))
-    with pytest.raises(ValueError) as caught:
-        require_available(load_config([*runnable, "algorithm.adv_estimator=gae", argument]))
-    assert str(caught.value).startswith(f"{argument} is not available yet; use worker.critic.")
-    assert len(str(caught.value).splitlines()) == 1
+def test_adapters_on_the_critic_are_refused_where_one_is_trained(runnable):
+    adapters = "worker.critic.model.lora.rank=8"
+    require_available(load_config([*runnable, adapters]))
+    with pytest.raises(ValueError, match=f"^{adapters} asks for adapters on the critic, which trains whole; use 0$"):
+        require_available(load_config([*runnable, "algorithm.adv_estimator=gae", adapters]))
 
 
 def test_what_a_run_cannot_do_without_is_asked_for():
@@ -883,6 +865,10 @@ def test_what_does_less_than_its_name_promises_is_told():
         assert effect_notes(load_config([setting])) == effect_notes(load_config([adapters, no_kl, setting])) == []
         (note,) = effect_notes(load_config([adapters, setting]))
         assert note.startswith(f"{adapters} makes the policy without its adapters the reference")
+    in_bf16 = "worker.actor.fsdp.torch_dtype=bf16"
+    assert effect_notes(load_config([in_bf16, "worker.actor.optim.strategy=adamw_bf16"])) == []
+    (note,) = effect_notes(load_config([in_bf16]))
+    assert note.startswith("worker.actor.fsdp.torch_dtype=bf16 with worker.actor.optim.strategy=adamw rounds most")
 
 
 def test_where_the_kl_goes():
@@ -896,14 +882,6 @@ def test_where_the_kl_goes():
         algorithm = load_config(["algorithm.kl_type=adaptive", *arguments]).algorithm
         assert (algorithm.kl_in_reward, algorithm.kl_in_loss, algorithm.kl_coef_adapts) == places
     assert not load_config([]).algorithm.kl_coef_adapts
-
-
-def test_switches_without_effect_are_named_while_they_are_on():
-    off = ["worker.actor.use_torch_compile", "worker.actor.fsdp.enable_rank0_init"]
-    assert speed_notes(load_config([])) == [f"{key}=true" for key in off]
-    assert speed_notes(load_config([f"{key}=false" for key in off])) == []
-    critic = ["worker.critic.fsdp.enable_rank0_init=true"]
-    assert speed_notes(load_config(["algorithm.adv_estimator=gae", *(f"{key}=false" for key in off)])) == critic
 
 
 def test_the_promised_python_is_one_that_every_pinned_package_takes():

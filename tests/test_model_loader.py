@@ -2,6 +2,9 @@
 # python -m pytest tests/test_model_loader.py
 """Models load with the attention and the overrides that were asked for, or not at all."""
 
+import shutil
+from collections.abc import Callable
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, Qwen3Config, Qwen3ForCausalLM
@@ -42,6 +45,35 @@ def test_a_text_model_loads_as_a_causal_model_and_has_no_tower_to_keep_in_step(t
     assert model.dtype == torch.bfloat16
     keep_vision_tower_in_step(model)
     assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("load", [load_model, load_value_model])
+@pytest.mark.parametrize("kind", ["image-text", "tied", "text"])
+def test_a_model_without_weights_is_the_same_but_for_them_and_opens_no_file_of_them(
+    kind: str, load: Callable, dtype: torch.dtype, tiny_model_path: str, tmp_path
+) -> None:
+    """Names, ties, shapes, precisions of parameters and buffers; the mode of every module; the configuration."""
+    path = {"image-text": tiny_model_path, "tied": tmp_path, "text": tmp_path}[kind]
+    if kind == "tied":
+        make_tiny_model(tmp_path, tie_word_embeddings=True)
+    if kind == "text":
+        write_text_model(tmp_path)
+    whole = load(ModelConfig(model_path=str(path)), dtype, dtype)
+    bare_path = shutil.copytree(path, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors*"))
+    bare = load(ModelConfig(model_path=str(bare_path)), dtype, dtype, with_weights=False)
+
+    def layout(model: torch.nn.Module) -> list[tuple]:
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        return [(name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors]
+
+    assert layout(bare) == layout(whole)
+    assert {tensor.device.type for tensor in (*bare.parameters(), *bare.buffers())} == {"meta"}
+    modes = [[(name, module.training) for name, module in model.named_modules()] for model in (bare, whole)]
+    assert modes[0] == modes[1]
+    left_out = {"_name_or_path", "dtype"}
+    settings = [{**model.config.to_dict(), **dict.fromkeys(left_out)} for model in (bare, whole)]
+    assert settings[0] == settings[1]
 
 
 @pytest.mark.parametrize("kind", ["image-text", "tied", "text"])

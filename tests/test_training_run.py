@@ -587,7 +587,7 @@ def test_a_reward_function_that_raises_ends_the_run_with_the_sample_named_and_no
     [
         ("worker.actor.optim.learning_rate=1", "did you mean 'worker.actor.optim.lr'"),
         ("worker.actor.global_batch_size=3", "worker.actor.global_batch_size=3 does not divide"),
-        ("worker.actor.ulysses_size=2", "worker.actor.ulysses_size=2 is not available yet"),
+        ("worker.hybrid_engine=false", "worker.hybrid_engine=false asks for engine and trainer in processes"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_message_and_exit_code_2_within_seconds(

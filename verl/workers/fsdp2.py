@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FSDP2 mechanics: sharding, mixed precision, optimizer and schedule, and where parameters rest between phases."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -9,24 +9,32 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import get_constant_schedule_with_warmup, get_cosine_with_min_lr_schedule_with_warmup
 
 from verl.models.loader import DTYPES
 from verl.workers.actor.config import FSDPConfig, OptimConfig
+from verl.workers.adamw_bf16 import AdamWBF16
 
 
-def build_mesh(device: torch.device) -> DeviceMesh:
-    """All ranks in one dimension, over which parameters are sharded."""
-    return init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("fsdp",))
+def build_mesh(device: torch.device, fsdp_size: int = -1) -> DeviceMesh:
+    """The ranks over which parameters are sharded: all, in one dimension, or groups of neighbours that are replicas.
+
+    Args:
+        fsdp_size: ranks of a group; -1, or as many as there are or more, is all of them.
+    """
+    world_size = dist.get_world_size()
+    if not 0 < fsdp_size < world_size:
+        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("fsdp",))
+    return init_device_mesh(device.type, (world_size // fsdp_size, fsdp_size), mesh_dim_names=("ddp", "fsdp"))
 
 
 def shard_model(model: nn.Module, mesh: DeviceMesh, config: FSDPConfig) -> None:
     """Shards the model in place, one group per transformer layer and one for the rest.
 
     With `enable_cpu_offload` on CUDA, shards rest in host memory and each group is fetched when it computes.
-    Gradients come out averaged over the ranks: a loss that is normalised over all ranks has to be multiplied by the
-    world size.
+    Gradients come out averaged over all ranks, replicas included: a loss that is normalised over all ranks has to be
+    multiplied by the world size. A model on the meta device stays there, until `fill_from_rank0` gives it its values.
     """
     precision = MixedPrecisionPolicy(
         param_dtype=DTYPES[config.mp_param_dtype],
@@ -34,9 +42,8 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, config: FSDPConfig) -> None:
         # True would round the vision tower's fp32 rope tables to bf16: logits off by 6e-3.
         cast_forward_inputs=False,
     )
-    # In a CPU process parameters are in host memory anyway.
-    offloads = config.enable_cpu_offload and mesh.device_type == "cuda"
-    shared = dict(mesh=mesh, mp_policy=precision, offload_policy=CPUOffloadPolicy() if offloads else OffloadPolicy())
+    offload = CPUOffloadPolicy() if _rests_on_cpu(config, mesh.device_type) else OffloadPolicy()
+    shared = dict(mesh=mesh, mp_policy=precision, offload_policy=offload)
     layer_classes = model._no_split_modules
     for module in [module for module in model.modules() if type(module).__name__ in layer_classes]:
         fully_shard(module, reshard_after_forward=config.enable_full_shard, **shared)
@@ -45,15 +52,71 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, config: FSDPConfig) -> None:
     fully_shard(model, reshard_after_forward=True, **shared)
 
 
+def whole_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, tied ones once: what `fill_from_rank0` has to be given, taken before sharding.
+
+    Buffers that no state dict holds (rope frequencies) are among them.
+    """
+    return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+@torch.no_grad()
+def fill_from_rank0(
+    model: nn.Module, whole: Mapping[str, torch.Tensor], config: FSDPConfig, device: torch.device
+) -> None:
+    """Gives a sharded model the values that rank 0 has, tensor by tensor; a collective.
+
+    At most one whole tensor is on a rank's device at a time, beside what rank 0 holds.
+
+    Args:
+        model: sharded; on the meta device on the ranks other than 0.
+        whole: rank 0's `whole_tensors`; not read elsewhere.
+        config: the one that the model was sharded with.
+        device: of the computation.
+
+    Raises:
+        ValueError: the model of this rank has other tensors than that of rank 0.
+    """
+    is_source = dist.get_rank() == 0
+    if not is_source:
+        model.to_empty(device="cpu" if _rests_on_cpu(config, device.type) else device)
+    targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    layouts = {name: (tuple(target.shape), target.dtype) for name, target in targets.items()}
+    sent = [layouts]
+    dist.broadcast_object_list(sent, src=0)
+    if layouts != sent[0]:
+        name = next(name for name in {**sent[0], **layouts} if sent[0].get(name) != layouts.get(name))
+        raise ValueError(
+            f"fsdp.enable_rank0_init=true: {name} is {layouts.get(name)} in the model that is built from its "
+            f"configuration and {sent[0].get(name)} in the one read from its files; use fsdp.enable_rank0_init=false"
+        )
+    for name, (shape, dtype) in sent[0].items():
+        value = whole[name].to(device) if is_source else torch.empty(shape, dtype=dtype, device=device)
+        dist.broadcast(value, src=0)
+        target = targets[name]
+        if isinstance(target, DTensor):
+            # Every rank has the whole tensor now: nothing more is sent.
+            value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+            target.to_local().copy_(value.to_local())
+        else:
+            target.data = value  # FSDP keeps buffers on the device, also where parameters rest on the CPU
+
+
+def _rests_on_cpu(config: FSDPConfig, device_type: str) -> bool:
+    """Whether FSDP keeps shards in host memory; in a CPU process they are there anyway."""
+    return config.enable_cpu_offload and device_type == "cuda"
+
+
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW over the parameters that train.
 
     Source: Loshchilov and Hutter, arXiv 1711.05101, Algorithm 2.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(
-        parameters, lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay, foreach=True
-    )
+    settings = dict(lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay)
+    if config.strategy == "adamw_bf16":
+        return AdamWBF16(parameters, **settings)
+    return torch.optim.AdamW(parameters, **settings, foreach=True)
 
 
 def build_scheduler(
@@ -84,8 +147,9 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
 
 
 def full_tensor(value: torch.Tensor) -> torch.Tensor:
-    """The whole tensor of a shard, a collective; a plain tensor as it is."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    """The whole tensor of a shard, on the device of the computation, a collective; a plain tensor as it is."""
+    # A shard that rests on the CPU would be gathered there, by gloo.
+    return value.to(value.device_mesh.device_type).full_tensor() if isinstance(value, DTensor) else value
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from verl.models.trainable import ADAPTER, adapter_config
 from verl.utils.checkpoint import extra_state_file, model_file, optim_file
@@ -107,8 +108,8 @@ class FSDPCheckpoint:
             model_only: the checkpoint was saved without optimizer; optimizer and schedule keep their fresh state.
 
         Raises:
-            ValueError: there is no such folder, or it has no file for this rank and world size, or the file is of
-                another model or of other adapters than this run's.
+            ValueError: there is no such folder, or it has no file for this rank and world size, or it was sharded over
+                groups of another size, or it is of another model or of other adapters than this run's.
         """
         root = Path(folder)
         if not root.is_dir():
@@ -126,6 +127,12 @@ class FSDPCheckpoint:
         # weights_only=False: shards are DTensors and carry their mesh; the files are the user's own checkpoints.
         model_state = torch.load(model_path, map_location="cpu", weights_only=False)
         self._require_same_model(model_path, model_state)
+        saved_size, size = _sharding_group_size(model_state), _sharding_group_size(self.model.state_dict())
+        if saved_size != size:
+            raise ValueError(
+                f"{model_path} was saved by sharding groups of {saved_size} workers, those of this run have {size}; "
+                f"resume with worker.{root.name}.fsdp.fsdp_size={saved_size}"
+            )
         set_model_state_dict(self.model, model_state, options=self.options)
         if model_only:
             return
@@ -199,6 +206,11 @@ class FSDPCheckpoint:
 def has_optimizer(checkpoint: str) -> bool:
     """Whether the checkpoint of a step can continue training exactly, or holds the models only."""
     return any(Path(checkpoint, "actor").glob("optim_world_size_*"))
+
+
+def _sharding_group_size(state_dict: dict[str, Any]) -> int:
+    """Ranks that share one copy of the model; groups of ranks that repeat it are the mesh's first dimension."""
+    return next((value.device_mesh.size(-1) for value in state_dict.values() if isinstance(value, DTensor)), 1)
 
 
 def _random_states() -> dict[str, Any]:

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import psutil
 import torch
@@ -31,7 +32,7 @@ from verl.workers.actor.config import FSDPConfig, ModelConfig
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.actor.forward import PolicyForward
 from verl.workers.critic.dp_critic import DataParallelPPOCritic, ValueForward
-from verl.workers.fsdp2 import build_mesh, resident, shard_model
+from verl.workers.fsdp2 import build_mesh, fill_from_rank0, resident, shard_model, whole_tensors
 from verl.workers.response_forward import compute_per_token, compute_streams
 from verl.workers.rollout.base import Sampling, draw_seed, engine_class
 from verl.workers.trained_model import TrainedModel
@@ -62,6 +63,7 @@ class FSDPWorker(Worker):
         self.plan = plan
         self.policy_loss = policy_loss
         self.training_steps = training_steps
+        self.mesh_of_size = cache(lambda fsdp_size: build_mesh(self.device, fsdp_size))
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
 
@@ -76,7 +78,6 @@ class FSDPWorker(Worker):
         source = (actor.model.tokenizer_path, self.config.data.override_chat_template)
         self.tokenizer = get_tokenizer(*source, trust_remote_code=actor.model.trust_remote_code)
         self.processor = get_processor(*source, trust_remote_code=actor.model.trust_remote_code)
-        self.mesh = build_mesh(self.device)
 
         self.actor_group = join_sequence_group(actor.ulysses_size)
         # A frozen weight is only computed with: digits beyond those of the computation would be dead memory.
@@ -115,18 +116,23 @@ class FSDPWorker(Worker):
 
     def _load_sharded(
         self,
-        load: Callable[[ModelConfig, torch.dtype, torch.dtype], nn.Module],
+        load: Callable[[ModelConfig, torch.dtype, torch.dtype, bool], nn.Module],
         config: ModelConfig,
         fsdp: FSDPConfig,
         default_dtype: str,
         group: SequenceGroup | None,
     ) -> nn.Module:
-        model = load(config, DTYPES[fsdp.torch_dtype or default_dtype], DTYPES[fsdp.mp_param_dtype])
+        is_sent = fsdp.enable_rank0_init and self.world_size > 1
+        dtype, compute_dtype = DTYPES[fsdp.torch_dtype or default_dtype], DTYPES[fsdp.mp_param_dtype]
+        model = load(config, dtype, compute_dtype, self.rank == 0 or not is_sent)
         keep_vision_tower_in_step(model)
         if group is not None:
             share_rows(model, group.size, SAMPLES)
         choose_trainable(model, config)
-        shard_model(model, self.mesh, fsdp)
+        whole = whole_tensors(model) if is_sent else {}
+        shard_model(model, self.mesh_of_size(fsdp.fsdp_size), fsdp)
+        if is_sent:
+            fill_from_rank0(model, whole, fsdp, self.device)
         return model
 
     def _build_critic(self) -> DataParallelPPOCritic:

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -70,6 +70,8 @@ class TrainedModel:
     def resident(self, optimizer: bool = False) -> AbstractContextManager:
         """Holds what `config.offload` sends to the CPU between phases on the device: parameters, on request states."""
         offload = self.config.offload
+        if self.config.fsdp.enable_cpu_offload:
+            return nullcontext()  # FSDP fetches each layer by itself, and the optimizer works on the CPU
         return resident(
             self.forward.device,
             model=self.model if offload.offload_params else None,

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
-from verl.config import ConfigSection, looks_local
+from verl.config import ConfigSection, ConfigValueError, looks_local
 
 Dtype = Literal["fp16", "float16", "bf16", "bfloat16", "fp32", "float32"]
 
@@ -93,7 +93,9 @@ class OptimConfig(ConfigSection):
     weight_decay: float = 1e-2
     """Decoupled weight decay."""
     strategy: Literal["adamw", "adamw_bf16"] = "adamw"
-    """`adamw` keeps its states in the parameters' precision, `adamw_bf16` in bf16 with Kahan summation."""
+    """`adamw` keeps its states in the parameters' precision, which `fsdp.torch_dtype` sets. `adamw_bf16` keeps them in
+    bf16, and adds up by Kahan's summation what is too small for bf16 parameters. It does not change
+    `fsdp.torch_dtype`: null is fp32 as ever, bf16 has to be asked for."""
     lr_warmup_ratio: float = 0.0
     """Share of the training steps spent on warm-up."""
     lr_warmup_steps: int | None = None
@@ -117,16 +119,18 @@ class FSDPConfig(ConfigSection):
     enable_full_shard: bool = True
     """Free gathered parameters after the forward pass; false keeps them for the backward pass."""
     enable_cpu_offload: bool = False
-    """Keep the shards in host memory and fetch each layer when it computes."""
+    """Keep the shards in host memory, fetch each layer when it computes, and run the optimizer on the CPU; `offload.*`
+    then has nothing to move."""
     enable_rank0_init: bool = True
-    """Read the weights on rank 0 and send them to the others."""
+    """Read the weights on rank 0 and send them to the others; false lets every rank read them."""
     use_orig_params: bool = False
     """Accepted for existing configurations, no effect: FSDP2 always keeps the original parameters."""
     torch_dtype: Dtype | None = None
     """Precision of the stored parameters; null is fp32 for a trained model, bf16 for the reference, and
     `mp_param_dtype` for the frozen weights under adapters, which themselves are always fp32."""
     fsdp_size: int = -1
-    """Workers in one sharding group; -1 shards over all of them."""
+    """Workers in one sharding group, a divisor of their number: groups are replicas of each other. -1, or as many as
+    there are or more, shards over all of them."""
     mp_param_dtype: Dtype = "bf16"
     """Precision of the parameters in forward and backward."""
     mp_reduce_dtype: Dtype = "fp32"
@@ -184,6 +188,10 @@ class TrainedModelConfig(ConfigSection):
         self.require_at_least(1, "micro_batch_size_per_device_for_update")
         self.require_at_least(1, "micro_batch_size_per_device_for_experience")
         self.require_above_0("max_grad_norm")
+        dtype = self.fsdp.torch_dtype
+        if self.optim.strategy == "adamw_bf16" and dtype in ("fp16", "float16"):
+            problem = "holds weights that optim.strategy=adamw_bf16 does not know; use bf16 or fp32"
+            raise ConfigValueError("fsdp.torch_dtype", dtype, problem)
 
 
 @dataclass(frozen=True)
@@ -200,7 +208,8 @@ class ActorConfig(TrainedModelConfig):
     """Policy loss, by its name in `verl/algorithms/policy_loss.py`: `default`, `gspo`, `gspo_token`, `cispo` or
     `sapo`."""
     use_torch_compile: bool = True
-    """Compile the log-probability function."""
+    """Accepted for existing configurations, no effect: log-probabilities are taken from the hidden states by pieces,
+    and almost all of that is products with the output head."""
     tau_positive: float = 1.0
     """SAPO's temperature for tokens with a positive advantage."""
     tau_negative: float = 1.05
