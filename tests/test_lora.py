@@ -153,7 +153,7 @@ def test_targets_that_are_not_there_are_refused_with_those_that_are(
 def test_they_are_float32_over_a_base_in_the_precision_that_it_computes_in_unless_another_is_given(
     tiny_model_path: str, batch: DataProto, lone_process_group
 ) -> None:
-    """Gradients are asked for too, since sharding has its own mind about groups of several precisions."""
+    """And they train: FSDP2 wants one precision in each group, of the parameters that do."""
     dtypes = {}
     for override in ("mp_param_dtype=bf16", "mp_param_dtype=fp32", "torch_dtype=bf16"):
         worker = start_alone(make_config(tiny_model_path, *LORA, f"worker.actor.fsdp.{override}"))
