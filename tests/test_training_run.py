@@ -582,6 +582,15 @@ def test_a_reward_function_that_raises_ends_the_run_with_the_sample_named_and_no
     assert processes_marked(mark) == []
 
 
+def test_the_death_of_the_reward_functions_process_ends_the_run_with_its_node(
+    tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster
+) -> None:
+    reward = f"worker.reward.reward_function={ROOT}/tests/rewards.py:die"
+    args = arguments(tiny_model_path, data_files, tmp_path, reward, "trainer.val_before_train=false")
+    with pytest.raises(RuntimeError, match=r"^the reward function's process on node [\d.]+ \(Ray node \w+\) died "):
+        run(load_config(args))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
