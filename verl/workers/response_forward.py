@@ -11,6 +11,7 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from verl.data.vision import featurize
+from verl.models.registry import media_token_types
 from verl.protocol import DataProto
 
 
@@ -67,8 +68,10 @@ class ResponseForward:
     def _media_inputs(self, rows: DataProto) -> dict[str, torch.Tensor]:
         if self.processor is None:
             return {}
-        features = featurize(rows.non_tensor_batch["multi_modal_data"], self.processor.image_processor)
-        return {key: value.to(self.device) for key, value in features.items()}
+        columns, _ = filled_columns(rows)
+        inputs = featurize(rows.non_tensor_batch["multi_modal_data"], self.processor)
+        inputs |= media_token_types(self.model.config, rows.batch["input_ids"][:, columns])
+        return {key: value.to(self.device) for key, value in inputs.items()}
 
 
 def filled_columns(rows: DataProto) -> tuple[slice, int]:
