@@ -135,7 +135,7 @@ class ProbeWorker(FSDPWorker):
     def pixels_of_actor(self, prompts: DataProto) -> torch.Tensor:
         """(patches, patch size): what enters the policy's vision tower."""
         media = prompts.non_tensor_batch["multi_modal_data"]
-        return featurize(media, self.processor.image_processor)["pixel_values"]
+        return featurize(media, self.processor)["pixel_values"]
 
     @register(ONE_TO_ALL)
     def rollout_weights(self) -> dict[str, torch.Tensor]:

@@ -154,7 +154,7 @@ def test_an_update_knows_how_many_operations_it_takes(
     )
     metrics = worker.update_actor(batch)
     lengths = batch.batch["attention_mask"].sum(dim=1).tolist()
-    media = featurize(batch.non_tensor_batch["multi_modal_data"], worker.processor.image_processor)
+    media = featurize(batch.non_tensor_batch["multi_modal_data"], worker.processor)
     forward = worker.actor.forward
     expected = forward.counter.count(lengths, int(batch.batch["response_mask"].sum()), media)
     assert forward.work.training == pytest.approx(2 * expected.training)

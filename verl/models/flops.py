@@ -2,8 +2,9 @@
 """How many floating point operations a forward or a training pass takes, from the model's own matrices and tokens.
 
 Counted are multiplications with weights, in decoder, vision tower and output head, and the products of attention. Not
-counted: norms, activations, rope, the state updates of recurrent layers, and what gradient checkpointing computes a
-second time, so that a utilisation made of this is that of the model and not of the hardware.
+counted: norms, activations, rope, the state updates of recurrent layers, the projector behind towers other than Qwen's
+(less than a percent), and what gradient checkpointing computes a second time: a utilisation made of this is that of
+the model and not of the hardware.
 
 Shapes: images are rows of a grid (images, 3) of frames, height and width in patches.
 """
@@ -160,9 +161,16 @@ def _work_of(module: nn.Module, config: Any) -> Work:
             continue
         operations = 2.0 * parameter.numel()
         if ".experts." in name:
-            operations *= config.num_experts_per_tok / config.num_experts
+            operations *= _share_of_experts(config)
         work += Work(trained=operations) if parameter.requires_grad else Work(frozen=operations)
     return work
+
+
+def _share_of_experts(config: Any) -> float:
+    """Of the experts of a layer, how many a token goes to."""
+    fields = ("num_experts", "num_local_experts", "n_routed_experts")
+    counts = [getattr(config, field) for field in fields if hasattr(config, field)]
+    return config.num_experts_per_tok / counts[0] if counts else 1.0
 
 
 def _head_dim(config: Any) -> int:

@@ -23,7 +23,7 @@ from verl.models.attention_recorder import (
     record_packed_attention_mass,
 )
 from verl.models.attention_table import NOT_A_MASK, PACKING_IMPLEMENTATIONS, SAMPLES, PackedSamples
-from verl.models.registry import family_of
+from verl.models.registry import packs
 from verl.models.sequence_parallel import SequenceGroup
 from verl.protocol import DataProto
 
@@ -201,9 +201,7 @@ def why_not_packed(model: nn.Module) -> str | None:
     others |= {"convolution" for part in decoder.modules() if isinstance(part, nn.Conv1d)}
     if others:
         return f"it has layers of {', '.join(sorted(others))}, which look along the row"
-    if not family_of(model.config).packs:
-        return "its attention depends on more than the order of the tokens"
-    return None
+    return None if packs(model.config) else "its attention depends on more than the order of the tokens"
 
 
 def _rope_rows_first(position_ids: torch.Tensor) -> torch.Tensor:

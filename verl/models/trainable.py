@@ -17,6 +17,8 @@ from verl.workers.actor.config import ModelConfig
 ADAPTER = "default"
 """The name that peft gives a layer's adapter, of which there is one here."""
 ALL_LAYERS = "all-linear"
+TOWER_NAMES = ("visual", "vision_tower")
+"""What families call their vision tower."""
 
 
 def choose_trainable(model: nn.Module, config: ModelConfig) -> None:
@@ -57,7 +59,9 @@ def choose_trainable(model: nn.Module, config: ModelConfig) -> None:
 
 def vision_tower(model: nn.Module) -> nn.Module | None:
     """The part of a policy or value model that turns pixels into features; None where images do not enter."""
-    return model.model.visual if family_of(model.config).has_vision_tower else None
+    if not family_of(model.config).has_vision_tower:
+        return None
+    return next(getattr(model.model, name) for name in TOWER_NAMES if hasattr(model.model, name))
 
 
 def adapter_config(model: nn.Module) -> LoraConfig | None:

@@ -417,9 +417,9 @@ class RayDAPOTrainer:
     # ---- prompts and responses ----
 
     def _prompts_from(self, features: dict[str, Any]) -> DataProto:
-        """One loader batch as the workers take it: every prompt named, every image put in the store once."""
+        """One loader batch as the workers take it: every prompt named, every medium put in the store once."""
         handles = [
-            None if media is None else [MediaHandle.put(image) for image in media["images"]]
+            None if media is None else [MediaHandle.put(medium) for medium in (*media["images"], *media["videos"])]
             for media in features["multi_modal_data"]
         ]
         uids = [str(uuid.uuid4()) for _ in handles]

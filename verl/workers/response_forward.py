@@ -16,6 +16,7 @@ from transformers import ProcessorMixin
 from verl.data.vision import featurize
 from verl.models.attention_table import extend_attention
 from verl.models.flops import FlopCounter, Work
+from verl.models.registry import media_token_types
 from verl.models.sequence_parallel import SequenceGroup
 from verl.models.token_layout import PackedLayout, PaddedLayout, TokenLayout, why_not_packed
 from verl.models.trainable import vision_tower
@@ -84,6 +85,7 @@ class ResponseForward:
         lengths = rows.batch["attention_mask"].sum(dim=1).tolist()
         self.work += self.counter.count(lengths, int(layout.response_mask.sum()), media)
         inputs = {**layout.model_inputs(), **media, "use_cache": False}
+        inputs |= media_token_types(self.model.config, inputs["input_ids"])
         return {
             name: value.to(self.device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
         }
@@ -91,7 +93,7 @@ class ResponseForward:
     def _media_inputs(self, rows: DataProto) -> dict[str, torch.Tensor]:
         if self.processor is None:
             return {}
-        return featurize(rows.non_tensor_batch["multi_modal_data"], self.processor.image_processor)
+        return featurize(rows.non_tensor_batch["multi_modal_data"], self.processor)
 
     def micro_batches(self, data: DataProto, size: int) -> tuple[list[DataProto], list[Sequence[int]]]:
         """Pieces that go through the model at once, and the rows of `data` that each has; as many on every rank.
