@@ -138,15 +138,23 @@ class ProbeWorker(FSDPWorker):
         return featurize(media, self.processor)["pixel_values"]
 
     @register(ONE_TO_ALL)
+    def places(self) -> dict[str, set[str]]:
+        """The devices on which the policy rests between phases."""
+        model, optimizer = self.actor.model, self.actor.optimizer
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        tensors = {"parameters": model.parameters(), "states": states, "buffers": model.buffers()}
+        return {name: {value.device.type for value in values} for name, values in tensors.items()}
+
+    @register(ONE_TO_ALL)
     def rollout_weights(self) -> dict[str, torch.Tensor]:
-        return {name: value.clone() for name, value in self.rollout.model.state_dict().items()}
+        return {name: value.clone().cpu() for name, value in self.rollout.model.state_dict().items()}
 
 
 def gradients_of(trained: TrainedModel, mini_batch: DataProto) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     trained.model.train()
     metrics = trained.accumulate_gradients(mini_batch)
     gradients = {
-        name: full_tensor(parameter.grad)
+        name: full_tensor(parameter.grad).cpu()
         for name, parameter in trained.model.named_parameters()
         if parameter.requires_grad
     }

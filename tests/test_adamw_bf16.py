@@ -75,7 +75,7 @@ def test_steps_that_bf16_has_no_room_for_add_up() -> None:
 
 
 def test_weights_in_bf16_arrive_where_those_in_fp32_do() -> None:
-    """Fifty steps of up to 1.8e-4 take a weight of 1 to 0.992, two places of bf16 on, each less than half of one."""
+    """Fifty steps of up to 1.8e-4, each under half a place of bf16, take a weight of 1 two places down, to 0.992."""
     steps = gradients(50)
     settings = dict(lr=1.8e-4, weight_decay=0.0)
     expected, _ = trained(torch.optim.AdamW, torch.float32, steps, **settings)

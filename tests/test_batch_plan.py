@@ -240,6 +240,16 @@ def test_the_workers_must_share_a_mini_batch_evenly():
     )
 
 
+@pytest.mark.parametrize("part", ["actor", "ref"])
+def test_sharding_groups_must_be_of_equal_size(part):
+    """Eight workers in groups of 3 would leave two over; eight or more in a group are all in one."""
+    key = f"worker__{part}__fsdp__fsdp_size"
+    assert refusal(8, **{key: 3}) == f"worker.{part}.fsdp.fsdp_size=3 does not divide 8 workers; use 2 or 4"
+    for size in (-1, 1, 2, 4, 8, 12):
+        BatchPlan.from_config(config_of(**{key: size}), world_size=8)
+    BatchPlan.from_config(config_of(algorithm__disable_kl="true", worker__ref__fsdp__fsdp_size=3), world_size=8)
+
+
 @pytest.mark.parametrize("n", [2, 3, 4, 6])
 @pytest.mark.parametrize("workers", [2, 3, 8])
 def test_the_values_an_error_offers_do_hold(n, workers):

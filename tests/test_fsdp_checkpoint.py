@@ -22,10 +22,20 @@ def batch(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Dat
     return answer_at_random(prompts, RESPONSES_PER_PROMPT, RESPONSE_LENGTH)
 
 
+@pytest.mark.parametrize(
+    "precision",
+    [
+        (),
+        ("worker.actor.optim.strategy=adamw_bf16",),
+        ("worker.actor.optim.strategy=adamw_bf16", "worker.actor.fsdp.torch_dtype=bf16"),
+    ],
+    ids=["fp32", "states in bf16", "weights and states in bf16"],
+)
 def test_a_checkpoint_restores_weights_optimizer_and_schedule_exactly(
-    tiny_model_path: str, batch: DataProto, lone_process_group, tmp_path: Path
+    precision: tuple[str, ...], tiny_model_path: str, batch: DataProto, lone_process_group, tmp_path: Path
 ) -> None:
-    config = make_config(tiny_model_path, "worker.actor.optim.lr=1e-3", "worker.actor.optim.lr_warmup_steps=4")
+    rate = ("worker.actor.optim.lr=1e-3", "worker.actor.optim.lr_warmup_steps=4")
+    config = make_config(tiny_model_path, *rate, *precision)
     first = start_alone(config)
     first.update_actor(batch)
     first.update_actor(batch)

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from transformers.utils import is_flash_attn_2_available
 
-from tests.batches import ROWS, make_prompts, write_dataset
-from tests.probe import ProbeWorker, make_config, run_of
+from tests.batches import ROWS, answer_at_random, make_prompts, write_dataset
+from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, ProbeWorker, make_config, run_of
 from tests.test_attention_recorder import QWEN, answered, record, recorded_and_expected_of_own_queries
+from tests.test_sharding_groups import BF16
 from tests.test_training_run import arguments, command, lines_of
 from tests.tiny import make_tiny_model
 from verl.models.kernels.attention_mass import BACKENDS, KeyPlan, default_backend
@@ -77,6 +78,62 @@ def test_model_and_optimizer_rest_on_the_cpu_and_work_on_the_gpu_also_after_an_e
         except KeyError:
             assert raises
         assert places() == {"cpu"}
+
+
+@pytest.mark.parametrize("precision", [(), BF16], ids=["fp32", "bf16"])
+def test_a_model_that_fsdp_keeps_in_host_memory_trains_as_one_on_the_gpu(
+    precision: tuple[str, ...], tiny_model_path: str, tmp_path: Path, ray_cluster
+) -> None:
+    """Over two micro-batches, with what would move between phases by itself asked for too; on two GPUs if there are.
+
+    Between phases everything is on the CPU either way, but for buffers that FSDP leaves where it computes. What the
+    engine is given from either place, and what a checkpoint brings back, are exact.
+    """
+    prompts = make_prompts(tiny_model_path, tmp_path)
+    batch = answer_at_random(prompts, RESPONSES_PER_PROMPT, RESPONSE_LENGTH)
+    workers = min(2, torch.cuda.device_count())
+    weights, gradients, norms = {}, {}, {}
+    common = [
+        "worker.actor.micro_batch_size_per_device_for_update=2",
+        "worker.actor.optim.lr=1e-3",
+        *(f"worker.{name}.offload.offload_params=true" for name in ("actor", "ref")),
+        "worker.actor.offload.offload_optimizer=true",
+        *precision,
+    ]
+    resting = {
+        "cuda": {"parameters": {"cpu"}, "states": {"cpu"}, "buffers": {"cpu"}},
+        "cpu": {"parameters": {"cpu"}, "states": {"cpu"}, "buffers": {"cuda"}},
+    }
+    group = WorkerGroup(ProbeWorker, 1, workers, "cuda", **run_of(make_config(tiny_model_path, *common), workers))
+    try:
+        for home, switch in (("cuda", "false"), ("cpu", "true")):
+            keys = [f"worker.{name}.fsdp.enable_cpu_offload={switch}" for name in ("actor", "ref")]
+            config = make_config(tiny_model_path, *common, *keys)
+            group.restart(config)
+            gradients[home], _ = group.gradients(batch, "token")
+            group.update_actor(batch)
+            assert all(place == resting[home] for place in group.places())
+            weights[home] = weights_of_engine(group)
+            group.save_checkpoint(str(tmp_path / home), model_only=False)
+            norms[home] = group.update_actor(batch)["actor/grad_norm"]
+            group.restart(config)
+            group.load_checkpoint(str(tmp_path / home), model_only=False)
+            assert all(place == resting[home] for place in group.places())
+            assert all(torch.equal(value, weights[home][name]) for name, value in weights_of_engine(group).items())
+            assert group.update_actor(batch)["actor/grad_norm"] == pytest.approx(norms[home], rel=1e-2)
+    finally:
+        group.shutdown()
+    assert norms["cpu"] == pytest.approx(norms["cuda"], rel=1e-2)
+    for name, value in weights["cuda"].items():
+        settled = gradients["cuda"][name].abs() > 1e-4  # the first step of AdamW has one length for all gradients
+        torch.testing.assert_close(weights["cpu"][name][settled], value[settled], atol=1e-4, rtol=2**-7)
+
+
+def weights_of_engine(group: WorkerGroup) -> dict[str, torch.Tensor]:
+    group.prepare_rollout_engine()
+    weights = group.rollout_weights()[0]
+    group.release_rollout_engine()
+    return weights
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

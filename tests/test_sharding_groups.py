@@ -28,9 +28,9 @@ def batch(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Dat
 
 
 @pytest.fixture(scope="module")
-def pair(tiny_model_path: str, ray_cluster) -> WorkerGroup:
-    """Two ranks that each test starts anew."""
-    group = WorkerGroup(ProbeWorker, 1, 2, "cpu", **run_of(make_config(tiny_model_path, MICRO_BATCHES), 2))
+def ranks(tiny_model_path: str, ray_cluster) -> WorkerGroup:
+    """Four ranks that each test starts anew: as many as two groups of two need."""
+    group = WorkerGroup(ProbeWorker, 1, 4, "cpu", **run_of(make_config(tiny_model_path, MICRO_BATCHES), 4))
     yield group
     group.shutdown()
 
@@ -46,114 +46,88 @@ def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) 
     assert [name for name, value in left.items() if not torch.equal(value, right[name])] == []
 
 
-def test_replicas_train_as_shards_and_as_one_rank_do(
-    tiny_model_path: str, batch: DataProto, lone_process_group, pair: WorkerGroup
+def test_groups_of_any_size_train_as_one_rank_does(
+    tiny_model_path: str, batch: DataProto, lone_process_group, ranks: WorkerGroup
 ) -> None:
-    """Gradients, the norm that is clipped, and weights after the update. With `fsdp_size=1` nothing is sharded.
+    """Gradients, the norm that is clipped, and weights after the update. In groups of one nothing is sharded.
 
     The first step of AdamW has the length of the rate whatever a gradient's, so that one near 0 may turn its weight
-    either way: a gradient's error counts where the gradient is larger than that.
+    either way: a gradient's error counts where the gradient is larger than that. Nor has it rounded states behind it.
     """
-    before = start_alone(make_config(tiny_model_path, MICRO_BATCHES, *FAST))
-    gradients, _ = before.gradients(batch, "token")
-    metrics = before.update_actor(batch)
-    weights = before.weights()
-    for size in (-1, 1):
-        pair.restart(make_config(tiny_model_path, MICRO_BATCHES, *FAST, f"worker.actor.fsdp.fsdp_size={size}"))
-        assert_same_gradients(gradients, pair.gradients(batch, "token")[0])
-        assert pair.update_actor(batch) == pytest.approx(metrics, rel=1e-5)
-        first, second = pair.weights()
-        assert_equal(first, second)
+    alone = start_alone(make_config(tiny_model_path, MICRO_BATCHES, *FAST))
+    gradients, _ = alone.gradients(batch, "token")
+    metrics = alone.update_actor(batch)
+    weights = alone.weights()
+    for size, strategy in ((-1, "adamw"), (1, "adamw"), (2, "adamw"), (2, "adamw_bf16")):
+        keys = (f"worker.actor.fsdp.fsdp_size={size}", f"worker.actor.optim.strategy={strategy}")
+        ranks.restart(make_config(tiny_model_path, MICRO_BATCHES, *FAST, *keys))
+        assert_same_gradients(gradients, ranks.gradients(batch, "token")[0])
+        assert ranks.update_actor(batch) == pytest.approx(metrics, rel=1e-5)
+        first, *others = ranks.weights()
+        for other in others:
+            assert_equal(first, other)
         for name, gradient in gradients.items():
             settled = gradient.abs() > 1e-5
             torch.testing.assert_close(first[name][settled], weights[name][settled], atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("size", [-1, 1])
-def test_a_checkpoint_of_two_ranks_in_bf16_goes_on_exactly(
-    size: int, tiny_model_path: str, batch: DataProto, pair: WorkerGroup, tmp_path: Path
+@pytest.mark.parametrize("size", [-1, 2])
+def test_a_checkpoint_in_bf16_goes_on_exactly(
+    size: int, tiny_model_path: str, batch: DataProto, ranks: WorkerGroup, tmp_path: Path
 ) -> None:
     config = make_config(tiny_model_path, MICRO_BATCHES, *FAST, *BF16, f"worker.actor.fsdp.fsdp_size={size}")
-    pair.restart(config)
-    pair.update_actor(batch)
-    pair.save_checkpoint(str(tmp_path), model_only=False)
-    metrics = pair.update_actor(batch)
-    expected, _ = pair.weights()
-    pair.restart(config)
-    pair.load_checkpoint(str(tmp_path), model_only=False)
-    assert pair.update_actor(batch) == metrics
-    for weights in pair.weights():
+    ranks.restart(config)
+    ranks.update_actor(batch)
+    ranks.save_checkpoint(str(tmp_path), model_only=False)
+    metrics = ranks.update_actor(batch)
+    expected = ranks.weights()[0]
+    ranks.restart(config)
+    ranks.load_checkpoint(str(tmp_path), model_only=False)
+    assert ranks.update_actor(batch) == metrics
+    for weights in ranks.weights():
         assert_equal(weights, expected)
     assert {value.dtype for value in expected.values()} == {torch.bfloat16}
 
 
 def test_what_rank_0_reads_and_sends_is_what_every_rank_would_read(
-    tiny_model_path: str, batch: DataProto, pair: WorkerGroup
+    tiny_model_path: str, batch: DataProto, ranks: WorkerGroup
 ) -> None:
     after = []
     for switch in ("true", "false"):
         keys = [f"worker.{name}.fsdp.enable_rank0_init={switch}" for name in ("actor", "ref")]
-        pair.restart(make_config(tiny_model_path, MICRO_BATCHES, "worker.actor.optim.lr=1e-3", *keys))
-        reference = pair.compute_ref_log_probs(batch).batch["ref_log_probs"]
-        metrics = pair.update_actor(batch)
-        after.append({"ref": reference, **pair.weights()[1]})
+        ranks.restart(make_config(tiny_model_path, MICRO_BATCHES, "worker.actor.optim.lr=1e-3", *keys))
+        reference = ranks.compute_ref_log_probs(batch).batch["ref_log_probs"]
+        metrics = ranks.update_actor(batch)
+        after.append({"ref": reference, **ranks.weights()[3]})
     assert_equal(*after)
     assert metrics["actor/grad_norm"] > 0
 
 
-@pytest.mark.parametrize("size", [-1, 1])
+@pytest.mark.parametrize("size", [-1, 2])
 @pytest.mark.parametrize("with_critic", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_only_rank_0_opens_the_weights_and_both_hold_them_and_every_buffer(
-    tied: bool, with_critic: bool, size: int, pair: WorkerGroup, tmp_path: Path
+def test_only_rank_0_opens_the_weights_and_all_hold_them_and_every_buffer(
+    tied: bool, with_critic: bool, size: int, ranks: WorkerGroup, tmp_path: Path
 ) -> None:
-    """The second rank's folder has none. Rope frequencies are in no file: built from the configuration alone they
+    """The folder of the others has none. Rope frequencies are in no file: built from the configuration alone they
     would be left to chance."""
     whole = make_tiny_model(tmp_path / "whole", tie_word_embeddings=tied)
     bare = shutil.copytree(whole, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors*"))
     fsdp = {switch: FSDPConfig(fsdp_size=size, enable_rank0_init=switch) for switch in (True, False)}
-    sent, received = pair.tensors_of([whole, str(bare)], fsdp[True], with_critic)
-    read, _ = pair.tensors_of([whole, whole], fsdp[False], with_critic)
+    read = ranks.tensors_of([whole] * 4, fsdp[False], with_critic)[0]
     assert any("inv_freq" in name for name in read)
-    assert_equal(sent, read)
-    assert_equal(received, read)
-    if tied and not with_critic:
-        assert torch.equal(received["lm_head.weight"], received["model.language_model.embed_tokens.weight"])
-
-
-def test_two_groups_of_two_train_as_one_rank_does_and_resume_exactly(
-    tiny_model_path: str, batch: DataProto, lone_process_group, ray_cluster, tmp_path: Path
-) -> None:
-    """Four ranks, each with two rows: sharded within a pair, repeated between pairs."""
-    before = start_alone(make_config(tiny_model_path, MICRO_BATCHES))
-    gradients, metrics = before.gradients(batch, "token")
-    sizes = [f"worker.{name}.fsdp.fsdp_size=2" for name in ("actor", "ref")]
-    config = make_config(tiny_model_path, MICRO_BATCHES, *sizes, *BF16, "worker.actor.optim.lr=1e-3")
-    group = WorkerGroup(ProbeWorker, 1, 4, "cpu", **run_of(config, 4))
-    try:
-        group.restart(make_config(tiny_model_path, MICRO_BATCHES, *sizes))
-        shared, shared_metrics = group.gradients(batch, "token")
-        assert_same_gradients(gradients, shared)
-        assert shared_metrics == pytest.approx(metrics, rel=1e-5)
-        group.restart(config)
-        group.update_actor(batch)
-        group.save_checkpoint(str(tmp_path), model_only=False)
-        group.update_actor(batch)
-        expected = group.weights()
-        group.load_checkpoint(str(tmp_path), model_only=False)
-        group.update_actor(batch)
-        for weights in group.weights():
-            assert_equal(weights, expected[0])
-    finally:
-        group.shutdown()
+    for held in ranks.tensors_of([whole] + [str(bare)] * 3, fsdp[True], with_critic):
+        assert_equal(held, read)
+        if tied and not with_critic:
+            assert torch.equal(held["lm_head.weight"], held["model.language_model.embed_tokens.weight"])
 
 
 def test_a_checkpoint_of_other_sharding_groups_is_refused_by_name(
-    tiny_model_path: str, pair: WorkerGroup, tmp_path: Path
+    tiny_model_path: str, ranks: WorkerGroup, tmp_path: Path
 ) -> None:
     """The last of these tests: a group does not outlive a refusal."""
-    pair.restart(make_config(tiny_model_path, MICRO_BATCHES, *FAST, "worker.actor.fsdp.fsdp_size=1"))
-    pair.save_checkpoint(str(tmp_path), model_only=True)
-    pair.restart(make_config(tiny_model_path, MICRO_BATCHES, *FAST))
-    with pytest.raises(ValueError, match="groups of 1 workers.* have 2; resume with worker.actor.fsdp.fsdp_size=1"):
-        pair.load_checkpoint(str(tmp_path), model_only=True)
+    ranks.restart(make_config(tiny_model_path, MICRO_BATCHES, *FAST, "worker.actor.fsdp.fsdp_size=2"))
+    ranks.save_checkpoint(str(tmp_path), model_only=True)
+    ranks.restart(make_config(tiny_model_path, MICRO_BATCHES, *FAST))
+    with pytest.raises(ValueError, match="groups of 2 workers.* have 4; resume with worker.actor.fsdp.fsdp_size=2"):
+        ranks.load_checkpoint(str(tmp_path), model_only=True)

@@ -130,7 +130,7 @@ class FSDPCheckpoint:
         saved_size, size = _sharding_group_size(model_state), _sharding_group_size(self.model.state_dict())
         if saved_size != size:
             raise ValueError(
-                f"{model_path} was saved by sharding groups of {saved_size} workers, those of this run have {size}; "
+                f"{model_path} was saved in sharding groups of {saved_size} workers, this run's have {size}; "
                 f"resume with worker.{root.name}.fsdp.fsdp_size={saved_size}"
             )
         set_model_state_dict(self.model, model_state, options=self.options)
