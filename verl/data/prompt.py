@@ -165,6 +165,4 @@ def _content_parts(prompt_text: str) -> list[dict[str, str]]:
     """Split a user turn at its placeholders into the parts of a chat message."""
     kinds = {placeholder: kind for kind, placeholder in PLACEHOLDERS.items()}
     pieces = re.split(f"({'|'.join(kinds)})", prompt_text)
-    return [
-        {"type": kinds[piece]} if piece in kinds else {"type": "text", "text": piece} for piece in pieces if piece
-    ]
+    return [{"type": kinds[piece]} if piece in kinds else {"type": "text", "text": piece} for piece in pieces if piece]

@@ -159,8 +159,7 @@ def _opened(source: Any, video_dir: str | os.PathLike | None) -> Iterator[av.con
         file = os.path.join(video_dir or "", source)
     else:
         raise ValueError(
-            "a video has to be a path, bytes, a dict with 'bytes' or 'path', or a list of frames, not "
-            f"{source!r:.80}"
+            f"a video has to be a path, bytes, a dict with 'bytes' or 'path', or a list of frames, not {source!r:.80}"
         )
     try:
         import av
