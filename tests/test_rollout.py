@@ -89,9 +89,11 @@ def restored(workers: WorkerGroup):
     workers.prepare_rollout_engine()
 
 
-def generate(workers: WorkerGroup, prompts: DataProto, sampling: Sampling, *seed_parts: int) -> DataProto:
+def generate(
+    workers: WorkerGroup, prompts: DataProto, sampling: Sampling, *seed_parts: int, group_size: int = 1
+) -> DataProto:
     request = DataProto(prompts.batch, prompts.non_tensor_batch, {"sampling": sampling, "seed_parts": seed_parts})
-    return workers.generate_sequences(request)
+    return workers.generate_sequences(request, group_size=group_size)
 
 
 def with_media(batch: DataProto, prompts: DataProto, n: int) -> DataProto:
@@ -278,12 +280,12 @@ def test_two_workers_that_share_an_engine_get_the_answers_to_their_own_prompts(
     try:
         for _ in range(2):
             group.prepare_rollout_engine()
-            responses = generate(group, prompts, GREEDY, 0).batch["responses"]
+            responses = generate(group, prompts, GREEDY, 0, group_size=2).batch["responses"]
             expected = plain_greedy(model_path, group.weights()[0], prompts)
             for response, answer in zip(responses.tolist(), expected, strict=True):
                 assert response[: len(answer)] == answer
             group.shift_weights(1)
-        twice = generate(group, prompts[[2, 2]], RANDOM, 0).batch["responses"].tolist()
+        twice = generate(group, prompts[[2, 2]], RANDOM, 0, group_size=2).batch["responses"].tolist()
         assert len({tuple(response) for response in twice}) == 2 * RANDOM.n
     finally:
         group.shutdown()

@@ -13,7 +13,13 @@ import torch
 import torch.distributed as dist
 
 from verl.protocol import DataProto
-from verl.single_controller.dispatch import DP_COMPUTE_METRIC, DP_COMPUTE_PROTO, ONE_TO_ALL, register
+from verl.single_controller.dispatch import (
+    DP_COMPUTE_GROUP_PROTO,
+    DP_COMPUTE_METRIC,
+    DP_COMPUTE_PROTO,
+    ONE_TO_ALL,
+    register,
+)
 from verl.single_controller.worker import Worker
 from verl.single_controller.worker_group import WorkerGroup, detect_device
 
@@ -31,6 +37,12 @@ class ArithmeticWorker(Worker):
     def tag_rows(self, data: DataProto, factor: int) -> DataProto:
         values = data.batch["value"] * factor + self.offset
         return DataProto.from_dict({"value": values, "rank": torch.full_like(values, self.rank)})
+
+    @register(DP_COMPUTE_GROUP_PROTO)
+    def tag_share_of_rows(self, data: DataProto, group_size: int) -> DataProto:
+        values = data.batch["value"] + data.batch["value"].sum()
+        tagged = DataProto.from_dict({"value": values, "rank": torch.full_like(values, self.rank)})
+        return tagged.chunk(group_size)[self.rank % group_size]
 
     @register(DP_COMPUTE_METRIC)
     def total(self, data: DataProto) -> float:
@@ -89,6 +101,16 @@ def test_rows_are_split_over_ranks_and_come_back_in_order(group) -> None:
     answer = group.tag_rows(batch, factor=10)
     assert answer.batch["value"].tolist() == [100, 110, 120, 130, 140, 150]
     assert answer.batch["rank"].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_ranks_of_a_group_see_each_others_rows_and_answer_for_their_own(group) -> None:
+    """0 + ... + 5 = 15 for a group of two; alone, the ranks see 0 + 1 + 2 = 3 and 3 + 4 + 5 = 12."""
+    batch = DataProto.from_dict({"value": torch.arange(6)})
+    together = group.tag_share_of_rows(batch, group_size=2)
+    assert together.batch["value"].tolist() == [15, 16, 17, 18, 19, 20]
+    assert together.batch["rank"].tolist() == [0, 0, 0, 1, 1, 1]
+    alone = group.tag_share_of_rows(batch, group_size=1)
+    assert alone.batch["value"].tolist() == [3, 4, 5, 15, 16, 17]
 
 
 def test_reduced_numbers_come_back_once_and_cover_all_ranks(group) -> None:

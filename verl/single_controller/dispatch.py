@@ -29,6 +29,13 @@ def _chunk_batches(num_workers: int, args: tuple, kwargs: dict) -> list[tuple[tu
     ]
 
 
+def _chunk_for_groups(num_workers: int, args: tuple, kwargs: dict) -> list[tuple[tuple, dict]]:
+    """As `_chunk_batches`, with a chunk for each group of `kwargs["group_size"]` ranks, by default 1."""
+    group_size = kwargs.get("group_size", 1)
+    by_group = _chunk_batches(num_workers // group_size, args, kwargs)
+    return [by_group[rank // group_size] for rank in range(num_workers)]
+
+
 def _first(answers: list[Any]) -> Any:
     return answers[0]
 
@@ -50,6 +57,10 @@ ONE_TO_ALL = Dispatch(split=_same_for_all, gather=list)
 
 DP_COMPUTE_PROTO = Dispatch(split=_chunk_batches, gather=DataProto.concat)
 """Every worker gets its rows of the batch; the caller gets the answers' rows in the batch's order."""
+
+DP_COMPUTE_GROUP_PROTO = Dispatch(split=_chunk_for_groups, gather=DataProto.concat)
+"""Every worker gets the rows of its group, which is `group_size` (a keyword argument) consecutive ranks, and answers
+with its own share of them; the caller gets the answers' rows in the batch's order."""
 
 DP_COMPUTE_METRIC = Dispatch(split=_chunk_batches, gather=_first)
 """Every worker gets its rows of the batch; all return the same reduced numbers, of which the caller gets one copy."""

@@ -431,7 +431,8 @@ class RayDAPOTrainer:
         )
         inputs.meta_info = {"sampling": sampling, "seed_parts": seed_parts}
         padded, pad_size = pad_dataproto_to_divisor(inputs, self.plan.world_size)
-        responses = unpad_dataproto(self.workers.generate_sequences(padded), pad_size * sampling.n)
+        responses = self.workers.generate_sequences(padded, group_size=self.plan.ranks_per_engine)
+        responses = unpad_dataproto(responses, pad_size * sampling.n)
         carried = prompts.select(
             [], ["uid", "ground_truth", "prompt_text", "extra", "raw_prompt_ids", "multi_modal_data"], []
         )

@@ -106,6 +106,8 @@ class BatchPlan:
     """Draws that fill a step if every group of responses is kept."""
     most_draws: int | None
     """Draws that a step may take; more than the fewest only where groups are filtered, None for any number."""
+    ranks_per_engine: int
+    """Consecutive workers that share a rollout engine, and generate for each other's prompts."""
     actor: ModelPlan
     """The policy's part; the reference's passes follow it."""
     critic: ModelPlan | None
@@ -151,10 +153,11 @@ class BatchPlan:
         critic = None
         if config.algorithm.needs_critic:
             critic = ModelPlan.from_config("worker.critic", worker.critic, *sizes)
-        if rollout.name == "vllm":
+        ranks_per_engine = rollout.tensor_parallel_size if rollout.name == "vllm" else 1
+        if ranks_per_engine > 1:
             parallel = f"worker.rollout.tensor_parallel_size={rollout.tensor_parallel_size}"
             key = "trainer.nnodes x trainer.n_gpus_per_node"
-            _require_multiple(key, world_size, rollout.tensor_parallel_size, parallel)
+            _require_multiple(key, world_size, ranks_per_engine, parallel)
 
         return cls(
             world_size=world_size,
@@ -164,6 +167,7 @@ class BatchPlan:
             prompts_per_draw=prompts_per_draw,
             fewest_draws=fewest_draws,
             most_draws=most_draws,
+            ranks_per_engine=ranks_per_engine,
             actor=actor,
             critic=critic,
         )

@@ -18,7 +18,13 @@ from verl.algorithms.policy_loss import PolicyLoss
 from verl.models.loader import DTYPES, keep_vision_tower_in_step, load_model, load_value_model
 from verl.models.registry import media_token_ids
 from verl.protocol import DataProto
-from verl.single_controller.dispatch import DP_COMPUTE_METRIC, DP_COMPUTE_PROTO, ONE_TO_ALL, register
+from verl.single_controller.dispatch import (
+    DP_COMPUTE_GROUP_PROTO,
+    DP_COMPUTE_METRIC,
+    DP_COMPUTE_PROTO,
+    ONE_TO_ALL,
+    register,
+)
 from verl.single_controller.worker import Worker
 from verl.trainer.config import PPOConfig
 from verl.utils.attention_metrics import KeyVocabulary
@@ -165,16 +171,19 @@ class FSDPWorker(Worker):
         """Takes the engine's memory back for training."""
         self.rollout.sleep()
 
-    @register(DP_COMPUTE_PROTO)
-    def generate_sequences(self, prompts: DataProto) -> DataProto:
+    @register(DP_COMPUTE_GROUP_PROTO)
+    def generate_sequences(self, prompts: DataProto, group_size: int = 1) -> DataProto:
         """Responses for this rank's prompts, as `Rollout.generate` returns them.
 
         Args:
-            prompts: meta `sampling` (a `Sampling`) and `seed_parts` (ints that name this draw within the run).
+            prompts: of all ranks that share an engine; meta `sampling` (a `Sampling`) and `seed_parts` (ints that name
+                this draw within the run).
+            group_size: how many consecutive ranks share one.
         """
         sampling: Sampling = prompts.meta_info["sampling"]
-        seed = draw_seed(self.config.worker.rollout.seed, *prompts.meta_info["seed_parts"], self.rank)
-        return self.rollout.generate(prompts, sampling, seed)
+        place = self.rank % group_size
+        seed = draw_seed(self.config.worker.rollout.seed, *prompts.meta_info["seed_parts"], self.rank - place)
+        return self.rollout.generate(prompts, sampling, seed).chunk(group_size)[place]
 
     @register(DP_COMPUTE_PROTO)
     def compute_log_probs(self, data: DataProto) -> DataProto:
