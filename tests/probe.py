@@ -205,7 +205,7 @@ def start_two(config: PPOConfig) -> WorkerGroup:
 
 def start_group(config: PPOConfig, num_workers: int) -> WorkerGroup:
     """Ranks in processes of their own; needs the `ray_cluster` fixture."""
-    shares = {"actor": config.worker.actor.ulysses_size, "critic": config.worker.critic.ulysses_size}
-    group = WorkerGroup(ProbeWorker, 1, num_workers, "cpu", shares, **run_of(config, num_workers))
+    run = run_of(config, num_workers)
+    group = WorkerGroup(ProbeWorker, 1, num_workers, "cpu", run["plan"].shares, **run)
     group.init_model()
     return group

@@ -46,7 +46,7 @@ class DataConfig(ConfigSection):
     mini_rollout_batch_size: int | None = None
     """Prompts per draw from the data and per generation call; null is `rollout_batch_size`."""
     val_batch_size: int = -1
-    """Prompts per generation call in validation; -1 takes the whole set at once."""
+    """Prompts that validation answers and scores at a time; -1 takes the whole set at once, with all its images."""
     format_prompt: str | None = None
     """Jinja file that turns a question, its variable `content`, into the prompt."""
     override_chat_template: str | None = None

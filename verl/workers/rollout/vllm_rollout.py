@@ -27,7 +27,6 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-from ray import cloudpickle
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from vllm import LLM, RequestOutput, SamplingParams
@@ -72,7 +71,6 @@ class VLLMRollout(Rollout):
         pad_token_id: fills responses on the right.
         banned_token_ids: placeholders of media, which no response may hold.
         transposed_weights: ends of the names of weights that transformers holds the other way round than checkpoints.
-        group: the workers that share one engine's weights, all of which generate for all; None for one worker.
         sleeps: whether the engine gives its memory back between rollouts, as it can on CUDA only.
     """
 
@@ -85,7 +83,6 @@ class VLLMRollout(Rollout):
         pad_token_id: int,
         banned_token_ids: list[int],
         transposed_weights: tuple[str, ...],
-        group: dist.ProcessGroup | None,
         sleeps: bool,
     ) -> None:
         self.llm = llm
@@ -96,7 +93,6 @@ class VLLMRollout(Rollout):
         self.banned_token_ids = banned_token_ids
         self.transposed_weights = transposed_weights
         (self.has_head,) = llm.apply_model(_has_head)
-        self.group = group
         self.sleeps = sleeps
 
     @classmethod
@@ -120,9 +116,8 @@ class VLLMRollout(Rollout):
                 "CPU; use worker.rollout.name=hf there"
             )
         sleeps = device.type == "cuda"
-        group = _group_of_this_rank(rollout.tensor_parallel_size)
-        if group is not None and device.type == "cpu":
-            _remove_segments_left_behind(group)
+        if rollout.tensor_parallel_size > 1 and device.type == "cpu":
+            _remove_segments_left_behind(_group_of_this_rank(rollout.tensor_parallel_size))
         with _random_state_kept(device):  # starting an engine seeds every generator of the process
             llm = LLM(
                 model.model_path,
@@ -157,7 +152,6 @@ class VLLMRollout(Rollout):
             tokenizer.pad_token_id,
             media_token_ids(model_config),
             family_of(model_config).transposed_weights,
-            group,
             sleeps,
         )
         engine.sleep()
@@ -189,8 +183,7 @@ class VLLMRollout(Rollout):
             self.llm.sleep(level=1)
 
     def generate(self, prompts: DataProto, sampling: Sampling, seed: int) -> DataProto:
-        own = self._requests(prompts, seed)
-        outputs = self._outputs_of_own(own, sampling)
+        outputs = self._outputs(self._requests(prompts, seed), sampling)
         for row, output in enumerate(outputs):
             is_token = prompts.batch["attention_mask"][row].bool()
             seen, expected = output.prompt_token_ids, prompts.batch["input_ids"][row][is_token].tolist()
@@ -217,18 +210,6 @@ class VLLMRollout(Rollout):
         streams = prompts.non_tensor_batch
         rows = zip(streams["raw_prompt_ids"], streams["multi_modal_data"], strict=True)
         return [Request(list(ids), list(media or []), draw_seed(seed, row)) for row, (ids, media) in enumerate(rows)]
-
-    def _outputs_of_own(self, own: list[Request], sampling: Sampling) -> list[RequestOutput]:
-        """The outputs of this worker's requests; a group's engines work on the requests of all its workers."""
-        if self.group is None:
-            return self._outputs(own, sampling)
-        pickled: list[Any] = [None] * dist.get_world_size(self.group)
-        # With Ray's pickle: any other leaves out of an image's reference who owns it, and who asks waits for ever.
-        dist.all_gather_object(pickled, cloudpickle.dumps(own), group=self.group)
-        by_rank = [cloudpickle.loads(requests) for requests in pickled]
-        outputs = self._outputs([request for requests in by_rank for request in requests], sampling)
-        first = sum(len(requests) for requests in by_rank[: dist.get_rank(self.group)])
-        return outputs[first : first + len(own)]
 
     def _outputs(self, requests: list[Request], sampling: Sampling) -> list[RequestOutput]:
         inputs: list[dict[str, Any]] = []
@@ -324,10 +305,8 @@ def _memory_options(model_config: PretrainedConfig, config: PPOConfig, device: t
     }
 
 
-def _group_of_this_rank(size: int) -> dist.ProcessGroup | None:
+def _group_of_this_rank(size: int) -> dist.ProcessGroup:
     """The gloo group of `size` consecutive ranks that this one belongs to; a collective of all ranks."""
-    if size == 1:
-        return None
     world_size, rank = dist.get_world_size(), dist.get_rank()
     groups = [dist.new_group(list(range(first, first + size)), backend="gloo") for first in range(0, world_size, size)]
     return groups[rank // size]
