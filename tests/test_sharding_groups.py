@@ -125,9 +125,17 @@ def test_only_rank_0_opens_the_weights_and_all_hold_them_and_every_buffer(
 def test_a_checkpoint_of_other_sharding_groups_is_refused_by_name(
     tiny_model_path: str, ranks: WorkerGroup, tmp_path: Path
 ) -> None:
-    """The last of these tests: a group does not outlive a refusal."""
     ranks.restart(make_config(tiny_model_path, MICRO_BATCHES, *FAST, "worker.actor.fsdp.fsdp_size=2"))
     ranks.save_checkpoint(str(tmp_path), model_only=True)
     ranks.restart(make_config(tiny_model_path, MICRO_BATCHES, *FAST))
-    with pytest.raises(ValueError, match="groups of 2 workers.* have 4; resume with worker.actor.fsdp.fsdp_size=2"):
-        ranks.load_checkpoint(str(tmp_path), model_only=True)
+    for text in ranks.refusal_of(str(tmp_path)):
+        assert "groups of 2 workers, this run's have 4; resume with worker.actor.fsdp.fsdp_size=2" in text
+
+
+def test_a_model_that_is_not_the_one_that_rank_0_sends_is_refused_by_the_tensor(
+    tiny_model_path: str, ranks: WorkerGroup, tmp_path: Path
+) -> None:
+    """The last of these tests: ranks do not outlive it."""
+    other = make_tiny_model(tmp_path, vision_depth=2)
+    with pytest.raises(ValueError, match=r"model\.visual\.blocks\.1\..* and None in the one read from its files"):
+        ranks.tensors_of([tiny_model_path] + [other] * 3, FSDPConfig(), False)
