@@ -31,6 +31,7 @@ from verl.models.kernels.attention_mass import default_backend
 from verl.protocol import DataProto
 from verl.utils.attention_metrics import KeyVocabulary
 from verl.utils.logprobs import log_probs_from_logits
+from verl.workers.actor.config import ActorConfig
 from verl.workers.actor.forward import PolicyForward
 
 MEBIBYTE = 2**20
@@ -101,7 +102,7 @@ def variants_of(
     model: Qwen2_5_VLForConditionalGeneration, rows: DataProto, device: torch.device
 ) -> dict[str, Callable[[], object]]:
     """The passes to compare, by name, the plain one first."""
-    forward = PolicyForward(model, None, 1.0, [], device)
+    forward = PolicyForward(model, None, 1.0, [], device, ActorConfig())
     vocabulary = KeyVocabulary((IMAGE,), {"vision_start": VISION_START, "vision_end": VISION_END}, ())
     num_layers = model.config.text_config.num_hidden_layers
     variants: dict[str, Callable[[], object]] = {"plain": lambda: forward(rows)}

@@ -20,8 +20,9 @@ import torch
 import transformers
 from digits_task import generate_answers, score_answers
 from matplotlib.figure import Figure
+from model_merger import merge
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 WINDOW = 5  # steps averaged in the curve and in the table's rewards
 
@@ -97,23 +98,6 @@ def draw_learning_curves(logs: Sequence[dict[int, dict[str, Any]]], path: Path) 
     figure.savefig(path, dpi=120)
 
 
-def load_checkpoint(actor: Path) -> PreTrainedModel:
-    """Load the model of a checkpoint's `actor` folder, from the files of however many workers wrote it last."""
-    newest = max(actor.glob("model_world_size_*_rank_0.pt"), key=lambda file: file.stat().st_mtime)
-    world_size = int(newest.stem.split("_")[3])
-    files = [actor / f"model_world_size_{world_size}_rank_{rank}.pt" for rank in range(world_size)]
-    shards = [torch.load(file, map_location="cpu", weights_only=False) for file in files]
-    if len(shards) == 1:
-        state = shards[0]
-    else:  # sharded along the first dimension, and a worker whose turn never comes holds no rows
-        state = {name: torch.cat([shard[name].to_local() for shard in shards]) for name in shards[0]}
-    model = AutoModelForImageTextToText.from_config(
-        AutoConfig.from_pretrained(actor / "huggingface"), dtype=torch.float32
-    )
-    model.load_state_dict(state)
-    return model
-
-
 def control_accuracies(
     read: Callable[[Sequence[Image.Image]], list[str]], images: Sequence[Image.Image], answers: list[str]
 ) -> dict[str, float]:
@@ -151,7 +135,7 @@ def summarize(run: Path) -> list[tuple[str, float, float]]:
         )
         for model, folder in (
             (AutoModelForImageTextToText.from_pretrained(start, dtype=torch.float32), start),
-            (load_checkpoint(actor), actor / "huggingface"),
+            (merge(actor, torch.float32), actor / "huggingface"),
         )
     )
     rewards, accuracies = list(rewards_of(log).values()), list(accuracies_of(log).values())

@@ -113,11 +113,15 @@ def build_model(
     vision_hidden_size: int = 64,
     vision_depth: int = 2,
     vision_heads: int = 4,
+    intermediate_size: int | None = None,
+    vision_intermediate_size: int | None = None,
+    vocab_size: int | None = None,
     tie_word_embeddings: bool = False,
 ) -> Qwen2_5_VLForConditionalGeneration:
     """Make a randomly initialised float32 model for `tokenizer`; the same `seed` gives the same weights.
 
-    MLPs are twice as wide as the hidden size. `hidden_size / num_heads` must be a multiple of 16, so that the rotary
+    MLPs are twice as wide as the hidden size where not said otherwise, and the vocabulary is the tokenizer's; a larger
+    one has ids without tokens. `hidden_size / num_heads` must be a multiple of 16, so that the rotary
     frequencies divide over time, height and width in Qwen's proportion of 2 : 3 : 3. The last vision layer sees the
     whole image, the others windows of 112 pixels.
     """
@@ -128,9 +132,9 @@ def build_model(
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=len(tokenizer),
+            vocab_size=vocab_size or len(tokenizer),
             hidden_size=hidden_size,
-            intermediate_size=2 * hidden_size,
+            intermediate_size=intermediate_size or 2 * hidden_size,
             num_hidden_layers=num_layers,
             num_attention_heads=num_heads,
             num_key_value_heads=num_kv_heads,
@@ -146,7 +150,7 @@ def build_model(
         vision_config=dict(
             depth=vision_depth,
             hidden_size=vision_hidden_size,
-            intermediate_size=2 * vision_hidden_size,
+            intermediate_size=vision_intermediate_size or 2 * vision_hidden_size,
             num_heads=vision_heads,
             out_hidden_size=hidden_size,
             patch_size=PATCH_SIZE,

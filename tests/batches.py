@@ -57,9 +57,14 @@ def make_prompts(model_path: str, folder: Path, rows: list[dict] | None = None) 
         max_pixels=None,
         filter_overlong_prompts_workers=1,
     )
+    return prompts_of(dataset)
+
+
+def prompts_of(dataset: RLHFDataset) -> DataProto:
+    """All rows of a dataset, as the trainer hands them to a rollout engine."""
     prompts = DataProto.from_single_dict(collate_fn([dataset[index] for index in range(len(dataset))]))
     media = [
-        None if media is None else [MediaHandle.put(image) for image in media["images"]]
+        None if media is None else [MediaHandle.put(medium) for medium in (*media["images"], *media["videos"])]
         for media in prompts.non_tensor_batch["multi_modal_data"]
     ]
     return DataProto(

@@ -56,7 +56,7 @@ def ray_cluster():
     """One Ray for all tests that need it; more CPUs than cores, since workers mostly wait for each other."""
     import ray
 
-    ray.init(num_cpus=8, include_dashboard=False, logging_level="ERROR", object_store_memory=200 * 2**20)
+    ray.init("local", num_cpus=8, include_dashboard=False, logging_level="ERROR", object_store_memory=200 * 2**20)
     yield
     ray.shutdown()
 

@@ -38,7 +38,7 @@ WITH_CRITIC = (
 
 
 class ProbeWorker(FSDPWorker):
-    @register(DP_COMPUTE_METRIC)
+    @register(DP_COMPUTE_METRIC, shared_by="actor")
     def gradients(
         self, mini_batch: DataProto, mode: str, loss_type: str = "default", **settings: float
     ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
@@ -50,7 +50,7 @@ class ProbeWorker(FSDPWorker):
         self.actor.policy_loss = POLICY_LOSSES[loss_type]
         return gradients_of(self.actor, mini_batch)
 
-    @register(DP_COMPUTE_METRIC)
+    @register(DP_COMPUTE_METRIC, shared_by="critic")
     def critic_gradients(self, mini_batch: DataProto, mode: str) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """The same of the critic."""
         self.critic.config = replace(self.config.worker.critic, loss_avg_mode=mode)
@@ -109,8 +109,9 @@ class ProbeWorker(FSDPWorker):
 
     @register(ONE_TO_ALL)
     def shift_weights(self, seed: int) -> None:
-        """Adds noise to every weight of the policy, the same on all ranks."""
-        for index, parameter in enumerate(self.actor.model.parameters()):
+        """Adds noise to every weight of the policy that trains, the same on all ranks."""
+        trainable = (parameter for parameter in self.actor.model.parameters() if parameter.requires_grad)
+        for index, parameter in enumerate(trainable):
             generator = torch.Generator().manual_seed(seed + index)
             noise = 0.05 * torch.randn(parameter.shape, generator=generator)
             self._set(parameter, full_tensor(parameter).detach() + noise)
@@ -142,7 +143,7 @@ class ProbeWorker(FSDPWorker):
     def pixels_of_actor(self, prompts: DataProto) -> torch.Tensor:
         """(patches, patch size): what enters the policy's vision tower."""
         media = prompts.non_tensor_batch["multi_modal_data"]
-        return featurize(media, self.processor.image_processor)["pixel_values"]
+        return featurize(media, self.processor)["pixel_values"]
 
     @register(ONE_TO_ALL)
     def places(self) -> dict[str, set[str]]:
@@ -160,7 +161,11 @@ class ProbeWorker(FSDPWorker):
 def gradients_of(trained: TrainedModel, mini_batch: DataProto) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     trained.model.train()
     metrics = trained.accumulate_gradients(mini_batch)
-    gradients = {name: full_tensor(parameter.grad).cpu() for name, parameter in trained.model.named_parameters()}
+    gradients = {
+        name: full_tensor(parameter.grad).cpu()
+        for name, parameter in trained.model.named_parameters()
+        if parameter.requires_grad
+    }
     trained.optimizer.zero_grad()
     return gradients, metrics
 
@@ -208,6 +213,7 @@ def start_two(config: PPOConfig) -> WorkerGroup:
 
 def start_group(config: PPOConfig, num_workers: int) -> WorkerGroup:
     """Ranks in processes of their own; needs the `ray_cluster` fixture."""
-    group = WorkerGroup(ProbeWorker, 1, num_workers, "cpu", **run_of(config, num_workers))
+    shares = {"actor": config.worker.actor.ulysses_size, "critic": config.worker.critic.ulysses_size}
+    group = WorkerGroup(ProbeWorker, 1, num_workers, "cpu", shares, **run_of(config, num_workers))
     group.init_model()
     return group

@@ -467,6 +467,12 @@ def test_layers_may_run_again_on_another_thread():
     assert all(torch.equal(*pair) for pair in zip(recorded_gradients, expected_gradients, strict=True))
 
 
+@pytest.fixture
+def plain_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' table as it comes: a test before may have had it extended for packed rows."""
+    monkeypatch.delitem(vars(ALL_ATTENTION_FUNCTIONS), "get_interface", raising=False)
+
+
 def state_of_the_table() -> tuple[dict[str, Any], dict[str, Callable], Callable]:
     return (
         dict(vars(ALL_ATTENTION_FUNCTIONS)),
@@ -475,7 +481,7 @@ def state_of_the_table() -> tuple[dict[str, Any], dict[str, Callable], Callable]
     )
 
 
-def test_the_table_of_attention_functions_is_what_it_was(qwen: Case, monkeypatch: pytest.MonkeyPatch):
+def test_the_table_of_attention_functions_is_what_it_was(qwen: Case, plain_table, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "somebodys", lambda *args, **kwargs: None)
     before = state_of_the_table()
     with record_attention_mass(qwen.model, qwen.kinds, RESPONSE_LENGTH):
@@ -503,7 +509,7 @@ def test_each_tower_gets_its_own_eager_function(qwen: Case):
         assert handed_out(module, *args, **kwargs) == ((module, *args), kwargs)
 
 
-def test_contexts_may_be_nested(qwen: Case):
+def test_contexts_may_be_nested(qwen: Case, plain_table):
     before = state_of_the_table()
     with torch.no_grad(), record_attention_mass(qwen.model, qwen.kinds, RESPONSE_LENGTH) as outer:
         with record_attention_mass(qwen.model, qwen.kinds, RESPONSE_LENGTH, last_k_layers=1) as inner:

@@ -26,7 +26,6 @@ from verl.trainer.config import (
     effect_notes,
     load_config,
     require_available,
-    speed_notes,
 )
 from verl.trainer.main import prepare
 from verl.workers.actor.config import ActorConfig, LoraConfig, OptimConfig
@@ -317,6 +316,7 @@ def test_a_key_like_no_other_is_refused_with_the_first_words_of_keys():
         ("worker.actor=3", "worker.actor=3 is a section of keys such as worker.actor.strategy"),
         ("data=null", "data=null is a section of keys such as data.train_files"),
         ("worker.actor.model.lora.target_modules=5", "is not a module name or a list of them"),
+        ("worker.actor.model.lora.exclude_modules=visual(", "is not a regular expression: missing )"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_with_what_the_key_takes(argument, words):
@@ -758,20 +758,9 @@ def test_a_plain_run_is_available(runnable):
     require_available(load_config(runnable))
 
 
-@pytest.mark.parametrize(
-    "argument",
-    [
-        "worker.hybrid_engine=false",
-        "worker.actor.ulysses_size=2",
-        "worker.actor.model.lora.rank=8",
-        "worker.actor.model.freeze_vision_tower=true",
-    ],
-)
-def test_a_feature_that_is_not_there_yet_is_refused_with_what_to_use(argument, runnable):
-    with pytest.raises(ValueError) as caught:
-        require_available(load_config([*runnable, argument]))
-    assert str(caught.value).startswith(f"{argument} is not available yet; use ")
-    assert len(str(caught.value).splitlines()) == 1
+def test_an_engine_in_processes_of_its_own_is_refused_with_what_to_use(runnable):
+    with pytest.raises(ValueError, match=r"^worker.hybrid_engine=false asks for .*, so use true$"):
+        require_available(load_config([*runnable, "worker.hybrid_engine=false"]))
 
 
 def test_an_engine_that_is_not_installed_is_refused_with_the_command_that_installs_it(runnable, monkeypatch):
@@ -797,20 +786,11 @@ def test_the_optimizer_in_bf16_takes_weights_in_bf16_or_fp32(part, runnable):
         load_config([*asked, f"worker.{part}.fsdp.torch_dtype=fp16"])
 
 
-@pytest.mark.parametrize(
-    "argument",
-    [
-        "worker.critic.ulysses_size=2",
-        "worker.critic.model.lora.rank=8",
-        "worker.critic.model.freeze_vision_tower=true",
-    ],
-)
-def test_the_critic_is_held_to_what_there_is_where_one_is_trained(argument, runnable):
-    require_available(load_config([*runnable, argument]))
-    with pytest.raises(ValueError) as caught:
-        require_available(load_config([*runnable, "algorithm.adv_estimator=gae", argument]))
-    assert str(caught.value).startswith(f"{argument} is not available yet; use worker.critic.")
-    assert len(str(caught.value).splitlines()) == 1
+def test_adapters_on_the_critic_are_refused_where_one_is_trained(runnable):
+    adapters = "worker.critic.model.lora.rank=8"
+    require_available(load_config([*runnable, adapters]))
+    with pytest.raises(ValueError, match=f"^{adapters} asks for adapters on the critic, which trains whole; use 0$"):
+        require_available(load_config([*runnable, "algorithm.adv_estimator=gae", adapters]))
 
 
 def test_what_a_run_cannot_do_without_is_asked_for():
@@ -879,6 +859,12 @@ def test_what_does_less_than_its_name_promises_is_told():
     assert effect_notes(load_config([filtering, "worker.rollout.n=2"])) == []
     (note,) = effect_notes(load_config([filtering, "worker.rollout.n=1"]))
     assert note.startswith("algorithm.online_filtering=true with worker.rollout.n=1 can hardly keep a group")
+    adapters, no_kl = "worker.actor.model.lora.rank=8", "algorithm.disable_kl=true"
+    assert effect_notes(load_config([adapters])) == []
+    for setting in ("worker.ref.fsdp.torch_dtype=fp32", "worker.ref.offload.offload_params=true"):
+        assert effect_notes(load_config([setting])) == effect_notes(load_config([adapters, no_kl, setting])) == []
+        (note,) = effect_notes(load_config([adapters, setting]))
+        assert note.startswith(f"{adapters} makes the policy without its adapters the reference")
     in_bf16 = "worker.actor.fsdp.torch_dtype=bf16"
     assert effect_notes(load_config([in_bf16, "worker.actor.optim.strategy=adamw_bf16"])) == []
     (note,) = effect_notes(load_config([in_bf16]))
@@ -896,14 +882,6 @@ def test_where_the_kl_goes():
         algorithm = load_config(["algorithm.kl_type=adaptive", *arguments]).algorithm
         assert (algorithm.kl_in_reward, algorithm.kl_in_loss, algorithm.kl_coef_adapts) == places
     assert not load_config([]).algorithm.kl_coef_adapts
-
-
-def test_switches_without_effect_are_named_while_they_are_on():
-    off = ["worker.actor.use_torch_compile", "worker.actor.padding_free", "worker.actor.dynamic_batching"]
-    assert speed_notes(load_config([])) == [f"{key}=true" for key in off]
-    assert speed_notes(load_config([f"{key}=false" for key in off])) == []
-    critic = ["worker.critic.dynamic_batching=true"]
-    assert speed_notes(load_config(["algorithm.adv_estimator=gae", *(f"{key}=false" for key in off)])) == critic
 
 
 def test_the_promised_python_is_one_that_every_pinned_package_takes():

@@ -404,7 +404,7 @@ def test_the_worker_featurizes_the_pixels_whose_tokens_the_dataset_counted(
     name = write_image(tmp_path, "a.png", 10 * SIDE, 5 * SIDE)
     item = make([row("<image>", [name])], max_prompt_length=256, **limits)[0]
     handles = [MediaHandle.put(image) for image in item["multi_modal_data"]["images"]]
-    features = featurize([handles], processor.image_processor)
+    features = featurize([handles], processor)
     assert real_ids(item).count(processor.image_token_id) == tokens
     assert features["image_grid_thw"].prod().item() // processor.image_processor.merge_size**2 == tokens
 
@@ -517,7 +517,7 @@ def test_a_template_that_adds_a_placeholder_is_caught(make: Callable, tmp_path: 
 
 
 def test_a_prompt_that_spells_out_a_media_token_is_caught(make: Callable) -> None:
-    with pytest.raises(ValueError, match=r"row 1 of .* has 0 images, but 1 of <\|image_pad\|>"):
+    with pytest.raises(ValueError, match=r"row 1 of .*: 0 images, but 1 of <\|image_pad\|>"):
         make([row("a"), row("what does <|image_pad|> mean?")])
 
 
@@ -541,7 +541,7 @@ def test_an_image_whose_pixels_are_damaged_names_its_row_in_the_file(make: Calla
 
 
 def test_an_image_too_narrow_for_the_processor_names_its_row(make: Callable, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="row 0 of .*: image 0 cannot be read: .*aspect ratio"):
+    with pytest.raises(ValueError, match="row 0 of .*: .*aspect ratio"):
         make([row("<image>", [write_image(tmp_path, "a.png", 2000, 2)])])
 
 
@@ -577,10 +577,8 @@ def test_images_for_a_text_model_name_the_first_row_that_has_them(make: Callable
         make([row("a"), row("<image>", ["a.png"])], processor=None)
 
 
-def test_videos_are_refused_for_now_and_an_empty_column_is_not(make: Callable) -> None:
+def test_an_empty_video_column_is_none(make: Callable) -> None:
     assert len(make([row("a", videos=None), row("b", videos=[])])) == 2
-    with pytest.raises(ValueError, match=r"data.video_key=videos: .* has videos, which this version cannot train on"):
-        make([row("a", videos=["a.mp4"])])
 
 
 def test_a_set_without_rows_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

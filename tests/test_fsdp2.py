@@ -63,6 +63,7 @@ def test_gradients_of_micro_batches_add_up_in_mp_reduce_dtype(
         "worker.actor.fsdp.mp_param_dtype=bf16",
         f"worker.actor.fsdp.mp_reduce_dtype={name}",
         "worker.actor.micro_batch_size_per_device_for_update=2",
+        "worker.actor.dynamic_batching=false",
     )
     gradients, _ = start_alone(config).gradients(batch, "token")
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())

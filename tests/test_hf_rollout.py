@@ -80,9 +80,7 @@ def test_a_model_sharded_over_two_ranks_generates_as_the_whole_one_does(
     assert torch.equal(shared, alone[:, :length])
 
 
-def test_two_ranks_draw_different_samples_for_the_same_prompt(
-    prompts: DataProto, two_ranks: WorkerGroup
-) -> None:
+def test_two_ranks_draw_different_samples_for_the_same_prompt(prompts: DataProto, two_ranks: WorkerGroup) -> None:
     rows = prompts[[2, 2]]
     rows.meta_info = {"sampling": RANDOM, "seed_parts": (0,)}
     two_ranks.prepare_rollout_engine()

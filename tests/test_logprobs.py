@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from verl.utils import logprobs
-from verl.utils.logprobs import log_probs_from_logits, token_statistics
+from verl.utils.logprobs import HeadInputs, log_probs_from_logits, token_statistics
 
 SUPPRESSED = [0, 7]
 
@@ -272,3 +272,81 @@ def test_no_more_than_four_pieces_of_the_logits_are_held_in_float32_at_a_time(nu
         found = token_statistics(logits, labels, 0.7, SUPPRESSED, ref_logits)
         (found.log_probs + (found.kl if with_reference else 0)).sum().backward()
     assert 8 * 500 * 4 < live.peak < 4.5 * 8 * 500 * 4
+
+
+# ---- from hidden states ----
+
+
+def draw_head(seed: int, bias: bool = True, dtype: torch.dtype = torch.float32) -> HeadInputs:
+    """Hidden states (3, 5, 6) and a head of 11 ids, all of which want a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((3, 5, 6), (11, 6), (11,))
+    hidden_states, weight, own_bias = (
+        torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes
+    )
+    return HeadInputs(hidden_states, weight, own_bias if bias else None)
+
+
+def logits_of(head: HeadInputs) -> torch.Tensor:
+    return torch.nn.functional.linear(head.hidden_states, head.weight, head.bias)
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 512])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("with_reference", [True, False])
+def test_hidden_states_and_head_give_what_their_logits_give(at_once, bias, with_reference, monkeypatch):
+    """Values, and the gradients of hidden states, weight and bias."""
+    monkeypatch.setattr(logprobs, "POSITIONS_AT_ONCE", at_once)
+    _, labels = draw()
+    upstream = torch.linspace(-1, 1, 15).view(3, 5)
+    head = draw_head(0, bias)
+    reference = draw_head(1, bias) if with_reference else None
+    ref_logits = None if reference is None else logits_of(reference).detach()
+    wanted = [tensor for tensor in (head.hidden_states, head.weight, head.bias) if tensor is not None]
+
+    def everything(logits, ref_logits) -> list[torch.Tensor]:
+        found = token_statistics(logits, labels, 0.7, SUPPRESSED, ref_logits)
+        loss = (found.log_probs * upstream).sum() + (0 if found.kl is None else (found.kl * upstream).sum())
+        values = [found.log_probs, found.entropy] + ([] if found.kl is None else [found.kl])
+        return [*values, *torch.autograd.grad(loss, wanted)]
+
+    expected = everything(logits_of(head), ref_logits)
+    for found, value in zip(everything(head, reference), expected, strict=True):
+        torch.testing.assert_close(found, value, atol=1e-5, rtol=1e-5)
+    assert torch.equal(log_probs_from_logits(head, labels, 0.7, SUPPRESSED), everything(head, None)[0])
+
+
+def test_a_frozen_head_costs_no_gradient_of_its_own():
+    head = draw_head(0)
+    frozen = HeadInputs(head.hidden_states, head.weight.detach(), head.bias.detach())
+    log_probs_from_logits(frozen, draw()[1]).sum().backward()
+    of_frozen = head.hidden_states.grad.clone()
+    head.hidden_states.grad = None
+    log_probs_from_logits(head, draw()[1]).sum().backward()
+    assert torch.equal(head.hidden_states.grad, of_frozen)
+
+
+def test_pieces_of_the_heads_gradient_add_up_beyond_the_precision_of_bf16(monkeypatch):
+    """2,000 positions that all pull alike, one at a time: a bf16 sum stands still at 256 times a summand."""
+    monkeypatch.setattr(logprobs, "POSITIONS_AT_ONCE", 1)
+    hidden_states = torch.ones(2000, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    log_probs_from_logits(HeadInputs(hidden_states, weight), torch.zeros(2000, dtype=torch.int64)).sum().backward()
+    assert weight.grad.tolist() == [[1000.0], [-1000.0]]
+
+
+def test_the_logits_of_all_positions_are_never_there_at_once(monkeypatch):
+    """In any precision, forward and backward: of 60 positions x 500 ids, pieces of 8 positions live at a time."""
+    monkeypatch.setattr(logprobs, "POSITIONS_AT_ONCE", 8)
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            sizes.extend(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
+            return result
+
+    head = HeadInputs(torch.randn(60, 4).requires_grad_(), torch.randn(500, 4).requires_grad_())
+    with Sizes():
+        token_statistics(head, torch.randint(1, 7, (60,)), 0.7, SUPPRESSED, head).log_probs.sum().backward()
+    assert max(sizes) == 8 * 500

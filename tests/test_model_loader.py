@@ -27,9 +27,10 @@ def test_overrides_reach_the_config_and_attention_is_the_one_asked_for(tiny_mode
     config = ModelConfig(model_path=tiny_model_path, override_config=overrides)
     model = load_model(config, torch.float32, torch.float32)
     assert model.config.text_config.rms_norm_eps == 0.5
-    assert model.config.text_config.vocab_size == load_model_config(
-        ModelConfig(model_path=tiny_model_path)
-    ).text_config.vocab_size
+    assert (
+        model.config.text_config.vocab_size
+        == load_model_config(ModelConfig(model_path=tiny_model_path)).text_config.vocab_size
+    )
     assert model.config._attn_implementation == "eager"
 
 

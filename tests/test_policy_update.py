@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.batches import answer_at_random, make_prompts, response_logits
 from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, make_config, start_alone
+from verl.data.vision import featurize
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.workers.response_forward import compute_per_token
@@ -126,11 +127,39 @@ def test_the_entropy_metric_is_the_entropy_of_the_distribution_that_is_sampled_f
 def test_logits_are_made_for_response_positions_only(
     tiny_model_path: str, batch: DataProto, lone_process_group
 ) -> None:
-    worker = start_alone(make_config(tiny_model_path))
-    widths = []
-    worker.actor.model.lm_head.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
-    worker.compute_log_probs(batch)
-    assert widths and max(widths) <= RESPONSE_LENGTH + 1
+    """Packed, just those; padded, the longest response's and the position before it, of every row at once."""
+    num_tokens = int(batch.batch["response_mask"].sum())
+    for switch, at_most in (("true", num_tokens), ("false", 8 * (RESPONSE_LENGTH + 1))):
+        worker = start_alone(make_config(tiny_model_path, f"worker.actor.padding_free={switch}"))
+        positions = []
+        worker.actor.model.lm_head.register_forward_pre_hook(
+            lambda _, inputs, positions=positions: positions.append(inputs[0].shape[:2].numel())
+        )
+        worker.compute_log_probs(batch)
+        assert num_tokens <= sum(positions) <= at_most
+
+
+@pytest.mark.parametrize("padding_free", ["true", "false"])
+def test_an_update_knows_how_many_operations_it_takes(
+    padding_free: str, tiny_model_path: str, batch: DataProto, lone_process_group
+) -> None:
+    """Those of its real tokens, response tokens and images in two passes, however they are cut: padding is no work."""
+    worker = start_alone(
+        make_config(
+            tiny_model_path,
+            "worker.actor.ppo_epochs=2",
+            "worker.actor.micro_batch_size_per_device_for_update=2",
+            f"worker.actor.padding_free={padding_free}",
+        )
+    )
+    metrics = worker.update_actor(batch)
+    lengths = batch.batch["attention_mask"].sum(dim=1).tolist()
+    media = featurize(batch.non_tensor_batch["multi_modal_data"], worker.processor)
+    forward = worker.actor.forward
+    expected = forward.counter.count(lengths, int(batch.batch["response_mask"].sum()), media)
+    assert forward.work.training == pytest.approx(2 * expected.training)
+    assert metrics["perf/tflops_actor"] > 0
+    assert "perf/mfu_actor" not in metrics
 
 
 def test_an_update_moves_the_policy_towards_rewarded_responses(

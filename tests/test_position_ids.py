@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import (
+    Idefics3Config,
     LlamaConfig,
-    LlavaConfig,
     PretrainedConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLModel,
@@ -124,5 +124,5 @@ def test_a_mixture_of_experts_differs_from_its_dense_model_only_in_how_it_holds_
 
 
 def test_a_multimodal_model_of_no_known_family_is_refused_with_those_that_are() -> None:
-    with pytest.raises(ValueError, match="'llava' is a multimodal model of no known family.*qwen2_5_vl"):
-        family_of(LlavaConfig())
+    with pytest.raises(ValueError, match="'idefics3' is a multimodal model of no known family.*qwen2_5_vl"):
+        family_of(Idefics3Config())

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from verl.data.vision import MediaHandle
 from verl.protocol import DataProto
 from verl.workers.reward.config import RewardConfig
 from verl.workers.reward.function import AutoRewardManager, values_by_key
 
 TEXTS = ["I see 3 and 9. 3+9=12.", "What is the sum?", "The quick brown fox"]
 TRUTHS = ["12", "7", "fox"]
+IMAGE, VIDEO = (MediaHandle(kind, None, None, is_video=kind == "video") for kind in ("image", "video"))
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def make_batch(tokenizer, texts=TEXTS, max_response_length=64):
             "ground_truth": np.array(TRUTHS[: len(texts)], dtype=object),
             "uid": np.array(["a", "a", "b"][: len(texts)], dtype=object),
             "prompt_text": np.array(["p0", "p1", "p2"][: len(texts)], dtype=object),
-            "multi_modal_data": [["handle"], None, []][: len(texts)],
+            "multi_modal_data": [[IMAGE, VIDEO], None, []][: len(texts)],
             "extra": [{"level": 1}, {}, {"level": 3}][: len(texts)],
         },
         meta_info={"step": 5, "split": "train"},
@@ -114,13 +116,15 @@ def test_the_function_sees_the_whole_sample(make_manager, tokenizer):
         "ground_truth": "12",
         "prompt": "p0",
         "uid": "a",
-        "images": ["handle"],
+        "images": [IMAGE],
+        "videos": [VIDEO],
         "extra": {"level": 1},
         "step": 5,
         "split": "train",
     }
     assert [sample["response"] for sample in seen] == TEXTS
-    assert [sample["images"] for sample in seen] == [["handle"], [], []]
+    assert [sample["images"] for sample in seen] == [[IMAGE], [], []]
+    assert [sample["videos"] for sample in seen] == [[VIDEO], [], []]
 
 
 @pytest.mark.parametrize("reward_type", ["batch", "sequential"])

@@ -229,9 +229,7 @@ def test_all_tokens_can_be_sampled_when_nothing_limits_them(workers: WorkerGroup
     assert len(set(batch["responses"][:, 0].tolist())) > 100
 
 
-def test_placeholders_of_images_are_never_sampled(
-    restored: WorkerGroup, model_path: str, prompts: DataProto
-) -> None:
+def test_placeholders_of_images_are_never_sampled(restored: WorkerGroup, model_path: str, prompts: DataProto) -> None:
     """Their logits are made the largest of all: without the ban every token would be one of them."""
     tokenizer = get_tokenizer(model_path)
     placeholders = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])

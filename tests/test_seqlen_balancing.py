@@ -127,6 +127,26 @@ def test_dynamic_batches_keep_their_budget_and_come_back_in_order():
         assert restore_dynamic_batch(together, index_lists).tolist() == list(range(len(lengths)))
 
 
+def padded_tokens(rows: DataProto) -> int:
+    """Of a micro-batch whose rows stand side by side, without the columns that are padding in all of them."""
+    responses = rows.batch["response_mask"].sum(-1)
+    prompts = rows.batch["attention_mask"].sum(-1) - responses
+    return len(rows) * int(prompts.max() + responses.max())
+
+
+def test_dynamic_batches_of_padded_rows_keep_their_budget_with_the_padding_that_they_need():
+    """Longer prompts than 20 and longer responses than 20 do not meet: every row alone fits 40 tokens."""
+    for seed in range(30):
+        generator = random.Random(seed)
+        prompts, responses = ([generator.randint(1, 20) for _ in range(24)] for _ in range(2))
+        batch = batch_of([sum(pair) for pair in zip(prompts, responses, strict=True)])
+        batch.batch["response_mask"] = (torch.arange(20) < torch.tensor(responses)[:, None]).long()
+        micro_batches, index_lists = prepare_dynamic_batch(batch, max_token_len=100, packed=False)
+        assert max(padded_tokens(rows) for rows in micro_batches) <= 100
+        assert len(micro_batches) < 24
+        assert sorted(row for rows in index_lists for row in rows) == list(range(24))
+
+
 def test_a_bin_that_cannot_be_filled_to_the_brim_gets_one_more_micro_batch():
     """Three rows of 6 are 18 tokens, two budgets of 10 in total, but no two of them fit into one."""
     assert len(prepare_dynamic_batch(batch_of([6, 6, 6]), max_token_len=10)[0]) == 3

@@ -582,12 +582,21 @@ def test_a_reward_function_that_raises_ends_the_run_with_the_sample_named_and_no
     assert processes_marked(mark) == []
 
 
+def test_the_death_of_the_reward_functions_process_ends_the_run_with_its_node(
+    tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster
+) -> None:
+    reward = f"worker.reward.reward_function={ROOT}/tests/rewards.py:die"
+    args = arguments(tiny_model_path, data_files, tmp_path, reward, "trainer.val_before_train=false")
+    with pytest.raises(RuntimeError, match=r"^the reward function's process on node [\d.]+ \(Ray node \w+\) died "):
+        run(load_config(args))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("worker.actor.optim.learning_rate=1", "did you mean 'worker.actor.optim.lr'"),
         ("worker.actor.global_batch_size=3", "worker.actor.global_batch_size=3 does not divide"),
-        ("worker.actor.ulysses_size=2", "worker.actor.ulysses_size=2 is not available yet"),
+        ("worker.hybrid_engine=false", "worker.hybrid_engine=false asks for engine and trainer in processes"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_message_and_exit_code_2_within_seconds(

@@ -169,6 +169,7 @@ def test_a_critic_of_a_constant_reward_learns_it(tiny_model_path: str, batch: Da
     assert losses[-1] < 0.02
     assert (worker.compute_values(rows).batch["values"][mask] - 2).abs().max() < 0.3
     assert rates[:4] == pytest.approx([0, 1.5e-3, 3e-3, 3e-3])
+    assert metrics.pop("perf/tflops_critic") > 0
     assert set(metrics) == {f"critic/{name}" for name in ("vf_loss", "vf_clipfrac", "vpred_mean", "grad_norm", "lr")}
 
 

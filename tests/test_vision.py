@@ -12,8 +12,9 @@ import pytest
 import ray
 import torch
 from PIL import ExifTags, Image
-from transformers import Qwen2VLImageProcessor
+from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor
 
+from tests.tiny import CORPUS, build_processor, build_tokenizer
 from verl.data.vision import MediaHandle, featurize, image_token_count, open_image, process_image, target_size
 
 
@@ -34,6 +35,10 @@ def same_pixels(left: Image.Image, right: Image.Image) -> bool:
 
 def image_processor() -> Qwen2VLImageProcessor:
     return Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
+
+
+def whole_processor() -> Qwen2_5_VLProcessor:
+    return build_processor(build_tokenizer(CORPUS))
 
 
 def test_every_form_of_an_image_opens_to_the_same_pixels(tmp_path: Path) -> None:
@@ -138,14 +143,20 @@ def test_under_ray_a_handle_travels_small_and_loads_elsewhere(ray_cluster: None)
 
 def test_features_are_those_of_each_image_alone_in_row_order() -> None:
     """Shared, repeated, absent and several images a row; the slow path processes each occurrence by itself."""
-    processor = image_processor()
+    processor = whole_processor()
     first, second, third = (
         MediaHandle.put(make_image(*size, seed)) for seed, size in enumerate([(60, 40), (90, 90), (60, 40)])
     )
     media = [[second, first], None, [first], [], [third, first, second]]
     features = featurize(media, processor)
 
-    alone = [processor(images=[handle.load()], return_tensors="pt") for row in media if row for handle in row]
+    alone = [
+        processor.image_processor(images=[handle.load()], return_tensors="pt")
+        for row in media
+        if row
+        for handle in row
+    ]
+    assert features.keys() == alone[0].keys()
     for key in ("pixel_values", "image_grid_thw"):
         assert torch.equal(features[key], torch.cat([single[key] for single in alone]))
 
@@ -161,10 +172,10 @@ def test_each_distinct_image_is_processed_once(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Qwen2VLImageProcessor, "preprocess", counting)
     first, second = MediaHandle.put(make_image(60, 40)), MediaHandle.put(make_image(40, 60))
     copies = [pickle.loads(pickle.dumps(first)) for _ in range(3)]
-    features = featurize([[copy] for copy in copies] + [[second]], image_processor())
+    features = featurize([[copy] for copy in copies] + [[second]], whole_processor())
     assert len(processed) == 2
     assert len(features["image_grid_thw"]) == 4
 
 
 def test_rows_without_images_have_no_features() -> None:
-    assert featurize([None, []], image_processor()) == {}
+    assert featurize([None, []], whole_processor()) == {}

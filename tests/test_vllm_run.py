@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # python -m pytest tests/test_vllm_run.py
-"""Whole runs with vLLM: VGR weights from its rollouts, the same run twice, and engines that fail."""
+"""Whole runs with vLLM: VGR weights from its rollouts, the same run twice, adapters, and engines that fail."""
 
 import importlib.util
 import os
@@ -74,6 +74,20 @@ def test_token_weights_come_from_vllms_rollouts_and_a_seed_repeats_the_run(
         for area in ("actor", "reward", "token_weights", "rollout"):
             assert record[area] == again[area]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_vllm_draws_from_adapters_that_train(model_path: str, data_files: list[str], tmp_path: Path) -> None:
+    """From the second step on the policy has left the base, as the KL loss tells, and vLLM has left it too: its
+    log-probabilities are still the trainer's."""
+    adapters = ("worker.actor.model.lora.rank=4", "worker.actor.optim.lr=1e-2")
+    finished = command(*with_vllm(model_path, data_files, tmp_path, *adapters), mark=uuid.uuid4().hex)
+    assert finished.returncode == 0, finished.stderr
+    records = [record for record in lines_of(tmp_path / "experiment_log.jsonl") if "actor" in record]
+    assert len(records) == 2
+    assert records[1]["actor"]["kl_loss"] > 1e-3
+    for record in records:
+        assert record["rollout"]["log_prob_diff_max"] < 1e-4
+    assert (tmp_path / "global_step_2" / "actor" / "lora_adapter" / "adapter_model.safetensors").exists()
 
 
 def test_an_engine_that_cannot_start_ends_the_run_with_its_own_error_and_no_process_left(

@@ -14,12 +14,12 @@ from verl.workers.fsdp2 import build_mesh, shard_model
 from verl.workers.weight_sync import stream_weights
 
 
-def load(path: str):
-    return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+def load(path: str, dtype: torch.dtype = torch.float32):
+    return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
 
 
 def with_adapters(model, **settings):
-    """Every linear layer adapted, with an update that is not zero, as after some training."""
+    """Every linear layer adapted, with an update that is not zero, as after some training; wrapped by peft."""
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **settings))
     torch.manual_seed(0)
     with torch.no_grad():
@@ -35,8 +35,9 @@ def test_adapters_come_merged_under_the_names_of_the_model_without_them(
     settings: dict, sharded: bool, tiny_model_path: str, lone_process_group
 ) -> None:
     """Against peft's own merge of a copy."""
-    model = with_adapters(load(tiny_model_path), **settings)
-    expected = copy.deepcopy(model).merge_and_unload().state_dict()
+    wrapped = with_adapters(load(tiny_model_path), **settings)
+    expected = copy.deepcopy(wrapped).merge_and_unload().state_dict()
+    model = wrapped.get_base_model()
     plain = load(tiny_model_path).state_dict()
     if sharded:
         shard_model(model, build_mesh(torch.device("cpu")), FSDPConfig(mp_param_dtype="fp32"))
@@ -49,8 +50,18 @@ def test_adapters_come_merged_under_the_names_of_the_model_without_them(
     assert "model.language_model.embed_tokens.weight" not in changed
 
 
+def test_an_update_finer_than_the_weights_below_it_is_not_rounded_to_them(tiny_model_path: str) -> None:
+    """The stream's reader may hold the weights in float32; in bf16 it would get something else."""
+    model = with_adapters(load(tiny_model_path, torch.bfloat16)).get_base_model()
+    merged = dict(stream_weights(model))["model.language_model.layers.0.self_attn.q_proj.weight"]
+    layer = model.model.language_model.layers[0].self_attn.q_proj
+    expected = layer.weight.float() + 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(merged, expected)
+    assert not torch.equal(merged, merged.bfloat16().float())
+
+
 def test_streaming_leaves_base_weights_and_adapters_apart(tiny_model_path: str) -> None:
-    model = with_adapters(load(tiny_model_path))
+    model = with_adapters(load(tiny_model_path)).get_base_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for _ in stream_weights(model):
         pass

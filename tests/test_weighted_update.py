@@ -277,7 +277,8 @@ def test_only_the_last_layers_that_are_asked_for_are_measured(
     tiny_model_path: str, batch: DataProto, lone_process_group
 ) -> None:
     """Of the model's two: the number reaches the recorder, and the mean over both layers is another."""
-    worker = start_alone(make_config(tiny_model_path, COLLECT, "algorithm.token_weight_last_k_layers=1"))
+    padded = "worker.actor.padding_free=false"
+    worker = start_alone(make_config(tiny_model_path, COLLECT, padded, "algorithm.token_weight_last_k_layers=1"))
     last = collected(worker, batch)["attention_mass"]
     both = collected(start_alone(make_config(tiny_model_path, COLLECT)), batch)["attention_mass"]
     assert (last - both).abs().max() > 1e-3

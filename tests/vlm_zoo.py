@@ -221,13 +221,18 @@ def make_model(class_name: str, config: PreTrainedConfig, implementation: str = 
         torch.manual_seed(0)
         model = getattr(transformers, class_name)(config).eval()
     model.generation_config.eos_token_id = None
-    with torch.no_grad():
-        for name, parameter in model.get_decoder().named_parameters():
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
-                parameter *= 12
-            elif name.endswith(("q_norm.weight", "k_norm.weight")):
-                parameter += 2
+    sharpen(model)
     return model
+
+
+@torch.no_grad()
+def sharpen(model: PreTrainedModel) -> None:
+    """Takes a fresh model's attention away from even, so that positions and masks show in what it says."""
+    for name, parameter in model.get_decoder().named_parameters():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            parameter *= 12
+        elif name.endswith(("q_norm.weight", "k_norm.weight")):
+            parameter += 2
 
 
 # ---- batches ----

@@ -39,16 +39,11 @@ from torch.nn import functional
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from verl.config import looks_local
-from verl.data.vision import (
-    UNREADABLE_IMAGE,
-    ImageSource,
-    image_token_count,
-    open_image,
-    process_image,
-    target_size,
-)
+from verl.data.prompt import PLACEHOLDERS, PromptEncoder
+from verl.data.video import Video, VideoLimits, VideoOutline, VideoSource, load_video, outline_video
+from verl.data.vision import UNREADABLE_IMAGE, ImageSource, open_image, process_image, target_size
 from verl.models.position_ids import prompt_position_ids
-from verl.models.registry import media_token_ids
+from verl.models.registry import MODEL_FAMILIES, family_of
 from verl.trainer.config import DATA_SUFFIXES
 
 if TYPE_CHECKING:
@@ -57,8 +52,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-IMAGE_PLACEHOLDER = "<image>"
 
 ROWS_PER_PROCESS = 5000
 """Below this a further process takes longer to start than to work, and nobody needs a progress bar."""
@@ -173,34 +166,35 @@ def _read_format_prompt(path: str) -> str:
 
 
 class RLHFDataset(torch.utils.data.Dataset):
-    """Prompts with their images and answers, one item a row.
+    """Prompts with their images, videos and answers, one item a row.
 
     An item is a dict of `input_ids`, `attention_mask` (P,) int64, padded on the left; `position_ids` (P,), or (4, P)
-    for multimodal rope; `raw_prompt_ids`, the unpadded ids with one placeholder for each image; `prompt_text`, what
-    the user turn says; `ground_truth`; `multi_modal_data`, {"images": [PIL images, resized]} or None; `extra`, a dict
-    of the row's other columns.
+    for multimodal rope; `raw_prompt_ids`, the unpadded ids with one placeholder for each medium; `prompt_text`, what
+    the user turn says; `ground_truth`; `multi_modal_data`, {"images": [PIL images, resized], "videos": [`Video`]} or
+    None; `extra`, a dict of the row's other columns.
 
-    When a dataset has an image column, all its rows go through the processor, those without an image as well.
+    When a dataset has an image or video column, all its rows go through the processor, those without media as well.
 
     Args:
         data_path: see `load_rows`.
         tokenizer: pads on the left.
         processor: None for a model of text alone.
-        prompt_key, answer_key, image_key, video_key: column names. Images are a list in each row, null or empty for
-            none; every `<image>` in the prompt stands for one of them, in order.
-        image_dir: the folder of relative image paths.
-        video_fps: for videos, which this version does not take.
+        prompt_key, answer_key, image_key, video_key: column names. Images and videos are a list in each row, null or
+            empty for none; every `<image>` and `<video>` in the prompt stands for one of them, in order. A video is a
+            file (path or bytes) or the list of its frames.
+        image_dir: the folder of relative paths, of videos as well.
+        video_fps: frames taken from each second of a video file, and at which lists of frames were taken.
         max_prompt_length: P, in tokens.
         truncation: of prompts longer than P: "error", "left" or "right" (the side that is cut off).
         format_prompt: a jinja file that renders the prompt (`content`) into the user turn.
-        min_pixels, max_pixels: bounds for the area of an image; None for no bound.
-        filter_overlong_prompts: drop rows longer than P when loading, by token counts, decoding no image.
+        min_pixels, max_pixels: bounds for the area of an image or of a video's frame; None for no bound.
+        filter_overlong_prompts: drop rows longer than P when loading, by token counts, decoding nothing.
         filter_overlong_prompts_workers: at most so many processes count.
         model_config: the model's config; read from where the tokenizer came from if None and there is a processor.
 
     Raises:
         ValueError: when loading, for a column that is not there, a prompt that is no text, placeholders that do not
-            match the images, videos, images for a model of text alone, an image file that is not there, no row left.
+            match the media, media that the model does not take, a file that is not there, no row left.
             When drawing, for a row that cannot be decoded or is longer than P. Messages count rows from 0, as
             `load_rows` returns them: within a slice, and with those that are later dropped for their length.
     """
@@ -244,18 +238,22 @@ class RLHFDataset(torch.utils.data.Dataset):
         if model_config is None and processor is not None:
             model_config = AutoConfig.from_pretrained(tokenizer.name_or_path)
         self.model_config = model_config or PretrainedConfig()
-        self.media_token_ids = media_token_ids(self.model_config)
+        self.encoder = PromptEncoder(tokenizer, processor, self.model_config)
+        self.video_limits = VideoLimits(video_fps, min_pixels, max_pixels)
 
         rows = load_rows(data_path)
         self._check_columns(rows)
-        # Images are read as arrow, which hands them out as they were stored: nothing decodes one before it is drawn.
-        has_images = image_key in rows.column_names
-        self._media = rows.select_columns([image_key]).with_format("arrow") if has_images else None
-        self._rows = rows.remove_columns([image_key]) if has_images else rows
+        # Media are read as arrow, which hands them out as they were stored: nothing decodes one before it is drawn.
+        self._media_keys = {
+            kind: key for kind, key in (("image", image_key), ("video", video_key)) if key in rows.column_names
+        }
+        columns = list(self._media_keys.values())
+        self._media = rows.select_columns(columns).with_format("arrow") if columns else None
+        self._rows = rows.remove_columns(columns)
         self._row_numbers = np.arange(len(rows))  # as loaded; rows that are dropped leave gaps
         self._check_prompts()
         if processor is None:
-            self._media = None  # an image column without images reads as none at all
+            self._media, self._media_keys = None, {}  # columns without media read as none at all
         if filter_overlong_prompts:
             self._drop_overlong(filter_overlong_prompts_workers)
 
@@ -265,20 +263,21 @@ class RLHFDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
         prompt_text = self._prompt_text(row.pop(self.prompt_key))
-        images, token_counts = self._prepared_images(index)
+        images = self._read(index, "image", self._load_image)
+        videos = self._read(index, "video", self._load_video)
         chat_text = self._chat_text(prompt_text)
-        raw_prompt_ids = self._raw_prompt_ids(index, chat_text, len(images))
-        model_inputs = self._model_inputs(chat_text, images)
+        with self._naming(index):
+            raw_prompt_ids = self.encoder.raw_ids(chat_text, len(images), len(videos))
+            model_inputs = self.encoder.model_inputs(chat_text, images, videos)
         input_ids = model_inputs["input_ids"][0]
-        assert len(input_ids) == _expanded_length(raw_prompt_ids, token_counts), "the processor counts otherwise"
+        if self.encoder.family.counts_by_size:
+            shapes = [image.size for image in images], [video.outline for video in videos]
+            counted = self.encoder.length(chat_text, raw_prompt_ids, *shapes)
+            assert len(input_ids) == counted, f"the processor makes {len(input_ids)} tokens, not {counted}"
 
         overflow = max(0, len(input_ids) - self.max_prompt_length)
-        start = overflow if self.truncation == "left" else 0
         if overflow:
-            self._check_truncation(index, input_ids, overflow)
-            # No media token is cut off, so the same number of tokens goes from both.
-            input_ids = input_ids[start : start + self.max_prompt_length]
-            raw_prompt_ids = raw_prompt_ids[start : start + len(raw_prompt_ids) - overflow]
+            raw_prompt_ids, input_ids = self._cut(index, raw_prompt_ids, input_ids, overflow)
 
         padding = (self.max_prompt_length - len(input_ids), 0)
         attention_mask = functional.pad(torch.ones_like(input_ids), padding)  # (P,)
@@ -290,7 +289,7 @@ class RLHFDataset(torch.utils.data.Dataset):
             "raw_prompt_ids": raw_prompt_ids,
             "prompt_text": prompt_text,
             "ground_truth": row.pop(self.answer_key),
-            "multi_modal_data": {"images": images} if images else None,
+            "multi_modal_data": {"images": images, "videos": videos} if images or videos else None,
             "extra": row,
         }
 
@@ -300,67 +299,55 @@ class RLHFDataset(torch.utils.data.Dataset):
         return prompt if self.format_prompt is None else _template(self.format_prompt).render(content=prompt)
 
     def _chat_text(self, prompt_text: str) -> str:
-        """The prompt as the model reads it: one user turn in the chat template, the assistant's turn opened."""
-        if self._media is None:
-            content, template_owner = prompt_text, self.tokenizer
-        else:
-            content, template_owner = _content_parts(prompt_text), self.processor
-        return template_owner.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        return self.encoder.chat_text(prompt_text, by_processor=self._media is not None)
 
-    def _raw_prompt_ids(self, index: int, chat_text: str, num_images: int) -> list[int]:
-        """The prompt's tokens with one placeholder for each image, and none for anything else."""
-        token_ids = self.tokenizer.encode(chat_text, add_special_tokens=False)
-        placeholders = sum(token_id in self.media_token_ids for token_id in token_ids)
-        if placeholders != num_images:
-            names = ", ".join(self.tokenizer.convert_ids_to_tokens(self.media_token_ids))
-            raise ValueError(
-                f"{self._name(index)} has {num_images} images, but {placeholders} of {names} once it is in the chat "
-                "template; the prompt must not spell these tokens out, and the template must write one an image"
-            )
-        return token_ids
+    @contextmanager
+    def _naming(self, index: int) -> Iterator[None]:
+        """Errors of what follows name the row."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self._name(index)}: {error}") from error
 
-    def _model_inputs(self, chat_text: str, images: list[Image.Image]) -> Mapping[str, torch.Tensor]:
-        """What the model takes for this prompt: `input_ids` (1, length) and, with images, their grid."""
-        if self._media is None:
-            return self.tokenizer([chat_text], add_special_tokens=False, return_tensors="pt")
-        return self.processor(text=[chat_text], images=images or None, add_special_tokens=False, return_tensors="pt")
-
-    def _read_images(self, index: int, read: Callable[[Image.Image], T]) -> list[T]:
-        """Apply `read` to each image of a row, naming the row when one of them cannot be read."""
+    def _read(self, index: int, kind: str, read: Callable[[Any], T]) -> list[T]:
+        """Apply `read` to each medium of a kind in a row, naming the row when one of them cannot be read."""
+        if kind not in self._media_keys:
+            return []
         results = []
-        for position, source in enumerate(self._image_sources(index)):
+        for position, source in enumerate(self._media[index].column(self._media_keys[kind])[0].as_py() or []):
             try:
-                results.append(read(open_image(source, self.image_dir)))
+                results.append(read(source))
             except UNREADABLE_IMAGE as error:
-                raise ValueError(f"{self._name(index)}: image {position} cannot be read: {error}") from error
+                raise ValueError(f"{self._name(index)}: {kind} {position} cannot be read: {error}") from error
         return results
 
-    def _prepared_images(self, index: int) -> tuple[list[Image.Image], list[int]]:
-        def prepare(image: Image.Image) -> tuple[Image.Image, int]:
-            return process_image(image, self.min_pixels, self.max_pixels), self._token_count(image)
+    def _load_image(self, source: ImageSource) -> Image.Image:
+        return process_image(open_image(source, self.image_dir), self.min_pixels, self.max_pixels)
 
-        prepared = self._read_images(index, prepare)
-        return [image for image, _ in prepared], [count for _, count in prepared]
+    def _image_size(self, source: ImageSource) -> tuple[int, int]:
+        return target_size(*open_image(source, self.image_dir).size, self.min_pixels, self.max_pixels)
 
-    def _image_sources(self, index: int) -> list[ImageSource]:
-        return [] if self._media is None else self._media[index].column(0)[0].as_py() or []
+    def _load_video(self, source: VideoSource) -> Video:
+        return load_video(source, self.image_dir, self.video_limits)
 
-    def _token_count(self, image: Image.Image) -> int:
-        size = target_size(*image.size, self.min_pixels, self.max_pixels)
-        return image_token_count(size, self.processor.image_processor)
+    def _video_outline(self, source: VideoSource) -> VideoOutline:
+        return outline_video(source, self.image_dir, self.video_limits)
 
-    def _check_truncation(self, index: int, input_ids: torch.Tensor, overflow: int) -> None:
+    def _cut(
+        self, index: int, raw_prompt_ids: list[int], input_ids: torch.Tensor, overflow: int
+    ) -> tuple[list[int], torch.Tensor]:
         too_long = (
             f"{self._name(index)} has {len(input_ids)} tokens, data.max_prompt_length={self.max_prompt_length}; "
             "raise it, lower data.max_pixels, or set data.filter_overlong_prompts=true to drop such rows"
         )
         if self.truncation == "error":
             raise ValueError(too_long)
-        cut_off = input_ids[:overflow] if self.truncation == "left" else input_ids[-overflow:]
-        if torch.isin(cut_off, torch.tensor(self.media_token_ids)).any():
-            raise ValueError(f"{too_long} (cutting it would cut through an image)")
+        cut, kept = slice(overflow), slice(overflow, None)
+        if self.truncation == "right":
+            cut, kept = slice(-overflow, None), slice(-overflow)
+        if not self.encoder.is_text(raw_prompt_ids[cut], input_ids[cut].tolist()):
+            raise ValueError(f"{too_long} (cutting it would cut through an image or a video)")
+        return raw_prompt_ids[kept], input_ids[kept]
 
     def _name(self, index: int) -> str:
         return f"row {self._row_numbers[index]} of {self.data_path!r}"
@@ -372,41 +359,56 @@ class RLHFDataset(torch.utils.data.Dataset):
         for option, key in (("prompt_key", self.prompt_key), ("answer_key", self.answer_key)):
             if key not in rows.column_names:
                 raise ValueError(f"data.{option}={key} is no column of {self.data_path!r}; it has {columns}")
-        image_feature = rows.features.get(self.image_key, Value("null"))
-        if not isinstance(image_feature, (List, LargeList)) and image_feature != Value("null"):
+        for kind, key in (("image", self.image_key), ("video", self.video_key)):
+            feature = rows.features.get(key, Value("null"))
+            if not isinstance(feature, (List, LargeList)) and feature != Value("null"):
+                raise ValueError(
+                    f"data.{kind}_key={key}: each row of {self.data_path!r} needs a list of {kind}s there, "
+                    f"not {feature}"
+                )
+        has_videos = self.video_key in rows.column_names and any(_entry_counts(rows, self.video_key))
+        family = family_of(self.model_config)
+        if has_videos and self.processor is not None and not family.takes_videos:
+            able = ", ".join(other.name for other in MODEL_FAMILIES if other.takes_videos)
             raise ValueError(
-                f"data.image_key={self.image_key}: each row of {self.data_path!r} needs a list of images there, "
-                f"not {image_feature}"
-            )
-        if self.video_key in rows.column_names and any(_entry_counts(rows, self.video_key)):
-            raise ValueError(
-                f"data.video_key={self.video_key}: {self.data_path!r} has videos, which this version cannot train on "
-                "yet; drop that column, or name another one to ignore it"
+                f"data.video_key={self.video_key}: {self.data_path!r} has videos, which cannot be trained on with a "
+                f"model of the family {family.name}; use one of {able}, or name another column to ignore them"
             )
 
     def _check_prompts(self) -> None:
-        """Every prompt is a text and has as many placeholders as its row has images."""
-        image_counts = [0] * len(self) if self._media is None else _entry_counts(self._media, self.image_key)
-        if self.processor is None and any(image_counts):
-            row = next(index for index, count in enumerate(image_counts) if count)
-            raise ValueError(
-                f"{self._name(row)} has images, but {self.tokenizer.name_or_path!r} is a model of text alone, with "
-                "no processor; use a vision-language model (worker.actor.model.model_path)"
-            )
-        mismatches = []
-        for index, (prompt, images) in enumerate(zip(self._rows[self.prompt_key], image_counts, strict=True)):
+        """Every prompt is a text and has as many placeholders as its row has media, kind by kind."""
+        counts = {
+            kind: _entry_counts(self._media, self._media_keys[kind]) if kind in self._media_keys else [0] * len(self)
+            for kind in PLACEHOLDERS
+        }
+        for kind, of_rows in counts.items():
+            if self.processor is None and any(of_rows):
+                row = next(index for index, count in enumerate(of_rows) if count)
+                raise ValueError(
+                    f"{self._name(row)} has {kind}s, but {self.tokenizer.name_or_path!r} is a model of text alone, "
+                    "with no processor; use a vision-language model (worker.actor.model.model_path)"
+                )
+        for index, prompt in enumerate(self._rows[self.prompt_key]):
             if not isinstance(prompt, str):
                 raise ValueError(f"{self._name(index)}: data.prompt_key={self.prompt_key} is {prompt!r}, not a text")
-            placeholders = self._prompt_text(prompt).count(IMAGE_PLACEHOLDER)
-            if self.processor is not None and placeholders != images:
-                mismatches.append(f"row {index}: {placeholders} placeholders, {images} images")
-        if mismatches:
-            column = "" if self._media is not None else f" There is no column data.image_key={self.image_key}."
-            raise ValueError(
-                f"{len(mismatches)} of {len(self)} rows of {self.data_path!r} have another number of "
-                f"{IMAGE_PLACEHOLDER} in the prompt (after data.format_prompt) than images.{column} "
-                f"{'; '.join(mismatches[:MISMATCHES_SHOWN])}{'; ...' if len(mismatches) > MISMATCHES_SHOWN else ''}"
-            )
+        if self.processor is None:
+            return
+        for kind, placeholder in PLACEHOLDERS.items():
+            found = [self._prompt_text(prompt).count(placeholder) for prompt in self._rows[self.prompt_key]]
+            mismatches = [
+                f"row {index}: {number} placeholders, {media} {kind}s"
+                for index, (number, media) in enumerate(zip(found, counts[kind], strict=True))
+                if number != media
+            ]
+            if mismatches:
+                key = self.image_key if kind == "image" else self.video_key
+                column = "" if kind in self._media_keys else f" There is no column data.{kind}_key={key}."
+                more = "; ..." if len(mismatches) > MISMATCHES_SHOWN else ""
+                raise ValueError(
+                    f"{len(mismatches)} of {len(self)} rows of {self.data_path!r} have another number of "
+                    f"{placeholder} in the prompt (after data.format_prompt) than {kind}s.{column} "
+                    f"{'; '.join(mismatches[:MISMATCHES_SHOWN])}{more}"
+                )
 
     def _drop_overlong(self, workers: int) -> None:
         processes = min(workers, len(self) // ROWS_PER_PROCESS)
@@ -441,10 +443,12 @@ class RLHFDataset(torch.utils.data.Dataset):
         self._row_numbers = self._row_numbers[kept]
 
     def _measure(self, row: dict[str, Any], index: int) -> dict[str, int]:
-        token_counts = self._read_images(index, self._token_count)
+        sizes = self._read(index, "image", self._image_size)
+        outlines = self._read(index, "video", self._video_outline)
         chat_text = self._chat_text(self._prompt_text(row[self.prompt_key]))
-        token_ids = self._raw_prompt_ids(index, chat_text, len(token_counts))
-        return {"length": _expanded_length(token_ids, token_counts)}
+        with self._naming(index):
+            raw_prompt_ids = self.encoder.raw_ids(chat_text, len(sizes), len(outlines))
+            return {"length": self.encoder.length(chat_text, raw_prompt_ids, sizes, outlines)}
 
 
 def collate_fn(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor | np.ndarray]:
@@ -457,22 +461,6 @@ def collate_fn(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor 
         else:
             batch[key] = np.fromiter(values, dtype=object, count=len(values))
     return batch
-
-
-def _content_parts(prompt_text: str) -> list[dict[str, str]]:
-    """Split a user turn at its placeholders into the parts of a chat message."""
-    parts: list[dict[str, str]] = []
-    for position, text in enumerate(prompt_text.split(IMAGE_PLACEHOLDER)):
-        if position > 0:
-            parts.append({"type": "image"})
-        if text:
-            parts.append({"type": "text", "text": text})
-    return parts
-
-
-def _expanded_length(raw_prompt_ids: Sequence[int], image_token_counts: Sequence[int]) -> int:
-    """Tokens of a prompt once each image's one placeholder has become all of its tokens."""
-    return len(raw_prompt_ids) + sum(image_token_counts) - len(image_token_counts)
 
 
 def _entry_counts(rows: Dataset, column: str) -> list[int]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only place that opens and resizes media.
+"""Opens and resizes images, and makes a model's inputs of images and videos (which video.py opens).
 
-The dataset opens and resizes an image once; from there on the resized image travels by reference (`MediaHandle`), and
-whoever needs model inputs makes them with `featurize`. Prompt and model thus agree on the number of image tokens.
+The dataset opens and resizes a medium once; from there on it travels by reference (`MediaHandle`), and whoever needs
+model inputs makes them with `featurize`. Prompt and model thus agree on the number of its tokens.
 """
 
 from __future__ import annotations
@@ -12,18 +12,29 @@ import math
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 import torch
 from PIL import ExifTags, Image, ImageOps
+from torch.nn import functional
 from transformers import BaseImageProcessor
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+    from verl.data.video import Video
+
+    Medium = Image.Image | Video
 
 ImageSource = Image.Image | bytes | Mapping[str, Any] | str | os.PathLike
 
 UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What opening or decoding a broken image raises; Pillow uses SyntaxError for damaged PNG files."""
+
+TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+"""Of a processor's outputs, those with one number for each token."""
 
 UPRIGHT = 1  # the orientation of the Exif standard that needs no turning
 
@@ -80,36 +91,45 @@ def process_image(image: Image.Image, min_pixels: int | None, max_pixels: int | 
 
 
 def image_token_count(size: tuple[int, int], image_processor: BaseImageProcessor) -> int:
-    """Return how many tokens of the prompt an image of `size` (width, height) takes, from its size alone."""
+    """Return how many tokens of the prompt an image of `size` (width, height) takes, from its size alone.
+
+    For families that count by size (`ModelFamily.counts_by_size`).
+    """
     width, height = size
-    return image_processor.get_number_of_image_patches(height, width) // image_processor.merge_size**2
+    return image_processor.get_number_of_image_patches(height, width, {}) // image_processor.merge_size**2
 
 
 class MediaHandle:
-    """One prompt image by reference: small to send, equal to every copy of itself.
+    """One image or video of a prompt by reference: small to send, equal to every copy of itself.
 
-    The n samples of a prompt share one handle, so the image crosses the network once a machine and its features are
-    computed once a micro-batch. Where Ray is not running, a handle holds the image itself.
+    The n samples of a prompt share one handle, so the medium crosses the network once a machine and its features are
+    computed once a micro-batch. Where Ray is not running, a handle holds the medium itself.
     """
 
-    def __init__(self, key: str, reference: ray.ObjectRef | None, image: Image.Image | None) -> None:
+    def __init__(self, key: str, reference: ray.ObjectRef | None, medium: Medium | None, is_video: bool) -> None:
         self._key = key
         self._reference = reference
-        self._image = image
+        self._medium = medium
+        self.is_video = is_video
 
     @classmethod
-    def put(cls, image: Image.Image) -> MediaHandle:
-        """Store an RGB image (as `process_image` returns it) in Ray's object store and return a handle to it."""
-        assert image.mode == "RGB", f"images are stored as RGB, not {image.mode}"
+    def put(cls, medium: Medium) -> MediaHandle:
+        """Store an RGB image (as `process_image` returns it) or a video (as `load_video` does) in Ray's object store
+        and return a handle to it."""
+        is_video = not isinstance(medium, Image.Image)
+        assert is_video or medium.mode == "RGB", f"images are stored as RGB, not {medium.mode}"
         key = uuid.uuid4().hex
         if ray.is_initialized():
             # As an array: readers on the same machine share its memory.
-            return cls(key, ray.put(np.asarray(image)), None)
-        return cls(key, None, image)
+            return cls(key, ray.put(medium if is_video else np.asarray(medium)), None, is_video)
+        return cls(key, None, medium, is_video)
 
-    def load(self) -> Image.Image:
-        """Return the image."""
-        return self._image if self._reference is None else Image.fromarray(ray.get(self._reference))
+    def load(self) -> Medium:
+        """Return the image or video."""
+        if self._reference is None:
+            return self._medium
+        stored = ray.get(self._reference)
+        return stored if self.is_video else Image.fromarray(stored)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, MediaHandle) and self._key == other._key
@@ -122,24 +142,51 @@ class MediaHandle:
 
 
 def featurize(
-    media: Sequence[Sequence[MediaHandle] | None], image_processor: BaseImageProcessor
+    media: Sequence[Sequence[MediaHandle] | None], processor: ProcessorMixin | None
 ) -> dict[str, torch.Tensor]:
-    """Make the model's image inputs for a micro-batch: features of all its images, in row order.
+    """Make the model's media inputs for a micro-batch: features of all its images and videos, in row order.
 
     Args:
-        media: the images of each row; None or empty for a row without.
-        image_processor: that of the model, with the settings the dataset counted tokens with.
+        media: the images and videos of each row; None or empty for a row without.
+        processor: that of the model, with the settings the dataset counted tokens with; None for text models.
 
     Returns:
-        `pixel_values` (patches, patch size) float32 and `image_grid_thw` (images, 3) int64; empty when no row has
-        an image. Each distinct handle is processed once and its features repeated.
+        What the processor makes of images (for Qwen-VL `pixel_values` (patches, patch size) float32 and
+        `image_grid_thw` (images, 3) int64; for families with tiles `pixel_values` (tiles, 3, height, width)) and of
+        videos (`pixel_values_videos`, `video_grid_thw`, ...); empty when no row has any. Each distinct handle is
+        processed once and its features repeated.
     """
     handles = [handle for row in media if row is not None for handle in row]
-    if not handles:
+    if processor is None or not handles:
         return {}
-    place = {handle: index for index, handle in enumerate(dict.fromkeys(handles))}
-    features = image_processor(images=[handle.load() for handle in place], return_tensors="pt")
-    grids = features["image_grid_thw"]  # (distinct, 3)
-    pixels = features["pixel_values"].split(grids.prod(dim=-1).tolist())
-    order = [place[handle] for handle in handles]
-    return {"pixel_values": torch.cat([pixels[index] for index in order]), "image_grid_thw": grids[order]}
+    features = {handle: _features_of(handle, processor) for handle in dict.fromkeys(handles)}
+    joined: dict[str, list[torch.Tensor]] = {}
+    for handle in handles:
+        for name, value in features[handle].items():
+            joined.setdefault(name, []).append(value)
+    return {name: _join(values) for name, values in joined.items()}
+
+
+def _features_of(handle: MediaHandle, processor: ProcessorMixin) -> dict[str, torch.Tensor]:
+    """What the processor adds to a prompt of nothing but this medium's placeholder."""
+    medium = handle.load()
+    if handle.is_video:
+        inputs = processor(
+            text=[processor.video_token],
+            videos=[medium.frames],
+            video_metadata=[medium.outline.metadata],
+            do_sample_frames=False,
+            return_tensors="pt",
+        )
+    else:
+        inputs = processor(text=[processor.image_token], images=[medium], return_tensors="pt")
+    return {name: value for name, value in inputs.items() if name not in TEXT_INPUTS}
+
+
+def _join(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Along the first dimension. Images of different sizes get zeros on the right and at the bottom, as Pixtral pads
+    them; their true sizes are an input of their own."""
+    if any(value.shape[1:] != values[0].shape[1:] for value in values):
+        height, width = (max(value.shape[dim] for value in values) for dim in (2, 3))
+        values = [functional.pad(value, (0, width - value.shape[3], 0, height - value.shape[2])) for value in values]
+    return torch.cat(list(values))

@@ -1,26 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures, while a Hugging Face model runs, how much each response token attends to text and to images.
 
-For the time of a context, transformers' table of attention functions hands out each function with a tap behind it:
-the function runs untouched, then its rotated queries and keys are looked at. The model's implementation keeps its
-name, for other names lose the causal mask or a vision tower's fast path without a word. No mask is read and no
-attention map is made.
+For the time of a context, the attention functions of transformers have a tap behind them: the function runs untouched,
+then its rotated queries and keys are looked at. No mask is read and no attention map is made.
 
 Shapes: N samples, R response columns, S sequence length, L layers, H heads, D head dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.module_tracker import ModuleTracker
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from verl.models.attention_table import tapped_attention
 from verl.models.kernels.attention_mass import BACKENDS, KeyPlan, default_backend, normalised_layer_mean
+from verl.models.sequence_parallel import SequenceGroup
 
 WRAPPERS = ("_orig_mod", "module")
 """Where torch.compile keeps the model it wraps, and where DDP and FSDP1 do."""
@@ -40,6 +39,7 @@ class AttentionMassRecorder:
         shape: of the tokens that `plan` was made of, batch rows and columns.
         last_k_layers: of the language model's full-attention layers; None for all.
         backend: one of `BACKENDS`; None for the default of the device.
+        group: the ranks that share the heads with this one; None for all heads here.
 
     Raises:
         ValueError: `last_k_layers` is below 1.
@@ -53,6 +53,7 @@ class AttentionMassRecorder:
         shape: tuple[int, int],
         last_k_layers: int | None,
         backend: str | None,
+        group: SequenceGroup | None = None,
     ) -> None:
         inner = _unwrapped(model)
         implementation = inner.config.get_text_config()._attn_implementation
@@ -62,13 +63,15 @@ class AttentionMassRecorder:
         self._shape = shape
         self._reach = _longest_reach(plan)
         self._backend = backend
+        self._group = group
         self._masses: dict[int, torch.Tensor] = {}
 
     def mass(self) -> torch.Tensor:
         """(N, R, 2) float32, attention of the query that predicts response token r on text keys and on vision keys.
 
         Per layer the mean over heads, as a share of the attention to the prompt's keys without the sink; then the
-        mean over the layers. Zero where there is no response token.
+        mean over the layers. Zero where there is no response token. Where ranks share the heads, this is a collective:
+        one for all layers.
 
         Raises:
             RuntimeError: a layer was not seen.
@@ -80,7 +83,8 @@ class AttentionMassRecorder:
                 "no forward ran, or these layers do not take their attention function from transformers' common "
                 f"table; set algorithm.token_weight_last_k_layers to layers that do, or {REMEDY}"
             )
-        return normalised_layer_mean(torch.stack([self._masses[layer] for layer in self.layers]))
+        masses = torch.stack([self._masses[layer] for layer in self.layers])  # (L, N, R, 3)
+        return normalised_layer_mean(masses if self._group is None else self._group.mean(masses))
 
     # Traced, a back end's loops over samples would be unrolled, and compiled anew for every batch.
     @torch.compiler.disable
@@ -168,7 +172,7 @@ def record_attention_mass(
     """
     plan = KeyPlan.from_kinds(key_kinds, response_length)
     recorder = AttentionMassRecorder(model, plan, tuple(key_kinds.shape), last_k_layers, backend)
-    with _tapped(recorder):
+    with tapped_attention(recorder.observe):
         yield recorder
 
 
@@ -180,6 +184,7 @@ def record_packed_attention_mass(
     response_length: int,
     last_k_layers: int | None = None,
     backend: str | None = None,
+    group: SequenceGroup | None = None,
 ) -> Iterator[AttentionMassRecorder]:
     """`record_attention_mass` for a forward on samples that lie end to end in one row.
 
@@ -187,43 +192,12 @@ def record_packed_attention_mass(
         key_kinds: (total,) `KeyKind` of the tokens.
         cumulative_lengths: (N + 1,) where each sample begins, and the total.
         response_length: R of the result; every response begins at its column 0.
+        group: the ranks that share the row with this one; its ranks all get the same result.
     """
     plan = KeyPlan.from_packed_kinds(key_kinds, cumulative_lengths, response_length)
-    recorder = AttentionMassRecorder(model, plan, (1, len(key_kinds)), last_k_layers, backend)
-    with _tapped(recorder):
+    recorder = AttentionMassRecorder(model, plan, (1, len(key_kinds)), last_k_layers, backend, group)
+    with tapped_attention(recorder.observe):
         yield recorder
-
-
-@contextmanager
-def _tapped(recorder: AttentionMassRecorder) -> Iterator[None]:
-    """Has the table hand out its functions with a tap behind them.
-
-    The table's entries stay as they are. Eager attention has none: every modeling file offers its own function as the
-    default for names that are not in the table, sometimes one for each of its towers.
-    """
-    outer_tap = vars(ALL_ATTENTION_FUNCTIONS).get("get_interface")
-    hand_out = ALL_ATTENTION_FUNCTIONS.get_interface
-
-    def hand_out_tapped(attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        return _tap(hand_out(attn_implementation, default), recorder)
-
-    ALL_ATTENTION_FUNCTIONS.get_interface = hand_out_tapped
-    try:
-        yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS.get_interface
-        if outer_tap is not None:
-            ALL_ATTENTION_FUNCTIONS.get_interface = outer_tap
-
-
-def _tap(attend: Callable[..., Any], recorder: AttentionMassRecorder) -> Callable[..., Any]:
-    # The first parameters' names are those that some models pass by keyword.
-    def tapped(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = attend(module, query, key, *args, **kwargs)
-        recorder.observe(module, query, key, **kwargs)
-        return output
-
-    return tapped
 
 
 def _layers_to_measure(model: nn.Module, last_k_layers: int | None) -> tuple[dict[int, int], list[int]]:

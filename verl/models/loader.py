@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads a Hugging Face model as the trainer wants it: the right auto class, attention and rope, no silent default."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -43,14 +46,20 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     return model_config
 
 
+def policy_class(model_config: PretrainedConfig) -> type[AutoModelForImageTextToText] | type[AutoModelForCausalLM]:
+    """The auto class of a policy: image-text wherever transformers has one for this config, else causal."""
+    is_image_text = type(model_config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if is_image_text else AutoModelForCausalLM
+
+
 def load_model(
     config: ModelConfig, dtype: torch.dtype, compute_dtype: torch.dtype, with_weights: bool = True
 ) -> nn.Module:
     """A policy with its weights, on the CPU; or the same modules without any.
 
     Image-text models load as `AutoModelForImageTextToText`, all others as `AutoModelForCausalLM`. Attention is
-    FlashAttention 2 where a GPU and the package are present and the model computes in half precision, PyTorch's SDPA
-    otherwise, unless `override_config.attn_implementation` says which.
+    FlashAttention 2 where a GPU and the package are present and the model computes in half precision without a mask
+    of its own, PyTorch's SDPA otherwise, unless `override_config.attn_implementation` says which.
 
     Args:
         config: `worker.actor.model`, or the critic's.
@@ -62,10 +71,10 @@ def load_model(
         OSError: `model_path` is neither a folder with a model nor a reachable hub id (transformers says which).
     """
     model_config = load_model_config(config)
-    is_image_text = type(model_config) in AutoModelForImageTextToText._model_mapping
-    auto_class = AutoModelForImageTextToText if is_image_text else AutoModelForCausalLM
-    can_flash = compute_dtype in (torch.float16, torch.bfloat16) and is_flash_attn_2_available()
+    is_half = compute_dtype in (torch.float16, torch.bfloat16)
+    can_flash = is_half and is_flash_attn_2_available() and not family_of(model_config).attends_both_ways
     default_attention = "flash_attention_2" if can_flash else "sdpa"
+    auto_class = policy_class(model_config)
     settings = dict(
         dtype=dtype,
         attn_implementation=config.override_config.get("attn_implementation", default_attention),
@@ -88,33 +97,53 @@ def load_value_model(
 
 
 def keep_vision_tower_in_step(model: nn.Module) -> None:
-    """Runs the vision tower on a tiny blank image, times zero, in every forward that has no image.
+    """Lets the vision tower run once in every forward: on a tiny blank image, times zero, where there is none, and on
+    images and videos together where there are both.
 
-    Under FSDP2 each rank's forward and backward gathers and scatters the tower's parameters. A rank whose rows have
-    no image would skip those collectives, and the ranks would wait for each other for ever (or crash, on gloo). The
-    result is unchanged; the tower's gradient is an exact zero instead of none, on one rank as on many.
+    Under FSDP2 each run of the tower gathers and scatters its parameters. Ranks whose rows hold other media would run
+    it more often or not at all, and wait for each other for ever (or crash, on gloo). The result is unchanged; without
+    media the tower's gradient is an exact zero instead of none, on one rank as on many.
 
     Call it before sharding. Models without a vision tower are left alone; a tower has to answer to
-    `get_image_features(pixel_values, image_grid_thw)`, as Qwen2-VL's and its successors' do.
+    `get_image_features`, as those of all known families do.
     """
-    if not family_of(model.config).has_vision_tower:
+    blank_image = family_of(model.config).blank_image
+    if blank_image is None:
         return
     core = model.model
-    vision = model.config.vision_config
-    patch_size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
 
-    def add_blank_image(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        decoding = kwargs.get("past_key_values") is not None
-        if decoding or kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None:
+    def run_tower_once(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        has_images, has_videos = (kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
+        if has_images and has_videos:
+            return args, _with_media_encoded(core, kwargs)
+        if has_images or has_videos or kwargs.get("past_key_values") is not None:
             return None
         embeds = core.get_input_embeddings()(kwargs["input_ids"])
-        side = 2 * vision.spatial_merge_size
-        grid = torch.tensor([[1, side, side]], device=embeds.device)
-        pixels = embeds.new_zeros(side * side, patch_size)
-        features = core.get_image_features(pixels, grid, return_dict=True)
+        inputs = {name: value.to(embeds.device) for name, value in blank_image(model.config).items()}
+        inputs["pixel_values"] = inputs["pixel_values"].to(embeds.dtype)
+        features = core.get_image_features(**inputs, return_dict=True)
         # Qwen3-VL feeds deeper layers from the tower as well: they need a gradient path too.
-        deeper = tree_leaves(features.get("deepstack_features") or [])
-        blank = torch.cat(features.pooler_output).mean() + sum(leaf.mean() for leaf in deeper)
+        outputs = tree_leaves([features.pooler_output, features.get("deepstack_features") or []])
+        blank = sum(output.mean() for output in outputs)
         return args, {**kwargs, "input_ids": None, "inputs_embeds": embeds + 0.0 * blank}
 
-    core.register_forward_pre_hook(add_blank_image, with_kwargs=True)
+    core.register_forward_pre_hook(run_tower_once, with_kwargs=True)
+
+
+def _with_media_encoded(core: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A forward's arguments with what one run of the tower makes of images and videos, in the place of their pixels.
+
+    Towers that take both take a video as an image of several moments.
+    """
+    pixels = torch.cat([kwargs["pixel_values"], kwargs["pixel_values_videos"]])
+    grids = torch.cat([kwargs["image_grid_thw"], kwargs["video_grid_thw"]])
+    features = core.get_image_features(pixels, grids, return_dict=True)
+    deeper = features.get("deepstack_features") or []  # by layer, then by image
+    num_images = len(kwargs["image_grid_thw"])
+    encoded = {
+        kind: SimpleNamespace(
+            pooler_output=features.pooler_output[own], deepstack_features=[layer[own] for layer in deeper]
+        )
+        for kind, own in (("image", slice(num_images)), ("video", slice(num_images, None)))
+    }
+    return {**kwargs, "pixel_values": None, "pixel_values_videos": None, "mm_encoder_outputs": encoded}

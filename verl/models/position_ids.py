@@ -15,6 +15,9 @@ from transformers import MODEL_MAPPING, PretrainedConfig
 
 from verl.models.registry import family_of, media_token_types
 
+GRIDS = {"image_grid_thw", "video_grid_thw", "second_per_grid_ts"}
+"""Of a processor's outputs, those that say where media lie in time and space."""
+
 
 def prompt_position_ids(
     model_config: PretrainedConfig,
@@ -29,9 +32,10 @@ def prompt_position_ids(
     rows, so that all rows of a batch have one shape.
 
     Args:
-        input_ids: (P,) int64, image placeholders already expanded to one token per merged patch.
+        input_ids: (P,) int64, placeholders already expanded to one token per merged patch.
         attention_mask: (P,), 0 on padding.
-        mm_inputs: what the processor returned; only `image_grid_thw` (images, 3) is read.
+        mm_inputs: what the processor returned; of it, `image_grid_thw` (images, 3), `video_grid_thw` (videos, 3) and
+            `second_per_grid_ts` (videos,), seconds, are read.
     """
     text_positions = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)  # (P,)
     if not family_of(model_config).uses_mrope:
@@ -40,12 +44,13 @@ def prompt_position_ids(
     # The method reads nothing but the config and this helper: a model instance, weights and all, is not needed.
     stand_in = SimpleNamespace(config=model_config)
     stand_in.get_vision_position_ids = partial(model_class.get_vision_position_ids, stand_in)
+    (token_types,) = media_token_types(model_config, input_ids).values()
     rope_positions, _ = model_class.get_rope_index(
         stand_in,
         input_ids[None],
-        media_token_types(model_config, input_ids)["mm_token_type_ids"][None],
-        image_grid_thw=mm_inputs.get("image_grid_thw"),
+        token_types[None],
         attention_mask=attention_mask[None],
+        **{name: mm_inputs[name] for name in GRIDS & mm_inputs.keys()},
     )  # (3, 1, P)
     return torch.cat([text_positions[None], rope_positions[:, 0]])  # (4, P)
 

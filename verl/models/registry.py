@@ -3,41 +3,102 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import PretrainedConfig
+from transformers import MODEL_MAPPING, PretrainedConfig
+
+# ---- blank images: the smallest that a vision tower takes, as inputs of `get_image_features` ----
+
+
+def blank_patches(model_config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """An image of four tokens for a tower that takes patches and their grid."""
+    vision = model_config.vision_config
+    side = 2 * vision.spatial_merge_size
+    patch_size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return {"pixel_values": torch.zeros(side**2, patch_size), "image_grid_thw": torch.tensor([[1, side, side]])}
+
+
+def blank_tile(model_config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """One tile, for a tower that takes tiles of one size."""
+    size = model_config.vision_config.image_size
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return {"pixel_values": torch.zeros(1, 3, height, width)}
+
+
+def blank_sized_image(model_config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """An image of four tokens for a tower that takes images of any size and is told it."""
+    side = 2 * model_config.vision_config.patch_size * model_config.spatial_merge_size
+    return {"pixel_values": torch.zeros(1, 3, side, side), "image_sizes": torch.tensor([[side, side]])}
+
+
+# ---- families ----
 
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """What the trainer has to know of a family beyond what transformers' auto classes settle."""
+    """What the trainer has to know of a family beyond what transformers' auto classes and processors settle."""
 
     name: str
     """How messages call it."""
     model_types: tuple[str, ...]
     """The `model_type` of the configs that belong to it."""
-    has_vision_tower: bool
-    """Whether images enter through `model.model.visual`, fed with `pixel_values` and `image_grid_thw`."""
-    uses_mrope: bool
-    """Whether position ids have time, height and width beside the text position: (4, S) a row instead of (S,)."""
-    media_token_fields: tuple[str, ...]
+    media_token_fields: tuple[str, ...] = ()
     """Config fields with the placeholder ids, in the order of transformers' media types: 1 image, 2 video."""
+    blank_image: Callable[[PretrainedConfig], dict[str, torch.Tensor]] | None = None
+    """Makes an image without content, to pass the vision tower's gradient; None where there is no tower."""
+    token_types: str | None = None
+    """Name of the model input that marks media tokens; None where the model takes none."""
+    uses_mrope: bool = False
+    """Whether position ids have time, height and width beside the text position: (4, S) a row instead of (S,)."""
+    counts_by_size: bool = False
+    """Whether the image processor tells from an image's size how many patches it has, none of which it drops."""
+    takes_videos: bool = False
+    """Whether prompts may hold videos."""
+    marks_each_frame: bool = False
+    """Whether a video's tokens have a time and a pair of marks for each frame, in place of the template's one pair."""
+    attends_both_ways: bool = False
+    """Whether tokens of an image see later ones, which takes attention that reads a mask: FlashAttention does not."""
+    in_vllm: bool = True
+    """Whether vLLM computes it as transformers does."""
     transposed_weights: tuple[str, ...] = ()
     """Ends of the names of weights whose last two dimensions transformers holds swapped against checkpoints."""
 
+    @property
+    def has_vision_tower(self) -> bool:
+        """Whether images enter the model, through `model.model.get_image_features`."""
+        return self.blank_image is not None
 
-QWEN_MEDIA = ("image_token_id", "video_token_id")
+
 FUSED_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
+QWEN = {
+    "media_token_fields": ("image_token_id", "video_token_id"),
+    "blank_image": blank_patches,
+    "token_types": "mm_token_type_ids",
+    "uses_mrope": True,
+    "counts_by_size": True,
+    "takes_videos": True,
+}
+QWEN3 = {**QWEN, "marks_each_frame": True}
+GLM = {**QWEN, "takes_videos": False}
+TILES = {"media_token_fields": ("image_token_id",), "blank_image": blank_tile}
+
 MODEL_FAMILIES = (
-    ModelFamily("Qwen2-VL", ("qwen2_vl",), True, True, QWEN_MEDIA),
-    ModelFamily("Qwen2.5-VL", ("qwen2_5_vl",), True, True, QWEN_MEDIA),
-    ModelFamily("Qwen3-VL", ("qwen3_vl",), True, True, QWEN_MEDIA),
-    ModelFamily("Qwen3-VL-MoE", ("qwen3_vl_moe",), True, True, QWEN_MEDIA, FUSED_EXPERTS),
+    ModelFamily("Qwen2-VL", ("qwen2_vl",), **QWEN),
+    ModelFamily("Qwen2.5-VL", ("qwen2_5_vl",), **QWEN),
+    ModelFamily("Qwen3-VL", ("qwen3_vl",), **QWEN3),
+    ModelFamily("Qwen3-VL-MoE", ("qwen3_vl_moe",), **QWEN3, transposed_weights=FUSED_EXPERTS),
+    ModelFamily("Qwen3.5", ("qwen3_5", "qwen3_5_moe"), **QWEN3),
+    ModelFamily("GLM-4V", ("glm4v", "glm4v_moe"), **GLM),
+    ModelFamily("LLaVA", ("llava",), **TILES),
+    ModelFamily("InternVL", ("internvl",), **TILES),
+    ModelFamily("Gemma 3", ("gemma3",), **TILES, token_types="token_type_ids", attends_both_ways=True),
+    ModelFamily("Mistral 3", ("mistral3",), ("image_token_id",), blank_sized_image),
 )
 
-PLAIN_TEXT = ModelFamily("plain text", (), False, False, ())
+PLAIN_TEXT = ModelFamily("plain text", ())
 """Every causal language model without other inputs, whatever its type."""
 
 
@@ -59,6 +120,16 @@ def family_of(model_config: PretrainedConfig) -> ModelFamily:
     return PLAIN_TEXT
 
 
+def packs(model_config: PretrainedConfig) -> bool:
+    """Whether sequences may go end to end in one row, told apart by their borders in attention alone.
+
+    Not where a layer carries a state along the row, nor where an image's tokens see each other; nor for a model whose
+    code is not transformers' own, of which neither is known.
+    """
+    model_class = MODEL_MAPPING.get(type(model_config), None)
+    return model_class is not None and not model_class._is_stateful and not family_of(model_config).attends_both_ways
+
+
 def media_token_ids(model_config: PretrainedConfig) -> list[int]:
     """Return the ids that stand for image and video content in a prompt.
 
@@ -68,13 +139,14 @@ def media_token_ids(model_config: PretrainedConfig) -> list[int]:
 
 
 def media_token_types(model_config: PretrainedConfig, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the model input that marks media tokens: {"mm_token_type_ids": 0 text, 1 image, 2 video}.
+    """Return the model input that marks media tokens, by the name the model has for it: 0 text, 1 image, 2 video.
 
-    Same shape as `input_ids`, int64; an empty dict for text models, which do not take it.
+    Same shape as `input_ids`, int64; an empty dict for models that take none.
     """
-    if not family_of(model_config).media_token_fields:
+    name = family_of(model_config).token_types
+    if name is None:
         return {}
     token_types = torch.zeros_like(input_ids)
     for media_type, token_id in enumerate(media_token_ids(model_config), start=1):
         token_types[input_ids == token_id] = media_type
-    return {"mm_token_type_ids": token_types}
+    return {name: token_types}

@@ -7,6 +7,7 @@ N sequences, S tokens, H hidden size.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,14 +37,19 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, logits_to_keep: int = 0, **inputs: torch.Tensor) -> TokenClassifierOutput:
-        """The value at each position, as `logits` (N, logits_to_keep, 1) float32; of all S positions if that is 0.
+    def get_decoder(self) -> nn.Module:
+        """The language model, as `PreTrainedModel` gives it under this name."""
+        return self.model.get_decoder()
+
+    def forward(self, logits_to_keep: int | torch.Tensor = 0, **inputs: Any) -> TokenClassifierOutput:
+        """The value at each position to keep, k of them, as `logits` (N, k, 1) float32.
 
         Args:
-            logits_to_keep: how many of the last positions to give a value.
+            logits_to_keep: how many of the last positions to give a value, 0 for all; or which, (k,).
             inputs: of the backbone.
         """
-        hidden_states = self.model(**inputs).last_hidden_state[:, -logits_to_keep:]  # (N, logits_to_keep, H)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden_states = self.model(**inputs).last_hidden_state[:, kept]  # (N, k, H)
         # In float32 also under mixed precision: bf16 would round values around 1 to steps of 0.004, and what the
         # estimator looks at are differences of neighbours.
         weight, bias = self.value_head.weight.float(), self.value_head.bias.float()

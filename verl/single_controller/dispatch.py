@@ -55,11 +55,17 @@ DP_COMPUTE_METRIC = Dispatch(split=_chunk_batches, gather=_first)
 """Every worker gets its rows of the batch; all return the same reduced numbers, of which the caller gets one copy."""
 
 
-def register(dispatch: Dispatch) -> Callable[[Callable], Callable]:
-    """Marks a worker method as callable on the whole group, driven as `dispatch` says."""
+def register(dispatch: Dispatch, shared_by: str | None = None) -> Callable[[Callable], Callable]:
+    """Marks a worker method as callable on the whole group, driven as `dispatch` says.
+
+    Args:
+        shared_by: name, among the group's `shares`, of how many neighbouring ranks get the same part and give the same
+            answer; None for parts of each rank's own.
+    """
 
     def mark(method: Callable) -> Callable:
         method.dispatch = dispatch
+        method.shared_by = shared_by
         return method
 
     return mark

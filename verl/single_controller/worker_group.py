@@ -3,7 +3,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -11,11 +11,15 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.single_controller.dispatch import Dispatch
+from verl.single_controller.lost_processes import PROCESS_LOST, Node, run_ended_by
 from verl.single_controller.worker import Worker
 
 logger = logging.getLogger(__name__)
 
 PLACEMENT_TIMEOUT_SECONDS = 300
+
+SETTLE_SECONDS = 5
+"""A rank whose peer died fails in their collective about two seconds before Ray says who died."""
 
 
 def detect_device() -> str:
@@ -35,23 +39,32 @@ class WorkerGroup:
         worker_class: a subclass of `Worker`.
         num_nodes, workers_per_node: their product is the number of workers; rank = node * workers_per_node + local.
         device: "cuda" gives each worker one GPU, "cpu" none.
+        shares: how many neighbouring ranks share the parts of the methods that name it; 1 for names that are missing.
         **worker_kwargs: passed on to the class beside `rank, world_size, local_rank, device`.
 
     Raises:
         ValueError: the Ray cluster has fewer GPUs or CPUs than asked for.
 
-    Its methods raise what a worker raised, or Ray's `ActorDiedError` where its process died.
+    Its methods raise what a worker raised, or, where a worker's process or its node is gone, a RuntimeError that names
+    ranks and node.
     """
 
     def __init__(
-        self, worker_class: type[Worker], num_nodes: int, workers_per_node: int, device: str, **worker_kwargs: Any
+        self,
+        worker_class: type[Worker],
+        num_nodes: int,
+        workers_per_node: int,
+        device: str,
+        shares: Mapping[str, int] | None = None,
+        **worker_kwargs: Any,
     ) -> None:
         self.world_size = num_nodes * workers_per_node
         _check_resources(num_nodes, workers_per_node, device)
         self._placement_groups = _reserve_nodes(num_nodes, workers_per_node, device)
+        self._node_of_rank = [_node_of(group) for group in self._placement_groups for _ in range(workers_per_node)]
         self._workers = self._start(worker_class, workers_per_node, device, worker_kwargs)
         for name, method in _driven_methods(worker_class).items():
-            setattr(self, name, self._drive(name, method.dispatch))
+            setattr(self, name, self._drive(name, method.dispatch, (shares or {}).get(method.shared_by, 1)))
         self._join_process_group()
 
     def _start(
@@ -79,16 +92,17 @@ class WorkerGroup:
         address, port = self._gather([self._workers[0].free_address.remote()])[0]
         self._gather([worker.join_process_group.remote(address, port) for worker in self._workers])
 
-    def _drive(self, name: str, dispatch: Dispatch) -> Callable:
+    def _drive(self, name: str, dispatch: Dispatch, ranks_per_part: int) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
             if not self.alive:
                 raise RuntimeError(f"{name} was called on workers that were shut down, after a failure or at the end")
-            by_rank = dispatch.split(self.world_size, args, kwargs)
+            parts = dispatch.split(self.world_size // ranks_per_part, args, kwargs)
+            by_rank = [part for part in parts for _ in range(ranks_per_part)]
             answers = [
                 getattr(worker, name).remote(*worker_args, **worker_kwargs)
                 for worker, (worker_args, worker_kwargs) in zip(self._workers, by_rank, strict=True)
             ]
-            return dispatch.gather(self._gather(answers))
+            return dispatch.gather(self._gather(answers)[::ranks_per_part])
 
         return call
 
@@ -98,7 +112,7 @@ class WorkerGroup:
         return bool(self._workers)
 
     def _gather(self, references: list[ray.ObjectRef]) -> list[Any]:
-        """The answers in the order of `references`; raises at the first failure, whichever rank it is."""
+        """The answers in the order of `references`, one a rank; raises at the first failure, whichever rank it is."""
         answers: dict[ray.ObjectRef, Any] = {}
         pending = references
         try:
@@ -108,8 +122,12 @@ class WorkerGroup:
                 answers[ready] = ray.get(ready)
             return [answers[reference] for reference in references]
         except Exception:
+            lost = _lost_ranks(references)
             self.shutdown()
-            raise
+            if not lost:
+                raise
+            places = {f"rank {rank}": node for rank, node in enumerate(self._node_of_rank)}
+            raise run_ended_by(lost, places) from next(iter(lost.values()))
 
     def shutdown(self) -> None:
         """Kills every worker and gives its device back. Safe to call twice."""
@@ -149,10 +167,30 @@ def _reserve_nodes(num_nodes: int, workers_per_node: int, device: str) -> list[P
             f"(trainer.n_gpus_per_node={workers_per_node}, trainer.nnodes={num_nodes}) after "
             f"{PLACEMENT_TIMEOUT_SECONDS} s; `ray status` shows what holds them"
         )
-    return sorted(groups, key=_node_address)
+    return sorted(groups, key=_node_of)
 
 
-def _node_address(group: PlacementGroup) -> tuple[str, str]:
+def _node_of(group: PlacementGroup) -> Node:
     node_id = ray.util.placement_group_table(group)["bundles_to_node_id"][0]
     address = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
-    return address, node_id
+    return Node(address, node_id)
+
+
+def _lost_ranks(references: list[ray.ObjectRef]) -> dict[str, Exception]:
+    """The ranks whose processes are gone, after a failure that may be theirs or may follow from it."""
+    settled, _ = ray.wait(references, num_returns=len(references), timeout=SETTLE_SECONDS)
+    errors = {f"rank {rank}": _error_of(answer) for rank, answer in enumerate(references) if answer in settled}
+    return {
+        name: error
+        for name, error in errors.items()
+        # What a worker's constructor raised is its own Python error.
+        if isinstance(error, PROCESS_LOST) and not getattr(error, "actor_init_failed", False)
+    }
+
+
+def _error_of(reference: ray.ObjectRef) -> Exception | None:
+    try:
+        ray.get(reference)
+    except Exception as error:  # noqa: BLE001  whatever a worker raises
+        return error
+    return None

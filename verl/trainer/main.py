@@ -15,7 +15,6 @@ from verl.trainer.config import (
     load_config,
     require_available,
     require_registered,
-    speed_notes,
 )
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.tracking import Tracker, require_loggers
@@ -113,9 +112,6 @@ def _train(config: PPOConfig, plan: BatchPlan) -> None:
         logger.info(line)
     for note in effect_notes(config):
         logger.warning(note)
-    switches = speed_notes(config)
-    if switches:
-        logger.warning("without effect in this version, results are the same: %s", ", ".join(switches))
 
     model, trainer_config = config.worker.actor.model, config.trainer
     source = (model.tokenizer_path, config.data.override_chat_template)

@@ -26,6 +26,7 @@ from verl.algorithms.policy_loss import POLICY_LOSSES
 from verl.data.loader import PromptLoader
 from verl.data.vision import MediaHandle
 from verl.protocol import DataProto, pad_dataproto_to_divisor, unpad_dataproto
+from verl.single_controller.lost_processes import PROCESS_LOST, node_of, run_ended_by
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.config import PPOConfig
 from verl.trainer.metrics import (
@@ -107,6 +108,7 @@ class RayDAPOTrainer:
         self.validator = Validator(val_loader, self._generate_for_validation, self._score_now, tokenizer)
         self.workers: WorkerGroup | None = None
         self.reward_actor: ray.actor.ActorHandle | None = None
+        self._reward_node: ray.ObjectRef | None = None
         self.global_step = 0
         self.kl_coef = config.algorithm.kl_coef
         self.best_step: int | None = None
@@ -129,6 +131,7 @@ class RayDAPOTrainer:
             num_nodes=self.config.trainer.nnodes,
             workers_per_node=self.config.trainer.n_gpus_per_node,
             device=self.device,
+            shares={"actor": self.config.worker.actor.ulysses_size, "critic": self.config.worker.critic.ulysses_size},
             config=self.config,
             plan=self.plan,
             policy_loss=POLICY_LOSSES[self.config.worker.actor.loss_type],
@@ -136,6 +139,7 @@ class RayDAPOTrainer:
         )
         reward_class = ray.remote(num_cpus=self.config.worker.reward.num_cpus)(AutoRewardManager)
         self.reward_actor = reward_class.remote(self.reward_manager.config, self.reward_manager.tokenizer)
+        self._reward_node = node_of(self.reward_actor)
         self.tracker.phase("load")
         self.workers.init_model()
 
@@ -413,9 +417,9 @@ class RayDAPOTrainer:
     # ---- prompts and responses ----
 
     def _prompts_from(self, features: dict[str, Any]) -> DataProto:
-        """One loader batch as the workers take it: every prompt named, every image put in the store once."""
+        """One loader batch as the workers take it: every prompt named, every medium put in the store once."""
         handles = [
-            None if media is None else [MediaHandle.put(image) for image in media["images"]]
+            None if media is None else [MediaHandle.put(medium) for medium in (*media["images"], *media["videos"])]
             for media in features["multi_modal_data"]
         ]
         uids = [str(uuid.uuid4()) for _ in handles]
@@ -472,7 +476,7 @@ class RayDAPOTrainer:
         greedy = replace(Sampling.for_training(self.config.worker.rollout), n=1, temperature=0.0)
         responses = self._generate(self._prompts_of(batch), greedy, seed_parts=(TRAIN, record.step))
         with record.timed("reward"):
-            scored = ray.get(self._send_to_reward(responses))
+            scored = self._answer_of_reward(self._send_to_reward(responses))
         scores = scored.batch["token_level_scores"].sum(dim=-1)  # (B,)
         batch.batch["reward_baselines"] = scores.repeat_interleave(self.plan.responses_per_prompt)
 
@@ -510,15 +514,27 @@ class RayDAPOTrainer:
         are dropped too, as in EasyR1. The time recorded is the wait that nothing else hid.
         """
         with record.timed("reward"):
-            batch = batch.union(ray.get(rewards))
+            batch = batch.union(self._answer_of_reward(rewards))
         numbers = _without_token_weights(values_by_key(batch.non_tensor_batch["reward_results"]))
         record.average({f"reward/{key}": values for key, values in numbers.items()})
         return batch
 
     def _score_now(self, batch: DataProto) -> tuple[list[float], dict[str, list[float]]]:
         inputs = self._reward_inputs(batch, split="val")
-        scores, reward_values = ray.get(self.reward_actor.compute_reward.remote(inputs))
+        scores, reward_values = self._answer_of_reward(self.reward_actor.compute_reward.remote(inputs))
         return scores.sum(dim=1).tolist(), _without_token_weights(reward_values)
+
+    def _answer_of_reward(self, reference: ray.ObjectRef) -> Any:
+        """What the reward actor answers.
+
+        Raises:
+            RuntimeError: its process or its node is gone.
+        """
+        try:
+            return ray.get(reference)
+        except PROCESS_LOST as error:
+            name = "the reward function's process"
+            raise run_ended_by({name: error}, {name: ray.get(self._reward_node)}) from error
 
     def _reward_inputs(self, batch: DataProto, split: str) -> DataProto:
         inputs = batch.select(

@@ -151,13 +151,12 @@ class BatchPlan:
         critic = None
         if config.algorithm.needs_critic:
             critic = ModelPlan.from_config("worker.critic", worker.critic, *sizes)
+        teams = {f"{key}.ulysses_size": model.ulysses_size for key, model in config.trained_models.items()}
         if rollout.name == "vllm":
-            parallel = f"worker.rollout.tensor_parallel_size={rollout.tensor_parallel_size}"
-            key = "trainer.nnodes x trainer.n_gpus_per_node"
-            _require_multiple(key, world_size, rollout.tensor_parallel_size, parallel)
-        sharded = config.trained_models
-        if not config.algorithm.disable_kl:
-            sharded = sharded | {"worker.ref": worker.ref}
+            teams["worker.rollout.tensor_parallel_size"] = rollout.tensor_parallel_size
+        for key, size in teams.items():
+            _require_multiple("trainer.nnodes x trainer.n_gpus_per_node", world_size, size, f"{key}={size}")
+        sharded = config.trained_models | ({"worker.ref": worker.ref} if config.needs_reference_model else {})
         for name, model in sharded.items():
             size = model.fsdp.fsdp_size
             if 0 < size < world_size:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model's logits say of given tokens, in float32, without a float32 copy of all the logits.
+"""What a model says of given tokens, in float32, without its logits ever standing there whole.
 
-Log-probabilities, the entropy of the distribution, and its KL from another model's. A few hundred positions of a row
-are upcast at a time, forward and backward: at a vocabulary of 152k the float32 logits of one long response, and their
-softmax, would be the largest tensors of a training step.
+Log-probabilities, the entropy of the distribution, and its KL from another model's. A few hundred positions at a time
+are multiplied with the model's output head and upcast, in the forward pass and again in the backward pass: at a
+vocabulary of 152k the logits of the responses of one micro-batch, and their softmax, would be the largest tensors of a
+training step.
 
-N sequences, R response length, V vocabulary, T positions of a piece.
+L positions, V vocabulary, H hidden size, T positions of a piece. Shapes (...) are of any number of dimensions.
 """
 
 from __future__ import annotations
@@ -14,87 +15,134 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import linear
 
-POSITIONS_AT_ONCE = 256  # at a vocabulary of 152k this is 156 MB a temporary, of which up to four live at once
+POSITIONS_AT_ONCE = 512  # at a vocabulary of 152k this is 311 MB a temporary, of which up to four live at once
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """Logits that have not been made: hidden states, and the linear head that makes logits of them."""
+
+    hidden_states: torch.Tensor
+    """(..., H)."""
+    weight: torch.Tensor
+    """(V, H)."""
+    bias: torch.Tensor | None = None
+    """(V,)."""
 
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What the logits say of each position; all (N, R) float32, in nats."""
+    """What a model says of each position; all of the labels' shape, float32, in nats."""
 
     log_probs: torch.Tensor
-    """Log-probability of the label; differentiable once in the logits."""
-    entropy: torch.Tensor
+    """Log-probability of the label; differentiable once in the logits, or in what they are made of."""
+    entropy: torch.Tensor | None
     """Entropy of the distribution; without gradient."""
     kl: torch.Tensor | None
-    """KL(policy || reference) of the whole distributions; differentiable once in the policy's logits."""
+    """KL(policy || reference) of the whole distributions; differentiable once, as the log-probability is."""
 
 
 def log_probs_from_logits(
-    logits: torch.Tensor,
+    logits: torch.Tensor | HeadInputs,
     labels: torch.Tensor,
     temperature: float = 1.0,
     suppressed_token_ids: Sequence[int] = (),
 ) -> torch.Tensor:
     """Log-probability of each label under the distribution that the sampler drew from.
 
-    logits: (N, R, V), any floating type. Position t predicts label t.
-    labels: (N, R) int64. A suppressed id as label gets about -3.4e38.
+    logits: (..., V), any floating type, or what makes them.
+    labels: (...) int64. A suppressed id as label gets about -3.4e38.
     temperature: the sampler's; logits are divided by it.
     suppressed_token_ids: ids the sampler never draws; they take no share of the probability here either.
 
-    Returns (N, R) float32, differentiable once in `logits`.
+    Returns (...) float32, differentiable once in `logits`.
     """
-    suppressed = torch.tensor(list(suppressed_token_ids), dtype=torch.int64, device=logits.device)
-    log_probs, _, _ = _Statistics.apply(logits, None, labels, temperature, suppressed, False)
-    return log_probs
+    return _statistics(logits, labels, temperature, suppressed_token_ids, None, with_entropy=False).log_probs
 
 
 def token_statistics(
-    logits: torch.Tensor,
+    logits: torch.Tensor | HeadInputs,
     labels: torch.Tensor,
     temperature: float = 1.0,
     suppressed_token_ids: Sequence[int] = (),
-    ref_logits: torch.Tensor | None = None,
+    ref_logits: torch.Tensor | HeadInputs | None = None,
 ) -> TokenStatistics:
     """`log_probs_from_logits`, and from the same pass the entropy and the KL from a reference.
 
     Both are those of the distribution that the sampler drew from, at its temperature and without the suppressed ids;
     the reference is taken at the same temperature and without the same ids.
 
-    ref_logits: (N, R, V), any floating type, without gradient; None for no KL.
+    ref_logits: as `logits`, without gradient; None for no KL.
     """
-    suppressed = torch.tensor(list(suppressed_token_ids), dtype=torch.int64, device=logits.device)
-    return TokenStatistics(*_Statistics.apply(logits, ref_logits, labels, temperature, suppressed, True))
+    return _statistics(logits, labels, temperature, suppressed_token_ids, ref_logits, with_entropy=True)
+
+
+def _statistics(
+    logits: torch.Tensor | HeadInputs,
+    labels: torch.Tensor,
+    temperature: float,
+    suppressed_token_ids: Sequence[int],
+    ref_logits: torch.Tensor | HeadInputs | None,
+    with_entropy: bool,
+) -> TokenStatistics:
+    suppressed = torch.tensor(list(suppressed_token_ids), dtype=torch.int64, device=labels.device)
+    flat = _Statistics.apply(
+        *_factors(logits), *_factors(ref_logits), labels.flatten(), temperature, suppressed, with_entropy
+    )
+    return TokenStatistics(*(None if values is None else values.view(labels.shape) for values in flat))
+
+
+def _factors(
+    logits: torch.Tensor | HeadInputs | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(L, V) logits without a head, or (L, H) hidden states with its weight and bias."""
+    if isinstance(logits, HeadInputs):
+        return logits.hidden_states.flatten(0, -2), logits.weight, logits.bias
+    return None if logits is None else logits.flatten(0, -2), None, None
 
 
 class _Statistics(torch.autograd.Function):
-    """Keeps the logits as they came and one number a token; the backward pass makes the softmax again, by pieces."""
+    """Keeps what came and one number a token; the backward pass makes logits and softmax again, by pieces.
+
+    Its inputs are flat: states (L, V) or (L, H), labels (L,).
+
+    Libraries have kernels for parts of this. torch's `linear_cross_entropy` and the cross entropies of Liger and of
+    Cut Cross-Entropy fuse the head with the label's log-probability, but give no entropy and no KL, for which the head
+    would have to be multiplied again; Liger's takes gradients in the forward pass, before the tokens' weights are
+    known; the last two need a GPU. FlashAttention's cross entropy starts from whole logits.
+    """
 
     @staticmethod
-    def forward(ctx, logits, ref_logits, labels, temperature, suppressed, with_entropy):
-        log_probs = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)  # (N, R)
-        log_normalizers = torch.empty_like(log_probs)  # (N, R)
-        entropy = torch.empty_like(log_probs) if with_entropy else None  # (N, R)
+    def forward(
+        ctx, states, weight, bias, ref_states, ref_weight, ref_bias, labels, temperature, suppressed, with_entropy
+    ):
+        log_probs = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)  # (L,)
+        log_normalizers = torch.empty_like(log_probs)  # (L,)
+        entropy = torch.empty_like(log_probs) if with_entropy else None  # (L,)
         kl, ref_log_normalizers = None, None
-        if ref_logits is not None:
-            kl, ref_log_normalizers = torch.empty_like(log_probs), torch.empty_like(log_probs)  # (N, R)
+        if ref_states is not None:
+            kl, ref_log_normalizers = torch.empty_like(log_probs), torch.empty_like(log_probs)  # (L,)
 
         for at in _pieces(labels):
-            scaled = _scale(logits[at], temperature, suppressed)  # (T, V)
+            scaled = _scaled_logits(states[at], weight, bias, temperature, suppressed)  # (T, V)
             log_normalizers[at] = scaled.logsumexp(-1)
             log_probs[at] = scaled.gather(-1, labels[at].unsqueeze(-1)).squeeze(-1) - log_normalizers[at]
             if not with_entropy:
                 continue
             scaled.sub_(log_normalizers[at].unsqueeze(-1))
             probs = scaled.exp()  # (T, V)
-            if ref_logits is not None:
-                ref_scaled = _scale(ref_logits[at], temperature, suppressed)  # (T, V)
+            if ref_states is not None:
+                ref_scaled = _scaled_logits(ref_states[at], ref_weight, ref_bias, temperature, suppressed)  # (T, V)
                 ref_log_normalizers[at] = ref_scaled.logsumexp(-1)
                 kl[at] = _log_ratio(scaled, ref_scaled, ref_log_normalizers[at], suppressed).mul_(probs).sum(-1)
             entropy[at] = torch.special.entr(probs).sum(-1)
 
-        ctx.save_for_backward(logits, ref_logits, labels, log_normalizers, ref_log_normalizers, kl, suppressed)
+        ctx.save_for_backward(
+            states, weight, bias, ref_states, ref_weight, ref_bias, labels, log_normalizers, ref_log_normalizers, kl,
+            suppressed,
+        )  # fmt: skip
         ctx.temperature = temperature
         if entropy is not None:
             ctx.mark_non_differentiable(entropy)
@@ -103,37 +151,66 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_log_probs, _, grad_kl):
-        logits, ref_logits, labels, log_normalizers, ref_log_normalizers, kl, suppressed = ctx.saved_tensors
-        grad_logits = torch.empty_like(logits)  # (N, R, V)
+        states, weight, bias, *reference, labels, log_normalizers, ref_log_normalizers, kl, suppressed = (
+            ctx.saved_tensors
+        )
+        ref_states, ref_weight, ref_bias = reference
+        grad_states = torch.empty_like(states)  # (L, V) or (L, H)
+        # Pieces are added up in float32: a bf16 sum of many would lose the small ones.
+        grad_weight, grad_bias = (
+            torch.zeros_like(tensor, dtype=torch.float32) if needed else None
+            for tensor, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
+        )
         for at in _pieces(labels):
             # d log p(label) / d logit(v) = (1[v = label] - p(v)) / temperature
             upstream = grad_log_probs[at].unsqueeze(-1) / ctx.temperature  # (T, 1)
-            log_p = _scale(logits[at], ctx.temperature, suppressed)  # (T, V)
+            log_p = _scaled_logits(states[at], weight, bias, ctx.temperature, suppressed)  # (T, V)
             log_p.sub_(log_normalizers[at].unsqueeze(-1))
-            if ref_logits is None:
+            if ref_states is None:
                 piece_grad = log_p.exp_().mul_(-upstream)
             else:
                 # d KL / d logit(v) = p(v) (log p(v) - log q(v) - KL) / temperature
-                ref_scaled = _scale(ref_logits[at], ctx.temperature, suppressed)  # (T, V)
+                ref_scaled = _scaled_logits(ref_states[at], ref_weight, ref_bias, ctx.temperature, suppressed)
                 piece_grad = _log_ratio(log_p, ref_scaled, ref_log_normalizers[at], suppressed)
                 piece_grad.sub_(kl[at].unsqueeze(-1)).mul_(grad_kl[at].unsqueeze(-1) / ctx.temperature)
                 piece_grad.sub_(upstream).mul_(log_p.exp_())
             piece_grad.scatter_add_(-1, labels[at].unsqueeze(-1), upstream)
-            grad_logits[at] = piece_grad.index_fill_(-1, suppressed, 0.0)
-        return grad_logits, None, None, None, None, None
+            piece_grad.index_fill_(-1, suppressed, 0.0)  # (T, V)
+            if weight is None:
+                grad_states[at] = piece_grad
+                continue
+            if grad_bias is not None:
+                grad_bias += piece_grad.sum(0)
+            piece_grad = piece_grad.to(weight.dtype)
+            grad_states[at] = piece_grad @ weight
+            if grad_weight is not None:
+                grad_weight += piece_grad.T @ states[at]
+        of_head = (
+            None if grad is None else grad.to(tensor.dtype)
+            for grad, tensor in ((grad_weight, weight), (grad_bias, bias))
+        )
+        return grad_states, *of_head, *[None] * 7
 
 
-def _pieces(labels: torch.Tensor) -> Iterator[tuple[int, slice]]:
-    """Indices of a row and of at most `POSITIONS_AT_ONCE` positions in it, which together cover `labels` (N, R)."""
-    num_rows, length = labels.shape
-    for row in range(num_rows):
-        for start in range(0, length, POSITIONS_AT_ONCE):
-            yield row, slice(start, start + POSITIONS_AT_ONCE)
+def _pieces(labels: torch.Tensor) -> Iterator[slice]:
+    """At most `POSITIONS_AT_ONCE` positions each, which together cover `labels` (L,)."""
+    for start in range(0, len(labels), POSITIONS_AT_ONCE):
+        yield slice(start, start + POSITIONS_AT_ONCE)
 
 
-def _scale(logits: torch.Tensor, temperature: float, suppressed: torch.Tensor) -> torch.Tensor:
-    scaled = logits.to(torch.float32, copy=True).div_(temperature)  # a tensor that the callers may write into
-    return scaled.index_fill_(-1, suppressed, torch.finfo(torch.float32).min)
+def _scaled_logits(
+    states: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    temperature: float,
+    suppressed: torch.Tensor,
+) -> torch.Tensor:
+    """(T, V) float32, over the temperature: a tensor of its own, that the callers may write into."""
+    if weight is None:
+        scaled = states.to(torch.float32, copy=True)
+    else:
+        scaled = linear(states, weight, bias).to(torch.float32)
+    return scaled.div_(temperature).index_fill_(-1, suppressed, torch.finfo(torch.float32).min)
 
 
 def _log_ratio(

@@ -97,14 +97,20 @@ def seqlen_metrics(lengths: Sequence[int], order: Sequence[int], num_ranks: int)
     }
 
 
-def prepare_dynamic_batch(data: DataProto, max_token_len: int) -> tuple[list[DataProto], list[list[int]]]:
-    """Split a rank's rows into as few micro-batches as hold at most `max_token_len` real tokens each.
+def prepare_dynamic_batch(
+    data: DataProto, max_token_len: int, packed: bool = True
+) -> tuple[list[DataProto], list[list[int]]]:
+    """Split a rank's rows into few micro-batches of at most `max_token_len` tokens each.
 
     Every rank makes the same number of them, as collectives in the forward pass demand: where torch.distributed is
     initialised this is a collective call, and ranks with less to do split further. The heaviest micro-batch comes
     first, which pairs heavy ones across ranks and meets an out-of-memory error at once.
 
-    data: `attention_mask` (N, S) is read. Returns the micro-batches and, for each, the row indices it took.
+    data: `attention_mask` (N, S) is read, and of rows that are not packed `response_mask` (N, R).
+    packed: rows lie end to end, so that only their real tokens count; else side by side, where the padding that they
+        need beside each other counts too, and rows of like length go together.
+
+    Returns the micro-batches and, for each, the row indices it took.
     Raises ValueError when one row alone is longer than `max_token_len`.
     """
     attention_mask = data.batch["attention_mask"]
@@ -115,12 +121,13 @@ def prepare_dynamic_batch(data: DataProto, max_token_len: int) -> tuple[list[Dat
             "raise the micro-batch size or lower data.max_prompt_length or data.max_response_length"
         )
 
-    num_parts = -(-sum(lengths) // max_token_len)
-    index_lists = partition_evenly(lengths, num_parts, equal_count=False)
-    while _tokens(lengths, index_lists[0]) > max_token_len:
-        num_parts += 1
-        index_lists = partition_evenly(lengths, num_parts, equal_count=False)
+    if packed:
+        index_lists = _fill_packed(lengths, max_token_len)
+    else:
+        responses = data.batch["response_mask"].sum(-1).tolist()
+        index_lists = _fill_padded(lengths, responses, max_token_len)
 
+    num_parts = len(index_lists)
     if dist.is_initialized():
         most_parts = torch.tensor(num_parts, device=attention_mask.device)
         dist.all_reduce(most_parts, op=dist.ReduceOp.MAX)
@@ -133,6 +140,30 @@ def prepare_dynamic_batch(data: DataProto, max_token_len: int) -> tuple[list[Dat
         index_lists += [[heaviest[place] for place in half] for half in halves]
     index_lists.sort(key=lambda rows: -_tokens(lengths, rows))
     return [data[rows] for rows in index_lists], index_lists
+
+
+def _fill_packed(lengths: Sequence[int], max_token_len: int) -> list[list[int]]:
+    num_parts = -(-sum(lengths) // max_token_len)
+    index_lists = partition_evenly(lengths, num_parts, equal_count=False)
+    while _tokens(lengths, index_lists[0]) > max_token_len:
+        num_parts += 1
+        index_lists = partition_evenly(lengths, num_parts, equal_count=False)
+    return index_lists
+
+
+def _fill_padded(lengths: Sequence[int], responses: Sequence[int], max_token_len: int) -> list[list[int]]:
+    """Rows from the longest on; a new part begins where the next row, or what it adds to the width, is too much."""
+    index_lists: list[list[int]] = []
+    longest_prompt = longest_response = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        longest_prompt = max(longest_prompt, lengths[row] - responses[row])
+        longest_response = max(longest_response, responses[row])
+        if index_lists and (longest_prompt + longest_response) * (len(index_lists[-1]) + 1) <= max_token_len:
+            index_lists[-1].append(row)
+        else:
+            index_lists.append([row])
+            longest_prompt, longest_response = lengths[row] - responses[row], responses[row]
+    return index_lists
 
 
 def restore_dynamic_batch(tensor: torch.Tensor, index_lists: Sequence[Sequence[int]]) -> torch.Tensor:

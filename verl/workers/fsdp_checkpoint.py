@@ -4,17 +4,25 @@
 `model_*` holds the state dict under Hugging Face names: DTensor shards, or plain tensors at world size 1. `optim_*`
 holds the optimizer's state dict by parameter name, `extra_state_*` the schedule and the random number states. The
 folder `huggingface/` beside them holds what says which model this is, so that a merger needs nothing else.
+
+Of a model with low-rank adapters the files hold what trains, the adapters: the weights under them are those of
+`model_path`. The folder `lora_adapter/` holds the adapters once more, whole and in peft's own format.
 """
 
+import logging
 import random
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from peft import LoraConfig
+from peft.functional import get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -25,7 +33,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from verl.models.trainable import ADAPTER, adapter_config
 from verl.utils.checkpoint import extra_state_file, model_file, optim_file
+
+logger = logging.getLogger(__name__)
 
 
 class SavesPretrained(Protocol):
@@ -56,8 +67,14 @@ class FSDPCheckpoint:
         self.described_by = described_by
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        # A full state dict is what a single rank holds anyway: its files are then plain tensors, as EasyR1's are.
-        self.options = StateDictOptions(full_state_dict=self.world_size == 1, cpu_offload=True)
+        self.adapters = adapter_config(model)
+        self.options = StateDictOptions(
+            # It is what a single rank holds anyway: its files are then plain tensors, as EasyR1's are.
+            full_state_dict=self.world_size == 1,
+            cpu_offload=True,
+            ignore_frozen_params=self.adapters is not None,
+            strict=self.adapters is None,
+        )
 
     def save(self, folder: str, model_only: bool) -> None:
         """Writes this rank's files; returns when every rank has written.
@@ -77,6 +94,8 @@ class FSDPCheckpoint:
             torch.save(self._optimizer_state(), root / self._name(optim_file))
             extra_state = {"lr_scheduler": self.scheduler.state_dict(), "rng": _random_states()}
             torch.save(extra_state, root / self._name(extra_state_file))
+        if self.adapters is not None:
+            self._save_adapters(root / "lora_adapter")
         if self.rank == 0:
             for description in self.described_by:
                 description.save_pretrained(root / "huggingface")
@@ -90,7 +109,7 @@ class FSDPCheckpoint:
 
         Raises:
             ValueError: there is no such folder, or it has no file for this rank and world size, or it was sharded over
-                groups of another size.
+                groups of another size, or it is of another model or of other adapters than this run's.
         """
         root = Path(folder)
         if not root.is_dir():
@@ -107,6 +126,7 @@ class FSDPCheckpoint:
             )
         # weights_only=False: shards are DTensors and carry their mesh; the files are the user's own checkpoints.
         model_state = torch.load(model_path, map_location="cpu", weights_only=False)
+        self._require_same_model(model_path, model_state)
         saved_size, size = _sharding_group_size(model_state), _sharding_group_size(self.model.state_dict())
         if saved_size != size:
             raise ValueError(
@@ -120,6 +140,42 @@ class FSDPCheckpoint:
         extra_state = torch.load(root / self._name(extra_state_file), map_location="cpu", weights_only=False)
         self._restore_optimizer(optimizer_state, extra_state["lr_scheduler"])
         _restore_random_states(extra_state["rng"])
+
+    def _save_adapters(self, folder: Path) -> None:
+        """For `PeftModel.from_pretrained` and all that reads its format; a collective, rank 0 writes."""
+        whole = get_model_state_dict(self.model, options=replace(self.options, full_state_dict=True))
+        if self.rank == 0:
+            replace(self.adapters, inference_mode=True).save_pretrained(str(folder))
+            # The embeddings never change, and finding that out peft would ask the hub.
+            weights = get_peft_model_state_dict(self.model, whole, ADAPTER, save_embedding_layers=False)
+            prefixed = {f"base_model.model.{name}": value.contiguous() for name, value in weights.items()}
+            save_file(prefixed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    def _require_same_model(self, path: Path, saved: dict[str, torch.Tensor]) -> None:
+        """Where weights are left out, as under adapters, nothing else would tell a file that does not fit."""
+        own = self.model.state_dict()
+        if self.adapters is not None:
+            own = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        differing = sorted(
+            name
+            for name in own.keys() | saved.keys()
+            if name not in own or name not in saved or own[name].shape != saved[name].shape
+        )
+        if differing:
+            raise ValueError(
+                f"{path} does not fit this run's model: {len(differing)} weights are missing, unknown or of another "
+                f"shape, such as {differing[0]}; resume with the model_path and the lora settings that saved it"
+            )
+        if self.adapters is not None:
+            trained = LoraConfig.from_pretrained(str(path.parent / "lora_adapter"))
+            if trained.lora_alpha != self.adapters.lora_alpha:
+                raise ValueError(
+                    f"worker.actor.model.lora.alpha={self.adapters.lora_alpha} would change the policy: the adapters "
+                    f"of {path.parent} were trained with {trained.lora_alpha}; resume with that"
+                )
+            ours, theirs = self.adapters.base_model_name_or_path, trained.base_model_name_or_path
+            if ours != theirs:
+                logger.warning("the adapters of %s were trained on %s and go on on %s", path.parent, theirs, ours)
 
     def _optimizer_state(self) -> dict[str, Any]:
         """Empty before the first step: reading the state would make one up, with a step that never was."""

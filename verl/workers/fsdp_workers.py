@@ -16,8 +16,11 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from verl.algorithms.policy_loss import PolicyLoss
+from verl.models.attention_table import SAMPLES
 from verl.models.loader import DTYPES, keep_vision_tower_in_step, load_model, load_value_model
 from verl.models.registry import media_token_ids
+from verl.models.sequence_parallel import SequenceGroup, join_sequence_group, share_rows
+from verl.models.trainable import choose_trainable
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import DP_COMPUTE_METRIC, DP_COMPUTE_PROTO, ONE_TO_ALL, register
 from verl.single_controller.worker import Worker
@@ -76,15 +79,20 @@ class FSDPWorker(Worker):
         self.tokenizer = get_tokenizer(*source, trust_remote_code=actor.model.trust_remote_code)
         self.processor = get_processor(*source, trust_remote_code=actor.model.trust_remote_code)
 
-        policy = self._load_sharded(load_model, actor.model, actor.fsdp, default_dtype="fp32")
+        self.actor_group = join_sequence_group(actor.ulysses_size)
+        # A frozen weight is only computed with: digits beyond those of the computation would be dead memory.
+        policy_dtype = actor.fsdp.mp_param_dtype if actor.model.lora.rank > 0 else "fp32"
+        policy = self._load_sharded(load_model, actor.model, actor.fsdp, policy_dtype, self.actor_group)
         algorithm, reference = self.config.algorithm, None
-        if not algorithm.disable_kl:
-            self.ref_model = self._load_sharded(load_model, actor.model, ref.fsdp, default_dtype="bf16")
+        if self.config.needs_reference_model:
+            self.ref_model = self._load_sharded(load_model, actor.model, ref.fsdp, "bf16", self.actor_group)
             self.ref_model.requires_grad_(False)
             with self._reference_resident():
                 pass  # from here on it rests where it does between phases
-            if algorithm.kl_in_loss and algorithm.kl_penalty == "full":
-                reference = self._forward_of(self.ref_model)
+        elif not algorithm.disable_kl:
+            self.ref_model = policy
+        if algorithm.kl_in_loss and algorithm.kl_penalty == "full":
+            reference = self._reference_forward()
         described_by = [policy.config, policy.generation_config, self.processor or self.tokenizer]
         self.actor = DataParallelPPOActor(
             self.config,
@@ -112,11 +120,15 @@ class FSDPWorker(Worker):
         config: ModelConfig,
         fsdp: FSDPConfig,
         default_dtype: str,
+        group: SequenceGroup | None,
     ) -> nn.Module:
         is_sent = fsdp.enable_rank0_init and self.world_size > 1
         dtype, compute_dtype = DTYPES[fsdp.torch_dtype or default_dtype], DTYPES[fsdp.mp_param_dtype]
         model = load(config, dtype, compute_dtype, self.rank == 0 or not is_sent)
         keep_vision_tower_in_step(model)
+        if group is not None:
+            share_rows(model, group.size, SAMPLES)
+        choose_trainable(model, config)
         whole = whole_tensors(model) if is_sent else {}
         shard_model(model, self.mesh_of_size(fsdp.fsdp_size), fsdp)
         if is_sent:
@@ -134,25 +146,35 @@ class FSDPWorker(Worker):
                     f"worker.critic.model.model_path={source.model_path} has another vocabulary than "
                     f"worker.actor.model.model_path={actor.model_path}; use a model of the actor's family"
                 )
-        model = self._load_sharded(load_value_model, source, critic.fsdp, default_dtype="fp32")
+        group = join_sequence_group(critic.ulysses_size)
+        model = self._load_sharded(load_value_model, source, critic.fsdp, "fp32", group)
         return DataParallelPPOCritic(
-            ValueForward(model, self.processor, self.device),
+            ValueForward(model, self.processor, self.device, critic, group),
             critic,
             self.plan.critic,
             self.training_steps,
             described_by=[model.config, self.processor or self.tokenizer],
         )
 
-    def _forward_of(self, model: nn.Module) -> PolicyForward:
+    def _forward_of(self, model: nn.Module, is_base: bool = False) -> PolicyForward:
         return PolicyForward(
             model,
             self.processor,
             self.config.worker.rollout.temperature,
             media_token_ids(model.config),
             self.device,
+            self.config.worker.actor,
+            self.actor_group,
+            is_base,
         )
 
+    def _reference_forward(self) -> PolicyForward:
+        """Of the model that the run began with: a frozen copy of it, or the policy without its adapters."""
+        return self._forward_of(self.ref_model, is_base=not self.config.needs_reference_model)
+
     def _reference_resident(self) -> AbstractContextManager:
+        if not self.config.needs_reference_model:
+            return self.actor.resident()
         ref = self.config.worker.ref
         # FSDP's own CPU offload fetches each layer by itself.
         moves = ref.offload.offload_params and not ref.fsdp.enable_cpu_offload
@@ -182,7 +204,7 @@ class FSDPWorker(Worker):
         seed = draw_seed(self.config.worker.rollout.seed, *prompts.meta_info["seed_parts"], self.rank)
         return self.rollout.generate(prompts, sampling, seed)
 
-    @register(DP_COMPUTE_PROTO)
+    @register(DP_COMPUTE_PROTO, shared_by="actor")
     def compute_log_probs(self, data: DataProto) -> DataProto:
         """Adds `old_log_probs` (N, R): the current policy's, before this step's update.
 
@@ -198,45 +220,43 @@ class FSDPWorker(Worker):
         with self.actor.resident():
             if self.vocabulary is None:
                 return DataProto.from_dict({"old_log_probs": compute_per_token(forward, data, size)})
-            log_probs, mass, keys = compute_streams(forward.model, measured, data, size)
+            log_probs, mass, keys = compute_streams(forward, measured, data, size)
         return DataProto.from_dict({"old_log_probs": log_probs, "attention_mass": mass, "attention_keys": keys})
 
-    @register(DP_COMPUTE_PROTO)
+    @register(DP_COMPUTE_PROTO, shared_by="actor")
     def compute_ref_log_probs(self, data: DataProto) -> DataProto:
         """Adds `ref_log_probs` (N, R): those of the policy the run began with."""
         with self._reference_resident():
-            log_probs = compute_per_token(
-                self._forward_of(self.ref_model), data, self.plan.actor.experience_micro_batch_size
-            )
+            log_probs = compute_per_token(self._reference_forward(), data, self.plan.actor.experience_micro_batch_size)
         return DataProto.from_dict({"ref_log_probs": log_probs})
 
-    @register(DP_COMPUTE_PROTO)
+    @register(DP_COMPUTE_PROTO, shared_by="actor")
     def compute_ref_kl(self, data: DataProto) -> DataProto:
         """Adds `ref_kl` (N, R): KL of the current policy from the one the run began with, over the whole vocabulary.
 
         Costs a pass of either model.
         """
-        forward, reference = self.actor.forward, self._forward_of(self.ref_model)
+        forward, reference = self.actor.forward, self._reference_forward()
         size = self.plan.actor.experience_micro_batch_size
         with self.actor.resident(), self._reference_resident():
-            (kl,) = compute_streams(forward.model, lambda rows: (forward.statistics(rows, reference).kl,), data, size)
+            (kl,) = compute_streams(forward, lambda rows: (forward.statistics(rows, reference).kl,), data, size)
         return DataProto.from_dict({"ref_kl": kl})
 
-    @register(DP_COMPUTE_PROTO)
+    @register(DP_COMPUTE_PROTO, shared_by="critic")
     def compute_values(self, data: DataProto) -> DataProto:
         """Adds `values` (N, R): the critic's, before this step's update."""
         with self.critic.resident():
             values = compute_per_token(self.critic.forward, data, self.plan.critic.experience_micro_batch_size)
         return DataProto.from_dict({"values": values})
 
-    @register(DP_COMPUTE_METRIC)
+    @register(DP_COMPUTE_METRIC, shared_by="actor")
     def update_actor(self, data: DataProto) -> dict[str, float]:
         """One training step of the policy on this rank's rows; returns `actor/*` metrics."""
         reference = nullcontext() if self.actor.reference is None else self._reference_resident()
         with self.actor.resident(optimizer=True), reference:
             return self.actor.update_policy(data)
 
-    @register(DP_COMPUTE_METRIC)
+    @register(DP_COMPUTE_METRIC, shared_by="critic")
     def update_critic(self, data: DataProto) -> dict[str, float]:
         """One training step of the critic on this rank's rows; returns `critic/*` metrics."""
         with self.critic.resident(optimizer=True):

@@ -6,6 +6,7 @@ Shapes: N sequences of this rank, R response length, W ranks.
 
 import logging
 import math
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from verl.models.flops import Work, peak_flops
 from verl.protocol import DataProto
 from verl.utils.batch_plan import ModelPlan
 from verl.workers.actor.config import TrainedModelConfig
@@ -60,6 +62,11 @@ class TrainedModel:
     def model(self) -> nn.Module:
         return self.forward.model
 
+    @property
+    def ranks_per_row(self) -> int:
+        """How many ranks share each row, and have the same rows."""
+        return 1 if self.forward.group is None else self.forward.group.size
+
     def resident(self, optimizer: bool = False) -> AbstractContextManager:
         """Holds what `config.offload` sends to the CPU between phases on the device: parameters, on request states."""
         offload = self.config.offload
@@ -79,17 +86,30 @@ class TrainedModel:
         over all ranks, so the result depends neither on micro-batches nor on the number of ranks.
 
         Returns metrics, the same on every rank: the loss's own, `grad_norm` before clipping, averaged over the
-        optimizer steps, and `lr`.
+        optimizer steps, and `lr`; by this rank's clock `perf/tflops_*`, the operations in 10^12 that a device did in a
+        second, and `perf/mfu_*`, their share of what it is made for, where that is known.
         """
         self.model.train()
+        self.forward.work = Work()
+        start = time.perf_counter()
         steps = []
         for _ in range(self.config.ppo_epochs):
-            for mini_batch in data.split(self.plan.sequences_per_rank_per_mini_batch):
+            for mini_batch in data.split(self.plan.sequences_per_rank_per_mini_batch * self.ranks_per_row):
                 steps.append(self._optimizer_step(mini_batch))
         learning_rate = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
         metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-        return {**metrics, f"{self.area}/lr": learning_rate}
+        return {**metrics, f"{self.area}/lr": learning_rate, **self._throughput(start)}
+
+    def _throughput(self, start: float) -> dict[str, float]:
+        work = self._sum_over_rows(torch.tensor(self.forward.work.training)).item()
+        device, is_cuda = self.forward.device, self.forward.device.type == "cuda"
+        if is_cuda:
+            torch.cuda.synchronize(device)
+        of_device = work / dist.get_world_size() / (time.perf_counter() - start)
+        metrics = {f"perf/tflops_{self.area}": of_device / 1e12}
+        peak = peak_flops(torch.cuda.get_device_name(device)) if is_cuda else None
+        return metrics if peak is None else {**metrics, f"perf/mfu_{self.area}": of_device / peak}
 
     def _optimizer_step(self, mini_batch: DataProto) -> dict[str, float]:
         metrics = self.accumulate_gradients(mini_batch)
@@ -108,9 +128,9 @@ class TrainedModel:
             mini_batch: this rank's rows of it; all ranks have as many rows.
         """
         world_size = dist.get_world_size()
-        num_tokens = _sum_over_ranks(mini_batch.batch["response_mask"].sum())
-        num_sequences = len(mini_batch) * world_size
-        micro_batches = mini_batch.split(self.plan.update_micro_batch_size)
+        num_tokens = self._sum_over_rows(mini_batch.batch["response_mask"].sum())
+        num_sequences = len(mini_batch) * world_size // self.ranks_per_row
+        micro_batches, _ = self.forward.micro_batches(mini_batch, self.plan.update_micro_batch_size)
         sums: dict[str, torch.Tensor] = {}
         for index, micro_batch in enumerate(micro_batches):
             self.model.set_requires_gradient_sync(index == len(micro_batches) - 1)
@@ -118,7 +138,13 @@ class TrainedModel:
             (loss * world_size).backward()  # FSDP averages gradients over the ranks
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
-        return {f"{self.area}/{name}": _sum_over_ranks(value).item() for name, value in sums.items()}
+        return {f"{self.area}/{name}": self._sum_over_rows(value).item() for name, value in sums.items()}
+
+    def _sum_over_rows(self, value: torch.Tensor) -> torch.Tensor:
+        """Over all ranks, each row counted once."""
+        total = value.detach().to(torch.float64).cpu()
+        dist.all_reduce(total)
+        return total / self.ranks_per_row
 
     def _loss(
         self, rows: DataProto, num_tokens: torch.Tensor, num_sequences: int
@@ -129,9 +155,3 @@ class TrainedModel:
             num_tokens, num_sequences: of the mini-batch, over all micro-batches and ranks.
         """
         raise NotImplementedError
-
-
-def _sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    total = value.detach().to(torch.float64).cpu()
-    dist.all_reduce(total)
-    return total

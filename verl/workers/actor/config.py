@@ -2,6 +2,7 @@
 """Configuration of the trained policy and its frozen reference: model, optimizer, sharding, offload, loss."""
 
 import os
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
@@ -19,9 +20,10 @@ class LoraConfig(ConfigSection):
     alpha: int = 64
     """Scale of the adapters' update, divided by the rank."""
     target_modules: Any = "all-linear"
-    """Modules that get an adapter: `all-linear`, names separated by commas, or a YAML list of names."""
+    """Linear layers that get an adapter: `all-linear`, or names of layers or ends of such names, separated by commas
+    or as a YAML list. The output head gets none."""
     exclude_modules: str | None = None
-    """Regular expression of modules that get none, such as `.*visual.*`."""
+    """Regular expression of the whole names of modules that get none, such as `.*visual.*`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,6 +37,10 @@ class LoraConfig(ConfigSection):
             isinstance(names, list) and all(isinstance(name, str) for name in names)
         )
         self.require(bool(names) and is_text_or_texts, "target_modules", "is not a module name or a list of them")
+        try:
+            re.compile(self.exclude_modules or "")
+        except re.error as error:
+            self.require(False, "exclude_modules", f"is not a regular expression: {error}")
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class ModelConfig(ConfigSection):
     trust_remote_code: bool = True
     """Run Python code that comes with the model."""
     freeze_vision_tower: bool = False
-    """Leave the vision encoder as it is."""
+    """Leave the vision encoder as it is: no gradient, no optimizer state, no adapter."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
@@ -120,7 +126,8 @@ class FSDPConfig(ConfigSection):
     use_orig_params: bool = False
     """Accepted for existing configurations, no effect: FSDP2 always keeps the original parameters."""
     torch_dtype: Dtype | None = None
-    """Precision of the stored parameters; null is fp32 for a trained model, bf16 for the reference."""
+    """Precision of the stored parameters; null is fp32 for a trained model, bf16 for the reference, and
+    `mp_param_dtype` for the frozen weights under adapters, which themselves are always fp32."""
     fsdp_size: int = -1
     """Workers in one sharding group, a divisor of their number: groups are replicas of each other. -1, or as many as
     there are or more, shards over all of them."""
@@ -201,7 +208,8 @@ class ActorConfig(TrainedModelConfig):
     """Policy loss, by its name in `verl/algorithms/policy_loss.py`: `default`, `gspo`, `gspo_token`, `cispo` or
     `sapo`."""
     use_torch_compile: bool = True
-    """Compile the log-probability function."""
+    """Accepted for existing configurations, no effect: log-probabilities are taken from the hidden states by pieces,
+    and almost all of that is products with the output head."""
     tau_positive: float = 1.0
     """SAPO's temperature for tokens with a positive advantage."""
     tau_negative: float = 1.05
@@ -217,7 +225,10 @@ class ActorConfig(TrainedModelConfig):
 
 @dataclass(frozen=True)
 class RefConfig(ConfigSection):
-    """The frozen reference. Its model and batch sizes are the actor's."""
+    """The frozen reference. Its model and batch sizes are the actor's.
+
+    With `worker.actor.model.lora.rank` above 0 it is the actor without its adapters, and no key here has an effect.
+    """
 
     strategy: str = "fsdp"
     """Accepted for existing configurations, no effect: sharding is always FSDP2."""

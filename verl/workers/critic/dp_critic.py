@@ -18,7 +18,9 @@ class ValueForward(ResponseForward):
     """The value before each response token: what the model expects of the rewards from that token on."""
 
     def __call__(self, rows: DataProto) -> torch.Tensor:
-        return self.as_stream(self.outputs(rows).squeeze(-1), rows)  # (N, R)
+        layout = self.layout(rows)
+        values = layout.at_labels(self.model(**self.inputs(rows, layout)).logits)  # (L, 1)
+        return layout.as_stream(layout.of_all_ranks(values)[:, 0])  # (N, R)
 
 
 class DataParallelPPOCritic(TrainedModel):

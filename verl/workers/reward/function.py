@@ -82,10 +82,11 @@ class AutoRewardManager:
 
         The function gets a dict a sample: `response` (text), `response_length` (tokens), `response_tokens` (the text
         of each token; a character that several tokens share shows as a replacement character in each),
-        `ground_truth`, `prompt` (text), `uid` (the same for all responses to one prompt), `images` (handles;
-        `.load()` gives the PIL image), `extra`, `step`, `split` (`train` or `val`). It returns a dict of numbers a
-        sample: `overall` is the reward; all become metrics, and those other than `overall` may be left out where they
-        do not apply. One more key, `token_weights`, may hold a list of one weight per response token, or None.
+        `ground_truth`, `prompt` (text), `uid` (the same for all responses to one prompt), `images` and `videos`
+        (handles; `.load()` gives the PIL image, or an object with `frames` (T, H, W, 3)), `extra`, `step`, `split`
+        (`train` or `val`). It returns a dict of numbers a sample: `overall` is the reward; all become metrics, and
+        those other than `overall` may be left out where they do not apply. One more key, `token_weights`, may hold a
+        list of one weight per response token, or None.
 
         Returns:
             `token_level_scores` (N, R) float32, `overall` on the last token of each response and zero elsewhere; and
@@ -126,7 +127,8 @@ class AutoRewardManager:
                 "ground_truth": columns["ground_truth"][index],
                 "prompt": columns["prompt_text"][index],
                 "uid": columns["uid"][index],
-                "images": list(columns["multi_modal_data"][index] or ()),
+                "images": [medium for medium in columns["multi_modal_data"][index] or () if not medium.is_video],
+                "videos": [medium for medium in columns["multi_modal_data"][index] or () if medium.is_video],
                 "extra": columns["extra"][index],
                 "step": data.meta_info["step"],
                 "split": data.meta_info["split"],

@@ -139,7 +139,7 @@ class HFRollout(Rollout):
         input_ids = rows.batch["input_ids"][:, first:].to(self.device)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask[:, first:].to(self.device)}
         if self.processor is not None:
-            media = featurize(rows.non_tensor_batch["multi_modal_data"], self.processor.image_processor)
+            media = featurize(rows.non_tensor_batch["multi_modal_data"], self.processor)
             inputs.update({key: value.to(self.device) for key, value in media.items()})
             inputs.update(media_token_types(self.model.config, input_ids))
         drawn = _LogProbsOfDraws()

@@ -133,8 +133,7 @@ class VLLMRollout(Rollout):
                 generation_config="vllm",
                 dtype=DTYPES[rollout.dtype],
                 seed=rollout.seed,
-                max_model_len=rollout.max_model_len
-                or config.data.max_prompt_length + config.data.max_response_length,
+                max_model_len=rollout.max_model_len or config.data.max_prompt_length + config.data.max_response_length,
                 max_num_batched_tokens=rollout.max_num_batched_tokens,
                 enable_chunked_prefill=rollout.enable_chunked_prefill,
                 enforce_eager=rollout.enforce_eager or device.type == "cpu",
@@ -330,9 +329,7 @@ def _group_of_this_rank(size: int) -> dist.ProcessGroup | None:
     if size == 1:
         return None
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    groups = [
-        dist.new_group(list(range(first, first + size)), backend="gloo") for first in range(0, world_size, size)
-    ]
+    groups = [dist.new_group(list(range(first, first + size)), backend="gloo") for first in range(0, world_size, size)]
     return groups[rank // size]
 
 

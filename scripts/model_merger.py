@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes of a checkpoint a model to load and to serve: `python3 scripts/model_merger.py --local_dir CHECKPOINT/actor`.
+
+Puts the ranks' shards together, or a low-rank adapter and the model that it adapts, and writes the weights beside
+config and processor into `CHECKPOINT/actor/huggingface`, which transformers' `from_pretrained` and vLLM load. Takes
+checkpoints of this trainer and of EasyR1, of any number of ranks. Needs no GPU, and no more host memory than about
+twice the weights that it writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from huggingface_hub import HfApi
+from peft import PeftConfig, get_peft_model
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+from transformers import (
+    AutoConfig,
+    AutoModelForTokenClassification,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from verl.models.loader import DTYPES, policy_class
+from verl.models.registry import MODEL_FAMILIES
+from verl.models.value_model import ValueModel
+from verl.utils.checkpoint import model_file
+
+ADAPTER = "lora_adapter"
+DESCRIPTION = "huggingface"
+DTYPE_NAMES = ("bfloat16", "float16", "float32")
+
+
+# ---- shards to whole tensors ----
+
+
+def rank_files(local_dir: Path) -> list[Path]:
+    """The file of every rank's weights, in the order of ranks.
+
+    Raises:
+        ValueError: there is none, a rank's is missing, or they are of runs with different numbers of ranks.
+    """
+    matches = [re.fullmatch(r"model_world_size_(\d+)_rank_(\d+)\.pt", path.name) for path in local_dir.glob("*.pt")]
+    numbers = [(int(match[1]), int(match[2])) for match in matches if match is not None]
+    if not numbers:
+        below = sorted({path.parent.name for path in local_dir.glob("*/model_world_size_*_rank_*.pt")})
+        hint = f"; give one of the folders below it that have: {', '.join(below)}" if below else ""
+        raise ValueError(f"--local_dir={local_dir} has no file {model_file('<W>', '<r>')}{hint}")
+    world_size = max(number for number, _ in numbers)
+    expected = [local_dir / model_file(world_size, rank) for rank in range(world_size)]
+    strangers = sorted(model_file(*pair) for pair in numbers if pair[0] != world_size)
+    if strangers:
+        raise ValueError(
+            f"--local_dir={local_dir} has files of runs with different numbers of ranks: of {world_size}, and also "
+            f"{', '.join(strangers)}; move the files away that are not of the run you mean"
+        )
+    missing = [path.name for path in expected if not path.exists()]
+    if missing:
+        raise ValueError(
+            f"--local_dir={local_dir} lacks {', '.join(missing)}: it takes the files of all {world_size} ranks; copy "
+            "those that other machines wrote here"
+        )
+    return expected
+
+
+def read_whole_tensors(local_dir: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (name, whole tensor) of the checkpoint's model, one at a time; files are mapped, not read.
+
+    Raises:
+        ValueError: as `rank_files`, a tensor that not every file has, or a sharding that is not known here.
+    """
+    files = rank_files(local_dir)
+    # weights_only=False: shards are DTensors and carry their mesh; the files are the user's own checkpoints.
+    ranks = [torch.load(path, map_location="cpu", mmap=True, weights_only=False) for path in files]
+    for path, state in zip(files, ranks, strict=True):
+        if state.keys() != ranks[0].keys():
+            name = min(state.keys() ^ ranks[0].keys())
+            raise ValueError(f"{files[0]} and {path} are not of one checkpoint: only one of them has {name}")
+    for name in ranks[0]:
+        try:
+            yield name, assemble([state[name] for state in ranks])
+        except ValueError as error:
+            raise ValueError(f"{name} in {local_dir}: {error}") from error
+
+
+def assemble(shards: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The whole of a tensor from the share of each rank; of plain tensors, which every rank holds whole, the first.
+
+    Needs no process group. Shards may be of different size or empty.
+
+    Raises:
+        ValueError: a placement other than Shard and Replicate, or shards that do not make up the tensor.
+    """
+    first = shards[0]
+    if not isinstance(first, DTensor):
+        return first
+
+    def put_together(ranks: torch.Tensor, placements: Sequence[Placement]) -> torch.Tensor:
+        """The share of these ranks: a mesh of as many dimensions as there are placements."""
+        if not placements:
+            return shards[int(ranks)]._local_tensor  # `to_local` is for autograd
+        if type(placements[0]) is Replicate:
+            return put_together(ranks[0], placements[1:])
+        if type(placements[0]) is not Shard:
+            raise ValueError(f"placement {placements[0]!r} is not known here, only Shard and Replicate")
+        parts = [put_together(part, placements[1:]) for part in ranks]
+        filled = [part for part in parts if part.numel()] or parts[:1]
+        return torch.cat(filled, dim=placements[0].dim)
+
+    whole = put_together(first.device_mesh.mesh, first.placements)
+    if whole.shape != first.shape:
+        raise ValueError(f"the shards make up {tuple(whole.shape)}, but the tensor is {tuple(first.shape)}")
+    return whole
+
+
+# ---- tensors to a model ----
+
+
+def merge(
+    local_dir: Path, dtype: torch.dtype, base_model: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model that a checkpoint holds, in `dtype` on the CPU, ready to run.
+
+    A critic comes as transformers' token classification of one label: the value of each position is its logit.
+
+    Args:
+        local_dir: `.../global_step_<N>/actor` or `critic`.
+        base_model: what a low-rank adapter adapts, where its config names a place that is not there.
+        trust_remote_code: runs code that comes with the model.
+
+    Raises:
+        ValueError: files are missing or do not fit together, weights are not those of the model that
+            `huggingface/config.json` describes, or a base model is needed and not found.
+    """
+    description = local_dir / DESCRIPTION
+    if not (description / "config.json").exists():
+        raise ValueError(f"{description / 'config.json'} does not exist: it says which model the weights are of")
+    config = AutoConfig.from_pretrained(description, trust_remote_code=trust_remote_code)
+    options = dict(dtype=dtype, trust_remote_code=trust_remote_code)
+    if (local_dir / ADAPTER).is_dir():
+        return _merge_adapter(local_dir / ADAPTER, config, base_model, options)
+    if base_model is not None:
+        raise ValueError(f"--base_model={base_model} is for low-rank adapters, but {local_dir} has no {ADAPTER}/")
+    return _merge_shards(local_dir, config, options)
+
+
+def _merge_shards(local_dir: Path, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    architecture = (config.architectures or [""])[0]
+    is_value_model = architecture == ValueModel.__name__
+    auto_class = policy_class(config)
+    if is_value_model or architecture.endswith("ForTokenClassification"):
+        auto_class = AutoModelForTokenClassification
+        if type(config) not in auto_class._model_mapping:
+            raise ValueError(
+                f"{local_dir} is a critic on a {config.model_type} model, and transformers has no class that gives a "
+                "number per token on one. A run that resumes goes on with it; in Python, read_whole_tensors gives "
+                f"the state dict of {ValueModel.__module__}.{ValueModel.__name__}"
+            )
+        config.num_labels = 1
+    with init_empty_weights(include_buffers=False):  # what is in no state dict, such as rope tables, is made here
+        model = auto_class.from_config(config, **options)
+    state = {}
+    for name, value in read_whole_tensors(local_dir):
+        if ".lora_A." in name:
+            raise ValueError(f"{local_dir} holds adapters ({name}), but not their folder {ADAPTER}/")
+        if is_value_model:
+            name = _name_in_classifier(name, model.base_model_prefix)
+        state[name] = value.to(options["dtype"]) if value.is_floating_point() else value
+    if _shapes(state) == _shapes(model.state_dict()):
+        model.load_state_dict(state, assign=True)
+        model.tie_weights()
+        return model.eval()
+    # Names or shapes of published checkpoints and of older transformers, as EasyR1's: loading one brings them in.
+    model, report = type(model).from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=options["dtype"],
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # the report has them
+    )
+    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+    if wrong:
+        listed = "; ".join(f"{kind.replace('_', ' ')}: {_some_of(names)}" for kind, names in wrong.items())
+        raise ValueError(f"the weights in {local_dir} are not those of a {type(model).__name__}: {listed}")
+    return model
+
+
+def _merge_adapter(
+    adapter: Path, config: PretrainedConfig, base_model: str | None, options: dict[str, Any]
+) -> PreTrainedModel:
+    """The weights of the base, which training has not changed, plus the adapter's product."""
+    adapter_config = PeftConfig.from_pretrained(adapter)
+    base = base_model or adapter_config.base_model_name_or_path
+    try:
+        model = policy_class(config).from_pretrained(base, config=config, **options)
+    except OSError as error:
+        raise ValueError(
+            f"{base}, the base model that {adapter / 'adapter_config.json'} names, was not found; --base_model says "
+            "where it is"
+            if base_model is None
+            else f"--base_model={base} was not found: it takes a folder with a model, or a hub id"
+        ) from error
+    adapter_config.base_model_name_or_path = base
+    adapted = get_peft_model(model, adapter_config)
+    report = adapted.load_adapter(adapter, adapter_name="default")
+    if report.missing_keys or report.unexpected_keys:
+        raise ValueError(
+            f"the weights in {adapter} are not those that its adapter_config.json puts on {base}: "
+            f"missing {_some_of(report.missing_keys)}; unexpected {_some_of(report.unexpected_keys)}"
+        )
+    return adapted.merge_and_unload().eval()
+
+
+def _name_in_classifier(name: str, prefix: str) -> str:
+    """A `ValueModel`'s name for a weight as transformers' token classification has it."""
+    owner, _, rest = name.partition(".")
+    return {"value_head": f"score.{rest}", "model": f"{prefix}.{rest}"}.get(owner, name)
+
+
+def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}
+
+
+def _some_of(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3]) or "none"
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+# ---- a model to a folder, and the folder to the hub ----
+
+
+def save_pretrained_with_generation_config(
+    model: PreTrainedModel, path: str | os.PathLike[str], generation_config: GenerationConfig | None, **kwargs: Any
+) -> None:
+    """`model.save_pretrained(path, **kwargs)`, with `generation_config` in place of the model's own unless None.
+
+    It is written as it is, also where transformers would only warn of it on loading but refuse to save it, as of a
+    temperature without sampling.
+    """
+    if generation_config is None:
+        model.save_pretrained(path, **kwargs)
+    else:
+        model.generation_config = GenerationConfig()  # one that it does not refuse
+        model.save_pretrained(path, **kwargs)
+        model.generation_config = generation_config
+        generation_config.to_json_file(Path(path) / GENERATION_CONFIG_NAME)
+
+
+def save(model: PreTrainedModel, folder: Path) -> None:
+    """Writes weights and config into `folder`; the generation config that is there stays, as do all other files."""
+    kept = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG_NAME).exists() else None
+    families = (family for family in MODEL_FAMILIES if model.config.model_type in family.model_types)
+    transposed = next((family.transposed_weights for family in families), ())
+    options = {}
+    if transposed:
+        # transformers reads them either way round and writes them as it holds them; vLLM reads the published way only.
+        state = model.state_dict().items()
+        turned = {name: value.transpose(-1, -2) if name.endswith(transposed) else value for name, value in state}
+        options = dict(state_dict=turned, save_original_format=False)
+    save_pretrained_with_generation_config(model, folder, kept, **options)
+
+
+def upload(folder: Path, repo: str, public: bool) -> str:
+    """Uploads a folder to the hub, into a new repository or over the files of an old one; returns its address.
+
+    Raises:
+        ValueError: the repository is there and public, and `public` was not asked for.
+    """
+    api = HfApi()
+    url = api.create_repo(repo, private=not public, exist_ok=True)
+    if not public and not api.model_info(url.repo_id).private:
+        raise ValueError(f"--hf_upload_path={repo} is a public repository; name another, or allow it with --public")
+    api.upload_folder(repo_id=url.repo_id, folder_path=folder)
+    return url
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Merges, writes and, if asked, uploads.
+
+    Raises:
+        ValueError: as `merge` and `upload`, or `local_dir` is the output itself.
+    """
+    local_dir = arguments.local_dir
+    folder = local_dir / DESCRIPTION
+    if local_dir.resolve().name == DESCRIPTION:
+        raise ValueError(f"--local_dir={local_dir} is where the model is written; give the folder above it")
+    model = merge(local_dir, DTYPES[arguments.dtype], arguments.base_model, arguments.trust_remote_code)
+    save(model, folder)
+    print(f"{type(model).__name__}, {model.num_parameters():,} parameters in {arguments.dtype}: {folder}")
+    if arguments.hf_upload_path is not None:
+        print(f"uploaded to {upload(folder, arguments.hf_upload_path, arguments.public)}")
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line's options; what it cannot read ends the program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--local_dir", type=Path, required=True, help="global_step_<N>/actor, or critic")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, default=DTYPE_NAMES[0], help="of the weights (%(default)s)")
+    parser.add_argument("--base_model", help="what a low-rank adapter adapts, if not where its config says")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    parser.add_argument("--hf_upload_path", metavar="USER/NAME", help="hub repository for the result, made private")
+    parser.add_argument("--public", action="store_true", help="make it public instead, or upload to one that is")
+    arguments = parser.parse_args(words)
+    if arguments.public and arguments.hf_upload_path is None:
+        parser.error("--public says how to upload; --hf_upload_path says where to")
+    return arguments
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # It warns, once a rank and mesh, that shards read outside a run cannot be compiled.
+    logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)
+    try:
+        main(parse())
+    except ValueError as error:
+        sys.exit(f"error: {error}")

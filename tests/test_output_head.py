@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+# python -m pytest tests/test_output_head.py
+"""What takes the place of a model's output head sees the head's own inputs and weight, or the model is refused."""
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from tests.vlm_zoo import TEXT_CONFIG, make_model
+from verl.models.output_head import forward_with_head, has_plain_head
+
+IDS = torch.arange(1, 9)[None]
+
+
+def qwen(**extra) -> transformers.PreTrainedModel:
+    return make_model("Qwen2ForCausalLM", transformers.Qwen2Config(**TEXT_CONFIG, **extra))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("keep", [3, torch.tensor([1, 4])])
+def test_it_sees_the_hidden_states_of_the_positions_to_keep_and_the_weight(tied: bool, keep) -> None:
+    model = qwen(tie_word_embeddings=tied)
+    inputs = {"input_ids": IDS, "logits_to_keep": keep}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        found = forward_with_head(model, lambda states, head: states @ head.weight.T, inputs)
+        shape = forward_with_head(model, lambda states, head: states.new_zeros(7), inputs).shape
+    torch.testing.assert_close(found, expected)
+    assert shape == (7,)
+
+
+def test_afterwards_the_head_is_itself_again() -> None:
+    model = qwen()
+    before = model(input_ids=IDS).logits
+    forward_with_head(model, lambda states, head: states, {"input_ids": IDS})
+    with pytest.raises(ZeroDivisionError):
+        forward_with_head(model, lambda states, head: 1 / 0, {"input_ids": IDS})
+    assert torch.equal(model(input_ids=IDS).logits, before)
+
+
+def test_models_that_change_their_logits_have_no_plain_head() -> None:
+    gemma = transformers.Gemma2Config(**TEXT_CONFIG, query_pre_attn_scalar=16)
+    assert gemma.final_logit_softcapping == 30.0
+    cohere = transformers.CohereConfig(**TEXT_CONFIG, logit_scale=0.06)
+    assert not has_plain_head(make_model("Gemma2ForCausalLM", gemma))
+    assert not has_plain_head(make_model("CohereForCausalLM", cohere))
+    assert has_plain_head(qwen())
+
+
+def test_a_head_with_an_adapter_is_not_plain_and_one_beside_adapters_is() -> None:
+    on_head = get_peft_model(qwen(), LoraConfig(r=2, target_modules=["lm_head"]))
+    elsewhere = get_peft_model(qwen(), LoraConfig(r=2, target_modules=["q_proj"]))
+    assert (has_plain_head(on_head), has_plain_head(elsewhere)) == (False, True)
+
+
+def test_a_model_that_changes_its_logits_without_a_word_is_refused() -> None:
+    """Gemma 2 with the field taken out of the names that are known."""
+    config = transformers.Gemma2Config(**TEXT_CONFIG, query_pre_attn_scalar=16)
+    model = make_model("Gemma2ForCausalLM", config)
+    with pytest.raises(RuntimeError, match="Gemma2ForCausalLM gives other logits than its output head does"):
+        forward_with_head(model, lambda states, head: states, {"input_ids": IDS})

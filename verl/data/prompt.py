@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes one user turn as a model reads it: in its chat template, media expanded to their tokens by its processor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.video_utils import VideoMetadata
+
+from verl.data.video import Video, VideoOutline
+from verl.data.vision import image_token_count
+from verl.models.registry import family_of, media_token_ids
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
+"""What stands in a prompt for a medium of each kind."""
+
+
+class PromptEncoder:
+    """From the text of a prompt to token ids and model inputs, for one model.
+
+    Args:
+        tokenizer: of the model.
+        processor: of the model; None for a model of text alone.
+        model_config: of the model.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        processor: ProcessorMixin | None,
+        model_config: PretrainedConfig,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.family = family_of(model_config)
+        self.media_token_ids = media_token_ids(model_config)
+        # What a chat template writes for a medium may be another token than those it becomes: Gemma 3's begins it.
+        self.placeholder_ids = {
+            kind: tokenizer.convert_tokens_to_ids(getattr(processor, f"{kind}_token"))
+            for kind in PLACEHOLDERS
+            if getattr(processor, f"{kind}_token", None) is not None
+        }
+
+    def chat_text(self, prompt_text: str, by_processor: bool) -> str:
+        """The user turn in the chat template, the assistant's turn opened.
+
+        Args:
+            prompt_text: with `PLACEHOLDERS` for media if the processor's template writes it.
+            by_processor: whether it does, where there is one; otherwise the tokenizer's, if it has one.
+        """
+        by_processor = by_processor or self.tokenizer.chat_template is None
+        if by_processor and self.processor is not None:
+            content, template_owner = _content_parts(prompt_text), self.processor
+        else:
+            content, template_owner = prompt_text, self.tokenizer
+        return template_owner.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+
+    def raw_ids(self, chat_text: str, num_images: int, num_videos: int) -> list[int]:
+        """The prompt's tokens with one placeholder for each medium, and none for anything else.
+
+        Raises:
+            ValueError: there are more or fewer of them, or tokens that only a processor should write.
+        """
+        token_ids = self.tokenizer.encode(chat_text, add_special_tokens=self._adds_special_tokens(chat_text))
+        expected = dict.fromkeys([*self.media_token_ids, *self.placeholder_ids.values()], 0)
+        for kind, number in (("image", num_images), ("video", num_videos)):
+            if kind in self.placeholder_ids:
+                expected[self.placeholder_ids[kind]] = number
+        found = {token_id: token_ids.count(token_id) for token_id in expected}
+        if found != expected:
+            names = ", ".join(
+                f"{found[token_id]} of {self.tokenizer.convert_ids_to_tokens(token_id)}"
+                for token_id in expected
+                if found[token_id] != expected[token_id]
+            )
+            media = f"{num_images} images" + (f" and {num_videos} videos" if num_videos else "")
+            raise ValueError(
+                f"{media}, but {names} once it is in the chat template; the prompt must not spell these tokens "
+                "out, and the template must write one for each image or video"
+            )
+        return token_ids
+
+    def model_inputs(
+        self, chat_text: str, images: Sequence[Image.Image], videos: Sequence[Video]
+    ) -> Mapping[str, torch.Tensor]:
+        """What the model takes for this prompt: `input_ids` (1, length), and what the processor makes of media."""
+        options: dict[str, Any] = {
+            "add_special_tokens": self._adds_special_tokens(chat_text),
+            "return_tensors": "pt",
+        }
+        if self.processor is None:
+            return self.tokenizer([chat_text], **options)
+        if images:
+            options["images"] = list(images)
+        if videos:
+            options["videos"] = [video.frames for video in videos]
+            options["video_metadata"] = [video.outline.metadata for video in videos]
+            options["do_sample_frames"] = False
+        return self.processor(text=[self._expandable(chat_text)], **options)
+
+    def length(
+        self,
+        chat_text: str,
+        raw_ids: Sequence[int],
+        image_sizes: Sequence[tuple[int, int]],
+        videos: Sequence[VideoOutline],
+    ) -> int:
+        """How many tokens `model_inputs` will give, without the pixels of a medium.
+
+        Args:
+            raw_ids: as `raw_ids` returns them.
+            image_sizes: (width, height) of each image once it is resized.
+        """
+        if image_sizes and not self.family.counts_by_size:
+            blanks = [Image.new("RGB", size) for size in image_sizes]
+            return self.model_inputs(chat_text, blanks, [])["input_ids"].shape[1]
+        counts = [image_token_count(size, self.processor.image_processor) for size in image_sizes]
+        counts += [self._video_token_count(video) for video in videos]
+        return len(raw_ids) - len(counts) + sum(counts)
+
+    def is_text(self, raw_ids: Sequence[int], input_ids: Sequence[int]) -> bool:
+        """Whether a piece of a prompt holds nothing of any medium, in either form."""
+        of_media = {*self.media_token_ids, *self.placeholder_ids.values()}
+        return list(raw_ids) == list(input_ids) and of_media.isdisjoint(raw_ids)
+
+    def _adds_special_tokens(self, chat_text: str) -> bool:
+        """Whether the tokenizer has to begin the sequence, which the chat templates of some families leave to it."""
+        bos = self.tokenizer.bos_token
+        return self.processor is not None and bos is not None and not chat_text.startswith(bos)
+
+    def _expandable(self, chat_text: str) -> str:
+        """With the bare placeholder of each video where the processor itself writes the marks around it."""
+        if not self.family.marks_each_frame:
+            return chat_text
+        processor = self.processor
+        marked = f"{processor.vision_start_token}{processor.video_token}{processor.vision_end_token}"
+        return chat_text.replace(marked, processor.video_token)
+
+    def _video_token_count(self, video: VideoOutline) -> int:
+        """Tokens that replace a video's placeholder; those of the template's marks that go are taken off."""
+        sampler = self.processor.video_processor
+        moments = -(-len(video.frame_indices) // sampler.temporal_patch_size)
+        width, height = video.frame_size
+        patches = sampler.get_num_of_video_patches(len(video.frame_indices), height, width, {})
+        shape = {
+            "video_grid_thw": torch.tensor([[moments, patches // moments, 1]]),
+            "video_metadata": [VideoMetadata(**video.metadata)],
+        }
+        text = self.processor.replace_video_token(shape, 0)
+        marks = 2 if self.family.marks_each_frame else 0
+        return len(self.tokenizer.encode(text, add_special_tokens=False)) - marks
+
+
+def _content_parts(prompt_text: str) -> list[dict[str, str]]:
+    """Split a user turn at its placeholders into the parts of a chat message."""
+    kinds = {placeholder: kind for kind, placeholder in PLACEHOLDERS.items()}
+    pieces = re.split(f"({'|'.join(kinds)})", prompt_text)
+    return [{"type": kinds[piece]} if piece in kinds else {"type": "text", "text": piece} for piece in pieces if piece]

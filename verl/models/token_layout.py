@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the rows of a micro-batch lie before the model: padded side by side, or packed end to end without padding.
+
+Both hold the same tokens, and whoever reads results by a layout gets the same numbers in the same order: those of the
+L response tokens, row after row.
+
+Shapes: N sequences, R response length, S = prompt length + R, T tokens of a packed row, W ranks that share it, L
+response tokens of all rows, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+
+from verl.models.attention_recorder import (
+    AttentionMassRecorder,
+    record_attention_mass,
+    record_packed_attention_mass,
+)
+from verl.models.attention_table import NOT_A_MASK, PACKING_IMPLEMENTATIONS, SAMPLES, PackedSamples
+from verl.models.registry import packs
+from verl.models.sequence_parallel import SequenceGroup
+from verl.protocol import DataProto
+
+KEEPS_SAMPLES_APART = {"full_attention", "sliding_attention"}
+"""Kinds of layers, by the names of transformers' `layer_types`, that need nothing but the samples' borders."""
+
+
+class TokenLayout:
+    """The rows of a micro-batch as a model takes them.
+
+    Args:
+        rows: `input_ids`, `attention_mask` (N, S), `position_ids` (N, S) or (N, 4, S), `response_mask` (N, R).
+    """
+
+    def __init__(self, rows: DataProto) -> None:
+        self.response_mask = rows.batch["response_mask"].bool()  # (N, R)
+        self.length = int(self.response_mask.sum(dim=1).max())
+        """Of the longest response."""
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Keywords of the model's forward, all but media; tensors on the CPU."""
+        raise NotImplementedError
+
+    def labels(self) -> torch.Tensor:
+        """(L,) the response tokens; where ranks share the row, those that this rank's positions predict."""
+        raise NotImplementedError
+
+    def at_labels(self, kept: torch.Tensor) -> torch.Tensor:
+        """(L, H), what the model has for the position that predicts each of `labels`.
+
+        Args:
+            kept: of the positions that `logits_to_keep` names.
+        """
+        raise NotImplementedError
+
+    def of_all_ranks(self, at_labels: torch.Tensor) -> torch.Tensor:
+        """(L, K) of all response tokens, from (L, K) of those that this rank's positions predict."""
+        return at_labels
+
+    def as_stream(self, values: torch.Tensor) -> torch.Tensor:
+        """(N, R) from (L,), zero outside `response_mask`."""
+        mask = self.response_mask.to(values.device)
+        return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+    def record_attention(
+        self, model: nn.Module, key_kinds: torch.Tensor, last_k_layers: int | None
+    ) -> Iterator[AttentionMassRecorder]:
+        """A context around the model's forward; its recorder's mass is (N, length, 2).
+
+        Args:
+            key_kinds: (N, S) `KeyKind` of the rows' tokens.
+            last_k_layers: as in `record_attention_mass`.
+        """
+        raise NotImplementedError
+
+
+class PaddedLayout(TokenLayout):
+    """Rows side by side, left-padded prompts and right-padded responses; columns that are padding in all are cut."""
+
+    def __init__(self, rows: DataProto) -> None:
+        super().__init__(rows)
+        batch, full_length = rows.batch, self.response_mask.shape[1]
+        first = int(batch["attention_mask"].argmax(dim=1).min())
+        self.columns = slice(first, batch["input_ids"].shape[1] - (full_length - self.length))
+        self.input_ids = batch["input_ids"][:, self.columns]  # (N, s)
+        self.attention_mask = batch["attention_mask"][:, self.columns]  # (N, s)
+        self.position_ids = _rope_rows_first(batch["position_ids"][..., self.columns])  # (N, s) or (4, N, s)
+
+    def model_inputs(self) -> dict[str, Any]:
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+            "logits_to_keep": self.length + 1,
+        }
+
+    def labels(self) -> torch.Tensor:
+        return self.input_ids[:, -self.length :][self.response_mask[:, : self.length]]
+
+    def at_labels(self, kept: torch.Tensor) -> torch.Tensor:
+        # What stands at a position is about the token after it: drop the last, keep the one before the response.
+        return kept[:, :-1][self.response_mask[:, : self.length].to(kept.device)]
+
+    def record_attention(
+        self, model: nn.Module, key_kinds: torch.Tensor, last_k_layers: int | None
+    ) -> Iterator[AttentionMassRecorder]:
+        return record_attention_mass(model, key_kinds[:, self.columns], self.length, last_k_layers)
+
+
+class PackedLayout(TokenLayout):
+    """All rows end to end in one, without padding, for a model that `why_not_packed` has nothing against.
+
+    Args:
+        rows: as in the base class.
+        group: the ranks that share the row; they all have the same rows. None for this rank alone.
+    """
+
+    def __init__(self, rows: DataProto, group: SequenceGroup | None = None) -> None:
+        super().__init__(rows)
+        batch = rows.batch
+        self._is_real = batch["attention_mask"].bool()  # (N, S)
+        self.borders = tuple(accumulate(self._is_real.sum(dim=1).tolist(), initial=0))
+        self.group = group
+        self.input_ids = self._packed(batch["input_ids"])  # (T,)
+        position_ids = batch["position_ids"]
+        if position_ids.dim() == 3:
+            position_ids = position_ids.transpose(0, 1)  # (4, N, S)
+        self.position_ids = self._packed(position_ids)  # (T,) or (4, T)
+        is_response = torch.zeros_like(self._is_real)
+        is_response[:, -self.response_mask.shape[1] :] = self.response_mask
+        self.predictors = self._packed(is_response).nonzero()[:, 0] - 1  # (L,)
+        if group is not None:
+            self._fill_up_to_a_multiple(group.size)
+            own = group.own_slice(len(self.input_ids))
+            self.is_own = (self.predictors >= own.start) & (self.predictors < own.stop)  # (L,)
+            self.own_predictors = self.predictors[self.is_own]
+            self.first = own.start
+
+    def _packed(self, of_tokens: torch.Tensor) -> torch.Tensor:
+        """(..., T) from (..., N, S)."""
+        return of_tokens[..., self._is_real]
+
+    def _fill_up_to_a_multiple(self, size: int) -> None:
+        """Adds a sample of its own that nobody looks at, so that the ranks get as many tokens each."""
+        missing = -len(self.input_ids) % size
+        self.input_ids = torch.cat([self.input_ids, self.input_ids[-1:].expand(missing)])
+        more_positions = torch.arange(missing).expand(*self.position_ids.shape[:-1], missing)
+        self.position_ids = torch.cat([self.position_ids, more_positions], dim=-1)
+
+    def model_inputs(self) -> dict[str, Any]:
+        num_tokens = len(self.input_ids)
+        with_filler = self.borders if self.borders[-1] == num_tokens else (*self.borders, num_tokens)
+        keep = self.predictors if self.group is None else self.own_predictors - self.first
+        return {
+            "input_ids": self.input_ids[None],
+            "attention_mask": torch.empty(NOT_A_MASK),
+            "position_ids": self.position_ids.unsqueeze(-2),  # (1, T) or (4, 1, T)
+            "logits_to_keep": keep,
+            SAMPLES: PackedSamples(with_filler, self.group),
+        }
+
+    def labels(self) -> torch.Tensor:
+        return self.input_ids[(self.predictors if self.group is None else self.own_predictors) + 1]
+
+    def at_labels(self, kept: torch.Tensor) -> torch.Tensor:
+        return kept[0]
+
+    def of_all_ranks(self, at_labels: torch.Tensor) -> torch.Tensor:
+        if self.group is None:
+            return at_labels
+        # Ranks have different numbers of labels, but all as many positions.
+        share = len(self.input_ids) // self.group.size
+        at_positions = at_labels.new_zeros(share, *at_labels.shape[1:])
+        at_positions = at_positions.index_put((self.own_predictors.to(at_labels.device) - self.first,), at_labels)
+        return self.group.gather(at_positions)[self.predictors.to(at_labels.device)]
+
+    def record_attention(
+        self, model: nn.Module, key_kinds: torch.Tensor, last_k_layers: int | None
+    ) -> Iterator[AttentionMassRecorder]:
+        packed = self._packed(key_kinds)
+        packed = nn.functional.pad(packed, (0, len(self.input_ids) - len(packed)))
+        return record_packed_attention_mass(model, packed, self.borders, self.length, last_k_layers, group=self.group)
+
+
+def why_not_packed(model: nn.Module) -> str | None:
+    """What keeps the rows of `model` from being packed; None where nothing does.
+
+    Packed samples are kept apart in attention alone, so that nothing else may look along the row.
+    """
+    decoder = model.get_decoder()
+    config = decoder.config.get_text_config()
+    if config._attn_implementation not in PACKING_IMPLEMENTATIONS:
+        return f"attn_implementation={config._attn_implementation} does not keep samples apart"
+    others = set(getattr(config, "layer_types", None) or ()) - KEEPS_SAMPLES_APART
+    others |= {"convolution" for part in decoder.modules() if isinstance(part, nn.Conv1d)}
+    if others:
+        return f"it has layers of {', '.join(sorted(others))}, which look along the row"
+    return None if packs(model.config) else "its attention depends on more than the order of the tokens"
+
+
+def _rope_rows_first(position_ids: torch.Tensor) -> torch.Tensor:
+    """Multimodal rope wants its four rows first: (4, N, s) from (N, 4, s)."""
+    return position_ids.transpose(0, 1) if position_ids.dim() == 3 else position_ids

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Says which processes of a run are gone, on which node, whether the node is gone with them, and how to go on."""
+
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import ray
+from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryError, RayActorError
+
+PROCESS_LOST = (RayActorError, ObjectLostError, OutOfMemoryError)
+"""What asking for an answer raises when there is no process to give it, or no store to fetch it from."""
+
+NODE_VERDICT_SECONDS = 60
+"""Ray gives a node up after failed health checks: with its defaults 15 s after a crash, 60 s after silence."""
+
+
+@dataclass(frozen=True, order=True)
+class Node:
+    """A machine of the Ray cluster; sorted by address."""
+
+    address: str
+    node_id: str
+
+    def __str__(self) -> str:
+        return f"{self.address} (Ray node {self.node_id[:8]})"
+
+
+def node_of(actor: ray.actor.ActorHandle) -> ray.ObjectRef:
+    """A reference to the `Node` that `actor` runs on, there once it has started and still there when it has died."""
+    return actor.__ray_call__.remote(
+        lambda _: Node(ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id())
+    )
+
+
+def run_ended_by(errors: Mapping[str, Exception], node_of_process: Mapping[str, Node]) -> RuntimeError:
+    """The error that ends a run; waits for Ray's verdict on the nodes where Ray has none yet.
+
+    Args:
+        errors: what Ray said of the processes that are gone, by name.
+        node_of_process: where those and their peers were: a node that left took all of its own.
+    """
+    undecided = any(isinstance(error, ActorUnavailableError) for error in errors.values())
+    nodes = sorted({node_of_process[name] for name in errors})
+    gone = _nodes_gone(nodes, NODE_VERDICT_SECONDS if undecided else 0)
+    news = []
+    for node in nodes:
+        names = [name for name, place in node_of_process.items() if place == node and (node in gone or name in errors)]
+        if node in gone:
+            news.append(f"node {node} has left the Ray cluster, and {', '.join(names)} with it")
+        else:
+            news.append(
+                f"{', '.join(names)} on node {node} died without a Python error, as a process does that is killed "
+                "for its memory or crashes in native code"
+            )
+    return RuntimeError(
+        f"{'; '.join(news)}. The run's other processes were ended. Started again on as many workers, with "
+        "trainer.find_last_checkpoint=true, it goes on from the last checkpoint"
+    )
+
+
+def _nodes_gone(nodes: Collection[Node], seconds: float) -> set[Node]:
+    """Those of `nodes` that Ray counts as dead, waiting up to `seconds` for the first."""
+    deadline = time.monotonic() + seconds
+    while True:
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        gone = {node for node in nodes if node.node_id not in alive}
+        if gone or time.monotonic() > deadline:
+            return gone
+        time.sleep(0.5)
