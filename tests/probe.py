@@ -77,7 +77,7 @@ class ProbeWorker(FSDPWorker):
     def tensors_of(self, paths: list[str], fsdp: FSDPConfig, with_critic: bool) -> dict[str, torch.Tensor]:
         """Parameters and buffers, whole, of a model that each rank loads from its own of `paths`; tied ones twice."""
         load = load_value_model if with_critic else load_model
-        model = self._load_sharded(load, ModelConfig(model_path=paths[self.rank]), fsdp, default_dtype="fp32")
+        model = self._load_sharded(load, ModelConfig(model_path=paths[self.rank]), fsdp, "fp32", group=None)
         parameters, buffers = model.named_parameters(remove_duplicate=False), model.named_buffers()
         return {name: full_tensor(tensor).detach().clone() for name, tensor in (*parameters, *buffers)}
 
