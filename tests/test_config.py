@@ -867,6 +867,8 @@ def test_what_does_less_than_its_name_promises_is_told():
         assert note.startswith(f"{adapters} makes the policy without its adapters the reference")
     in_bf16 = "worker.actor.fsdp.torch_dtype=bf16"
     assert effect_notes(load_config([in_bf16, "worker.actor.optim.strategy=adamw_bf16"])) == []
+    adapters = ["worker.actor.model.lora.rank=8", "algorithm.disable_kl=true"]
+    assert effect_notes(load_config([in_bf16, *adapters])) == []
     (note,) = effect_notes(load_config([in_bf16]))
     assert note.startswith("worker.actor.fsdp.torch_dtype=bf16 with worker.actor.optim.strategy=adamw rounds most")
 

@@ -184,3 +184,25 @@ def test_each_phase_fetches_what_it_needs_of_what_is_offloaded_and_nothing_else(
         touched = {name for name, tensors in parts.items() if tensors & set(moved)}
         assert fetched == touched == (expected if switch == "true" else set()), phase
         assert all(moved.count(tensor) == 2 for name in fetched for tensor in parts[name]), phase
+
+
+def test_what_fsdp_keeps_in_host_memory_is_not_moved_between_phases_too(
+    tiny_model_path: str, batch: DataProto, lone_process_group, tmp_path: Path
+) -> None:
+    """It would meet a parameter on the device where it expects one on the CPU."""
+    keys = [f"worker.{name}.offload.offload_params=true" for name in ("actor", "critic", "ref")]
+    keys += [f"worker.{name}.offload.offload_optimizer=true" for name in ("actor", "critic")]
+    keys += [f"worker.{name}.fsdp.enable_cpu_offload=true" for name in ("actor", "critic", "ref")]
+    worker = start_alone(make_config(tiny_model_path, *WITH_CRITIC, *keys))
+    worker.update_actor(batch)
+    worker.update_critic(batch)
+    with Moves() as moves:
+        worker.prepare_rollout_engine()
+        worker.update_actor(batch)
+        worker.update_critic(batch)
+        worker.compute_ref_log_probs(batch)
+        worker.save_checkpoint(str(tmp_path), False)
+    trained = [parameter for model in worker.trained.values() for parameter in model.model.parameters()]
+    resting = [*trained, *worker.ref_model.parameters()]
+    resting += [moment for model in worker.trained.values() for moment in moments_of(model.optimizer)]
+    assert {id(tensor) for tensor in resting} & {tensor for _, tensor in moves.made} == set()
