@@ -101,7 +101,7 @@ class MeasuredWorker(FSDPWorker):
         return self._measure(lambda: passes[phase](data))
 
     def _measure(self, run: Callable[[], Any]) -> dict[str, float]:
-        """Seconds, the memory held before and the most beyond it in MiB, and what an update tells of its operations."""
+        """Seconds, MiB held before and at most on top of it, and what an update tells of its operations."""
         clock = time.perf_counter
         if self.device.type == "cuda":
             torch.cuda.synchronize()
