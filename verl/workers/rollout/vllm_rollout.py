@@ -112,10 +112,17 @@ class VLLMRollout(Rollout):
     ) -> "VLLMRollout":
         """Starts the engine. On CUDA it falls asleep at once, so that it holds no memory until the first rollout.
 
-        Raises what vLLM raises where the engine cannot start, and ValueError for a mixture of experts on a CPU.
+        Raises what vLLM raises where the engine cannot start, and ValueError for a family that vLLM computes otherwise
+        than transformers and for a mixture of experts on a CPU.
         """
         model, rollout = config.worker.actor.model, config.worker.rollout
         model_config = load_model_config(model)
+        family = family_of(model_config)
+        if not family.in_vllm:
+            raise ValueError(
+                f"worker.rollout.name=vllm computes models of the family {family.name} otherwise than the trainer; "
+                "use worker.rollout.name=hf"
+            )
         if device.type == "cpu" and getattr(model_config.get_text_config(), "num_experts", 0):
             # vLLM's CPU build packs experts for its kernel when it first loads them, and never again.
             raise ValueError(
@@ -220,6 +227,13 @@ class VLLMRollout(Rollout):
     def _requests(self, prompts: DataProto, seed: int) -> list[Request]:
         streams = prompts.non_tensor_batch
         rows = zip(streams["raw_prompt_ids"], streams["multi_modal_data"], strict=True)
+        family = family_of(self.model_config)
+        has_videos = any(handle.is_video for media in streams["multi_modal_data"] for handle in media or [])
+        if has_videos and not family.videos_in_vllm:
+            raise ValueError(
+                f"worker.rollout.name=vllm places what follows a video otherwise than transformers does for "
+                f"{family.name}; use worker.rollout.name=hf for prompts with videos"
+            )
         return [Request(list(ids), list(media or []), draw_seed(seed, row)) for row, (ids, media) in enumerate(rows)]
 
     def _outputs_of_own(self, own: list[Request], sampling: Sampling) -> list[RequestOutput]:
@@ -312,7 +326,7 @@ def _generation_config(model_path: str, model_config: PretrainedConfig) -> Gener
 def _media_options(model_config: PretrainedConfig, rollout: RolloutConfig, device: torch.device) -> dict[str, Any]:
     if not family_of(model_config).has_vision_tower:
         return {}
-    limits: dict[str, Any] = {"video": VIDEO_LIMITS if family_of(model_config).takes_videos else 0}
+    limits: dict[str, Any] = {"video": VIDEO_LIMITS if family_of(model_config).videos_in_vllm else 0}
     if rollout.limit_images > 0:
         limits["image"] = rollout.limit_images
     # Every prompt's images are new: keeping processed ones would only take host memory.
