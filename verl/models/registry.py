@@ -62,8 +62,6 @@ class ModelFamily:
     """Whether tokens of an image see later ones, which takes attention that reads a mask: FlashAttention does not."""
     in_vllm: bool = True
     """Whether vLLM computes it as transformers does."""
-    videos_in_vllm: bool = False
-    """Whether it gives what follows a video the positions that transformers gives it."""
     transposed_weights: tuple[str, ...] = ()
     """Ends of the names of weights whose last two dimensions transformers holds swapped against checkpoints."""
 
@@ -83,7 +81,7 @@ QWEN = {
     "counts_by_size": True,
     "takes_videos": True,
 }
-QWEN3 = {**QWEN, "marks_each_frame": True, "videos_in_vllm": True}
+QWEN3 = {**QWEN, "marks_each_frame": True}
 GLM = {**QWEN, "takes_videos": False}
 TILES = {"media_token_fields": ("image_token_id",), "blank_image": blank_tile}
 
