@@ -16,6 +16,7 @@ from transformers import (
     AutoProcessor,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     LlavaConfig,
     Qwen3MoeConfig,
     Qwen3VLMoeConfig,
@@ -365,6 +366,14 @@ def test_experts_on_a_cpu_are_refused_before_the_engine_starts(tmp_path: Path) -
     config = config_of(str(tmp_path), "vllm")
     with pytest.raises(ValueError, match=r"worker.rollout.name=vllm would go on .* use worker.rollout.name=hf there"):
         engine_class("vllm").from_config(config, None, None, torch.device("cpu"))
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_a_family_whose_images_see_forward_is_refused_before_the_engine_starts(tmp_path: Path) -> None:
+    Gemma3Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"worker.rollout.name=vllm .* Gemma 3 .* use worker.rollout.name=hf"):
+        engine_class("vllm").from_config(config_of(str(tmp_path), "vllm"), None, None, torch.device("cpu"))
 
 
 @pytest.mark.vllm
