@@ -112,6 +112,21 @@ def test_a_full_kl_is_the_same_packed(tiny_model_path: str, batch: DataProto, lo
         torch.testing.assert_close(others[name], value, atol=1e-5 * value.abs().max().item() + 1e-9, rtol=0)
 
 
+def test_rows_without_a_response_take_no_part(tiny_model_path: str, batch: DataProto, lone_process_group) -> None:
+    """Each is a micro-batch of its own, in which nothing is to be predicted."""
+    rows = DataProto.concat([batch[:1], batch[4:6], batch[7:]])
+    rows.batch = rows.batch.clone()
+    rows.batch["response_mask"][:2] = 0
+    rows.batch["attention_mask"][:2, -RESPONSE_LENGTH:] = 0
+    few = ["worker.actor.micro_batch_size_per_device_for_update=1", "worker.actor.dynamic_batching=false"]
+    few += ["worker.actor.micro_batch_size_per_device_for_experience=1"]
+    assert_same_training([PADDED, *few], [PACKED, *few], tiny_model_path, rows)
+    found = start_alone(make_config(tiny_model_path, PADDED, COLLECT, *few)).compute_log_probs(rows).batch
+    for stream in ("old_log_probs", "attention_mass"):
+        assert not found[stream][:2].any()
+        assert found[stream][2:].any()
+
+
 def test_both_layouts_hold_the_same_tokens_in_the_same_order(batch: DataProto) -> None:
     is_response = batch.batch["response_mask"].bool()
     labels = batch.batch["responses"][is_response]
