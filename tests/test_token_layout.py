@@ -13,6 +13,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.batches import answer_at_random, make_prompts
+from tests.family_models import EXPERTS, SHARED
 from tests.probe import (
     RESPONSE_LENGTH,
     RESPONSES_PER_PROMPT,
@@ -199,6 +200,8 @@ def test_a_family_says_of_packed_prompts_what_it_says_of_padded_ones(name: str) 
         ("Qwen3Config", {}),
         ("MistralConfig", {"sliding_window": 4}),
         ("Qwen3MoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+        ("Qwen2MoeConfig", {"use_sliding_window": True, "sliding_window": 4, **EXPERTS, **SHARED}),
+        ("PhimoeConfig", {"sliding_window": 4}),
         ("Gemma2Config", {"sliding_window": 4, "query_pre_attn_scalar": 16}),
     ],
 )
