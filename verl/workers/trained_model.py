@@ -82,9 +82,9 @@ class TrainedModel:
         """One pass of optimizer steps over this rank's rows, `ppo_epochs` times; the schedule then advances once.
 
         The rows are cut, in order, into `plan.mini_batches` mini-batches; row i of every rank's k-th piece belongs to
-        the same optimizer step. Where ranks share rows, they have those that each would have alone, one rank's after
-        the other's, and cut each rank's so. Losses are sums over tokens (or rows) divided by the counts of the whole mini-batch
-        over all ranks, so the result depends neither on micro-batches nor on the number of ranks.
+        the same optimizer step. Ranks that share rows have those that each would have alone, one rank's after the
+        other's, and cut each rank's so. Losses are sums over tokens (or rows) divided by the counts of the whole
+        mini-batch over all ranks, so the result depends neither on micro-batches nor on the number of ranks.
 
         Returns metrics, the same on every rank: the loss's own, `grad_norm` before clipping, averaged over the
         optimizer steps, and `lr`; by this rank's clock `perf/tflops_*`, the operations in 10^12 that a device did in a
