@@ -20,7 +20,7 @@ from tests.probe import (
     start_two,
 )
 from tests.test_families import make_family_prompts
-from tests.tiny import make_tiny_text_model
+from tests.tiny import CORPUS, build_tokenizer, make_tiny_text_model
 from tests.vlm_zoo import TEXT_CONFIG, make_model
 from verl.models.attention_table import SAMPLES
 from verl.models.sequence_parallel import SequenceGroup, share_rows
@@ -144,9 +144,10 @@ def test_a_text_model_is_shared_too(tmp_path, batch: DataProto, ray_cluster, lon
 
 
 def test_a_model_with_windows_and_fewer_key_heads_than_ranks_is_shared_too(
-    tmp_path, tokenizer, batch: DataProto, ray_cluster, lone_process_group
+    tmp_path, batch: DataProto, ray_cluster, lone_process_group
 ) -> None:
     """Two of four queries on each rank, and on both the only key: rows are longer than the window and need a mask."""
+    tokenizer = build_tokenizer(CORPUS)
     text = dict(TEXT_CONFIG, vocab_size=len(tokenizer), num_key_value_heads=1, sliding_window=4)
     model = make_model("MistralForCausalLM", transformers.MistralConfig(**text))
     path = str(tmp_path / "windowed")
@@ -163,9 +164,7 @@ def test_a_model_with_windows_and_fewer_key_heads_than_ranks_is_shared_too(
     assert_same(shared, gradients)
 
 
-def test_ranks_share_rows_of_every_family_that_packs(
-    tmp_path, private_cache, ray_cluster, lone_process_group
-) -> None:
+def test_ranks_share_rows_of_every_family_that_packs(tmp_path, private_cache, ray_cluster, lone_process_group) -> None:
     """Qwen3-VL too, whose deeper layers are given features of the image tokens, which each rank has its own of."""
     few = ("worker.actor.micro_batch_size_per_device_for_update=1", COLLECT)
     group = None
