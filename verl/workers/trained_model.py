@@ -88,7 +88,8 @@ class TrainedModel:
 
         Returns metrics, the same on every rank: the loss's own, `grad_norm` before clipping, averaged over the
         optimizer steps, and `lr`; by this rank's clock `perf/tflops_*`, the operations in 10^12 that a device did in a
-        second, and `perf/mfu_*`, their share of what it is made for, where that is known.
+        second (those of a reference do not count), and `perf/mfu_*`, their share of what it is made for, where that is
+        known.
         """
         self.model.train()
         self.forward.work = Work()
