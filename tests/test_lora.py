@@ -323,10 +323,13 @@ def test_after_an_update_the_rollout_draws_from_the_trained_policy(
 # Checkpoints
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("strategy", ["adamw", "adamw_bf16"])
 def test_a_checkpoint_holds_the_adapters_alone_and_resumes_exactly(
-    tiny_model_path: str, batch: DataProto, lone_process_group, tmp_path: Path
+    strategy: str, tied: bool, tiny_model_path: str, batch: DataProto, lone_process_group, tmp_path: Path
 ) -> None:
-    config = make_config(tiny_model_path, *LORA, FAST)
+    model_path = make_tiny_model(tmp_path / "tied", tie_word_embeddings=True) if tied else tiny_model_path
+    config = make_config(model_path, *LORA, FAST, f"worker.actor.optim.strategy={strategy}")
     first = start_alone(config)
     first.update_actor(batch)
     first.update_actor(batch)

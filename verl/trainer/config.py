@@ -401,7 +401,8 @@ def effect_notes(config: PPOConfig) -> list[str]:
             "tokens' mean weight: one ratio moves all tokens alike; gspo_token tells them apart"
         )
     for prefix, model in config.trained_models.items():
-        if model.fsdp.torch_dtype in ("bf16", "bfloat16") and model.optim.strategy == "adamw":
+        is_bf16 = model.fsdp.torch_dtype in ("bf16", "bfloat16") and model.model.lora.rank == 0  # adapters are fp32
+        if is_bf16 and model.optim.strategy == "adamw":
             notes.append(
                 f"{prefix}.fsdp.torch_dtype={model.fsdp.torch_dtype} with {prefix}.optim.strategy=adamw rounds most "
                 "updates away: a bf16 weight moves by 1/256 of itself or not at all; adamw_bf16 adds up smaller ones"
