@@ -91,7 +91,7 @@ WITH_SEVERAL_WORKERS = {
 class MeasuredWorker(FSDPWorker):
     """The worker of a run, with a stop watch."""
 
-    @register(Dispatch(DP_COMPUTE_PROTO.split, list))
+    @register(Dispatch(DP_COMPUTE_PROTO.split, list), shared_by="engine")
     def measure_rollout(self, data: DataProto) -> dict[str, float]:
         return self._measure(lambda: self.generate_sequences(data))
 
@@ -161,14 +161,15 @@ def config_of(arguments: argparse.Namespace, model_path: str, switch: list[str])
 
 
 def start(config: PPOConfig, arguments: argparse.Namespace) -> WorkerGroup:
+    plan = BatchPlan.from_config(config, arguments.workers)
     group = WorkerGroup(
         MeasuredWorker,
         1,
         arguments.workers,
         arguments.device,
-        shares={"actor": config.worker.actor.ulysses_size},
+        shares=plan.shares,
         config=config,
-        plan=BatchPlan.from_config(config, arguments.workers),
+        plan=plan,
         policy_loss=POLICY_LOSSES[config.worker.actor.loss_type],
         training_steps=10,
     )

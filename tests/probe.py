@@ -4,6 +4,7 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import distribute_tensor
@@ -76,9 +77,16 @@ class ProbeWorker(FSDPWorker):
     def tensors_of(self, paths: list[str], fsdp: FSDPConfig, with_critic: bool) -> dict[str, torch.Tensor]:
         """Parameters and buffers, whole, of a model that each rank loads from its own of `paths`; tied ones twice."""
         load = load_value_model if with_critic else load_model
-        model = self._load_sharded(load, ModelConfig(model_path=paths[self.rank]), fsdp, default_dtype="fp32")
+        model = self._load_sharded(load, ModelConfig(model_path=paths[self.rank]), fsdp, "fp32", group=None)
         parameters, buffers = model.named_parameters(remove_duplicate=False), model.named_buffers()
         return {name: full_tensor(tensor).detach().clone() for name, tensor in (*parameters, *buffers)}
+
+    @register(ONE_TO_ALL)
+    def refusal_of(self, folder: str) -> str:
+        """What is said of a checkpoint that cannot be resumed; the ranks live on."""
+        with pytest.raises(ValueError) as caught:
+            self.load_checkpoint(folder, model_only=True)
+        return str(caught.value)
 
     @register(ONE_TO_ALL)
     def scale_weights(self, factor: float) -> None:
@@ -162,6 +170,11 @@ def gradients_of(trained: TrainedModel, mini_batch: DataProto) -> tuple[dict[str
     return gradients, metrics
 
 
+def without_clock(metrics: dict[str, float]) -> dict[str, float]:
+    """Those metrics of an update that the same update always has."""
+    return {name: value for name, value in metrics.items() if not name.startswith("perf/")}
+
+
 def make_config(model_path: str, *overrides: str) -> PPOConfig:
     return load_config(
         [
@@ -205,7 +218,7 @@ def start_two(config: PPOConfig) -> WorkerGroup:
 
 def start_group(config: PPOConfig, num_workers: int) -> WorkerGroup:
     """Ranks in processes of their own; needs the `ray_cluster` fixture."""
-    shares = {"actor": config.worker.actor.ulysses_size, "critic": config.worker.critic.ulysses_size}
-    group = WorkerGroup(ProbeWorker, 1, num_workers, "cpu", shares, **run_of(config, num_workers))
+    run = run_of(config, num_workers)
+    group = WorkerGroup(ProbeWorker, 1, num_workers, "cpu", run["plan"].shares, **run)
     group.init_model()
     return group

@@ -121,6 +121,25 @@ def test_a_turn_under_the_padding_is_no_turn():
     assert letters_of(kinds) == ["..*tt"]
 
 
+@pytest.mark.parametrize(
+    ("begin", "end", "prompt", "role", "kinds"),
+    [
+        ("<|start_header_id|>", "<|eot_id|>", "a(Sbc)(Ub", True, "*ppppp" + "ptt"),
+        ("<|start_header_id|>", "<|eot_id|>", "a(Ubc)(Sb", True, "*ptttp" + "ptt"),
+        ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "a(bc)d", False, "*pppp" + "t"),
+        ("<|system|>", "<|user|>", "a(bc)d", False, "*pppp" + "t"),
+        ("<|system|>", "<|user|>", "ab)cd", False, "*tptt"),
+    ],
+)
+def test_the_system_turn_of_other_templates_is_known_by_its_marks(begin, end, prompt, role, kinds):
+    """Where the mark itself says that it is a system turn, no word has to follow, whatever role ids are given."""
+    input_ids = ids_of(prompt)
+    special = {begin: IDS["("], end: IDS[")"]}
+    role_ids = SYSTEM_IDS if role else ()
+    found = classify_keys(input_ids, torch.ones_like(input_ids), 0, VISION_IDS, special, role_ids)
+    assert letters_of(found) == [kinds]
+
+
 def test_a_role_may_be_several_tokens_of_which_all_must_agree():
     rows = ids_of("(abc)(d", "(acb)(d")
     kinds = classify_keys(rows, torch.ones_like(rows), 0, VISION_IDS, SPECIAL_IDS, (IDS["a"], IDS["b"]))

@@ -47,6 +47,9 @@ def test_every_number_of_a_small_plan():
         prompts_per_draw=16,
         fewest_draws=1,
         most_draws=1,
+        ranks_per_engine=1,
+        ranks_per_row=1,
+        ranks_per_critic_row=1,
         actor=ModelPlan(
             prompts_per_mini_batch=8,
             sequences_per_mini_batch=32,

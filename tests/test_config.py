@@ -790,7 +790,6 @@ def test_the_precision_of_weights_under_adapters_is_of_no_concern_to_the_optimiz
     """What trains is in fp32."""
     adapters = "worker.actor.model.lora.rank=8"
     load_config([adapters, "worker.actor.optim.strategy=adamw_bf16", "worker.actor.fsdp.torch_dtype=fp16"])
-    assert effect_notes(load_config([adapters, "worker.actor.fsdp.torch_dtype=bf16"])) == []
 
 
 def test_adapters_on_the_critic_are_refused_where_one_is_trained(runnable):
@@ -874,6 +873,8 @@ def test_what_does_less_than_its_name_promises_is_told():
         assert note.startswith(f"{adapters} makes the policy without its adapters the reference")
     in_bf16 = "worker.actor.fsdp.torch_dtype=bf16"
     assert effect_notes(load_config([in_bf16, "worker.actor.optim.strategy=adamw_bf16"])) == []
+    adapters = ["worker.actor.model.lora.rank=8", "algorithm.disable_kl=true"]
+    assert effect_notes(load_config([in_bf16, *adapters])) == []
     (note,) = effect_notes(load_config([in_bf16]))
     assert note.startswith("worker.actor.fsdp.torch_dtype=bf16 with worker.actor.optim.strategy=adamw rounds most")
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from tests.batches import answer_at_random, make_prompts
-from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, WITH_CRITIC, make_config, start_alone
+from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, WITH_CRITIC, make_config, start_alone, start_two
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.workers.fsdp2 import clip_gradients, resident
@@ -54,21 +55,42 @@ def test_layers_and_head_compute_in_mp_param_dtype(
 
 
 @pytest.mark.parametrize(("name", "is_rounded"), [("bf16", True), ("fp32", False)])
-def test_gradients_of_micro_batches_add_up_in_mp_reduce_dtype(
-    name: str, is_rounded: bool, tiny_model_path: str, batch: DataProto, lone_process_group
+def test_gradients_of_two_ranks_add_up_in_mp_reduce_dtype(
+    name: str, is_rounded: bool, tiny_model_path: str, batch: DataProto, ray_cluster
 ) -> None:
-    """Each micro-batch's gradient is bf16; a sum of four of them fits into bf16 only if it was rounded to it."""
+    """Each rank's gradient is bf16; the sum of two of them fits into bf16 only if it was rounded to it."""
     config = make_config(
         tiny_model_path,
         "worker.actor.fsdp.mp_param_dtype=bf16",
         f"worker.actor.fsdp.mp_reduce_dtype={name}",
-        "worker.actor.micro_batch_size_per_device_for_update=2",
-        "worker.actor.dynamic_batching=false",
+        "worker.actor.micro_batch_size_per_device_for_update=4",
     )
-    gradients, _ = start_alone(config).gradients(batch, "token")
+    group = start_two(config)
+    try:
+        gradients, _ = group.gradients(batch, "token")
+    finally:
+        group.shutdown()
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
     rounded = all(torch.equal(gradient, gradient.bfloat16().float()) for gradient in gradients.values())
     assert rounded == is_rounded
+
+
+def test_gradients_are_sharded_after_every_micro_batch(
+    tiny_model_path: str, batch: DataProto, lone_process_group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before each backward pass but the first, and after the last, they are DTensors of the parameters' placement."""
+    split = "worker.actor.micro_batch_size_per_device_for_update=2"
+    worker = start_alone(make_config(tiny_model_path, split, "worker.actor.dynamic_batching=false"))
+    seen: list[set[type]] = []
+    plain_loss = worker.actor._loss
+
+    def loss_with_a_look(*args):
+        seen.append({type(parameter.grad) for parameter in worker.actor.model.parameters()})
+        return plain_loss(*args)
+
+    monkeypatch.setattr(worker.actor, "_loss", loss_with_a_look)
+    worker.gradients(batch, "token")
+    assert seen == [{type(None)}] + 3 * [{DTensor}]
 
 
 def test_clipping_scales_the_gradient_to_the_bound_and_tells_the_norm_before() -> None:
@@ -184,3 +206,25 @@ def test_each_phase_fetches_what_it_needs_of_what_is_offloaded_and_nothing_else(
         touched = {name for name, tensors in parts.items() if tensors & set(moved)}
         assert fetched == touched == (expected if switch == "true" else set()), phase
         assert all(moved.count(tensor) == 2 for name in fetched for tensor in parts[name]), phase
+
+
+def test_what_fsdp_keeps_in_host_memory_is_not_moved_between_phases_too(
+    tiny_model_path: str, batch: DataProto, lone_process_group, tmp_path: Path
+) -> None:
+    """It would meet a parameter on the device where it expects one on the CPU."""
+    keys = [f"worker.{name}.offload.offload_params=true" for name in ("actor", "critic", "ref")]
+    keys += [f"worker.{name}.offload.offload_optimizer=true" for name in ("actor", "critic")]
+    keys += [f"worker.{name}.fsdp.enable_cpu_offload=true" for name in ("actor", "critic", "ref")]
+    worker = start_alone(make_config(tiny_model_path, *WITH_CRITIC, *keys))
+    worker.update_actor(batch)
+    worker.update_critic(batch)
+    with Moves() as moves:
+        worker.prepare_rollout_engine()
+        worker.update_actor(batch)
+        worker.update_critic(batch)
+        worker.compute_ref_log_probs(batch)
+        worker.save_checkpoint(str(tmp_path), False)
+    trained = [parameter for model in worker.trained.values() for parameter in model.model.parameters()]
+    resting = [*trained, *worker.ref_model.parameters()]
+    resting += [moment for model in worker.trained.values() for moment in moments_of(model.optimizer)]
+    assert {id(tensor) for tensor in resting} & {tensor for _, tensor in moves.made} == set()

@@ -5,13 +5,17 @@
 import shutil
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, Qwen3Config, Qwen3ForCausalLM
 
 from tests.batches import random_image
+from tests.family_models import IMAGE_TEXT_MODELS, make_family_model
 from tests.tiny import make_tiny_model
 from verl.models.loader import keep_vision_tower_in_step, load_model, load_model_config, load_value_model
+from verl.models.position_ids import prompt_position_ids
+from verl.models.registry import media_token_types
 from verl.utils.tokenizer import get_processor
 from verl.workers.actor.config import ModelConfig
 
@@ -125,6 +129,56 @@ def test_the_blank_image_changes_no_logit_and_gives_the_tower_a_gradient_of_zero
     kept.sum().backward()
     assert all((weight.grad == 0).all() for weight in model.model.visual.parameters())
     assert (model.lm_head.weight.grad != 0).any()
+
+
+@pytest.mark.parametrize("name", IMAGE_TEXT_MODELS)
+def test_the_blank_image_of_every_family_reaches_all_of_its_tower_and_changes_no_logit(name: str, tmp_path) -> None:
+    """All that images move: parameters for which an image gives a gradient get one of zero from the blank image."""
+    path = make_family_model(name, tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    processor = get_processor(path)
+    ids, mask = torch.arange(20, 30), torch.ones(10, dtype=torch.long)
+    position_ids = prompt_position_ids(model.config, ids, mask, {})
+    text = {
+        "input_ids": ids[None],
+        "attention_mask": mask[None],
+        "position_ids": position_ids[None] if position_ids.dim() == 1 else position_ids[:, None],
+        **media_token_types(model.config, ids[None]),
+    }
+    plain = model(**text).logits
+    images = [[random_image((56, 56), 0)]]
+    shown = processor(text=[f"a{processor.image_token}a"], images=images, return_tensors="pt")
+    model(**shown).logits.sum().backward()
+    of_images = {key for key, value in model.named_parameters() if value.grad is not None}
+    model.zero_grad(set_to_none=True)
+    keep_vision_tower_in_step(model)
+    kept = model(**text).logits
+    torch.testing.assert_close(kept, plain, atol=0, rtol=0)
+    kept.sum().backward()
+    of_blank = {key for key, value in model.named_parameters() if value.grad is not None}
+    assert of_images - of_blank == set()
+
+
+@pytest.mark.parametrize("name", ["Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Qwen3-VL-MoE", "Qwen3.5"])
+def test_images_and_videos_go_through_the_tower_in_one_run_with_the_same_logits(name: str, tmp_path) -> None:
+    path = make_family_model(name, tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    processor = get_processor(path)
+    frames = np.stack([np.asarray(random_image((56, 56), seed)) for seed in range(4)])
+    shown = processor(
+        text=[f"a{processor.video_token}b{processor.image_token}c"],
+        images=[random_image((56, 84), 9)],
+        videos=[frames],
+        video_metadata=[{"total_num_frames": 4, "fps": 2.0, "frames_indices": [0, 1, 2, 3]}],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+    plain = model(**shown).logits
+    keep_vision_tower_in_step(model)
+    runs = []
+    model.model.visual.register_forward_pre_hook(lambda _, args: runs.append(args[0].shape[0]))
+    torch.testing.assert_close(model(**shown).logits, plain, atol=1e-5, rtol=1e-5)
+    assert runs == [2 * 16 + 24]
 
 
 def test_a_batch_with_an_image_runs_the_tower_once_on_that_image(tiny_model_path: str) -> None:

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_qwen import build_tokenizer
-from transformers import AutoModelForImageTextToText, AutoProcessor, Gemma2Config, Gemma2ForCausalLM, Qwen3MoeConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlavaConfig,
+    Qwen3MoeConfig,
+    Qwen3VLMoeConfig,
+)
 
 from tests.batches import PROMPT_LENGTH, ROWS, make_prompts
 from tests.probe import RESPONSE_LENGTH, make_config, start_group
@@ -326,17 +334,23 @@ def test_a_text_model_whose_head_is_its_embeddings_takes_in_new_weights(ray_clus
 @pytest.mark.vllm
 @needs_vllm
 def test_the_stream_is_brought_to_the_form_of_checkpoints() -> None:
-    """Two experts of 4 x 3 held as 3 x 4 are turned; a head that the engine ties to its embeddings is left out."""
+    """Two experts of 4 x 3 held as 3 x 4 are turned; a head that the engine ties to its embeddings is left out; the
+    weights of a CLIP tower get the name that they have on disk."""
     from verl.workers.rollout.vllm_rollout import as_in_checkpoints
 
     experts, plain = torch.arange(24.0).view(2, 3, 4), torch.arange(12.0).view(3, 4)
     weights = {"layers.0.experts.down_proj": experts, "layers.0.gate.weight": plain, "lm_head.weight": plain}
     for has_head, names in ((True, list(weights)), (False, list(weights)[:2])):
-        stream = dict(as_in_checkpoints(weights.items(), ("experts.down_proj",), has_head))
+        stream = dict(as_in_checkpoints(weights.items(), Qwen3VLMoeConfig(), has_head))
         assert list(stream) == names
         assert torch.equal(stream["layers.0.gate.weight"], plain)
         turned = stream["layers.0.experts.down_proj"]
         assert turned.shape == (2, 4, 3) and turned[1, 2, 0] == experts[1, 0, 2]
+    of_tower = [("model.vision_tower.pre_layrnorm.weight", plain), ("model.language_model.norm.weight", plain)]
+    assert [name for name, _ in as_in_checkpoints(of_tower, LlavaConfig(), True)] == [
+        "model.vision_tower.vision_model.pre_layrnorm.weight",
+        "model.language_model.norm.weight",
+    ]
 
 
 @pytest.mark.vllm

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from tests.batches import answer_at_random, make_prompts
-from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, ProbeWorker, make_config, run_of, start_alone
+from tests.probe import (
+    RESPONSE_LENGTH,
+    RESPONSES_PER_PROMPT,
+    ProbeWorker,
+    make_config,
+    run_of,
+    start_alone,
+    without_clock,
+)
 from tests.tiny import make_tiny_model
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
@@ -56,13 +64,13 @@ def test_groups_of_any_size_train_as_one_rank_does(
     """
     alone = start_alone(make_config(tiny_model_path, MICRO_BATCHES, *FAST))
     gradients, _ = alone.gradients(batch, "token")
-    metrics = alone.update_actor(batch)
+    metrics = without_clock(alone.update_actor(batch))
     weights = alone.weights()
     for size, strategy in ((-1, "adamw"), (1, "adamw"), (2, "adamw"), (2, "adamw_bf16")):
         keys = (f"worker.actor.fsdp.fsdp_size={size}", f"worker.actor.optim.strategy={strategy}")
         ranks.restart(make_config(tiny_model_path, MICRO_BATCHES, *FAST, *keys))
         assert_same_gradients(gradients, ranks.gradients(batch, "token")[0])
-        assert ranks.update_actor(batch) == pytest.approx(metrics, rel=1e-5)
+        assert without_clock(ranks.update_actor(batch)) == pytest.approx(metrics, rel=1e-5)
         first, *others = ranks.weights()
         for other in others:
             assert_equal(first, other)
@@ -79,11 +87,11 @@ def test_a_checkpoint_in_bf16_goes_on_exactly(
     ranks.restart(config)
     ranks.update_actor(batch)
     ranks.save_checkpoint(str(tmp_path), model_only=False)
-    metrics = ranks.update_actor(batch)
+    metrics = without_clock(ranks.update_actor(batch))
     expected = ranks.weights()[0]
     ranks.restart(config)
     ranks.load_checkpoint(str(tmp_path), model_only=False)
-    assert ranks.update_actor(batch) == metrics
+    assert without_clock(ranks.update_actor(batch)) == metrics
     for weights in ranks.weights():
         assert_equal(weights, expected)
     assert {value.dtype for value in expected.values()} == {torch.bfloat16}
@@ -125,9 +133,17 @@ def test_only_rank_0_opens_the_weights_and_all_hold_them_and_every_buffer(
 def test_a_checkpoint_of_other_sharding_groups_is_refused_by_name(
     tiny_model_path: str, ranks: WorkerGroup, tmp_path: Path
 ) -> None:
-    """The last of these tests: a group does not outlive a refusal."""
     ranks.restart(make_config(tiny_model_path, MICRO_BATCHES, *FAST, "worker.actor.fsdp.fsdp_size=2"))
     ranks.save_checkpoint(str(tmp_path), model_only=True)
     ranks.restart(make_config(tiny_model_path, MICRO_BATCHES, *FAST))
-    with pytest.raises(ValueError, match="groups of 2 workers.* have 4; resume with worker.actor.fsdp.fsdp_size=2"):
-        ranks.load_checkpoint(str(tmp_path), model_only=True)
+    for text in ranks.refusal_of(str(tmp_path)):
+        assert "groups of 2 workers, this run's have 4; resume with worker.actor.fsdp.fsdp_size=2" in text
+
+
+def test_a_model_that_is_not_the_one_that_rank_0_sends_is_refused_by_the_tensor(
+    tiny_model_path: str, ranks: WorkerGroup, tmp_path: Path
+) -> None:
+    """The last of these tests: ranks do not outlive it."""
+    other = make_tiny_model(tmp_path, vision_depth=2)
+    with pytest.raises(ValueError, match=r"model\.visual\.blocks\.1\..* and None in the one read from its files"):
+        ranks.tensors_of([tiny_model_path] + [other] * 3, FSDPConfig(), False)

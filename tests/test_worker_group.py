@@ -32,6 +32,13 @@ class ArithmeticWorker(Worker):
         values = data.batch["value"] * factor + self.offset
         return DataProto.from_dict({"value": values, "rank": torch.full_like(values, self.rank)})
 
+    @register(DP_COMPUTE_PROTO, shared_by="pair")
+    def tag_rows_of_pair(self, data: DataProto) -> DataProto:
+        everyone = torch.ones(1)
+        dist.all_reduce(everyone)
+        values = data.batch["value"] + data.batch["value"].sum()
+        return DataProto.from_dict({"value": values, "ranks": torch.full_like(values, int(everyone))})
+
     @register(DP_COMPUTE_METRIC)
     def total(self, data: DataProto) -> float:
         total = data.batch["value"].sum()
@@ -52,7 +59,7 @@ class ArithmeticWorker(Worker):
 
 
 def _start_two() -> WorkerGroup:
-    return WorkerGroup(ArithmeticWorker, num_nodes=1, workers_per_node=2, device="cpu", offset=100)
+    return WorkerGroup(ArithmeticWorker, num_nodes=1, workers_per_node=2, device="cpu", shares={"pair": 2}, offset=100)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +96,13 @@ def test_rows_are_split_over_ranks_and_come_back_in_order(group) -> None:
     answer = group.tag_rows(batch, factor=10)
     assert answer.batch["value"].tolist() == [100, 110, 120, 130, 140, 150]
     assert answer.batch["rank"].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_ranks_that_share_their_rows_all_see_them_and_the_answer_comes_once(group) -> None:
+    """0 + ... + 5 = 15, added to each row by both."""
+    answer = group.tag_rows_of_pair(DataProto.from_dict({"value": torch.arange(6)}))
+    assert answer.batch["value"].tolist() == [15, 16, 17, 18, 19, 20]
+    assert answer.batch["ranks"].tolist() == [2] * 6
 
 
 def test_reduced_numbers_come_back_once_and_cover_all_ranks(group) -> None:

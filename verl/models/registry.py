@@ -98,6 +98,9 @@ MODEL_FAMILIES = (
     ModelFamily("Mistral 3", ("mistral3",), ("image_token_id",), blank_sized_image),
 )
 
+NESTED_TOWERS = {"clip_vision_model", "siglip_vision_model"}
+"""Vision towers whose weights have a `vision_model.` in checkpoints that transformers leaves out of their names."""
+
 PLAIN_TEXT = ModelFamily("plain text", ())
 """Every causal language model without other inputs, whatever its type."""
 
@@ -118,6 +121,14 @@ def family_of(model_config: PretrainedConfig) -> ModelFamily:
             f"or one of {known} (worker.actor.model.model_path)"
         )
     return PLAIN_TEXT
+
+
+def checkpoint_name(model_config: PretrainedConfig, name: str) -> str:
+    """Return what checkpoints call the weight that a loaded model calls `name`."""
+    vision_config = getattr(model_config, "vision_config", None)
+    if vision_config is not None and vision_config.model_type in NESTED_TOWERS:
+        return name.replace("vision_tower.", "vision_tower.vision_model.")
+    return name
 
 
 def packs(model_config: PretrainedConfig) -> bool:

@@ -46,7 +46,7 @@ class DataConfig(ConfigSection):
     mini_rollout_batch_size: int | None = None
     """Prompts per draw from the data and per generation call; null is `rollout_batch_size`."""
     val_batch_size: int = -1
-    """Prompts per generation call in validation; -1 takes the whole set at once."""
+    """Prompts that validation answers and scores at a time; -1 takes the whole set at once, with all its images."""
     format_prompt: str | None = None
     """Jinja file that turns a question, its variable `content`, into the prompt."""
     override_chat_template: str | None = None
@@ -401,8 +401,8 @@ def effect_notes(config: PPOConfig) -> list[str]:
             "tokens' mean weight: one ratio moves all tokens alike; gspo_token tells them apart"
         )
     for prefix, model in config.trained_models.items():
-        is_bf16 = model.fsdp.torch_dtype in ("bf16", "bfloat16") and model.model.lora.rank == 0  # adapters are fp32
-        if is_bf16 and model.optim.strategy == "adamw":
+        in_bf16 = model.fsdp.torch_dtype in ("bf16", "bfloat16") and model.model.lora.rank == 0  # adapters are fp32
+        if in_bf16 and model.optim.strategy == "adamw":
             notes.append(
                 f"{prefix}.fsdp.torch_dtype={model.fsdp.torch_dtype} with {prefix}.optim.strategy=adamw rounds most "
                 "updates away: a bf16 weight moves by 1/256 of itself or not at all; adamw_bf16 adds up smaller ones"

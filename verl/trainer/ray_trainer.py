@@ -131,7 +131,7 @@ class RayDAPOTrainer:
             num_nodes=self.config.trainer.nnodes,
             workers_per_node=self.config.trainer.n_gpus_per_node,
             device=self.device,
-            shares={"actor": self.config.worker.actor.ulysses_size, "critic": self.config.worker.critic.ulysses_size},
+            shares=self.plan.shares,
             config=self.config,
             plan=self.plan,
             policy_loss=POLICY_LOSSES[self.config.worker.actor.loss_type],

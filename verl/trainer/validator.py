@@ -48,9 +48,18 @@ class Validator:
         self.tokenizer = tokenizer
 
     def run(self) -> ValidationResult:
-        """One pass over the whole held-out set."""
-        batch = DataProto.concat([self.generate(features, number) for number, features in enumerate(self.batches)])
-        scores, rewards = self.score(batch)
+        """One pass over the whole held-out set, of which no more than two batches' images are held at a time."""
+        parts: list[DataProto] = []
+        scores: list[float] = []
+        rewards: dict[str, list[float]] = {}
+        for number, features in enumerate(self.batches):
+            part = self.generate(features, number)
+            of_part, rewards_of_part = self.score(part)
+            parts.append(part.select(None, ["prompt_text", "ground_truth"]))
+            scores.extend(of_part)
+            for key, values in rewards_of_part.items():
+                rewards.setdefault(key, []).extend(values)
+        batch = DataProto.concat(parts)
         score = float(np.mean(scores))
         metrics = {"val/reward_score": score}
         metrics.update({f"val/{key}_reward": value for key, value in reduce_metrics(rewards).items()})

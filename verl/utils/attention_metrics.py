@@ -46,6 +46,15 @@ QWEN_TOKENS = {
 }
 PLACEHOLDERS = {"image_pad", "video_pad"}
 
+TURN_MARKS = (
+    ("im_start", "im_end", False),  # ChatML: Qwen, InternVL
+    ("<|start_header_id|>", "<|eot_id|>", False),  # Llama 3
+    ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", True),  # Mistral
+    ("<|system|>", "<|user|>", True),  # GLM, Phi
+)
+"""Special tokens between which turns stand, and whether the first of them says by itself that its is a system turn;
+otherwise the role's word follows it."""
+
 
 # ---- which token is what ----
 
@@ -63,10 +72,10 @@ def get_qwen_special_token_ids(processor: Any) -> dict[str, int]:
 
 
 def get_system_role_ids(processor: Any) -> tuple[int, ...]:
-    """Ids of the word `system` as it stands after `<|im_start|>`; empty where the tokenizer cannot tell.
+    """Ids of the word `system` as it stands after the mark that begins a turn; empty where the tokenizer cannot tell.
 
-    Turns are those of ChatML, as in chats of Qwen models. System turns of other templates (Llama 3, Mistral, GLM) are
-    not told from the instruction: their words count as text.
+    Turns are those of `TURN_MARKS`. Templates without marks of their own (Gemma's, LLaVA 1.5's) have no system turn
+    that could be told from the instruction: its words count as text.
     """
     tokenizer = _tokenizer_of(processor)
     whole = _known_id(tokenizer, "system")
@@ -133,7 +142,7 @@ def build_modality_masks(
     Args:
         input_ids: (P,) ids.
         vision_spans: as `extract_vision_token_spans_qwen` returns them.
-        special_token_ids: ids by name, of which `im_start` and `im_end` mark turns; without names no turn is known.
+        special_token_ids: ids by name, of which those of `TURN_MARKS` mark turns; without names no turn is known.
         system_role_ids: as `get_system_role_ids` returns them. Without them the system turn counts as text, and one
             warning says so if turns are known; an empty tuple says that no turn is a system turn.
     """
@@ -162,7 +171,7 @@ def classify_keys(
     Args:
         input_ids, attention_mask: (N, S), padded; the last `response_length` columns are the responses.
         vision_token_ids: placeholders of images and videos, as `vision_token_ids` returns them.
-        special_token_ids: ids by name, of which `im_start` and `im_end` mark turns; without names no turn is known.
+        special_token_ids: ids by name, of which those of `TURN_MARKS` mark turns; without names no turn is known.
         system_role_ids: as `get_system_role_ids` returns them. Without them the system turn counts as text, and one
             warning says so if turns are known; an empty tuple says that no turn is a system turn.
     """
@@ -455,7 +464,7 @@ def _kinds(
     response_length: int,
     is_vision: torch.Tensor,
     special_ids: Iterable[int],
-    turn_marks: tuple[int, int] | None,
+    turn_marks: TurnMarks | None,
     system_role_ids: Sequence[int] | None,
 ) -> torch.Tensor:
     """(N, S) int8; later lines overrule earlier ones."""
@@ -476,18 +485,24 @@ def _kinds(
 def _system_turn(
     input_ids: torch.Tensor,
     in_prompt: torch.Tensor,
-    turn_marks: tuple[int, int] | None,
+    turn_marks: TurnMarks | None,
     system_role_ids: Sequence[int] | None,
 ) -> torch.Tensor:
     """(N, S) bool: the first turn, from its mark to the one that ends it, in rows where its role is `system`."""
-    if turn_marks is not None and system_role_ids is None:
-        _warn_that_system_turns_count_as_text()
-    if turn_marks is None or not system_role_ids:
+    if turn_marks is None:
         return torch.zeros_like(in_prompt)
-    begins, ends = ((input_ids == mark) & in_prompt for mark in turn_marks)  # (N, S)
+    if turn_marks.is_system:
+        system_role_ids = (turn_marks.begin,)
+    elif system_role_ids is None:
+        _warn_that_system_turns_count_as_text()
+    if not system_role_ids:
+        return torch.zeros_like(in_prompt)
+    begins, ends = ((input_ids == mark) & in_prompt for mark in (turn_marks.begin, turn_marks.end))  # (N, S)
     first = begins.int().argmax(dim=1, keepdim=True)  # (N, 1)
     role = torch.tensor(system_role_ids, device=input_ids.device)
-    role_columns = (first + 1 + torch.arange(len(role), device=input_ids.device)).clamp(max=input_ids.shape[1] - 1)
+    role_begins = first if turn_marks.is_system else first + 1
+    role_columns = role_begins + torch.arange(len(role), device=input_ids.device)
+    role_columns = role_columns.clamp(max=input_ids.shape[1] - 1)
     is_system = begins.any(dim=1) & (input_ids.gather(1, role_columns) == role).all(dim=1)  # (N,)
     is_after_begin = torch.arange(input_ids.shape[1], device=input_ids.device) >= first  # (N, S)
     ends = (ends & is_after_begin).int()
@@ -498,15 +513,27 @@ def _system_turn(
 @cache
 def _warn_that_system_turns_count_as_text() -> None:
     logger.warning(
-        "turns are marked by im_start and im_end, but system_role_ids are not given, so a system turn counts as "
+        "turns are marked, but system_role_ids are not given, so a system turn counts as "
         "instruction text; give get_system_role_ids(processor)"
     )
 
 
-def _turn_marks(special_token_ids: Mapping[str, int] | Iterable[int]) -> tuple[int, int] | None:
-    if not isinstance(special_token_ids, Mapping) or not {"im_start", "im_end"} <= set(special_token_ids):
+@dataclass(frozen=True)
+class TurnMarks:
+    """Ids of the tokens of one of `TURN_MARKS`."""
+
+    begin: int
+    end: int
+    is_system: bool
+
+
+def _turn_marks(special_token_ids: Mapping[str, int] | Iterable[int]) -> TurnMarks | None:
+    if not isinstance(special_token_ids, Mapping):
         return None
-    return special_token_ids["im_start"], special_token_ids["im_end"]
+    for begin, end, is_system in TURN_MARKS:
+        if {begin, end} <= set(special_token_ids):
+            return TurnMarks(special_token_ids[begin], special_token_ids[end], is_system)
+    return None
 
 
 def _ids_of(special_token_ids: Mapping[str, int] | Iterable[int]) -> Iterable[int]:

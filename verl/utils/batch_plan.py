@@ -106,6 +106,12 @@ class BatchPlan:
     """Draws that fill a step if every group of responses is kept."""
     most_draws: int | None
     """Draws that a step may take; more than the fewest only where groups are filtered, None for any number."""
+    ranks_per_engine: int
+    """Consecutive workers that share a rollout engine, and generate for each other's prompts."""
+    ranks_per_row: int
+    """Workers that share each row of the policy's passes, `ulysses_size`."""
+    ranks_per_critic_row: int
+    """The same of the critic's passes."""
     actor: ModelPlan
     """The policy's part; the reference's passes follow it."""
     critic: ModelPlan | None
@@ -151,9 +157,9 @@ class BatchPlan:
         critic = None
         if config.algorithm.needs_critic:
             critic = ModelPlan.from_config("worker.critic", worker.critic, *sizes)
+        ranks_per_engine = rollout.tensor_parallel_size if rollout.name == "vllm" else 1
         teams = {f"{key}.ulysses_size": model.ulysses_size for key, model in config.trained_models.items()}
-        if rollout.name == "vllm":
-            teams["worker.rollout.tensor_parallel_size"] = rollout.tensor_parallel_size
+        teams["worker.rollout.tensor_parallel_size"] = ranks_per_engine
         for key, size in teams.items():
             _require_multiple("trainer.nnodes x trainer.n_gpus_per_node", world_size, size, f"{key}={size}")
         sharded = config.trained_models | ({"worker.ref": worker.ref} if config.needs_reference_model else {})
@@ -170,9 +176,17 @@ class BatchPlan:
             prompts_per_draw=prompts_per_draw,
             fewest_draws=fewest_draws,
             most_draws=most_draws,
+            ranks_per_engine=ranks_per_engine,
+            ranks_per_row=worker.actor.ulysses_size,
+            ranks_per_critic_row=worker.critic.ulysses_size,
             actor=actor,
             critic=critic,
         )
+
+    @property
+    def shares(self) -> dict[str, int]:
+        """How many neighbouring workers have the same rows, by what they share: an engine, or each row's tokens."""
+        return {"engine": self.ranks_per_engine, "actor": self.ranks_per_row, "critic": self.ranks_per_critic_row}
 
     @property
     def pieces_to_balance(self) -> int:

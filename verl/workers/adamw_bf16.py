@@ -74,7 +74,10 @@ class AdamWBF16(torch.optim.Optimizer):
 
 @torch.no_grad()
 def settle_compensation(optimizer: torch.optim.Optimizer) -> None:
-    """Adds what bf16 weights lacked to the weights, in fp32 or under another optimizer, that take their states over."""
+    """Adds what bf16 weights lacked to the weights that took their states over and keep no compensation.
+
+    Those are of fp32, which have room for it, or another optimizer's.
+    """
     for parameter, state in optimizer.state.items():
         keeps_it = isinstance(optimizer, AdamWBF16) and parameter.dtype == torch.bfloat16
         if "compensation" in state and not keeps_it:

@@ -193,15 +193,16 @@ class FSDPWorker(Worker):
         """Takes the engine's memory back for training."""
         self.rollout.sleep()
 
-    @register(DP_COMPUTE_PROTO)
+    @register(DP_COMPUTE_PROTO, shared_by="engine")
     def generate_sequences(self, prompts: DataProto) -> DataProto:
-        """Responses for this rank's prompts, as `Rollout.generate` returns them.
+        """Responses for the prompts of the ranks that share an engine with this one, as `Rollout.generate` gives them.
 
         Args:
             prompts: meta `sampling` (a `Sampling`) and `seed_parts` (ints that name this draw within the run).
         """
         sampling: Sampling = prompts.meta_info["sampling"]
-        seed = draw_seed(self.config.worker.rollout.seed, *prompts.meta_info["seed_parts"], self.rank)
+        engine = self.rank // self.plan.ranks_per_engine
+        seed = draw_seed(self.config.worker.rollout.seed, *prompts.meta_info["seed_parts"], engine)
         return self.rollout.generate(prompts, sampling, seed)
 
     @register(DP_COMPUTE_PROTO, shared_by="actor")

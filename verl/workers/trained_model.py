@@ -132,8 +132,9 @@ class TrainedModel:
         num_sequences = len(mini_batch) * world_size // self.ranks_per_row
         micro_batches, _ = self.forward.micro_batches(mini_batch, self.plan.update_micro_batch_size)
         sums: dict[str, torch.Tensor] = {}
-        for index, micro_batch in enumerate(micro_batches):
-            self.model.set_requires_gradient_sync(index == len(micro_batches) - 1)
+        for micro_batch in micro_batches:
+            # Gradients are reduced after every one of them, and add up in shards. Kept back until the last, as FSDP
+            # can, they would stand whole on every device: 28 GB of float32 for 7 billion weights.
             loss, parts = self._loss(micro_batch, num_tokens, num_sequences)
             (loss * world_size).backward()  # FSDP averages gradients over the ranks
             for name, value in parts.items():

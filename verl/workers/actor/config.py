@@ -126,8 +126,9 @@ class FSDPConfig(ConfigSection):
     use_orig_params: bool = False
     """Accepted for existing configurations, no effect: FSDP2 always keeps the original parameters."""
     torch_dtype: Dtype | None = None
-    """Precision of the stored parameters; null is fp32 for a trained model, bf16 for the reference, and
-    `mp_param_dtype` for the frozen weights under adapters, which themselves are always fp32."""
+    """Precision of the stored parameters, in which the gradients of micro-batches add up; null is fp32 for a trained
+    model, bf16 for the reference, and `mp_param_dtype` for the frozen weights under adapters, which themselves are
+    always fp32."""
     fsdp_size: int = -1
     """Workers in one sharding group, a divisor of their number: groups are replicas of each other. -1, or as many as
     there are or more, shards over all of them."""

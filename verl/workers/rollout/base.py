@@ -75,7 +75,7 @@ class Rollout(ABC):
 
     @abstractmethod
     def generate(self, prompts: DataProto, sampling: Sampling, seed: int) -> DataProto:
-        """Draws `sampling.n` responses for each prompt.
+        """Draws `sampling.n` responses for each prompt; workers that share an engine all call it with the same.
 
         Args:
             prompts: `input_ids`, `attention_mask` (B, P) left-padded, `position_ids` (B, P) or (B, 4, P);

@@ -27,14 +27,14 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-from ray import cloudpickle
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from vllm import LLM, RequestOutput, SamplingParams
 
+from verl.data.video import Video
 from verl.data.vision import MediaHandle
 from verl.models.loader import DTYPES, load_model_config
-from verl.models.registry import family_of, media_token_ids
+from verl.models.registry import checkpoint_name, family_of, media_token_ids
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
 from verl.workers.rollout.base import (
@@ -48,16 +48,18 @@ from verl.workers.rollout.base import (
 from verl.workers.rollout.config import RolloutConfig
 
 SEQUENCES_AT_ONCE_ON_CPU = 128
+VIDEO_LIMITS = {"count": 16, "num_frames": 2, "width": 224, "height": 224}
+"""Most videos of a prompt; the sizes are of those that vLLM plans its memory with, small lest they outweigh images."""
 BANNED = -100.0
 """The strongest bias that vLLM takes, added to a logit before the temperature divides it."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt: ids with a single placeholder for each image, its images, and the seed of its responses."""
+    """One prompt: ids with a single placeholder for each medium, its media, and the seed of its responses."""
 
     prompt_token_ids: list[int]
-    images: list[MediaHandle]
+    media: list[MediaHandle]
     seed: int
 
 
@@ -71,8 +73,7 @@ class VLLMRollout(Rollout):
         eos_token_ids: tokens that end a response.
         pad_token_id: fills responses on the right.
         banned_token_ids: placeholders of media, which no response may hold.
-        transposed_weights: ends of the names of weights that transformers holds the other way round than checkpoints.
-        group: the workers that share one engine's weights, all of which generate for all; None for one worker.
+        model_config: of the policy.
         sleeps: whether the engine gives its memory back between rollouts, as it can on CUDA only.
     """
 
@@ -84,8 +85,7 @@ class VLLMRollout(Rollout):
         eos_token_ids: list[int],
         pad_token_id: int,
         banned_token_ids: list[int],
-        transposed_weights: tuple[str, ...],
-        group: dist.ProcessGroup | None,
+        model_config: PretrainedConfig,
         sleeps: bool,
     ) -> None:
         self.llm = llm
@@ -94,9 +94,8 @@ class VLLMRollout(Rollout):
         self.eos_token_ids = eos_token_ids
         self.pad_token_id = pad_token_id
         self.banned_token_ids = banned_token_ids
-        self.transposed_weights = transposed_weights
+        self.model_config = model_config
         (self.has_head,) = llm.apply_model(_has_head)
-        self.group = group
         self.sleeps = sleeps
 
     @classmethod
@@ -120,9 +119,8 @@ class VLLMRollout(Rollout):
                 "CPU; use worker.rollout.name=hf there"
             )
         sleeps = device.type == "cuda"
-        group = _group_of_this_rank(rollout.tensor_parallel_size)
-        if group is not None and device.type == "cpu":
-            _remove_segments_left_behind(group)
+        if rollout.tensor_parallel_size > 1 and device.type == "cpu":
+            _remove_segments_left_behind(_group_of_this_rank(rollout.tensor_parallel_size))
         with _random_state_kept(device):  # starting an engine seeds every generator of the process
             llm = LLM(
                 model.model_path,
@@ -156,8 +154,7 @@ class VLLMRollout(Rollout):
             eos_token_ids_of(_generation_config(model.model_path, model_config), tokenizer),
             tokenizer.pad_token_id,
             media_token_ids(model_config),
-            family_of(model_config).transposed_weights,
-            group,
+            model_config,
             sleeps,
         )
         engine.sleep()
@@ -170,7 +167,7 @@ class VLLMRollout(Rollout):
     @torch.no_grad()
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         # The iterator crosses no process boundary: the engine draws from it and holds a layer until it is complete.
-        stream = as_in_checkpoints(weights, self.transposed_weights, self.has_head)
+        stream = as_in_checkpoints(weights, self.model_config, self.has_head)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream, "is_checkpoint_format": True})
         # What was computed with the old weights must not be found again. Reloading empties the worker's encoder
         # cache but not the scheduler's book of it, and the next image would be looked for in vain.
@@ -189,8 +186,7 @@ class VLLMRollout(Rollout):
             self.llm.sleep(level=1)
 
     def generate(self, prompts: DataProto, sampling: Sampling, seed: int) -> DataProto:
-        own = self._requests(prompts, seed)
-        outputs = self._outputs_of_own(own, sampling)
+        outputs = self._outputs(self._requests(prompts, seed), sampling)
         for row, output in enumerate(outputs):
             is_token = prompts.batch["attention_mask"][row].bool()
             seen, expected = output.prompt_token_ids, prompts.batch["input_ids"][row][is_token].tolist()
@@ -218,24 +214,17 @@ class VLLMRollout(Rollout):
         rows = zip(streams["raw_prompt_ids"], streams["multi_modal_data"], strict=True)
         return [Request(list(ids), list(media or []), draw_seed(seed, row)) for row, (ids, media) in enumerate(rows)]
 
-    def _outputs_of_own(self, own: list[Request], sampling: Sampling) -> list[RequestOutput]:
-        """The outputs of this worker's requests; a group's engines work on the requests of all its workers."""
-        if self.group is None:
-            return self._outputs(own, sampling)
-        pickled: list[Any] = [None] * dist.get_world_size(self.group)
-        # With Ray's pickle: any other leaves out of an image's reference who owns it, and who asks waits for ever.
-        dist.all_gather_object(pickled, cloudpickle.dumps(own), group=self.group)
-        by_rank = [cloudpickle.loads(requests) for requests in pickled]
-        outputs = self._outputs([request for requests in by_rank for request in requests], sampling)
-        first = sum(len(requests) for requests in by_rank[: dist.get_rank(self.group)])
-        return outputs[first : first + len(own)]
-
     def _outputs(self, requests: list[Request], sampling: Sampling) -> list[RequestOutput]:
         inputs: list[dict[str, Any]] = []
         for request in requests:
-            images = [handle.load() for handle in request.images]
-            media = {"multi_modal_data": {"image": images}} if images else {}
-            inputs.append({"prompt_token_ids": request.prompt_token_ids, **media})
+            media = {
+                "image": [handle.load() for handle in request.media if not handle.is_video],
+                "video": [_as_vllm_takes(handle.load()) for handle in request.media if handle.is_video],
+            }
+            media = {kind: items for kind, items in media.items() if items}
+            inputs.append(
+                {"prompt_token_ids": request.prompt_token_ids, **({"multi_modal_data": media} if media else {})}
+            )
         with _random_state_kept(torch.device("cpu")):
             return self.llm.generate(
                 inputs,
@@ -262,19 +251,28 @@ class VLLMRollout(Rollout):
 
 
 def as_in_checkpoints(
-    weights: Iterable[tuple[str, torch.Tensor]], transposed_weights: tuple[str, ...], has_head: bool
+    weights: Iterable[tuple[str, torch.Tensor]], model_config: PretrainedConfig, has_head: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The policy's weights as a checkpoint of the model has them, which is what the engine's loaders read.
 
     Args:
         weights: by Hugging Face name.
-        transposed_weights: ends of names; the last two dimensions of these are swapped.
+        model_config: of the policy; it says which names differ, and which weights have dimensions swapped.
         has_head: False leaves `lm_head.weight` out, tied to the embeddings, which bring its values.
     """
+    transposed_weights = family_of(model_config).transposed_weights
     for name, value in weights:
         if name == "lm_head.weight" and not has_head:
             continue
-        yield name, value.transpose(-1, -2) if name.endswith(transposed_weights) else value
+        yield (
+            checkpoint_name(model_config, name),
+            value.transpose(-1, -2) if name.endswith(transposed_weights) else value,
+        )
+
+
+def _as_vllm_takes(video: Video) -> tuple[np.ndarray, dict[str, Any]]:
+    """The frames and where they are from, for a processor that shall take no sample of them."""
+    return video.frames, {**video.outline.metadata, "video_backend": None, "do_sample_frames": False}
 
 
 def _has_head(model: nn.Module) -> bool:
@@ -294,7 +292,7 @@ def _generation_config(model_path: str, model_config: PretrainedConfig) -> Gener
 def _media_options(model_config: PretrainedConfig, rollout: RolloutConfig, device: torch.device) -> dict[str, Any]:
     if not family_of(model_config).has_vision_tower:
         return {}
-    limits = {"video": 0}
+    limits: dict[str, Any] = {"video": VIDEO_LIMITS if family_of(model_config).takes_videos else 0}
     if rollout.limit_images > 0:
         limits["image"] = rollout.limit_images
     # Every prompt's images are new: keeping processed ones would only take host memory.
@@ -324,10 +322,8 @@ def _memory_options(model_config: PretrainedConfig, config: PPOConfig, device: t
     }
 
 
-def _group_of_this_rank(size: int) -> dist.ProcessGroup | None:
+def _group_of_this_rank(size: int) -> dist.ProcessGroup:
     """The gloo group of `size` consecutive ranks that this one belongs to; a collective of all ranks."""
-    if size == 1:
-        return None
     world_size, rank = dist.get_world_size(), dist.get_rank()
     groups = [dist.new_group(list(range(first, first + size)), backend="gloo") for first in range(0, world_size, size)]
     return groups[rank // size]

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+# python -m pytest tests/test_validator.py
+"""The held-out set is scored a batch at a time, with the numbers of the whole and without keeping its images."""
+
+import weakref
+
+import pytest
+import torch
+
+from tests.batches import random_image
+from verl.data.vision import MediaHandle
+from verl.protocol import DataProto
+from verl.trainer.validator import ValidationResult, Validator
+
+ROWS, RESPONSE_LENGTH = 6, 4
+
+
+def response_to(row: int) -> dict[str, torch.Tensor]:
+    """Row 0 has one token, row 1 two, and so on, over again after four."""
+    length = row % RESPONSE_LENGTH + 1
+    mask = (torch.arange(RESPONSE_LENGTH) < length).long()
+    return {"responses": 260 + row * mask, "response_mask": mask, "attention_mask": torch.cat([torch.ones(2), mask])}
+
+
+def validate(tokenizer, batch_size: int) -> tuple[ValidationResult, list[int]]:
+    """The result, and how many rows' images there were at each generation, its own among them."""
+    images: list[weakref.ref] = []
+    alive: list[int] = []
+
+    def generate(features: dict, number: int) -> DataProto:
+        assert number * batch_size == features["rows"][0]
+        handles = [MediaHandle("key", None, random_image((28, 28), row)) for row in features["rows"]]
+        images.extend(weakref.ref(handle) for handle in handles)
+        alive.append(sum(image() is not None for image in images))
+        tensors = [response_to(row) for row in features["rows"]]
+        return DataProto.from_dict(
+            {key: torch.stack([tensor[key] for tensor in tensors]) for key in tensors[0]},
+            {
+                "prompt_text": [f"prompt {row}" for row in features["rows"]],
+                "ground_truth": features["rows"],
+                "multi_modal_data": [[handle] for handle in handles],
+            },
+        )
+
+    def score(batch: DataProto) -> tuple[list[float], dict[str, list[float]]]:
+        """One number for all rows, and one for those above 2 alone, which the first batch of two lacks."""
+        rows = batch.non_tensor_batch["ground_truth"].tolist()
+        scores = [row / 2 for row in rows]
+        return scores, {"overall": scores, "high": [row for row in rows if row > 2]}
+
+    batches = [{"rows": list(range(first, first + batch_size))} for first in range(0, ROWS, batch_size)]
+    return Validator(batches, generate, score, tokenizer).run(), alive
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_batches_give_what_the_whole_set_does(tokenizer, batch_size: int) -> None:
+    """Means over samples, 0 to 5 halved: 1.25; of 3, 4 and 5: 4."""
+    whole, _ = validate(tokenizer, ROWS)
+    parts, _ = validate(tokenizer, batch_size)
+    assert parts == whole
+    assert whole.score == whole.metrics["val/overall_reward"] == pytest.approx(1.25)
+    assert whole.metrics["val/high_reward"] == pytest.approx(4)
+    assert whole.metrics["val_response_length/max"] == RESPONSE_LENGTH
+    assert [sample[0] for sample in whole.samples] == [f"prompt {row}" for row in range(ROWS)]
+
+
+def test_no_more_than_two_batches_images_are_held(tokenizer) -> None:
+    _, alive = validate(tokenizer, 1)
+    assert alive == [1, 2, 2, 2, 2, 2]

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+# python -m pytest tests/test_video.py
+"""One video, whatever its form, is one set of frames; what is counted before decoding is what the model reads."""
+
+from __future__ import annotations
+
+import json
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig
+
+from tests.batches import random_image
+from tests.family_models import make_family_model
+from verl.data.dataset import RLHFDataset
+from verl.data.video import MAX_FRAME_PIXELS, VideoLimits, load_video, outline_video, sample_frames
+from verl.data.vision import MediaHandle, featurize
+from verl.models.registry import media_token_ids
+from verl.utils.tokenizer import get_processor, get_tokenizer
+
+pytestmark = pytest.mark.usefixtures("private_cache")
+
+LIMITS = VideoLimits(fps=2.0, min_pixels=None, max_pixels=None)
+SIZE = (84, 56)
+
+
+def write_frames(folder: Path, number: int, size: tuple[int, int] = SIZE) -> list[str]:
+    """Noise, one file a frame; returns their names."""
+    for index in range(number):
+        random_image(size, index).save(folder / f"{index}.png")
+    return [f"{index}.png" for index in range(number)]
+
+
+def write_video(path: Path, frames: list[Path], fps: int) -> None:
+    """Without loss, so that frames are the same to the bit."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = *SIZE, "bgr0"
+        stream.time_base = Fraction(1, fps)
+        for name in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(Image.open(name))))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize(
+    ("total", "source_fps", "fps", "expected"),
+    [
+        (10, 10.0, 2.0, (0, 3, 6, 9)),  # one second has two frames, fewer than the least of four
+        (31, 10.0, 2.0, (0, 6, 12, 18, 24, 30)),  # 3.1 seconds
+        (41, 10.0, 1.9, (0, 8, 16, 24, 32, 40)),  # 7.8 frames, evened to 6
+        (3, 1.0, 2.0, (0, 1, 2)),
+        (1, 1.0, 2.0, (0, 0)),
+    ],
+)
+def test_frames_are_spread_evenly_and_even_in_number(
+    total: int, source_fps: float, fps: float, expected: tuple[int, ...]
+) -> None:
+    assert sample_frames(total, source_fps, fps) == expected
+
+
+def test_a_long_video_is_thinned_out_to_the_most_frames() -> None:
+    frames = sample_frames(1_000_000, 30.0, 2.0)
+    assert len(frames) == 768
+    assert (frames[0], frames[-1]) == (0, 999_999)
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "avi"])
+def test_every_form_of_a_video_gives_the_frames_that_were_asked_for(suffix: str, tmp_path: Path) -> None:
+    """20 frames at 10 a second: four of them, the first and the last among them. Matroska does not say how many
+    frames it holds."""
+    names = write_frames(tmp_path, 20)
+    write_video(tmp_path / f"a.{suffix}", [tmp_path / name for name in names], fps=10)
+    content = (tmp_path / f"a.{suffix}").read_bytes()
+    shown = sample_frames(20, 10.0, 2.0)
+    expected = np.stack([np.asarray(Image.open(tmp_path / names[index])) for index in shown])
+    for form in (f"a.{suffix}", tmp_path / f"a.{suffix}", content, {"bytes": content}, {"path": f"a.{suffix}"}):
+        video = load_video(form, tmp_path, LIMITS)
+        assert video.outline.frame_indices == shown
+        assert (video.outline.total_frames, video.outline.source_fps) == (20, 10.0)
+        assert np.array_equal(video.frames, expected)
+        assert outline_video(form, tmp_path, LIMITS) == video.outline
+
+
+def test_all_frames_of_a_list_are_shown_as_taken_at_the_rate_of_the_config(tmp_path: Path) -> None:
+    names = write_frames(tmp_path, 5)
+    as_bytes = [(tmp_path / name).read_bytes() for name in names]
+    expected = np.stack([np.asarray(Image.open(tmp_path / name)) for name in names])
+    for form in (names, as_bytes, [{"bytes": content, "path": None} for content in as_bytes]):
+        video = load_video(form, tmp_path, LIMITS)
+        assert np.array_equal(video.frames, expected)
+        assert video.outline.metadata["duration"] == 2.5
+        assert outline_video(form, tmp_path, LIMITS) == video.outline
+
+
+def test_frames_are_brought_within_the_bounds_and_all_to_the_size_of_the_first(tmp_path: Path) -> None:
+    """A quarter of the area halves the sides; no frame is above what Qwen's own sampler gives it."""
+    names = write_frames(tmp_path, 2)
+    random_image((10, 90), 7).save(tmp_path / names[1])
+    limits = VideoLimits(2.0, None, SIZE[0] * SIZE[1] // 4)
+    assert load_video(names, tmp_path, limits).frames.shape == (2, 28, 42, 3)
+    random_image((2000, 1000), 7).save(tmp_path / names[0])
+    width, height = outline_video(names, tmp_path, VideoLimits(2.0, 4_000_000, None)).frame_size
+    assert MAX_FRAME_PIXELS - width - height < width * height <= MAX_FRAME_PIXELS
+
+
+def test_lists_of_frames_need_no_decoder_and_files_say_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = write_frames(tmp_path, 2)
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert len(load_video(names, tmp_path, LIMITS).frames) == 2
+    with pytest.raises(ImportError, match=r"PyAV.*requirements\.txt.*list of frames"):
+        load_video("a.mp4", tmp_path, LIMITS)
+
+
+def test_what_is_no_video_is_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "broken.mp4").write_bytes(b"not a video")
+    for source, message in ((3, "not 3"), ([], "empty"), ("broken.mp4", "FFmpeg"), ("absent.mp4", "FFmpeg")):
+        with pytest.raises(ValueError, match=message):
+            outline_video(source, tmp_path, LIMITS)
+
+
+# ---- in prompts ----
+
+
+def make_dataset(name: str, folder: Path, rows: list[dict[str, Any]], **options: Any) -> RLHFDataset:
+    path = make_family_model(name, folder / "model")
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"answer": "1", **row}) + "\n" for row in rows))
+    return RLHFDataset(
+        str(folder / "rows.jsonl"),
+        get_tokenizer(path),
+        get_processor(path),
+        image_dir=str(folder),
+        model_config=AutoConfig.from_pretrained(path),
+        **{"max_prompt_length": 200, **options},
+    )
+
+
+def real_ids(item: dict[str, Any]) -> list[int]:
+    return item["input_ids"][item["attention_mask"].bool()].tolist()
+
+
+@pytest.mark.parametrize("name", ["Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Qwen3.5"])
+def test_rows_with_videos_are_counted_to_the_token_before_anything_is_decoded(name: str, tmp_path: Path) -> None:
+    """A row that just fits stays, with one token less it goes. Five frames are three moments of 2 x 3 tokens."""
+    row = {"prompt": "<video>What?<image>", "images": ["0.png"], "videos": [write_frames(tmp_path, 5)]}
+    dataset = make_dataset(name, tmp_path, [row, {"prompt": "a", "images": [], "videos": []}])
+    ids = real_ids(dataset[0])
+    image, video = media_token_ids(dataset.model_config)
+    assert (ids.count(video), ids.count(image)) == (3 * 6, 6)
+    assert dataset[0]["raw_prompt_ids"].count(video) == 1
+    assert len(make_dataset(name, tmp_path, [row], max_prompt_length=len(ids))) == 1
+    with pytest.raises(ValueError, match=f"every row of .*: {len(ids)} to {len(ids)} tokens"):
+        make_dataset(name, tmp_path, [row], max_prompt_length=len(ids) - 1)
+
+
+def test_qwen3_reads_the_time_of_every_moment_in_the_place_of_the_marks_around_a_video(tmp_path: Path) -> None:
+    """Frames at 0, 0.5, 1 and 1.5 seconds are two moments, at 0.25 and 1.25 seconds, written with one digit."""
+    rows = [{"prompt": "<video>What?", "videos": [write_frames(tmp_path, 4, (56, 28))]}]
+    dataset = make_dataset("Qwen3-VL", tmp_path, rows)
+    moments = "".join(
+        f"<{seconds} seconds><|vision_start|>{'<|video_pad|>' * 2}<|vision_end|>" for seconds in ("0.2", "1.2")
+    )
+    text = dataset.tokenizer.decode(real_ids(dataset[0]))
+    assert text == f"<|im_start|>user\n{moments}What?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_features_of_images_and_videos_are_those_of_each_alone_in_row_order(tmp_path: Path) -> None:
+    names = write_frames(tmp_path, 6)
+    processor = get_processor(make_family_model("Qwen2.5-VL", tmp_path / "model"))
+    first, second = (MediaHandle.put(load_video(part, tmp_path, LIMITS)) for part in (names[:4], names[4:]))
+    image = MediaHandle.put(random_image(SIZE, 9))
+    features = featurize([[image, second], None, [first, second]], processor)
+    frames = [handle.load().frames for handle in (second, first, second)]
+    alone = [processor.video_processor([video], do_sample_frames=False, return_tensors="pt") for video in frames]
+    for key in ("pixel_values_videos", "video_grid_thw"):
+        assert torch.equal(features[key], torch.cat([single[key] for single in alone]))
+    assert features["second_per_grid_ts"].tolist() == [1.0] * 3  # two frames of two a second
+    assert features["image_grid_thw"].tolist() == [[1, 4, 6]]
+
+
+def test_a_family_that_takes_no_videos_names_those_that_do(tmp_path: Path) -> None:
+    rows = [{"prompt": "<video>", "videos": [["a.png"]]}]
+    with pytest.raises(ValueError, match=r"data.video_key=videos: .* family LLaVA; use one of Qwen2-VL, .*ignore"):
+        make_dataset("LLaVA", tmp_path, rows)
+
+
+def test_videos_that_do_not_match_their_placeholders_or_cannot_be_read_name_the_row(tmp_path: Path) -> None:
+    good = {"prompt": "a", "videos": []}
+    with pytest.raises(ValueError, match="<video> in the prompt .* than videos. row 1: 2 placeholders, 1 videos"):
+        make_dataset("Qwen2.5-VL", tmp_path, [good, {"prompt": "<video><video>", "videos": ["a.mp4"]}])
+    with pytest.raises(ValueError, match="row 1 of .*: video 0 cannot be read: FFmpeg"):
+        make_dataset("Qwen2.5-VL", tmp_path, [good, {"prompt": "<video>", "videos": ["a.mp4"]}])
+    with pytest.raises(ValueError, match="There is no column data.video_key=videos. row 0: 1 placeholders, 0 videos"):
+        make_dataset("Qwen2.5-VL", tmp_path, [{"prompt": "<video>"}])
