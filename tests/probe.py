@@ -170,6 +170,11 @@ def gradients_of(trained: TrainedModel, mini_batch: DataProto) -> tuple[dict[str
     return gradients, metrics
 
 
+def without_clock(metrics: dict[str, float]) -> dict[str, float]:
+    """Those metrics of an update that the same update always has."""
+    return {name: value for name, value in metrics.items() if not name.startswith("perf/")}
+
+
 def make_config(model_path: str, *overrides: str) -> PPOConfig:
     return load_config(
         [

@@ -123,6 +123,19 @@ def test_a_resumed_optimizer_takes_the_same_next_step(dtype: torch.dtype) -> Non
         assert torch.equal(resumed.state[copy][name], value)
 
 
+def test_states_of_fp32_weights_lose_no_small_step_of_bf16_weights_either() -> None:
+    """Those have no compensation: a step of 1e-6 would be lost on a weight of 1."""
+    *before, last = gradients(5)
+    _, of_fp32 = trained(AdamWBF16, torch.float32, before)
+    parameter = nn.Parameter(start_weights().bfloat16())
+    optimizer = AdamWBF16([parameter], **SETTINGS)
+    optimizer.load_state_dict(of_fp32.state_dict())
+    parameter.grad = last.bfloat16()
+    optimizer.step()
+    way = exact(parameter, optimizer) - start_weights().double()
+    assert way[: SIZE // 2].mean().item() == pytest.approx(-1.1e-6, rel=0.1)  # the rate, and a tenth of it as decay
+
+
 def test_rounding_is_to_a_neighbour_and_right_in_the_mean() -> None:
     """1 + 1/512 is a quarter of the way from 1 to 1 + 1/128; numbers of bf16 stay what they are."""
     value = torch.tensor([1 + 1 / 512, -1 - 1 / 512, 0.0, 1.5, float("inf")]).repeat(40000, 1)

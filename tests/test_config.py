@@ -786,6 +786,12 @@ def test_the_optimizer_in_bf16_takes_weights_in_bf16_or_fp32(part, runnable):
         load_config([*asked, f"worker.{part}.fsdp.torch_dtype=fp16"])
 
 
+def test_the_precision_of_weights_under_adapters_is_of_no_concern_to_the_optimizer():
+    """What trains is in fp32."""
+    adapters = "worker.actor.model.lora.rank=8"
+    load_config([adapters, "worker.actor.optim.strategy=adamw_bf16", "worker.actor.fsdp.torch_dtype=fp16"])
+
+
 def test_adapters_on_the_critic_are_refused_where_one_is_trained(runnable):
     adapters = "worker.critic.model.lora.rank=8"
     require_available(load_config([*runnable, adapters]))

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from tests.batches import prompts_of, random_image
+from tests.batches import answer_at_random, prompts_of, random_image
 from tests.family_models import FAMILY_MODELS, IMAGE_TEXT_MODELS, TEXT_MODELS, make_family_model
-from tests.probe import make_config, start_alone
+from tests.probe import RESPONSE_LENGTH, make_config, start_alone
 from verl.data.dataset import RLHFDataset
 from verl.models.registry import family_of, media_token_ids, packs
 from verl.protocol import DataProto
@@ -153,6 +153,27 @@ def test_a_mixed_batch_trains_one_step_with_token_weights(name: str, tmp_path: P
     assert any("layers.0." in key and "vis" not in key for key in moved)
     if name in IMAGE_TEXT_MODELS:
         assert any("visual." in key or "vision_tower." in key for key in moved)
+
+
+@pytest.mark.parametrize("name", ["LLaVA", "Gemma 3"])
+def test_a_checkpoint_resumes_exactly_though_some_weights_have_no_gradient(name: str, tmp_path: Path) -> None:
+    """Those of the vision tower that the model leaves out, which then have no state in the optimizer either."""
+    model_path = make_family_model(name, tmp_path / "model")
+    batch = answer_at_random(make_family_prompts(model_path, tmp_path), 2, RESPONSE_LENGTH)
+    config = make_config(model_path, "worker.actor.optim.lr=1e-3")
+    first, second = start_alone(config), start_alone(config)
+    first.update_actor(batch)
+    first.save_checkpoint(str(tmp_path), model_only=False)
+    second.load_checkpoint(str(tmp_path), model_only=False)
+    with_state = [
+        {key for key, value in worker.actor.model.named_parameters() if value in worker.actor.optimizer.state}
+        for worker in (first, second)
+    ]
+    assert with_state[0] == with_state[1] < {key for key, _ in first.actor.model.named_parameters()}
+    for worker in (first, second):
+        worker.update_actor(batch)
+    expected = first.weights()
+    assert all(torch.equal(value, expected[key]) for key, value in second.weights().items())
 
 
 @pytest.mark.parametrize("name", FAMILY_MODELS)

@@ -5,6 +5,7 @@
 import json
 from pathlib import Path
 
+import model_merger
 import pytest
 import torch
 from peft import PeftModel
@@ -13,7 +14,16 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.batches import answer_at_random, make_prompts, response_logits
-from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, ProbeWorker, make_config, start_alone, start_two
+from tests.probe import (
+    RESPONSE_LENGTH,
+    RESPONSES_PER_PROMPT,
+    ProbeWorker,
+    make_config,
+    start_alone,
+    start_group,
+    start_two,
+    without_clock,
+)
 from tests.tiny import make_tiny_model, make_tiny_text_model
 from tests.vlm_zoo import FAMILIES, make_model, model_inputs, write_prompts
 from verl.models.loader import load_model
@@ -323,20 +333,23 @@ def test_after_an_update_the_rollout_draws_from_the_trained_policy(
 # Checkpoints
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("strategy", ["adamw", "adamw_bf16"])
 def test_a_checkpoint_holds_the_adapters_alone_and_resumes_exactly(
-    tiny_model_path: str, batch: DataProto, lone_process_group, tmp_path: Path
+    strategy: str, tied: bool, tiny_model_path: str, batch: DataProto, lone_process_group, tmp_path: Path
 ) -> None:
-    config = make_config(tiny_model_path, *LORA, FAST)
+    model_path = make_tiny_model(tmp_path / "tied", tie_word_embeddings=True) if tied else tiny_model_path
+    config = make_config(model_path, *LORA, FAST, f"worker.actor.optim.strategy={strategy}")
     first = start_alone(config)
     first.update_actor(batch)
     first.update_actor(batch)
     first.save_checkpoint(str(tmp_path), model_only=False)
-    expected = first.update_actor(batch)
+    expected = without_clock(first.update_actor(batch))
     saved = torch.load(tmp_path / "actor" / "model_world_size_1_rank_0.pt")
     assert saved.keys() == {name for name in parameters_of(first) if is_adapter(name)}
     second = start_alone(config)
     second.load_checkpoint(str(tmp_path), model_only=False)
-    assert second.update_actor(batch) == expected
+    assert without_clock(second.update_actor(batch)) == expected
     after = parameters_of(first)
     assert all(torch.equal(value, after[name]) for name, value in parameters_of(second).items())
 
@@ -443,3 +456,44 @@ def test_two_ranks_stream_merge_save_and_resume_the_adapters_of_one(
     two_adapted.load_checkpoint(str(tmp_path / "two"), model_only=False)
     for weights in two_adapted.weights():
         assert all(torch.equal(value, before[name]) for name, value in weights.items())
+
+
+# All that ranks can do at once
+
+
+def test_ranks_that_share_rows_and_repeat_a_model_that_one_reads_train_save_and_resume_the_adapters_of_one(
+    batch: DataProto, ray_cluster, lone_process_group, tmp_path: Path
+) -> None:
+    """Two pairs of ranks, each of which holds the model once and every row once; embeddings tied, states in bf16."""
+    model_path = make_tiny_model(tmp_path / "model", tie_word_embeddings=True)
+    keys = (FAST, "worker.actor.optim.strategy=adamw_bf16")
+    shared = ("worker.actor.fsdp.fsdp_size=2", "worker.actor.ulysses_size=2", "algorithm.kl_penalty=full")
+    config = make_config(model_path, *LORA, *keys, *shared, "worker.actor.micro_batch_size_per_device_for_update=2")
+    alone, ranks = start_adapted(model_path, *keys, "algorithm.kl_penalty=full"), start_group(config, 4)
+    try:
+        ranks.shift_weights(seed=0)
+        gradients, metrics = alone.gradients(batch, "token")
+        found, found_metrics = ranks.gradients(batch, "token")
+        assert found_metrics == pytest.approx(metrics, rel=1e-4)
+        assert found.keys() == gradients.keys()
+        for name, value in gradients.items():
+            torch.testing.assert_close(found[name], value, atol=2e-5 * value.abs().max().item(), rtol=0)
+        for compute in ("compute_log_probs", "compute_ref_log_probs"):
+            whole, parts = (getattr(workers, compute)(batch).batch for workers in (alone, ranks))
+            for name in whole.keys():
+                torch.testing.assert_close(parts[name], whole[name], atol=1e-5, rtol=1e-5)
+
+        ranks.update_actor(batch)
+        ranks.save_checkpoint(str(tmp_path), model_only=False)
+        merged, saved = model_merger.merge(tmp_path / "actor", torch.float32).state_dict(), ranks.weights()[3]
+        assert merged.keys() == saved.keys()
+        for name, value in saved.items():
+            torch.testing.assert_close(merged[name], value, atol=1e-6, rtol=1e-5)
+        expected, after = without_clock(ranks.update_actor(batch)), ranks.weights()[0]
+        ranks.restart(config)
+        ranks.load_checkpoint(str(tmp_path), model_only=False)
+        assert without_clock(ranks.update_actor(batch)) == expected
+        for weights in ranks.weights():
+            assert all(torch.equal(value, after[name]) for name, value in weights.items())
+    finally:
+        ranks.shutdown()

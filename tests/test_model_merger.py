@@ -33,6 +33,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from tests.probe import make_config, start_alone
 from tests.tiny import CORPUS, build_tokenizer, make_tiny_model
 from tests.vlm_zoo import MROPE, QWEN_MEDIA, TEXT_CONFIG
 from verl.models.value_model import ValueModel
@@ -349,6 +350,24 @@ def test_an_adapter_is_merged_into_its_base(in_rank_files: str, kind: str, folde
     with torch.no_grad():
         expected, logits = adapted.eval()(input_ids=IDS).logits, load(merged)(input_ids=IDS).logits
     torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_adapters_of_a_worker_merge_to_what_it_sends_its_rollouts(
+    tied: bool, lone_process_group, tmp_path: Path
+) -> None:
+    """From files of adapters alone, on both towers, under the names that they have in the model itself."""
+    source = make_tiny_model(tmp_path / "source", tie_word_embeddings=tied)
+    worker = start_alone(make_config(source, "worker.actor.model.lora.rank=4", "worker.actor.model.lora.alpha=12"))
+    worker.shift_weights(seed=0)
+    worker.save_checkpoint(str(tmp_path), model_only=True)
+    merged = load(merge(tmp_path / "actor", "--dtype", "float32")).state_dict()
+    expected, before = worker.weights(), load(Path(source)).state_dict()
+    assert merged.keys() == expected.keys()
+    for name, value in merged.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-5)
+    changed = [name for name, value in merged.items() if (value - before[name]).abs().max() > 1e-3]
+    assert {name.split(".")[1] for name in changed} == {"visual", "language_model"}
 
 
 def test_base_and_adapter_are_rounded_to_bfloat16_once_as_a_sum(folder_of, tmp_path: Path) -> None:

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from tests.batches import answer_at_random, make_prompts
-from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, ProbeWorker, make_config, run_of, start_alone
+from tests.probe import (
+    RESPONSE_LENGTH,
+    RESPONSES_PER_PROMPT,
+    ProbeWorker,
+    make_config,
+    run_of,
+    start_alone,
+    without_clock,
+)
 from tests.tiny import make_tiny_model
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
@@ -44,10 +52,6 @@ def assert_same_gradients(alone: dict[str, torch.Tensor], shared: dict[str, torc
 def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
     assert left.keys() == right.keys()
     assert [name for name, value in left.items() if not torch.equal(value, right[name])] == []
-
-
-def without_clock(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if not name.startswith("perf/")}
 
 
 def test_groups_of_any_size_train_as_one_rank_does(

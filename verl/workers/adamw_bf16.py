@@ -60,8 +60,8 @@ class AdamWBF16(torch.optim.Optimizer):
             state["step"] = torch.tensor(0.0)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
-            if parameter.dtype == torch.bfloat16:
-                state["compensation"] = torch.zeros_like(parameter)
+        if parameter.dtype == torch.bfloat16 and "compensation" not in state:  # loaded states may be of fp32 weights
+            state["compensation"] = torch.zeros_like(parameter)
         state["step"] += 1
         step = int(state["step"])
         tensors = [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
@@ -70,6 +70,18 @@ class AdamWBF16(torch.optim.Optimizer):
         generator = torch.Generator(_local(parameter).device).manual_seed(step)
         for chunks in zip(*(_local(tensor).view(-1).split(CHUNK_SIZE) for tensor in tensors), strict=True):
             _update_chunk(*chunks, step=step, generator=generator, **group)
+
+
+@torch.no_grad()
+def settle_compensation(optimizer: torch.optim.Optimizer) -> None:
+    """Adds what bf16 weights lacked to the weights that took their states over and keep no compensation.
+
+    Those are of fp32, which have room for it, or another optimizer's.
+    """
+    for parameter, state in optimizer.state.items():
+        keeps_it = isinstance(optimizer, AdamWBF16) and parameter.dtype == torch.bfloat16
+        if "compensation" in state and not keeps_it:
+            _local(parameter).add_(_local(state.pop("compensation")))
 
 
 def _update_chunk(

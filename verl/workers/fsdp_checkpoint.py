@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from verl.models.trainable import ADAPTER, adapter_config
 from verl.utils.checkpoint import extra_state_file, model_file, optim_file
+from verl.workers.adamw_bf16 import settle_compensation
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class FSDPCheckpoint:
             shutil.rmtree(root, ignore_errors=True)
             root.mkdir(parents=True)
         dist.barrier()
-        torch.save(get_model_state_dict(self.model, options=self.options), root / self._name(model_file))
+        torch.save(self._model_state(self.options), root / self._name(model_file))
         if not model_only:
             torch.save(self._optimizer_state(), root / self._name(optim_file))
             extra_state = {"lr_scheduler": self.scheduler.state_dict(), "rng": _random_states()}
@@ -141,9 +142,20 @@ class FSDPCheckpoint:
         self._restore_optimizer(optimizer_state, extra_state["lr_scheduler"])
         _restore_random_states(extra_state["rng"])
 
+    def _model_state(self, options: StateDictOptions) -> dict[str, torch.Tensor]:
+        state = get_model_state_dict(self.model, options=options)
+        if self.adapters is None:
+            return state
+        # torch leaves frozen weights out under one of their names, and a tied one has two.
+        trained = self._trained()
+        return {name: value for name, value in state.items() if name in trained}
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
     def _save_adapters(self, folder: Path) -> None:
         """For `PeftModel.from_pretrained` and all that reads its format; a collective, rank 0 writes."""
-        whole = get_model_state_dict(self.model, options=replace(self.options, full_state_dict=True))
+        whole = self._model_state(replace(self.options, full_state_dict=True))
         if self.rank == 0:
             replace(self.adapters, inference_mode=True).save_pretrained(str(folder))
             # The embeddings never change, and finding that out peft would ask the hub.
@@ -153,9 +165,7 @@ class FSDPCheckpoint:
 
     def _require_same_model(self, path: Path, saved: dict[str, torch.Tensor]) -> None:
         """Where weights are left out, as under adapters, nothing else would tell a file that does not fit."""
-        own = self.model.state_dict()
-        if self.adapters is not None:
-            own = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        own = self.model.state_dict() if self.adapters is None else self._trained()
         differing = sorted(
             name
             for name in own.keys() | saved.keys()
@@ -184,13 +194,29 @@ class FSDPCheckpoint:
         return get_optimizer_state_dict(self.model, self.optimizer, options=self.options)
 
     def _restore_optimizer(self, optimizer_state: dict[str, Any], scheduler_state: dict[str, Any]) -> None:
-        """Takes moments and the place in the schedule from the checkpoint, rates and decay from this run's config."""
+        """Takes moments and the place in the schedule from the checkpoint, the optimizer and its rates from this run.
+
+        Weights of which the checkpoint has no moments begin without: those that no gradient ever reached, as of a
+        vision tower's layer that the model leaves out, and those that were frozen.
+        """
         settings = [
             {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
         ]
         base_rates = self.scheduler.base_lrs
         if optimizer_state:
-            set_optimizer_state_dict(self.model, self.optimizer, optimizer_state, options=self.options)
+            saved_groups = zip(optimizer_state["param_groups"], settings, strict=True)
+            groups = [{**setting, "params": saved["params"]} for saved, setting in saved_groups]
+            set_optimizer_state_dict(
+                self.model,
+                self.optimizer,
+                {**optimizer_state, "param_groups": groups},
+                options=replace(self.options, strict=False),
+            )
+            names = self.model.named_parameters(remove_duplicate=False)
+            known = {parameter for name, parameter in names if name in optimizer_state["state"]}
+            for parameter in self.optimizer.state.keys() - known:
+                del self.optimizer.state[parameter]  # torch made one up, with a step that never was
+            settle_compensation(self.optimizer)
         self.scheduler.load_state_dict({**scheduler_state, "base_lrs": base_rates})
         factors = [factor(self.scheduler.last_epoch) for factor in self.scheduler.lr_lambdas]
         for group, setting, rate, factor in zip(

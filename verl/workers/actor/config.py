@@ -190,7 +190,8 @@ class TrainedModelConfig(ConfigSection):
         self.require_at_least(1, "micro_batch_size_per_device_for_experience")
         self.require_above_0("max_grad_norm")
         dtype = self.fsdp.torch_dtype
-        if self.optim.strategy == "adamw_bf16" and dtype in ("fp16", "float16"):
+        trains_them = self.model.lora.rank == 0
+        if trains_them and self.optim.strategy == "adamw_bf16" and dtype in ("fp16", "float16"):
             problem = "holds weights that optim.strategy=adamw_bf16 does not know; use bf16 or fp32"
             raise ConfigValueError("fsdp.torch_dtype", dtype, problem)
 
