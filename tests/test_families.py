@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from tests.batches import answer_at_random, prompts_of, random_image
 from tests.family_models import FAMILY_MODELS, IMAGE_TEXT_MODELS, TEXT_MODELS, make_family_model
-from tests.probe import RESPONSE_LENGTH, make_config, start_alone
+from tests.probe import RESPONSE_LENGTH, make_config, start_alone, start_two
 from verl.data.dataset import RLHFDataset
 from verl.models.registry import family_of, media_token_ids, packs
 from verl.protocol import DataProto
@@ -153,6 +153,22 @@ def test_a_mixed_batch_trains_one_step_with_token_weights(name: str, tmp_path: P
     assert any("layers.0." in key and "vis" not in key for key in moved)
     if name in IMAGE_TEXT_MODELS:
         assert any("visual." in key or "vision_tower." in key for key in moved)
+
+
+def test_ranks_whose_rows_hold_other_media_stay_in_step(tmp_path: Path, ray_cluster) -> None:
+    """Rank 0 has images in both its micro-batches; rank 1 a video and an image in one, and nothing in the other."""
+    model_path = make_family_model("Qwen3-VL", tmp_path / "model")
+    batch = answer_at_random(make_family_prompts(model_path, tmp_path), 2, RESPONSE_LENGTH)
+    few = ("worker.actor.micro_batch_size_per_device_for_update=2", "worker.actor.dynamic_batching=false")
+    gradients, metrics = start_alone(make_config(model_path, *few)).gradients(batch, "token")
+    group = start_two(make_config(model_path, *few))
+    try:
+        shared, shared_metrics = group.gradients(batch, "token")
+    finally:
+        group.shutdown()
+    assert shared_metrics == pytest.approx(metrics, rel=1e-5)
+    for key, value in gradients.items():
+        torch.testing.assert_close(shared[key], value, atol=1e-5 * value.abs().max().item() + 1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["LLaVA", "Gemma 3"])
