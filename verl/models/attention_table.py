@@ -105,12 +105,21 @@ def _extended(attend: Attend) -> Attend:
         samples: PackedSamples | None = keywords.pop(SAMPLES, None)
         # Some models hand the keyword to their vision tower as well, whose layers have no number.
         if samples is None or not isinstance(getattr(module, "layer_idx", None), int):
+            _require_a_mask(module, args[1] if len(args) > 1 else keywords.get("attention_mask"))
             output = attend(module, query, key, *args, **keywords)
             _show(module, query, key, keywords)
             return output
         return _attend_packed(attend, samples, module, query, key, *args, **keywords)
 
     return extended
+
+
+def _require_a_mask(module: nn.Module, mask: Any) -> None:
+    if isinstance(mask, torch.Tensor) and tuple(mask.shape) == NOT_A_MASK:
+        raise RuntimeError(
+            f"{type(module).__name__} is not told where packed samples begin: its model passes no further keywords on "
+            "to its attention; set padding_free=false, and ulysses_size=1"
+        )
 
 
 def _show(module: nn.Module, query: torch.Tensor, key: torch.Tensor, keywords: dict[str, Any]) -> None:
