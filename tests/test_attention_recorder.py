@@ -397,6 +397,12 @@ def test_a_window_has_to_hold_prompt_and_response():
         record(narrow.model, narrow.inputs, narrow.kinds, last_k_layers=1)
 
 
+def test_a_window_that_only_the_models_mask_has_is_seen_too():
+    narrow = text_case("PhimoeForCausalLM", sliding_window=22)
+    with pytest.raises(RuntimeError, match="layer 0 of PhimoeForCausalLM .* window of 22 tokens"):
+        record(narrow.model, narrow.inputs, narrow.kinds)
+
+
 @pytest.mark.parametrize("option", ["position_bias", "indices", "block_indices"])
 def test_attention_that_cannot_be_measured_is_refused(qwen: Case, option: str):
     module = qwen.model.get_decoder().layers[2].self_attn

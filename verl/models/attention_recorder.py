@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.module_tracker import ModuleTracker
 
-from verl.models.attention_table import tapped_attention
+from verl.models.attention_table import tapped_attention, window_of_layer
 from verl.models.kernels.attention_mass import BACKENDS, KeyPlan, default_backend, normalised_layer_mean
 from verl.models.sequence_parallel import SequenceGroup
 
@@ -108,7 +108,7 @@ class AttentionMassRecorder:
                 f"layer {layer} of {self._model_name} ran twice while its attention was measured; one context of "
                 "record_attention_mass is for one forward"
             )
-        self._check(layer, query, key, options)
+        self._check(layer, module, query, key, options)
         scaling = options.get("scaling")
         measure = BACKENDS[self._backend or default_backend(query.device)]
         self._masses[layer] = measure(
@@ -120,7 +120,9 @@ class AttentionMassRecorder:
             sinks=options.get("s_aux"),
         )
 
-    def _check(self, layer: int, query: torch.Tensor, key: torch.Tensor, options: dict[str, Any]) -> None:
+    def _check(
+        self, layer: int, module: nn.Module, query: torch.Tensor, key: torch.Tensor, options: dict[str, Any]
+    ) -> None:
         name = f"layer {layer} of {self._model_name}"
         shapes = [(tensor.shape[0], tensor.shape[2]) for tensor in (query, key)]
         if shapes != [self._shape, self._shape]:
@@ -128,7 +130,7 @@ class AttentionMassRecorder:
                 f"{name} has queries and keys of {shapes[0]} and {shapes[1]} rows and tokens, but key_kinds tell of "
                 f"{self._shape}; give the forward whole sequences, all at once and without a cache of earlier ones"
             )
-        window = options.get("sliding_window")
+        window = window_of_layer(module, options)
         if window is not None and window < self._reach:
             raise RuntimeError(
                 f"{name} attends through a window of {window} tokens, and a response ends {self._reach} tokens after "

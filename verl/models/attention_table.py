@@ -95,6 +95,21 @@ def tapped_attention(tap: Tap) -> Iterator[None]:
             del ALL_ATTENTION_FUNCTIONS.get_interface
 
 
+def window_of_layer(module: nn.Module, keywords: dict[str, Any]) -> int | None:
+    """How many tokens a layer sees, the own one included; None for all.
+
+    Qwen2-MoE and Phi-3.5-MoE tell it to nobody but their masks, all others to the attention function too.
+
+    Args:
+        keywords: of the call of its attention function.
+    """
+    if keywords.get("sliding_window"):
+        return keywords["sliding_window"]
+    types = getattr(module.config, "layer_types", None)
+    is_windowed = types is None or types[module.layer_idx] == "sliding_attention"
+    return (getattr(module.config, "sliding_window", None) or None) if is_windowed else None
+
+
 def _is_extended() -> bool:
     return "get_interface" in vars(ALL_ATTENTION_FUNCTIONS)
 
@@ -105,12 +120,21 @@ def _extended(attend: Attend) -> Attend:
         samples: PackedSamples | None = keywords.pop(SAMPLES, None)
         # Some models hand the keyword to their vision tower as well, whose layers have no number.
         if samples is None or not isinstance(getattr(module, "layer_idx", None), int):
+            _require_a_mask(module, args[1] if len(args) > 1 else keywords.get("attention_mask"))
             output = attend(module, query, key, *args, **keywords)
             _show(module, query, key, keywords)
             return output
         return _attend_packed(attend, samples, module, query, key, *args, **keywords)
 
     return extended
+
+
+def _require_a_mask(module: nn.Module, mask: Any) -> None:
+    if isinstance(mask, torch.Tensor) and tuple(mask.shape) == NOT_A_MASK:
+        raise RuntimeError(
+            f"{type(module).__name__} is not told where packed samples begin: its model passes no further keywords on "
+            "to its attention; set padding_free=false, and ulysses_size=1"
+        )
 
 
 def _show(module: nn.Module, query: torch.Tensor, key: torch.Tensor, keywords: dict[str, Any]) -> None:
@@ -130,9 +154,7 @@ def _attend_packed(
 ) -> tuple[torch.Tensor, None]:
     """(1, T, H, D), or (1, T / W, H, D) where ranks share the row; query, key and value are (1, H, T or T / W, D)."""
     assert tuple(attention_mask.shape) == NOT_A_MASK, "packed samples know by themselves who attends to whom"
-    window = keywords.get("sliding_window") or _window_of_masks(module)
-    if window:
-        keywords["sliding_window"] = window
+    keywords["sliding_window"] = window_of_layer(module, keywords)
     group = samples.group
     if group is not None:
         query, key, value = group.exchange_heads(query, key, value)
@@ -157,13 +179,6 @@ def _with_own_heads(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -
     return own
 
 
-def _window_of_masks(module: nn.Module) -> int | None:
-    """The window of a layer that tells it to nobody but the model's masks, as those of Qwen2-MoE and Phi-3.5-MoE."""
-    types = getattr(module.config, "layer_types", None)
-    is_windowed = types is None or types[module.layer_idx] == "sliding_attention"
-    return getattr(module.config, "sliding_window", None) if is_windowed else None
-
-
 @lru_cache(maxsize=1)  # all layers ask for the same, and each time the CPU would wait for the device
 def _flash_borders(samples: PackedSamples, device: torch.device) -> dict[str, Any]:
     borders = torch.tensor(samples.borders, dtype=torch.int32, device=device)
@@ -181,7 +196,7 @@ def _one_by_one(
     **keywords: Any,
 ) -> torch.Tensor:
     """Attention without a mask, whose cost grows with the samples' own lengths and not with the whole row's."""
-    window = keywords.get("sliding_window")
+    window = keywords["sliding_window"]
     outputs = []
     for start, end in pairwise(samples.borders):
         own = (slice(None), slice(None), slice(start, end))
