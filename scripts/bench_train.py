@@ -101,7 +101,7 @@ class MeasuredWorker(FSDPWorker):
         return self._measure(lambda: passes[phase](data))
 
     def _measure(self, run: Callable[[], Any]) -> dict[str, float]:
-        """Seconds, the most memory beyond what was held before in MiB, and MFU where the pass tells it."""
+        """Seconds, MiB held before and at most on top of it, and what an update tells of its operations."""
         clock = time.perf_counter
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -119,8 +119,8 @@ class MeasuredWorker(FSDPWorker):
             peak = torch.cuda.max_memory_allocated() / MEBIBYTE
         else:
             peak = _status_of_process("VmHWM")
-        measured = {"seconds": clock() - start, "held": before, "peak": peak - before}
-        return measured | {"mfu": result["perf/mfu_actor"]} if "perf/mfu_actor" in result else measured
+        told = {name: result[f"perf/{name}_actor"] for name in ("tflops", "mfu") if f"perf/{name}_actor" in result}
+        return {"seconds": clock() - start, "held": before, "peak": peak - before, **told}
 
 
 def _status_of_process(field: str) -> float:
@@ -240,8 +240,9 @@ def row_of(name: str, result: dict, baseline: dict, tokens: dict[str, int]) -> s
     for phase in PHASES:
         turns = result[phase]
         cells.append(f"{max(turn['held'] for turn in turns):.0f} + {max(turn['peak'] for turn in turns):.0f} MiB")
-    mfu = [turn["mfu"] for turn in result["update"] if "mfu" in turn]
-    cells.append(f"{statistics.median(mfu):.1%}" if mfu else "-")
+    update = result["update"]
+    cells.append(f"{statistics.median(turn['tflops'] for turn in update):.3g}")
+    cells.append(f"{statistics.median(turn['mfu'] for turn in update):.1%}" if "mfu" in update[0] else "-")
     return f"| {' | '.join(cells)} |"
 
 
@@ -290,8 +291,8 @@ def main() -> None:
     if arguments.device == "cuda" and peak_flops(where) is None:
         print(f"no MFU: the peak of {where} is not known\n")
     memory = [f"{phase}: memory" for phase in PHASES]
-    print(f"| {' | '.join(['switch', *PHASES, *memory, 'MFU'])} |")
-    print(f"|{'---|' * (2 * len(PHASES) + 2)}")
+    print(f"| {' | '.join(['switch', *PHASES, *memory, 'update: TFLOP/s', 'MFU'])} |")
+    print(f"|{'---|' * (2 * len(PHASES) + 3)}")
     if results:
         print(row_of("defaults", baseline, baseline, tokens))
     for name, (result, of_defaults) in results.items():

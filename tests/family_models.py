@@ -46,7 +46,7 @@ SHARED = dict(shared_expert_intermediate_size=32)
 
 def qwen3_vl_moe() -> PreTrainedConfig:
     dense = vlm_zoo.qwen3_vl().to_dict()
-    text = {**vlm_zoo.TEXT_CONFIG, **EXPERTS, "rope_parameters": vlm_zoo.MROPE}
+    text = {**vlm_zoo.TEXT_CONFIG, **EXPERTS, "rope_parameters": dense["text_config"]["rope_parameters"]}
     return transformers.Qwen3VLMoeConfig(text_config=text, vision_config=dense["vision_config"], **vlm_zoo.QWEN_MEDIA)
 
 

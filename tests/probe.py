@@ -164,7 +164,7 @@ def gradients_of(trained: TrainedModel, mini_batch: DataProto) -> tuple[dict[str
     gradients = {
         name: full_tensor(parameter.grad).cpu()
         for name, parameter in trained.model.named_parameters()
-        if parameter.requires_grad
+        if parameter.grad is not None  # some towers have weights that no forward reads
     }
     trained.optimizer.zero_grad()
     return gradients, metrics

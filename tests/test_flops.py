@@ -102,6 +102,8 @@ def test_a_frozen_tower_costs_its_forward_alone() -> None:
     ("name", "tflops"),
     [
         ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H100 NVL", 835.0),
         ("NVIDIA H200", 989.0),
         ("NVIDIA H20", 148.0),
         ("NVIDIA A100-SXM4-80GB", 312.0),

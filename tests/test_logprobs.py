@@ -350,3 +350,23 @@ def test_the_logits_of_all_positions_are_never_there_at_once(monkeypatch):
     with Sizes():
         token_statistics(head, torch.randint(1, 7, (60,)), 0.7, SUPPRESSED, head).log_probs.sum().backward()
     assert max(sizes) == 8 * 500
+
+
+def test_no_positions_give_no_numbers_and_a_gradient_of_zero():
+    """A rank whose slice of a row has prompt tokens alone; its peers wait for its backward pass."""
+    head = draw_head(0)
+    none = HeadInputs(head.hidden_states[:0, 0], head.weight, head.bias)
+    found = token_statistics(none, torch.empty(0, dtype=torch.int64), 0.7, SUPPRESSED)
+    assert found.log_probs.shape == found.entropy.shape == (0,)
+    found.log_probs.sum().backward()
+    for tensor in (head.hidden_states, head.weight, head.bias):
+        assert torch.equal(tensor.grad, torch.zeros_like(tensor))
+
+
+@pytest.mark.parametrize("from_head", [True, False])
+def test_labels_of_other_positions_than_the_logits_are_refused(from_head):
+    """Else the first of them would be taken, where a model keeps positions that were not asked for."""
+    head = draw_head(0)
+    given = head if from_head else logits_of(head)
+    with pytest.raises(AssertionError, match=r"labels are \(3, 4\), but logits of \(3, 5\)"):
+        log_probs_from_logits(given, torch.ones(3, 4, dtype=torch.int64))

@@ -95,6 +95,27 @@ def test_prompt_and_extension_are_the_positions_of_the_whole_sequence(config_cla
     assert torch.equal(joined[0], prompt_position_ids(config, whole_ids, whole_mask, mm_inputs))
 
 
+@pytest.mark.parametrize(("config_class", "model_class"), FAMILIES[:2])
+def test_a_response_goes_on_where_generation_does_even_after_a_long_video(
+    config_class: type[PretrainedConfig], model_class: type[torch.nn.Module]
+) -> None:
+    """`generate` adds the model's own rope delta to a token's place in the sequence. Nine moments of one token are
+    higher in time than the one token of text that follows. Later families write a time before each moment instead."""
+    config = make_config(config_class)
+    with torch.device("meta"):
+        model = model_class(config)
+    input_ids = torch.tensor([PAD, TEXT] + [VIDEO] * 9 + [TEXT])
+    attention_mask = (input_ids != PAD).long()
+    mm_inputs = {"video_grid_thw": torch.tensor([[9, 2, 2]])}
+    prompt = prompt_position_ids(config, input_ids, attention_mask, mm_inputs)[None]
+    types = media_token_types(config, input_ids)["mm_token_type_ids"][None]
+    _, delta = model.get_rope_index(input_ids[None], types, attention_mask=attention_mask[None], **mm_inputs)
+    following = extend_position_ids(prompt, 3)
+    assert following[0, 0].tolist() == [11, 12, 13]
+    for rope_row in following[0, 1:]:
+        assert rope_row.tolist() == [11 + step + delta.item() for step in range(3)]
+
+
 def test_a_prompt_without_images_has_four_equal_rows() -> None:
     input_ids = torch.tensor([PAD, PAD, TEXT, TEXT, TEXT])
     position_ids = prompt_position_ids(make_config(Qwen2_5_VLConfig), input_ids, (input_ids != PAD).long(), {})

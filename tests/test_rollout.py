@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_qwen import build_tokenizer
@@ -15,6 +16,7 @@ from transformers import (
     AutoProcessor,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     LlavaConfig,
     Qwen3MoeConfig,
     Qwen3VLMoeConfig,
@@ -23,6 +25,7 @@ from transformers import (
 from tests.batches import PROMPT_LENGTH, ROWS, make_prompts
 from tests.probe import RESPONSE_LENGTH, make_config, start_group
 from tests.tiny import CORPUS, make_tiny_model
+from verl.data.vision import MediaHandle
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.utils.tokenizer import get_tokenizer
@@ -361,6 +364,28 @@ def test_experts_on_a_cpu_are_refused_before_the_engine_starts(tmp_path: Path) -
     config = config_of(str(tmp_path), "vllm")
     with pytest.raises(ValueError, match=r"worker.rollout.name=vllm would go on .* use worker.rollout.name=hf there"):
         engine_class("vllm").from_config(config, None, None, torch.device("cpu"))
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_a_family_whose_images_see_forward_is_refused_before_the_engine_starts(tmp_path: Path) -> None:
+    Gemma3Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"worker.rollout.name=vllm .* Gemma 3 .* use worker.rollout.name=hf"):
+        engine_class("vllm").from_config(config_of(str(tmp_path), "vllm"), None, None, torch.device("cpu"))
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_a_prompt_with_a_video_is_refused_by_vllm_which_places_videos_otherwise() -> None:
+    from verl.workers.rollout.vllm_rollout import VLLMRollout
+
+    media = np.empty(2, dtype=object)
+    media[:] = [None, [MediaHandle("key", None, None, is_video=True)]]
+    rows = DataProto.from_dict(
+        {"input_ids": torch.ones(2, 3)}, {"raw_prompt_ids": [[1], [1]], "multi_modal_data": media}
+    )
+    with pytest.raises(ValueError, match=r"worker.rollout.name=vllm reads .* use worker.rollout.name=hf"):
+        VLLMRollout._requests(None, rows, seed=0)
 
 
 def test_validation_settings_override_those_of_training() -> None:

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from tests.batches import answer_at_random, make_prompts
+from tests.family_models import make_family_model
 from tests.probe import (
     RESPONSE_LENGTH,
     RESPONSES_PER_PROMPT,
@@ -18,15 +19,19 @@ from tests.probe import (
     start_group,
     start_two,
 )
-from tests.tiny import make_tiny_text_model
+from tests.test_families import make_family_prompts
+from tests.tiny import CORPUS, build_tokenizer, make_tiny_text_model
 from tests.vlm_zoo import TEXT_CONFIG, make_model
 from verl.models.attention_table import SAMPLES
 from verl.models.sequence_parallel import SequenceGroup, share_rows
 from verl.protocol import DataProto
 from verl.utils.batch_plan import BatchPlan
+from verl.utils.seqlen_balancing import balanced_order
 
 COLLECT = "worker.rollout.collect_attentions=true"
 SHARED = ("worker.actor.ulysses_size=2", "worker.critic.ulysses_size=2")
+PADDED = "worker.actor.padding_free=false"
+FEW = ("worker.actor.global_batch_size=2", "worker.actor.micro_batch_size_per_device_for_update=1")
 SMALL = tuple(f"worker.{model}.micro_batch_size_per_device_for_update=2" for model in ("actor", "critic"))
 
 
@@ -96,7 +101,7 @@ def test_two_ranks_that_share_rows_have_the_values_of_one(
 def test_two_pairs_take_the_training_step_of_one_rank(
     tiny_model_path: str, batch: DataProto, ray_cluster, lone_process_group
 ) -> None:
-    """Four ranks, two mini-batches, a full KL: rows are spread over the pairs, and each counts once.
+    """Four ranks, two mini-batches, a full KL: rows are spread over the pairs as a run does it, and each counts once.
 
     The metrics are means over two optimizer steps, of which the second sees what the first did.
     """
@@ -112,11 +117,10 @@ def test_two_pairs_take_the_training_step_of_one_rank(
         start_group(make_config(tiny_model_path, *keys, *SHARED), 4),
     )
     try:
-        # What is a mini-batch's on each rank differs with their number: bring the rows of each to its places.
         gradients, shared_gradients = (workers.gradients(batch, "token")[0] for workers in (alone, group))
         metrics = alone.update_actor(batch)
-        order = [0, 1, 4, 5, 2, 3, 6, 7]
-        shared_metrics = group.update_actor(batch[order])
+        lengths = batch.batch["attention_mask"].sum(dim=1).tolist()
+        shared_metrics = group.update_actor(batch[balanced_order(lengths, num_ranks=4, num_mini_batches=2)])
     finally:
         group.shutdown()
     assert_same(shared_gradients, gradients)
@@ -129,15 +133,61 @@ def test_a_text_model_is_shared_too(tmp_path, batch: DataProto, ray_cluster, lon
     path = make_tiny_text_model(tmp_path / "text")
     rows = batch[4:]
     rows.batch["position_ids"] = rows.batch["position_ids"][:, 0].clone()
-    few = ("worker.actor.global_batch_size=2", "worker.actor.micro_batch_size_per_device_for_update=1")
-    gradients, metrics = start_alone(make_config(path, *few)).gradients(rows, "token")
-    group = start_two(make_config(path, *few, *SHARED))
+    gradients, metrics = start_alone(make_config(path, *FEW)).gradients(rows, "token")
+    group = start_two(make_config(path, *FEW, *SHARED))
     try:
         shared, shared_metrics = group.gradients(rows, "token")
     finally:
         group.shutdown()
     assert shared_metrics == pytest.approx(metrics, rel=1e-5)
     assert_same(shared, gradients)
+
+
+def test_a_model_with_windows_and_fewer_key_heads_than_ranks_is_shared_too(
+    tmp_path, batch: DataProto, ray_cluster, lone_process_group
+) -> None:
+    """Two of four queries on each rank, and on both the only key: rows are longer than the window and need a mask."""
+    tokenizer = build_tokenizer(CORPUS)
+    text = dict(TEXT_CONFIG, vocab_size=len(tokenizer), num_key_value_heads=1, sliding_window=4)
+    model = make_model("MistralForCausalLM", transformers.MistralConfig(**text))
+    path = str(tmp_path / "windowed")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    rows = batch[4:]
+    rows.batch["position_ids"] = rows.batch["position_ids"][:, 0].clone()
+    group = start_two(make_config(path, *FEW, *SHARED))
+    try:
+        shared, _ = group.gradients(rows, "token")
+    finally:
+        group.shutdown()
+    gradients, _ = start_alone(make_config(path, *FEW, PADDED)).gradients(rows, "token")
+    assert_same(shared, gradients)
+
+
+def test_ranks_share_rows_of_every_family_that_packs(tmp_path, private_cache, ray_cluster, lone_process_group) -> None:
+    """Qwen3-VL too, whose deeper layers are given features of the image tokens, which each rank has its own of."""
+    few = ("worker.actor.micro_batch_size_per_device_for_update=1", COLLECT)
+    group = None
+    try:
+        for name in ("Qwen3-VL", "GLM-4V", "InternVL", "LLaVA", "Mistral 3"):
+            folder = tmp_path / name
+            path = make_family_model(name, folder / "model")
+            rows = answer_at_random(make_family_prompts(path, folder), RESPONSES_PER_PROMPT, RESPONSE_LENGTH)
+            alone, config = start_alone(make_config(path, *few)), make_config(path, *few, *SHARED)
+            if group is None:
+                group = start_two(config)
+            else:
+                group.restart(config)
+            masses, expected = (worker.compute_log_probs(rows).batch for worker in (group, alone))
+            for stream, value in expected.items():
+                torch.testing.assert_close(masses[stream], value, atol=1e-5, rtol=0, msg=f"{name}: {stream}")
+            (shared, _), (gradients, _) = (worker.gradients(rows, "token") for worker in (group, alone))
+            of_tower = [value for of, value in gradients.items() if "deepstack" in of]
+            assert bool(of_tower) == (name == "Qwen3-VL") and all(value.abs().max() > 0 for value in of_tower)
+            assert_same(shared, gradients)
+    finally:
+        if group is not None:
+            group.shutdown()
 
 
 def test_heads_that_cannot_be_shared_are_refused_with_what_can() -> None:

@@ -4,15 +4,19 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections import defaultdict
+from functools import partial
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
 import transformers
 from torch import nn
+from transformers import modeling_flash_attention_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.batches import answer_at_random, make_prompts
+from tests.family_models import EXPERTS, SHARED
 from tests.probe import (
     RESPONSE_LENGTH,
     RESPONSES_PER_PROMPT,
@@ -112,6 +116,21 @@ def test_a_full_kl_is_the_same_packed(tiny_model_path: str, batch: DataProto, lo
         torch.testing.assert_close(others[name], value, atol=1e-5 * value.abs().max().item() + 1e-9, rtol=0)
 
 
+def test_rows_without_a_response_take_no_part(tiny_model_path: str, batch: DataProto, lone_process_group) -> None:
+    """Each is a micro-batch of its own, in which nothing is to be predicted."""
+    rows = DataProto.concat([batch[:1], batch[4:6], batch[7:]])
+    rows.batch = rows.batch.clone()
+    rows.batch["response_mask"][:2] = 0
+    rows.batch["attention_mask"][:2, -RESPONSE_LENGTH:] = 0
+    few = ["worker.actor.micro_batch_size_per_device_for_update=1", "worker.actor.dynamic_batching=false"]
+    few += ["worker.actor.micro_batch_size_per_device_for_experience=1"]
+    assert_same_training([PADDED, *few], [PACKED, *few], tiny_model_path, rows)
+    found = start_alone(make_config(tiny_model_path, PADDED, COLLECT, *few)).compute_log_probs(rows).batch
+    for stream in ("old_log_probs", "attention_mass"):
+        assert not found[stream][:2].any()
+        assert found[stream][2:].any()
+
+
 def test_both_layouts_hold_the_same_tokens_in_the_same_order(batch: DataProto) -> None:
     is_response = batch.batch["response_mask"].bool()
     labels = batch.batch["responses"][is_response]
@@ -177,6 +196,19 @@ def test_a_family_says_of_packed_prompts_what_it_says_of_padded_ones(name: str) 
     torch.testing.assert_close(found, padded, atol=1e-5, rtol=1e-5)
 
 
+def packed_logits_of(model: nn.Module, rows: list[torch.Tensor]) -> torch.Tensor:
+    """(T, V) of a text model's rows end to end."""
+    extend_attention()
+    lengths = [len(row) for row in rows]
+    return model(
+        input_ids=torch.cat(rows)[None],
+        attention_mask=torch.empty(NOT_A_MASK),
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        use_cache=False,
+        **{SAMPLES: PackedSamples(tuple(accumulate(lengths, initial=0)))},
+    ).logits[0]
+
+
 @pytest.mark.parametrize(
     ("config_class", "extra"),
     [
@@ -184,6 +216,8 @@ def test_a_family_says_of_packed_prompts_what_it_says_of_padded_ones(name: str) 
         ("Qwen3Config", {}),
         ("MistralConfig", {"sliding_window": 4}),
         ("Qwen3MoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+        ("Qwen2MoeConfig", {"use_sliding_window": True, "sliding_window": 4, **EXPERTS, **SHARED}),
+        ("PhimoeConfig", {"sliding_window": 4}),
         ("Gemma2Config", {"sliding_window": 4, "query_pre_attn_scalar": 16}),
     ],
 )
@@ -193,16 +227,44 @@ def test_text_models_with_windows_and_experts_keep_their_samples_apart(config_cl
     model = make_model(config_class.replace("Config", "ForCausalLM"), config)
     assert why_not_packed(model) is None
     rows = [torch.randint(1, 90, (length,), generator=torch.Generator().manual_seed(length)) for length in (14, 9, 5)]
-    extend_attention()
     with torch.no_grad():
         alone = torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
-        packed = model(
-            input_ids=torch.cat(rows)[None],
-            attention_mask=torch.empty(NOT_A_MASK),
-            position_ids=torch.cat([torch.arange(len(row)) for row in rows])[None],
-            use_cache=False,
-            **{SAMPLES: PackedSamples((0, 14, 23, 28))},
-        ).logits[0]
+        packed = packed_logits_of(model, rows)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_flash_attention_is_given_the_borders_and_no_mask(window: int | None, monkeypatch) -> None:
+    """A stand-in for its kernel, which needs a GPU: by its arguments as `flash_attn` names them, computed here."""
+
+    def varlen(query, key, value, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, **options):
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        assert (cu_seqlens_q.tolist(), max_seqlen_q, max_seqlen_k, causal) == ([0, 14, 23, 28], 14, 14, True)
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+        left = options.get("window_size", (28, 28))[0]
+        place, sample = torch.arange(28), torch.searchsorted(cu_seqlens_q, torch.arange(28), right=True)
+        behind = place[:, None] - place  # (28, 28)
+        mask = (behind >= 0) & (behind <= left) & (sample[:, None] == sample)
+        heads = (tensor.transpose(0, 1) for tensor in (query, key, value))
+        output = nn.functional.scaled_dot_product_attention(
+            *heads, mask, scale=options["softmax_scale"], enable_gqa=True
+        )
+        return output.transpose(0, 1)
+
+    def kernels(implementation: str) -> tuple:
+        assert implementation == "flash_attention_2"
+        names = ("max_seqlen_q", "max_seqlen_k", "window_size")
+        supported = defaultdict(bool, dict.fromkeys(names, True))
+        return (None, varlen, None, None, None), (partial(process_keywords, supports_mapping=supported), None)
+
+    process_keywords = modeling_flash_attention_utils._process_flash_attention_kwargs
+    monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", kernels)
+    model = make_model("MistralForCausalLM", transformers.MistralConfig(**TEXT_CONFIG, sliding_window=window))
+    rows = [torch.randint(1, 90, (length,), generator=torch.Generator().manual_seed(length)) for length in (14, 9, 5)]
+    with torch.no_grad():
+        alone = torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
+        model.config._attn_implementation_internal = "flash_attention_2"  # the setter wants the library
+        packed = packed_logits_of(model, rows)
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
 
 

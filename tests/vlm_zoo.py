@@ -113,7 +113,7 @@ def qwen2_5_vl() -> PreTrainedConfig:
 def qwen3_vl() -> PreTrainedConfig:
     vision = dict(depth=2, hidden_size=32, out_hidden_size=64, num_heads=2, intermediate_size=32, patch_size=14)
     return transformers.Qwen3VLConfig(
-        text_config={**TEXT_CONFIG, "rope_parameters": MROPE},
+        text_config={**TEXT_CONFIG, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
         vision_config={**vision, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
         **QWEN_MEDIA,
     )

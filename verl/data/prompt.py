@@ -61,9 +61,10 @@ class PromptEncoder:
             content, template_owner = _content_parts(prompt_text), self.processor
         else:
             content, template_owner = prompt_text, self.tokenizer
-        return template_owner.apply_chat_template(
+        chat_text = template_owner.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
+        return self._without_outer_marks(chat_text)
 
     def raw_ids(self, chat_text: str, num_images: int, num_videos: int) -> list[int]:
         """The prompt's tokens with one placeholder for each medium, and none for anything else.
@@ -106,7 +107,7 @@ class PromptEncoder:
             options["videos"] = [video.frames for video in videos]
             options["video_metadata"] = [video.outline.metadata for video in videos]
             options["do_sample_frames"] = False
-        return self.processor(text=[self._expandable(chat_text)], **options)
+        return self.processor(text=[chat_text], **options)
 
     def length(
         self,
@@ -138,16 +139,19 @@ class PromptEncoder:
         bos = self.tokenizer.bos_token
         return self.processor is not None and bos is not None and not chat_text.startswith(bos)
 
-    def _expandable(self, chat_text: str) -> str:
-        """With the bare placeholder of each video where the processor itself writes the marks around it."""
-        if not self.family.marks_each_frame:
+    def _without_outer_marks(self, chat_text: str) -> str:
+        """With the bare placeholder of each video where the processor writes marks around each of its moments.
+
+        Qwen3-VL was trained on these alone; transformers 5.19 leaves the template's pair standing around them.
+        """
+        if self.processor is None or not self.family.marks_each_frame:
             return chat_text
         processor = self.processor
         marked = f"{processor.vision_start_token}{processor.video_token}{processor.vision_end_token}"
         return chat_text.replace(marked, processor.video_token)
 
     def _video_token_count(self, video: VideoOutline) -> int:
-        """Tokens that replace a video's placeholder; those of the template's marks that go are taken off."""
+        """Tokens that replace a video's placeholder."""
         sampler = self.processor.video_processor
         moments = -(-len(video.frame_indices) // sampler.temporal_patch_size)
         width, height = video.frame_size
@@ -157,8 +161,7 @@ class PromptEncoder:
             "video_metadata": [VideoMetadata(**video.metadata)],
         }
         text = self.processor.replace_video_token(shape, 0)
-        marks = 2 if self.family.marks_each_frame else 0
-        return len(self.tokenizer.encode(text, add_special_tokens=False)) - marks
+        return len(self.tokenizer.encode(text, add_special_tokens=False))
 
 
 def _content_parts(prompt_text: str) -> list[dict[str, str]]:

@@ -10,9 +10,11 @@ Shapes: N samples, T tokens in a row, W ranks that share it, H heads, D head dim
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -128,17 +130,41 @@ def _attend_packed(
 ) -> tuple[torch.Tensor, None]:
     """(1, T, H, D), or (1, T / W, H, D) where ranks share the row; query, key and value are (1, H, T or T / W, D)."""
     assert tuple(attention_mask.shape) == NOT_A_MASK, "packed samples know by themselves who attends to whom"
+    window = keywords.get("sliding_window") or _window_of_masks(module)
+    if window:
+        keywords["sliding_window"] = window
     group = samples.group
     if group is not None:
         query, key, value = group.exchange_heads(query, key, value)
     if module.config._attn_implementation == "flash_attention_2":
         output, _ = attend(module, query, key, value, None, **keywords, **_flash_borders(samples, query.device))
     else:
-        output = _one_by_one(attend, samples, module, query, key, value, **keywords)
+        output = _one_by_one(attend, samples, _with_own_heads(module, query, key), query, key, value, **keywords)
     _show(module, query, key, keywords)
     return (output if group is None else group.exchange_positions(output)), None
 
 
+def _with_own_heads(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> nn.Module:
+    """The layer as SDPA is to see it: it repeats a key for so many queries as the layer names, where there is a mask.
+
+    A rank that has one of the repeated keys (`SequenceGroup.exchange_heads`) has fewer queries for it.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if getattr(module, "num_key_value_groups", groups) == groups:
+        return module
+    own = copy.copy(module)
+    own.num_key_value_groups = groups
+    return own
+
+
+def _window_of_masks(module: nn.Module) -> int | None:
+    """The window of a layer that tells it to nobody but the model's masks, as those of Qwen2-MoE and Phi-3.5-MoE."""
+    types = getattr(module.config, "layer_types", None)
+    is_windowed = types is None or types[module.layer_idx] == "sliding_attention"
+    return getattr(module.config, "sliding_window", None) if is_windowed else None
+
+
+@lru_cache(maxsize=1)  # all layers ask for the same, and each time the CPU would wait for the device
 def _flash_borders(samples: PackedSamples, device: torch.device) -> dict[str, Any]:
     borders = torch.tensor(samples.borders, dtype=torch.int32, device=device)
     longest = max(end - start for start, end in pairwise(samples.borders))

@@ -25,9 +25,13 @@ ATTENTION_LAYERS = ("full_attention", "sliding_attention")
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H100": 989.0,
+    "H100 NVL": 835.0,
+    "H100 PCIE": 756.0,
     "H200": 989.0,
+    "H200 NVL": 835.0,
     "GH200": 989.0,
     "H800": 989.0,
+    "H800 PCIE": 756.0,
     "H20": 148.0,
     "A100": 312.0,
     "A800": 312.0,
@@ -39,17 +43,17 @@ PEAK_TFLOPS = {
     "L20": 119.5,
     "L4": 121.0,
 }
-"""Dense bf16 operations per second, in 10^12, by the word that names the device (makers' data sheets)."""
+"""Dense bf16 operations per second, in 10^12, by the words that name the device (makers' data sheets)."""
 
 
 def peak_flops(device_name: str) -> float | None:
     """Operations per second that a device is made for, by its name as CUDA gives it; None where it is not known.
 
-    Whole words are compared, so that an H200 is no H20 and an L40S no L40.
+    Whole words are compared, so that an H200 is no H20 and an L40S no L40; cards for other slots are slower.
     """
-    words = re.findall(r"[A-Z]+\d+[A-Z]*", device_name.upper())
-    known = [PEAK_TFLOPS[word] for word in words if word in PEAK_TFLOPS]
-    return known[0] * 1e12 if known else None
+    words = set(re.findall(r"[A-Z0-9]+", device_name.upper()))
+    known = [name for name in PEAK_TFLOPS if words.issuperset(name.split())]
+    return PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "logits_soft_cap",
+    "output_multiplier",
+)
 """Fields by which the configs of some models say that what the head gives is not yet their logits."""
 
 

@@ -58,8 +58,13 @@ def prompt_position_ids(
 def extend_position_ids(position_ids: torch.Tensor, response_length: int) -> torch.Tensor:
     """Continue prompts into their responses: (N, P) gives (N, R), (N, 4, P) gives (N, 4, R).
 
-    Every row goes on by one from the last prompt position, past the end of the response too. A prompt must end in
-    text, as every chat template's does: after an image, multimodal rope would go on from the image's widest side.
+    Every row goes on by one, past the end of the response too: the text row from its last position, those of
+    multimodal rope from the highest of the prompt, as transformers' `generate` does. That is the last one too, unless
+    a video is longer in time than all that follows it: then a forward pass that made positions of the whole sequence
+    by itself would put the response earlier than generation did.
     """
+    last = position_ids[..., -1:].clone()
+    if position_ids.dim() == 3:
+        last[:, 1:] = position_ids[:, 1:].amax(dim=(1, 2), keepdim=True)
     steps = torch.arange(1, response_length + 1, dtype=position_ids.dtype, device=position_ids.device)
-    return position_ids[..., -1:] + steps
+    return last + steps

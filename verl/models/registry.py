@@ -59,9 +59,8 @@ class ModelFamily:
     marks_each_frame: bool = False
     """Whether a video's tokens have a time and a pair of marks for each frame, in place of the template's one pair."""
     attends_both_ways: bool = False
-    """Whether tokens of an image see later ones, which takes attention that reads a mask: FlashAttention does not."""
-    in_vllm: bool = True
-    """Whether vLLM computes it as transformers does."""
+    """Whether tokens of an image see later ones, which takes attention that reads a mask: neither FlashAttention nor
+    vLLM gives what transformers gives."""
     transposed_weights: tuple[str, ...] = ()
     """Ends of the names of weights whose last two dimensions transformers holds swapped against checkpoints."""
 

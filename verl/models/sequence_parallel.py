@@ -116,6 +116,7 @@ def share_rows(model: nn.Module, size: int, keyword: str) -> None:
         group: SequenceGroup | None = getattr(inputs.get(keyword), "group", None)
         if group is None:
             return None
+        assert not args, f"{type(model).__name__} calls its decoder with arguments by position, which cannot be cut"
         cut_inputs = dict(inputs)
         tokens = next(inputs[name] for name in ("inputs_embeds", "input_ids") if inputs.get(name) is not None)
         own = group.own_slice(tokens.shape[1])

@@ -88,6 +88,7 @@ class PaddedLayout(TokenLayout):
         batch, full_length = rows.batch, self.response_mask.shape[1]
         first = int(batch["attention_mask"].argmax(dim=1).min())
         self.columns = slice(first, batch["input_ids"].shape[1] - (full_length - self.length))
+        self.is_label = self.response_mask[:, : self.length]  # (N, length)
         self.input_ids = batch["input_ids"][:, self.columns]  # (N, s)
         self.attention_mask = batch["attention_mask"][:, self.columns]  # (N, s)
         self.position_ids = _rope_rows_first(batch["position_ids"][..., self.columns])  # (N, s) or (4, N, s)
@@ -101,11 +102,12 @@ class PaddedLayout(TokenLayout):
         }
 
     def labels(self) -> torch.Tensor:
-        return self.input_ids[:, -self.length :][self.response_mask[:, : self.length]]
+        prompt_length = self.input_ids.shape[1] - self.length
+        return self.input_ids[:, prompt_length:][self.is_label]
 
     def at_labels(self, kept: torch.Tensor) -> torch.Tensor:
         # What stands at a position is about the token after it: drop the last, keep the one before the response.
-        return kept[:, :-1][self.response_mask[:, : self.length].to(kept.device)]
+        return kept[:, :-1][self.is_label.to(kept.device)]
 
     def record_attention(
         self, model: nn.Module, key_kinds: torch.Tensor, last_k_layers: int | None
@@ -138,8 +140,8 @@ class PackedLayout(TokenLayout):
         if group is not None:
             self._fill_up_to_a_multiple(group.size)
             own = group.own_slice(len(self.input_ids))
-            self.is_own = (self.predictors >= own.start) & (self.predictors < own.stop)  # (L,)
-            self.own_predictors = self.predictors[self.is_own]
+            is_own = (self.predictors >= own.start) & (self.predictors < own.stop)  # (L,)
+            self.own_predictors = self.predictors[is_own]
             self.first = own.start
 
     def _packed(self, of_tokens: torch.Tensor) -> torch.Tensor:

@@ -29,9 +29,10 @@ class ModelPlan:
     sequences_per_rank_per_mini_batch: int
     """A worker's share of an optimizer step."""
     update_micro_batch_size: int
-    """Sequences a worker takes through forward and backward at once."""
+    """Sequences a worker takes through forward and backward at once; as many tokens as they have at full length, where
+    micro-batches are filled by tokens."""
     update_micro_batches: int
-    """Micro-batches whose gradients add up to one optimizer step."""
+    """Micro-batches whose gradients add up to one optimizer step, where they are not filled by tokens."""
     experience_micro_batch_size: int
     """Sequences a worker takes through a pass without gradient at once."""
     optimizer_steps_per_step: int

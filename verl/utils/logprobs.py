@@ -87,6 +87,11 @@ def _statistics(
     ref_logits: torch.Tensor | HeadInputs | None,
     with_entropy: bool,
 ) -> TokenStatistics:
+    for given in (logits, ref_logits):
+        states = given.hidden_states if isinstance(given, HeadInputs) else given
+        assert states is None or states.shape[:-1] == labels.shape, (
+            f"labels are {tuple(labels.shape)}, but logits of {tuple(states.shape[:-1])}"
+        )
     suppressed = torch.tensor(list(suppressed_token_ids), dtype=torch.int64, device=labels.device)
     flat = _Statistics.apply(
         *_factors(logits), *_factors(ref_logits), labels.flatten(), temperature, suppressed, with_entropy

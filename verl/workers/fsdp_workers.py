@@ -83,7 +83,8 @@ class FSDPWorker(Worker):
         # A frozen weight is only computed with: digits beyond those of the computation would be dead memory.
         policy_dtype = actor.fsdp.mp_param_dtype if actor.model.lora.rank > 0 else "fp32"
         policy = self._load_sharded(load_model, actor.model, actor.fsdp, policy_dtype, self.actor_group)
-        algorithm, reference = self.config.algorithm, None
+        algorithm = self.config.algorithm
+        self.reference: PolicyForward | None = None
         if self.config.needs_reference_model:
             self.ref_model = self._load_sharded(load_model, actor.model, ref.fsdp, "bf16", self.actor_group)
             self.ref_model.requires_grad_(False)
@@ -91,8 +92,8 @@ class FSDPWorker(Worker):
                 pass  # from here on it rests where it does between phases
         elif not algorithm.disable_kl:
             self.ref_model = policy
-        if algorithm.kl_in_loss and algorithm.kl_penalty == "full":
-            reference = self._reference_forward()
+        if not algorithm.disable_kl:
+            self.reference = self._forward_of(self.ref_model, is_base=not self.config.needs_reference_model)
         described_by = [policy.config, policy.generation_config, self.processor or self.tokenizer]
         self.actor = DataParallelPPOActor(
             self.config,
@@ -101,7 +102,7 @@ class FSDPWorker(Worker):
             self.policy_loss,
             self.training_steps,
             described_by,
-            reference,
+            self.reference if algorithm.kl_in_loss and algorithm.kl_penalty == "full" else None,
         )
         self.trained: dict[str, TrainedModel] = {"actor": self.actor}
         self.rollout = engine_class(self.config.worker.rollout.name).from_config(
@@ -168,10 +169,6 @@ class FSDPWorker(Worker):
             is_base,
         )
 
-    def _reference_forward(self) -> PolicyForward:
-        """Of the model that the run began with: a frozen copy of it, or the policy without its adapters."""
-        return self._forward_of(self.ref_model, is_base=not self.config.needs_reference_model)
-
     def _reference_resident(self) -> AbstractContextManager:
         if not self.config.needs_reference_model:
             return self.actor.resident()
@@ -228,7 +225,7 @@ class FSDPWorker(Worker):
     def compute_ref_log_probs(self, data: DataProto) -> DataProto:
         """Adds `ref_log_probs` (N, R): those of the policy the run began with."""
         with self._reference_resident():
-            log_probs = compute_per_token(self._reference_forward(), data, self.plan.actor.experience_micro_batch_size)
+            log_probs = compute_per_token(self.reference, data, self.plan.actor.experience_micro_batch_size)
         return DataProto.from_dict({"ref_log_probs": log_probs})
 
     @register(DP_COMPUTE_PROTO, shared_by="actor")
@@ -237,10 +234,9 @@ class FSDPWorker(Worker):
 
         Costs a pass of either model.
         """
-        forward, reference = self.actor.forward, self._reference_forward()
-        size = self.plan.actor.experience_micro_batch_size
+        forward, size = self.actor.forward, self.plan.actor.experience_micro_batch_size
         with self.actor.resident(), self._reference_resident():
-            (kl,) = compute_streams(forward, lambda rows: (forward.statistics(rows, reference).kl,), data, size)
+            (kl,) = compute_streams(forward, lambda rows: (forward.statistics(rows, self.reference).kl,), data, size)
         return DataProto.from_dict({"ref_kl": kl})
 
     @register(DP_COMPUTE_PROTO, shared_by="critic")

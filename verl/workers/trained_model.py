@@ -82,24 +82,31 @@ class TrainedModel:
         """One pass of optimizer steps over this rank's rows, `ppo_epochs` times; the schedule then advances once.
 
         The rows are cut, in order, into `plan.mini_batches` mini-batches; row i of every rank's k-th piece belongs to
-        the same optimizer step. Losses are sums over tokens (or rows) divided by the counts of the whole mini-batch
-        over all ranks, so the result depends neither on micro-batches nor on the number of ranks.
+        the same optimizer step. Ranks that share rows have those that each would have alone, one rank's after the
+        other's, and cut each rank's so. Losses are sums over tokens (or rows) divided by the counts of the whole
+        mini-batch over all ranks, so the result depends neither on micro-batches nor on the number of ranks.
 
         Returns metrics, the same on every rank: the loss's own, `grad_norm` before clipping, averaged over the
         optimizer steps, and `lr`; by this rank's clock `perf/tflops_*`, the operations in 10^12 that a device did in a
-        second, and `perf/mfu_*`, their share of what it is made for, where that is known.
+        second (those of a reference do not count), and `perf/mfu_*`, their share of what it is made for, where that is
+        known.
         """
         self.model.train()
         self.forward.work = Work()
         start = time.perf_counter()
         steps = []
         for _ in range(self.config.ppo_epochs):
-            for mini_batch in data.split(self.plan.sequences_per_rank_per_mini_batch * self.ranks_per_row):
+            for mini_batch in self._mini_batches(data):
                 steps.append(self._optimizer_step(mini_batch))
         learning_rate = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
         metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
         return {**metrics, f"{self.area}/lr": learning_rate, **self._throughput(start)}
+
+    def _mini_batches(self, data: DataProto) -> list[DataProto]:
+        size = self.plan.sequences_per_rank_per_mini_batch
+        by_rank = [rows.split(size) for rows in data.chunk(self.ranks_per_row)]
+        return [DataProto.concat(pieces) for pieces in zip(*by_rank, strict=True)]
 
     def _throughput(self, start: float) -> dict[str, float]:
         work = self._sum_over_rows(torch.tensor(self.forward.work.training)).item()
