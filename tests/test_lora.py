@@ -36,6 +36,7 @@ from verl.workers.rollout.base import Sampling
 RANK, ALPHA = 4, 12
 LORA = (f"worker.actor.model.lora.rank={RANK}", f"worker.actor.model.lora.alpha={ALPHA}")
 TEXT_ONLY = "worker.actor.model.lora.exclude_modules=.*visual.*"
+FROZEN = "worker.actor.model.freeze_vision_tower=true"
 FAST = "worker.actor.optim.lr=1e-2"
 
 
@@ -377,10 +378,11 @@ def test_pefts_folder_gives_any_reader_the_trained_policy(
 @pytest.mark.parametrize(
     ("saved_with", "resumed_with", "message"),
     [
-        (LORA, (), "does not fit this run's model: .*resume with the model_path and the lora settings"),
+        (LORA, (), "does not fit this run's model: .*resume with the model_path, lora and freeze_vision_tower"),
         ((), LORA, "does not fit this run's model"),
         (LORA, (*LORA, "worker.actor.model.lora.rank=8"), "does not fit this run's model"),
         (LORA, (*LORA, TEXT_ONLY), "does not fit this run's model: .*such as model.visual"),
+        (LORA, (*LORA, FROZEN), "does not fit this run's model: .*such as model.visual"),
         (LORA, (*LORA, "worker.actor.model.lora.alpha=24"), "lora.alpha=24 would change the policy: .* with 12"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForImageTextToText, Qwen3Config, Qwen3ForCausalLM
 
 from tests.batches import random_image
-from tests.family_models import IMAGE_TEXT_MODELS, make_family_model
+from tests.family_models import FAMILY_MODELS, IMAGE_TEXT_MODELS, make_family_model
 from tests.tiny import make_tiny_model
 from verl.models.loader import keep_vision_tower_in_step, load_model, load_model_config, load_value_model
 from verl.models.position_ids import prompt_position_ids
@@ -24,6 +24,11 @@ def write_text_model(folder) -> str:
     sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     Qwen3ForCausalLM(Qwen3Config(vocab_size=64, num_key_value_heads=1, head_dim=16, **sizes)).save_pretrained(folder)
     return str(folder)
+
+
+def layout(model: torch.nn.Module) -> list[tuple]:
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return [(name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors]
 
 
 def test_overrides_reach_the_config_and_attention_is_the_one_asked_for(tiny_model_path: str) -> None:
@@ -68,10 +73,6 @@ def test_a_model_without_weights_is_the_same_but_for_them_and_opens_no_file_of_t
     bare_path = shutil.copytree(path, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors*"))
     bare = load(ModelConfig(model_path=str(bare_path)), dtype, dtype, with_weights=False)
 
-    def layout(model: torch.nn.Module) -> list[tuple]:
-        tensors = (*model.named_parameters(), *model.named_buffers())
-        return [(name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors]
-
     assert layout(bare) == layout(whole)
     assert {tensor.device.type for tensor in (*bare.parameters(), *bare.buffers())} == {"meta"}
     modes = [[(name, module.training) for name, module in model.named_modules()] for model in (bare, whole)]
@@ -79,6 +80,21 @@ def test_a_model_without_weights_is_the_same_but_for_them_and_opens_no_file_of_t
     left_out = {"_name_or_path", "dtype"}
     settings = [{**model.config.to_dict(), **dict.fromkeys(left_out)} for model in (bare, whole)]
     assert settings[0] == settings[1]
+
+
+@pytest.mark.parametrize("name", FAMILY_MODELS)
+def test_a_model_of_any_family_is_laid_out_without_weights_as_with_them(name: str, tmp_path) -> None:
+    """In bf16, in which some could keep parts in float32; and no module holds a tensor that rank 0 would not send."""
+    config = ModelConfig(model_path=make_family_model(name, tmp_path))
+    whole, bare = (load_model(config, torch.bfloat16, torch.bfloat16, with_weights) for with_weights in (True, False))
+    assert layout(bare) == layout(whole)
+    hidden = {
+        f"{path}.{name}"
+        for path, module in bare.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    }
+    assert hidden == set()
 
 
 @pytest.mark.parametrize("kind", ["image-text", "tied", "text"])

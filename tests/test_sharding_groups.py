@@ -97,6 +97,28 @@ def test_a_checkpoint_in_bf16_goes_on_exactly(
     assert {value.dtype for value in expected.values()} == {torch.bfloat16}
 
 
+def test_ranks_go_on_from_moments_of_another_optimizer_and_precision_and_of_a_frozen_tower(
+    tiny_model_path: str, batch: DataProto, ranks: WorkerGroup, tmp_path: Path
+) -> None:
+    """From float32 to bf16 and back, where weights take over what those in bf16 lacked, and the tower is thawed."""
+    frozen = "worker.actor.model.freeze_vision_tower=true"
+    configs = [make_config(tiny_model_path, MICRO_BATCHES, *FAST, *keys) for keys in ((frozen,), (frozen, *BF16), ())]
+    for index, config in enumerate(configs):
+        ranks.restart(config)
+        if index > 0:
+            ranks.load_checkpoint(str(tmp_path / str(index - 1)), model_only=False)
+        before = ranks.weights()[0]
+        ranks.update_actor(batch)
+        first, *others = ranks.weights()
+        for other in others:
+            assert_equal(first, other)
+        moved = {name for name, value in first.items() if not torch.equal(value, before[name])}
+        assert any(name.startswith("model.visual.") for name in moved) == (config is configs[-1])
+        ranks.save_checkpoint(str(tmp_path / str(index)), model_only=False)
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    assert (before[name] != before[name].bfloat16()).float().mean() > 0.5
+
+
 def test_what_rank_0_reads_and_sends_is_what_every_rank_would_read(
     tiny_model_path: str, batch: DataProto, ranks: WorkerGroup
 ) -> None:

@@ -58,6 +58,13 @@ class ArithmeticWorker(Worker):
         dist.barrier()
 
 
+class StillbornWorker(ArithmeticWorker):
+    def __init__(self, **place) -> None:
+        super().__init__(**place)
+        if self.rank == 1:
+            raise KeyError("no straw, no camel")
+
+
 def _start_two() -> WorkerGroup:
     return WorkerGroup(ArithmeticWorker, num_nodes=1, workers_per_node=2, device="cpu", shares={"pair": 2}, offset=100)
 
@@ -122,6 +129,12 @@ def test_a_worker_that_raises_ends_the_call_with_its_own_traceback_and_leaves_no
     assert time.monotonic() - start < 10
     assert "fail_on_the_last_rank_while_others_wait" in str(failure.value)
     assert _pids_gone(pids, seconds=10)
+
+
+def test_a_worker_that_raises_when_it_is_built_is_told_of_by_its_own_traceback(ray_cluster) -> None:
+    """Ray ends such a process, but neither memory nor native code is to blame."""
+    with pytest.raises(ray.exceptions.ActorDiedError, match="no straw, no camel"):
+        WorkerGroup(StillbornWorker, num_nodes=1, workers_per_node=2, device="cpu", offset=0)
 
 
 def test_a_worker_that_dies_ends_the_call_with_its_rank_and_node_and_leaves_no_process(doomed_group) -> None:

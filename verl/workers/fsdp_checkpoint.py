@@ -174,7 +174,7 @@ class FSDPCheckpoint:
         if differing:
             raise ValueError(
                 f"{path} does not fit this run's model: {len(differing)} weights are missing, unknown or of another "
-                f"shape, such as {differing[0]}; resume with the model_path and the lora settings that saved it"
+                f"shape, such as {differing[0]}; resume with the model_path, lora and freeze_vision_tower of then"
             )
         if self.adapters is not None:
             trained = LoraConfig.from_pretrained(str(path.parent / "lora_adapter"))

@@ -21,7 +21,7 @@ class LoraConfig(ConfigSection):
     """Scale of the adapters' update, divided by the rank."""
     target_modules: Any = "all-linear"
     """Linear layers that get an adapter: `all-linear`, or names of layers or ends of such names, separated by commas
-    or as a YAML list. The output head gets none."""
+    or as a YAML list. The output head gets none, nor do experts that a model holds fused into one tensor."""
     exclude_modules: str | None = None
     """Regular expression of the whole names of modules that get none, such as `.*visual.*`."""
 
