@@ -18,8 +18,10 @@ from PIL import Image
 from transformers import AutoConfig
 
 from tests.batches import random_image
-from tests.family_models import make_family_model
+from tests.family_models import IMAGE_TEXT_MODELS, make_family_model
+from tests.tiny import CORPUS, build_tokenizer
 from verl.data.dataset import RLHFDataset
+from verl.data.prompt import PromptEncoder
 from verl.data.video import MAX_FRAME_PIXELS, VideoLimits, load_video, outline_video, sample_frames
 from verl.data.vision import MediaHandle, featurize
 from verl.models.registry import media_token_ids
@@ -170,6 +172,21 @@ def test_qwen3_reads_the_time_of_every_moment_in_the_place_of_the_marks_around_a
     )
     text = dataset.tokenizer.decode(real_ids(dataset[0]))
     assert text == f"<|im_start|>user\n{moments}What?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_text_and_the_time_after_it_are_counted_as_they_are_read_together(tmp_path: Path) -> None:
+    """A space before a video and the `<` of its first time are one token of most vocabularies, as of this one."""
+    family = IMAGE_TEXT_MODELS["Qwen3-VL"]
+    tokenizer = build_tokenizer([*CORPUS, "a < b " * 50])
+    assert len(tokenizer.encode("a <")) == 2
+    path = make_family_model("Qwen3-VL", tmp_path / "model")
+    encoder = PromptEncoder(tokenizer, family.build_processor(tokenizer), AutoConfig.from_pretrained(path))
+    video = load_video(write_frames(tmp_path, 4), tmp_path, LIMITS)
+    text = encoder.chat_text("a <video>", by_processor=True)
+    raw_ids = encoder.raw_ids(text, 0, 1)
+    ids = encoder.model_inputs(text, [], [video.outline])["input_ids"][0]
+    assert encoder.length(text, raw_ids, [], [video.outline]) == len(ids)
+    assert tokenizer.convert_tokens_to_ids("\u0120<") in ids
 
 
 def test_features_of_images_and_videos_are_those_of_each_alone_in_row_order(tmp_path: Path) -> None:
