@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,20 @@ def test_features_of_images_and_videos_are_those_of_each_alone_in_row_order(tmp_
         assert torch.equal(features[key], torch.cat([single[key] for single in alone]))
     assert features["second_per_grid_ts"].tolist() == [1.0] * 3  # two frames of two a second
     assert features["image_grid_thw"].tolist() == [[1, 4, 6]]
+
+
+def test_frames_that_may_not_be_written_are_read_without_a_warning(tmp_path: Path) -> None:
+    """As Ray's store hands them out, shared with others. PyTorch warns once a process unless it is told otherwise."""
+    processor = get_processor(make_family_model("Qwen2.5-VL", tmp_path / "model"))
+    video = load_video(write_frames(tmp_path, 2), tmp_path, LIMITS)
+    video.frames.setflags(write=False)
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            featurize([[MediaHandle.put(video)]], processor)
+    finally:
+        torch.set_warn_always(False)
 
 
 def test_a_family_that_takes_no_videos_names_those_that_do(tmp_path: Path) -> None:

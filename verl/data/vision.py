@@ -163,7 +163,7 @@ def _features_of(handle: MediaHandle, processor: ProcessorMixin) -> dict[str, to
     if handle.is_video:
         inputs = processor(
             text=[processor.video_token],
-            videos=[medium.frames],
+            videos=[medium.frames.copy()],  # what the store hands out is read-only, of which PyTorch warns
             video_metadata=[medium.outline.metadata],
             do_sample_frames=False,
             return_tensors="pt",
