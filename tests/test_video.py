@@ -91,6 +91,23 @@ def test_every_form_of_a_video_gives_the_frames_that_were_asked_for(suffix: str,
         assert outline_video(form, tmp_path, LIMITS) == video.outline
 
 
+@pytest.mark.parametrize(("degrees", "turn"), [(90, "ROTATE_90"), (-90, "ROTATE_270"), (180, "ROTATE_180")])
+def test_a_video_of_a_camera_held_on_its_side_is_shown_upright(degrees: int, turn: str, tmp_path: Path) -> None:
+    """Players turn it against the clock by what its header says, and so does transposing by that name."""
+    names = write_frames(tmp_path, 4)
+    with av.open(str(tmp_path / "a.mov"), "w") as container:
+        stream = container.add_stream("png", rate=4)
+        stream.width, stream.height, stream.pix_fmt = *SIZE, "rgb24"
+        stream.set_display_rotation(degrees)
+        for name in names:
+            container.mux(stream.encode(av.VideoFrame.from_image(Image.open(tmp_path / name))))
+        container.mux(stream.encode())
+    video = load_video("a.mov", tmp_path, LIMITS)
+    upright = [Image.open(tmp_path / name).transpose(Image.Transpose[turn]) for name in names]
+    assert np.array_equal(video.frames, np.stack([np.asarray(image) for image in upright]))
+    assert outline_video("a.mov", tmp_path, LIMITS) == video.outline
+
+
 def test_all_frames_of_a_list_are_shown_as_taken_at_the_rate_of_the_config(tmp_path: Path) -> None:
     names = write_frames(tmp_path, 5)
     as_bytes = [(tmp_path / name).read_bytes() for name in names]
