@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -20,12 +21,14 @@ from transformers import AutoConfig
 
 from tests.batches import random_image
 from tests.family_models import IMAGE_TEXT_MODELS, make_family_model
+from tests.probe import make_config
 from tests.tiny import CORPUS, build_tokenizer
 from verl.data.dataset import RLHFDataset
 from verl.data.prompt import PromptEncoder
 from verl.data.video import MAX_FRAME_PIXELS, VideoLimits, load_video, outline_video, sample_frames
 from verl.data.vision import MediaHandle, featurize
 from verl.models.registry import media_token_ids
+from verl.trainer.main import check_videos
 from verl.utils.tokenizer import get_processor, get_tokenizer
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -181,6 +184,33 @@ def test_rows_with_videos_are_counted_to_the_token_before_anything_is_decoded(na
         make_dataset(name, tmp_path, [row], max_prompt_length=len(ids) - 1)
 
 
+@pytest.mark.parametrize("features", ["path", "bytes", "videos"])
+def test_parquet_rows_hold_video_files_in_three_ways(features: str, tmp_path: Path) -> None:
+    """A path below `image_dir`, bytes, and the library's own feature. 20 frames at 10 a second are two moments."""
+    names = write_frames(tmp_path, 20)
+    write_video(tmp_path / "a.mkv", [tmp_path / name for name in names], fps=10)
+    content = (tmp_path / "a.mkv").read_bytes()
+    cell, feature = {
+        "path": ("a.mkv", datasets.Value("string")),
+        "bytes": (content, datasets.Value("binary")),
+        "videos": ({"bytes": content, "path": None}, datasets.Video()),
+    }[features]
+    text = datasets.Value("string")
+    schema = datasets.Features({"prompt": text, "answer": text, "videos": datasets.List(feature)})
+    rows = datasets.Dataset.from_dict({"prompt": ["<video>?"], "answer": ["1"], "videos": [[cell]]}, features=schema)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    path = make_family_model("Qwen2.5-VL", tmp_path / "model")
+    dataset = RLHFDataset(
+        str(tmp_path / "rows.parquet"), get_tokenizer(path), get_processor(path), image_dir=str(tmp_path)
+    )
+    item = dataset[0]
+    (video,) = item["multi_modal_data"]["videos"]
+    assert np.array_equal(video.frames, load_video("a.mkv", tmp_path, LIMITS).frames)
+    grid = featurize([[MediaHandle.put(video)]], dataset.processor)["video_grid_thw"]
+    assert grid.tolist() == [[2, 4, 6]]
+    assert real_ids(item).count(media_token_ids(dataset.model_config)[1]) == 2 * 6
+
+
 def test_qwen3_reads_the_time_of_every_moment_in_the_place_of_the_marks_around_a_video(tmp_path: Path) -> None:
     """Frames at 0, 0.5, 1 and 1.5 seconds are two moments, at 0.25 and 1.25 seconds, written with one digit."""
     rows = [{"prompt": "<video>What?", "videos": [write_frames(tmp_path, 4, (56, 28))]}]
@@ -239,6 +269,19 @@ def test_a_family_that_takes_no_videos_names_those_that_do(tmp_path: Path) -> No
     rows = [{"prompt": "<video>", "videos": [["a.png"]]}]
     with pytest.raises(ValueError, match=r"data.video_key=videos: .* family LLaVA; use one of Qwen2-VL, .*ignore"):
         make_dataset("LLaVA", tmp_path, rows)
+
+
+def test_data_with_videos_is_refused_when_loaded_where_the_engine_reads_them_otherwise(tmp_path: Path) -> None:
+    """Not when the first of them is drawn. One that is dropped for its length is never drawn."""
+    text = {"prompt": "a", "videos": []}
+    rows = [text, {"prompt": "<video>", "videos": [write_frames(tmp_path, 2)]}]
+    plain, mixed = (make_dataset("Qwen2.5-VL", tmp_path, part) for part in ([text], rows))
+    dropped = make_dataset("Qwen2.5-VL", tmp_path, rows, max_prompt_length=len(mixed[1]["raw_prompt_ids"]))
+    vllm, hf = (make_config(str(tmp_path / "model"), f"worker.rollout.name={name}") for name in ("vllm", "hf"))
+    check_videos(vllm, plain, dropped)
+    with pytest.raises(ValueError, match=r"rows\.jsonl' has videos, which worker\.rollout\.name=vllm .*name=hf"):
+        check_videos(vllm, plain, mixed)
+    check_videos(hf, plain, mixed)
 
 
 def test_videos_that_do_not_match_their_placeholders_or_cannot_be_read_name_the_row(tmp_path: Path) -> None:
