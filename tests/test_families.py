@@ -15,6 +15,9 @@ from tests.batches import answer_at_random, prompts_of, random_image
 from tests.family_models import FAMILY_MODELS, IMAGE_TEXT_MODELS, TEXT_MODELS, make_family_model
 from tests.probe import RESPONSE_LENGTH, make_config, start_alone, start_two
 from verl.data.dataset import RLHFDataset
+from verl.data.prompt import PromptEncoder
+from verl.data.video import VideoLimits, load_video
+from verl.models.position_ids import GRIDS
 from verl.models.registry import family_of, media_token_ids, packs
 from verl.protocol import DataProto
 from verl.utils.attention_metrics import KeyKind, KeyVocabulary, vgr_from_mass
@@ -190,6 +193,28 @@ def test_a_checkpoint_resumes_exactly_though_some_weights_have_no_gradient(name:
         worker.update_actor(batch)
     expected = first.weights()
     assert all(torch.equal(value, expected[key]) for key, value in second.weights().items())
+
+
+@pytest.mark.parametrize("name", IMAGE_TEXT_MODELS)
+def test_a_prompt_is_measured_without_pixels_as_the_processor_writes_it_with_them(name: str, tmp_path: Path) -> None:
+    """Ids, and the grids that positions are made of. The last image is above the processors' own limits, which they
+    apply once more; seven frames do not fill four moments."""
+    model_path = make_family_model(name, tmp_path)
+    config, processor = AutoConfig.from_pretrained(model_path), get_processor(model_path)
+    encoder = PromptEncoder(processor.tokenizer, processor, config)
+    images = [random_image(size, 0) for size in ((28, 28), (61, 43), (300, 90), (20, 130), (500, 500))]
+    videos, media = [], {"images": [images] if "Gemma" in type(processor).__name__ else images}
+    if encoder.family.takes_videos:
+        frames = [random_image((61, 43), index) for index in range(7)]
+        videos = [load_video(frames, None, VideoLimits(2.0, None, None))]
+        media["videos"] = [video.frames for video in videos]
+        media["video_metadata"] = [video.outline.metadata for video in videos]
+        media["do_sample_frames"] = False
+    text = encoder.chat_text("<image>" * len(images) + "What?" + "<video>" * len(videos), by_processor=True)
+    expected = processor(text=[text], return_tensors="pt", **media)
+    measured = encoder.model_inputs(text, [image.size for image in images], [video.outline for video in videos])
+    for key in {"input_ids", *GRIDS} & expected.keys():
+        assert torch.equal(torch.as_tensor(measured[key]), torch.as_tensor(expected[key])), key
 
 
 @pytest.mark.parametrize("name", FAMILY_MODELS)

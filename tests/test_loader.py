@@ -4,16 +4,17 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerBase
 
 from verl.data.dataset import RLHFDataset
-from verl.data.loader import PromptLoader, ResumableSampler, create_dataloader
+from verl.data.loader import BatchLoader, PromptLoader, ResumableSampler, create_dataloader
 from verl.trainer.config import DataConfig
 from verl.utils.tokenizer import get_processor
 
@@ -111,6 +112,29 @@ def test_loader_processes_change_neither_the_order_nor_the_saved_place(
     assert draw(with_workers, 3) == draw(plain, 3)
     assert with_workers.state_dict() == plain.state_dict()
     assert draw(with_workers, 7) == draw(plain, 7)
+
+
+def test_loader_processes_read_one_batch_ahead_in_pieces(make_set: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes and batches of 5 are pieces of 3 and 2. With one batch drawn, the next has been asked for and no
+    row of the third: what a process holds is decoded media. The last batch is smaller."""
+    asked: list[int] = []
+
+    class WatchedSampler(SequentialSampler):
+        def __iter__(self) -> Iterator[int]:
+            for row in super().__iter__():
+                asked.append(row)
+                yield row
+
+    monkeypatch.setattr("verl.data.loader.ROWS_WORTH_WORKERS", 1)
+    monkeypatch.setattr("verl.data.loader.MAX_WORKERS", 2)
+    rows = make_set(23)
+    batches = iter(BatchLoader(rows, 5, WatchedSampler(rows), drop_last=False))
+    first = next(batches)
+    assert first["input_ids"].shape == (5, 32)
+    assert first["prompt_text"].dtype == object
+    assert len(asked) == 10
+    read = [first["ground_truth"].tolist()] + [batch["ground_truth"].tolist() for batch in batches]
+    assert read == [list(range(begin, min(begin + 5, 23))) for begin in range(0, 23, 5)]
 
 
 def test_a_set_smaller_than_a_batch_is_refused_with_both_numbers(make_set: Callable) -> None:

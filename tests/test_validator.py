@@ -29,7 +29,7 @@ def validate(tokenizer, batch_size: int) -> tuple[ValidationResult, list[int]]:
 
     def generate(features: dict, number: int) -> DataProto:
         assert number * batch_size == features["rows"][0]
-        handles = [MediaHandle("key", None, random_image((28, 28), row)) for row in features["rows"]]
+        handles = [MediaHandle.put(random_image((28, 28), row)) for row in features["rows"]]
         images.extend(weakref.ref(handle) for handle in handles)
         alive.append(sum(image() is not None for image in images))
         tensors = [response_to(row) for row in features["rows"]]

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -18,11 +20,15 @@ from PIL import Image
 from transformers import AutoConfig
 
 from tests.batches import random_image
-from tests.family_models import make_family_model
+from tests.family_models import IMAGE_TEXT_MODELS, make_family_model
+from tests.probe import make_config
+from tests.tiny import CORPUS, build_tokenizer
 from verl.data.dataset import RLHFDataset
+from verl.data.prompt import PromptEncoder
 from verl.data.video import MAX_FRAME_PIXELS, VideoLimits, load_video, outline_video, sample_frames
 from verl.data.vision import MediaHandle, featurize
 from verl.models.registry import media_token_ids
+from verl.trainer.main import check_videos
 from verl.utils.tokenizer import get_processor, get_tokenizer
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -86,6 +92,23 @@ def test_every_form_of_a_video_gives_the_frames_that_were_asked_for(suffix: str,
         assert (video.outline.total_frames, video.outline.source_fps) == (20, 10.0)
         assert np.array_equal(video.frames, expected)
         assert outline_video(form, tmp_path, LIMITS) == video.outline
+
+
+@pytest.mark.parametrize(("degrees", "turn"), [(90, "ROTATE_90"), (-90, "ROTATE_270"), (180, "ROTATE_180")])
+def test_a_video_of_a_camera_held_on_its_side_is_shown_upright(degrees: int, turn: str, tmp_path: Path) -> None:
+    """Players turn it against the clock by what its header says, and so does transposing by that name."""
+    names = write_frames(tmp_path, 4)
+    with av.open(str(tmp_path / "a.mov"), "w") as container:
+        stream = container.add_stream("png", rate=4)
+        stream.width, stream.height, stream.pix_fmt = *SIZE, "rgb24"
+        stream.set_display_rotation(degrees)
+        for name in names:
+            container.mux(stream.encode(av.VideoFrame.from_image(Image.open(tmp_path / name))))
+        container.mux(stream.encode())
+    video = load_video("a.mov", tmp_path, LIMITS)
+    upright = [Image.open(tmp_path / name).transpose(Image.Transpose[turn]) for name in names]
+    assert np.array_equal(video.frames, np.stack([np.asarray(image) for image in upright]))
+    assert outline_video("a.mov", tmp_path, LIMITS) == video.outline
 
 
 def test_all_frames_of_a_list_are_shown_as_taken_at_the_rate_of_the_config(tmp_path: Path) -> None:
@@ -161,6 +184,33 @@ def test_rows_with_videos_are_counted_to_the_token_before_anything_is_decoded(na
         make_dataset(name, tmp_path, [row], max_prompt_length=len(ids) - 1)
 
 
+@pytest.mark.parametrize("features", ["path", "bytes", "videos"])
+def test_parquet_rows_hold_video_files_in_three_ways(features: str, tmp_path: Path) -> None:
+    """A path below `image_dir`, bytes, and the library's own feature. 20 frames at 10 a second are two moments."""
+    names = write_frames(tmp_path, 20)
+    write_video(tmp_path / "a.mkv", [tmp_path / name for name in names], fps=10)
+    content = (tmp_path / "a.mkv").read_bytes()
+    cell, feature = {
+        "path": ("a.mkv", datasets.Value("string")),
+        "bytes": (content, datasets.Value("binary")),
+        "videos": ({"bytes": content, "path": None}, datasets.Video()),
+    }[features]
+    text = datasets.Value("string")
+    schema = datasets.Features({"prompt": text, "answer": text, "videos": datasets.List(feature)})
+    rows = datasets.Dataset.from_dict({"prompt": ["<video>?"], "answer": ["1"], "videos": [[cell]]}, features=schema)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    path = make_family_model("Qwen2.5-VL", tmp_path / "model")
+    dataset = RLHFDataset(
+        str(tmp_path / "rows.parquet"), get_tokenizer(path), get_processor(path), image_dir=str(tmp_path)
+    )
+    item = dataset[0]
+    (video,) = item["multi_modal_data"]["videos"]
+    assert np.array_equal(video.frames, load_video("a.mkv", tmp_path, LIMITS).frames)
+    grid = featurize([[MediaHandle.put(video)]], dataset.processor)["video_grid_thw"]
+    assert grid.tolist() == [[2, 4, 6]]
+    assert real_ids(item).count(media_token_ids(dataset.model_config)[1]) == 2 * 6
+
+
 def test_qwen3_reads_the_time_of_every_moment_in_the_place_of_the_marks_around_a_video(tmp_path: Path) -> None:
     """Frames at 0, 0.5, 1 and 1.5 seconds are two moments, at 0.25 and 1.25 seconds, written with one digit."""
     rows = [{"prompt": "<video>What?", "videos": [write_frames(tmp_path, 4, (56, 28))]}]
@@ -170,6 +220,21 @@ def test_qwen3_reads_the_time_of_every_moment_in_the_place_of_the_marks_around_a
     )
     text = dataset.tokenizer.decode(real_ids(dataset[0]))
     assert text == f"<|im_start|>user\n{moments}What?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_text_and_the_time_after_it_are_counted_as_they_are_read_together(tmp_path: Path) -> None:
+    """A space before a video and the `<` of its first time are one token of most vocabularies, as of this one."""
+    family = IMAGE_TEXT_MODELS["Qwen3-VL"]
+    tokenizer = build_tokenizer([*CORPUS, "a < b " * 50])
+    assert len(tokenizer.encode("a <")) == 2
+    path = make_family_model("Qwen3-VL", tmp_path / "model")
+    encoder = PromptEncoder(tokenizer, family.build_processor(tokenizer), AutoConfig.from_pretrained(path))
+    video = load_video(write_frames(tmp_path, 4), tmp_path, LIMITS)
+    text = encoder.chat_text("a <video>", by_processor=True)
+    raw_ids = encoder.raw_ids(text, 0, 1)
+    ids = encoder.model_inputs(text, [], [video.outline])["input_ids"][0]
+    assert encoder.length(text, raw_ids, [], [video.outline]) == len(ids)
+    assert tokenizer.convert_tokens_to_ids("\u0120<") in ids
 
 
 def test_features_of_images_and_videos_are_those_of_each_alone_in_row_order(tmp_path: Path) -> None:
@@ -186,10 +251,37 @@ def test_features_of_images_and_videos_are_those_of_each_alone_in_row_order(tmp_
     assert features["image_grid_thw"].tolist() == [[1, 4, 6]]
 
 
+def test_frames_that_may_not_be_written_are_read_without_a_warning(tmp_path: Path) -> None:
+    """As Ray's store hands them out, shared with others. PyTorch warns once a process unless it is told otherwise."""
+    processor = get_processor(make_family_model("Qwen2.5-VL", tmp_path / "model"))
+    video = load_video(write_frames(tmp_path, 2), tmp_path, LIMITS)
+    video.frames.setflags(write=False)
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            featurize([[MediaHandle.put(video)]], processor)
+    finally:
+        torch.set_warn_always(False)
+
+
 def test_a_family_that_takes_no_videos_names_those_that_do(tmp_path: Path) -> None:
     rows = [{"prompt": "<video>", "videos": [["a.png"]]}]
     with pytest.raises(ValueError, match=r"data.video_key=videos: .* family LLaVA; use one of Qwen2-VL, .*ignore"):
         make_dataset("LLaVA", tmp_path, rows)
+
+
+def test_data_with_videos_is_refused_when_loaded_where_the_engine_reads_them_otherwise(tmp_path: Path) -> None:
+    """Not when the first of them is drawn. One that is dropped for its length is never drawn."""
+    text = {"prompt": "a", "videos": []}
+    rows = [text, {"prompt": "<video>", "videos": [write_frames(tmp_path, 2)]}]
+    plain, mixed = (make_dataset("Qwen2.5-VL", tmp_path, part) for part in ([text], rows))
+    dropped = make_dataset("Qwen2.5-VL", tmp_path, rows, max_prompt_length=len(mixed[1]["raw_prompt_ids"]))
+    vllm, hf = (make_config(str(tmp_path / "model"), f"worker.rollout.name={name}") for name in ("vllm", "hf"))
+    check_videos(vllm, plain, dropped)
+    with pytest.raises(ValueError, match=r"rows\.jsonl' has videos, which worker\.rollout\.name=vllm .*name=hf"):
+        check_videos(vllm, plain, mixed)
+    check_videos(hf, plain, mixed)
 
 
 def test_videos_that_do_not_match_their_placeholders_or_cannot_be_read_name_the_row(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor
 
 from tests.tiny import CORPUS, build_processor, build_tokenizer
-from verl.data.vision import MediaHandle, featurize, image_token_count, open_image, process_image, target_size
+from verl.data.vision import MediaHandle, featurize, open_image, process_image, target_size
 
 
 def make_image(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -31,10 +31,6 @@ def png(image: Image.Image, **options: object) -> bytes:
 
 def same_pixels(left: Image.Image, right: Image.Image) -> bool:
     return np.array_equal(np.asarray(left), np.asarray(right))
-
-
-def image_processor() -> Qwen2VLImageProcessor:
-    return Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
 
 
 def whole_processor() -> Qwen2_5_VLProcessor:
@@ -106,14 +102,6 @@ def test_every_mode_becomes_rgb_of_the_size_foretold(mode: str) -> None:
     image = process_image(make_image(60, 40).convert(mode), 28 * 28, 600)
     assert image.mode == "RGB"
     assert image.size == target_size(60, 40, 28 * 28, 600)
-
-
-@pytest.mark.parametrize("size", [(28, 28), (61, 43), (300, 90), (20, 130), (500, 500)])
-def test_tokens_counted_from_the_size_are_those_of_the_processed_image(size: tuple[int, int]) -> None:
-    """The last size is above the processor's own limit, which it applies once more."""
-    processor = image_processor()
-    grid = processor(images=[make_image(*size)], return_tensors="pt")["image_grid_thw"]
-    assert image_token_count(size, processor) == grid.prod().item() // processor.merge_size**2
 
 
 def test_a_handle_is_equal_to_its_copies_and_to_no_other_handle_of_the_same_image() -> None:

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Sampler
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from verl.data.dataset import RLHFDataset, collate_fn
@@ -51,6 +52,66 @@ class ResumableSampler(Sampler[int]):
         return self.num_rows - self.position
 
 
+class PieceSampler(Sampler[list[int]]):
+    """The rows of each batch in a sampler's order, in pieces of at most `piece_size`; no piece is of two batches."""
+
+    def __init__(self, batches: BatchSampler, piece_size: int) -> None:
+        self.batches = batches
+        self.piece_size = piece_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for rows in self.batches:
+            for first in range(0, len(rows), self.piece_size):
+                yield rows[first : first + self.piece_size]
+
+
+class BatchLoader:
+    """Collated batches of a set in a sampler's order, read anew by every `iter`.
+
+    Processes that read share each batch, a piece each: it is there as soon as they can make it, and they are one batch
+    ahead at most. Reading whole batches, each would hold two of its own, and their media, decoded, all the host's
+    memory.
+
+    Args:
+        dataset: the set.
+        batch_size: prompts of a batch.
+        sampler: the order of the rows.
+        drop_last: whether rows at the end that do not fill a batch are left out.
+    """
+
+    def __init__(self, dataset: RLHFDataset, batch_size: int, sampler: Sampler[int], drop_last: bool) -> None:
+        num_workers = min(MAX_WORKERS, os.cpu_count() or 1) if len(dataset) >= ROWS_WORTH_WORKERS else 0
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self._pieces = DataLoader(
+            dataset,
+            batch_sampler=PieceSampler(
+                BatchSampler(sampler, batch_size, drop_last), piece_size=-(-batch_size // max(num_workers, 1))
+            ),
+            collate_fn=collate_fn,
+            num_workers=num_workers,
+            prefetch_factor=1 if num_workers else None,
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        pieces: list[dict[str, Any]] = []
+        for piece in self._pieces:
+            pieces.append(piece)
+            if sum(len(piece["input_ids"]) for piece in pieces) == self.batch_size:
+                yield _join(pieces)
+                pieces = []
+        if pieces:
+            yield _join(pieces)
+
+
+def _join(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One batch of several: tensors and object arrays end to end."""
+    return {
+        key: (torch.cat if isinstance(value, torch.Tensor) else np.concatenate)([piece[key] for piece in pieces])
+        for key, value in pieces[0].items()
+    }
+
+
 class PromptLoader:
     """Batches of training prompts without end: past the last full batch of an epoch, the next epoch begins.
 
@@ -76,7 +137,7 @@ class PromptLoader:
         self.dataset = dataset
         self.batch_size = batch_size
         self._sampler = ResumableSampler(len(dataset), shuffle, seed)
-        self._loader = _data_loader(dataset, batch_size, sampler=self._sampler, drop_last=True)
+        self._loader = BatchLoader(dataset, batch_size, self._sampler, drop_last=True)
         self._batches: Iterator[dict[str, Any]] | None = None
 
     def draw(self) -> dict[str, Any]:
@@ -128,7 +189,7 @@ def create_dataloader(
     tokenizer: PreTrainedTokenizerBase,
     processor: ProcessorMixin | None,
     model_config: PretrainedConfig | None = None,
-) -> tuple[PromptLoader, DataLoader]:
+) -> tuple[PromptLoader, BatchLoader]:
     """Load the training and the held-out set and return (train, val).
 
     train draws `data.mini_rollout_batch_size` prompts, or `data.rollout_batch_size` when that is null. val is an
@@ -144,7 +205,7 @@ def create_dataloader(
     val_batch_size = len(val_set) if config.val_batch_size == -1 else config.val_batch_size
     return (
         PromptLoader(train_set, batch_size, config.shuffle, config.seed),
-        _data_loader(val_set, val_batch_size, shuffle=False),
+        BatchLoader(val_set, val_batch_size, SequentialSampler(val_set), drop_last=False),
     )
 
 
@@ -177,8 +238,3 @@ def _dataset(
         filter_overlong_prompts_workers=config.filter_overlong_prompts_workers,
         model_config=model_config,
     )
-
-
-def _data_loader(dataset: RLHFDataset, batch_size: int, **options: Any) -> DataLoader:
-    num_workers = min(MAX_WORKERS, os.cpu_count() or 1) if len(dataset) >= ROWS_WORTH_WORKERS else 0
-    return DataLoader(dataset, batch_size, collate_fn=collate_fn, num_workers=num_workers, **options)

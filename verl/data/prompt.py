@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
-from transformers.video_utils import VideoMetadata
 
-from verl.data.video import Video, VideoOutline
-from verl.data.vision import image_token_count
+from verl.data.video import VideoOutline
 from verl.models.registry import family_of, media_token_ids
 
 if TYPE_CHECKING:
@@ -92,20 +90,30 @@ class PromptEncoder:
         return token_ids
 
     def model_inputs(
-        self, chat_text: str, images: Sequence[Image.Image], videos: Sequence[Video]
+        self, chat_text: str, image_sizes: Sequence[tuple[int, int]], videos: Sequence[VideoOutline]
     ) -> Mapping[str, torch.Tensor]:
-        """What the model takes for this prompt: `input_ids` (1, length), and what the processor makes of media."""
+        """What the processor makes of this prompt: `input_ids` (1, length), and the grids of its media.
+
+        No pixel is needed or made: the processor works on tensors that have a shape and no content, so that a prompt
+        is measured before its media are decoded by the very code that writes it.
+
+        Args:
+            image_sizes: (width, height) of each image once it is resized.
+
+        Raises:
+            ValueError: a medium has a shape that the processor refuses.
+        """
         options: dict[str, Any] = {
             "add_special_tokens": self._adds_special_tokens(chat_text),
             "return_tensors": "pt",
         }
         if self.processor is None:
             return self.tokenizer([chat_text], **options)
-        if images:
-            options["images"] = list(images)
+        if image_sizes:
+            options["images"] = [self._blank(*size) for size in image_sizes]
         if videos:
-            options["videos"] = [video.frames for video in videos]
-            options["video_metadata"] = [video.outline.metadata for video in videos]
+            options["videos"] = [_blank_frames(video) for video in videos]
+            options["video_metadata"] = [video.metadata for video in videos]
             options["do_sample_frames"] = False
         return self.processor(text=[chat_text], **options)
 
@@ -116,18 +124,10 @@ class PromptEncoder:
         image_sizes: Sequence[tuple[int, int]],
         videos: Sequence[VideoOutline],
     ) -> int:
-        """How many tokens `model_inputs` will give, without the pixels of a medium.
-
-        Args:
-            raw_ids: as `raw_ids` returns them.
-            image_sizes: (width, height) of each image once it is resized.
-        """
-        if image_sizes and not self.family.counts_by_size:
-            blanks = [Image.new("RGB", size) for size in image_sizes]
-            return self.model_inputs(chat_text, blanks, [])["input_ids"].shape[1]
-        counts = [image_token_count(size, self.processor.image_processor) for size in image_sizes]
-        counts += [self._video_token_count(video) for video in videos]
-        return len(raw_ids) - len(counts) + sum(counts)
+        """How many tokens `model_inputs` gives. `raw_ids` are those of the chat text, and all there is to text."""
+        if not image_sizes and not videos:
+            return len(raw_ids)
+        return self.model_inputs(chat_text, image_sizes, videos)["input_ids"].shape[1]
 
     def is_text(self, raw_ids: Sequence[int], input_ids: Sequence[int]) -> bool:
         """Whether a piece of a prompt holds nothing of any medium, in either form."""
@@ -150,18 +150,17 @@ class PromptEncoder:
         marked = f"{processor.vision_start_token}{processor.video_token}{processor.vision_end_token}"
         return chat_text.replace(marked, processor.video_token)
 
-    def _video_token_count(self, video: VideoOutline) -> int:
-        """Tokens that replace a video's placeholder."""
-        sampler = self.processor.video_processor
-        moments = -(-len(video.frame_indices) // sampler.temporal_patch_size)
-        width, height = video.frame_size
-        patches = sampler.get_num_of_video_patches(len(video.frame_indices), height, width, {})
-        shape = {
-            "video_grid_thw": torch.tensor([[moments, patches // moments, 1]]),
-            "video_metadata": [VideoMetadata(**video.metadata)],
-        }
-        text = self.processor.replace_video_token(shape, 0)
-        return len(self.tokenizer.encode(text, add_special_tokens=False))
+    def _blank(self, width: int, height: int) -> Image.Image | torch.Tensor:
+        """An image of this size and of nothing else, in the form that the processor takes."""
+        if self.family.copies_pixels:
+            return Image.new("RGB", (width, height))
+        return torch.empty(3, height, width, dtype=torch.uint8, device="meta")
+
+
+def _blank_frames(video: VideoOutline) -> torch.Tensor:
+    """(T, 3, H, W) without content."""
+    width, height = video.frame_size
+    return torch.empty(len(video.frame_indices), 3, height, width, dtype=torch.uint8, device="meta")
 
 
 def _content_parts(prompt_text: str) -> list[dict[str, str]]:

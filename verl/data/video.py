@@ -100,7 +100,7 @@ def sample_frames(total_frames: int, source_fps: float, fps: float) -> tuple[int
 
 
 def outline_video(source: VideoSource, video_dir: str | os.PathLike | None, limits: VideoLimits) -> VideoOutline:
-    """What `load_video` will give, from headers alone: no frame is decoded.
+    """What `load_video` will give, from headers and the first frame of a file, which knows how the camera was held.
 
     Args:
         source: a path, the bytes of a video file, a dict with either under `path` or `bytes`, or a list of frames in
@@ -127,12 +127,16 @@ def load_video(source: VideoSource, video_dir: str | os.PathLike | None, limits:
     """Decode the frames that are shown and bring them to their size. Arguments and errors as `outline_video`."""
     source = _unwrapped(source)
     outline = outline_video(source, video_dir, limits)
+    width, height = outline.frame_size
+    frames = np.empty((len(outline.frame_indices), height, width, 3), dtype=np.uint8)
     if _is_list_of_frames(source):
-        frames = [_resized(open_image(source[index], video_dir), outline) for index in outline.frame_indices]
+        for place, index in enumerate(outline.frame_indices):
+            frames[place] = _resized(open_image(source[index], video_dir), outline)
     else:
         with _opened(source, video_dir) as container:
-            frames = [_resized(image, outline) for image in _decoded(container, outline)]
-    return Video(outline, np.stack(frames))
+            for place, image in enumerate(_decoded(container, outline)):
+                frames[place] = _resized(image, outline)
+    return Video(outline, frames)
 
 
 def _unwrapped(source: VideoSource) -> Any:
@@ -188,23 +192,30 @@ def _outline_of_file(container: av.container.InputContainer, limits: VideoLimits
         sample_frames(total, source_fps, limits.fps),
         total,
         source_fps,
-        limits.frame_size(stream.width, stream.height),
+        limits.frame_size(*_upright_size(container)),
     )
 
 
+def _upright_size(container: av.container.InputContainer) -> tuple[int, int]:
+    """(width, height) of the file's frames as they are to be seen."""
+    container.seek(0)
+    frame = next(container.decode(video=0), None)
+    if frame is None:
+        raise ValueError("no frame of the file can be decoded")
+    return (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
+
+
 def _decoded(container: av.container.InputContainer, outline: VideoOutline) -> Iterator[Image.Image]:
-    """The frames that are shown. In the place of those that a file lacks at its end stands the last one before."""
+    """The frames that are shown, upright. Those that a file lacks at its end are the last one before, once more."""
     wanted = list(outline.frame_indices)
     image = None
     for position, frame in enumerate(container.decode(video=0)):
         if position == wanted[0]:
-            image = frame.to_image()
+            image = frame.to_image().rotate(frame.rotation, expand=True)
         while wanted and position == wanted[0]:
             wanted.pop(0)
             yield image
         if not wanted:
             return
-    if image is None:
-        raise ValueError("no frame of the file can be decoded")
     for _ in wanted:
         yield image

@@ -19,7 +19,6 @@ import ray
 import torch
 from PIL import ExifTags, Image, ImageOps
 from torch.nn import functional
-from transformers import BaseImageProcessor
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -88,15 +87,6 @@ def process_image(image: Image.Image, min_pixels: int | None, max_pixels: int | 
     image = image.convert("RGB")
     size = target_size(*image.size, min_pixels, max_pixels)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
-
-
-def image_token_count(size: tuple[int, int], image_processor: BaseImageProcessor) -> int:
-    """Return how many tokens of the prompt an image of `size` (width, height) takes, from its size alone.
-
-    For families that count by size (`ModelFamily.counts_by_size`).
-    """
-    width, height = size
-    return image_processor.get_number_of_image_patches(height, width, {}) // image_processor.merge_size**2
 
 
 class MediaHandle:
@@ -173,7 +163,7 @@ def _features_of(handle: MediaHandle, processor: ProcessorMixin) -> dict[str, to
     if handle.is_video:
         inputs = processor(
             text=[processor.video_token],
-            videos=[medium.frames],
+            videos=[medium.frames.copy()],  # what the store hands out is read-only, of which PyTorch warns
             video_metadata=[medium.outline.metadata],
             do_sample_frames=False,
             return_tensors="pt",

@@ -52,8 +52,8 @@ class ModelFamily:
     """Name of the model input that marks media tokens; None where the model takes none."""
     uses_mrope: bool = False
     """Whether position ids have time, height and width beside the text position: (4, S) a row instead of (S,)."""
-    counts_by_size: bool = False
-    """Whether the image processor tells from an image's size how many patches it has, none of which it drops."""
+    copies_pixels: bool = False
+    """Whether the processor copies an image's pixels to count its tokens, so that a shape alone will not do."""
     takes_videos: bool = False
     """Whether prompts may hold videos."""
     marks_each_frame: bool = False
@@ -77,7 +77,6 @@ QWEN = {
     "blank_image": blank_patches,
     "token_types": "mm_token_type_ids",
     "uses_mrope": True,
-    "counts_by_size": True,
     "takes_videos": True,
 }
 QWEN3 = {**QWEN, "marks_each_frame": True}
@@ -91,7 +90,7 @@ MODEL_FAMILIES = (
     ModelFamily("Qwen3-VL-MoE", ("qwen3_vl_moe",), **QWEN3, transposed_weights=FUSED_EXPERTS),
     ModelFamily("Qwen3.5", ("qwen3_5", "qwen3_5_moe"), **QWEN3),
     ModelFamily("GLM-4V", ("glm4v", "glm4v_moe"), **GLM),
-    ModelFamily("LLaVA", ("llava",), **TILES),
+    ModelFamily("LLaVA", ("llava",), **TILES, copies_pixels=True),
     ModelFamily("InternVL", ("internvl",), **TILES),
     ModelFamily("Gemma 3", ("gemma3",), **TILES, token_types="token_type_ids", attends_both_ways=True),
     ModelFamily("Mistral 3", ("mistral3",), ("image_token_id",), blank_sized_image),

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from verl.trainer.config import (
     PPOConfig,
@@ -18,6 +19,9 @@ from verl.trainer.config import (
 )
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.tracking import Tracker, require_loggers
+
+if TYPE_CHECKING:
+    from verl.data.dataset import RLHFDataset
 
 logger = logging.getLogger("verl.trainer.main")  # __name__ is __main__ under `python -m`
 
@@ -96,6 +100,19 @@ def prepare(config: PPOConfig) -> BatchPlan:
     return plan
 
 
+def check_videos(config: PPOConfig, *datasets: "RLHFDataset") -> None:
+    """Refuse data that the rollout engine would only refuse when the first row with a video is drawn."""
+    from verl.workers.rollout.base import READ_VIDEOS
+
+    engine = config.worker.rollout.name
+    for dataset in datasets:
+        if engine not in READ_VIDEOS and dataset.has_videos:
+            raise ValueError(
+                f"{dataset.data_path!r} has videos, which worker.rollout.name={engine} reads otherwise than the "
+                f"trainer; use worker.rollout.name={' or '.join(sorted(READ_VIDEOS))} for them"
+            )
+
+
 def _train(config: PPOConfig, plan: BatchPlan) -> None:
     from verl.data.loader import create_dataloader
     from verl.models.loader import load_model_config
@@ -120,6 +137,7 @@ def _train(config: PPOConfig, plan: BatchPlan) -> None:
     # Built here first: a mistake in the user's file is then told before any worker starts.
     reward_manager = AutoRewardManager(config.worker.reward, tokenizer)
     train_loader, val_loader = create_dataloader(config.data, tokenizer, processor, load_model_config(model))
+    check_videos(config, train_loader.dataset, val_loader.dataset)
     steps = training_steps(config, len(train_loader.dataset))
     resume_point = find_resume_point(
         trainer_config.save_checkpoint_path, trainer_config.load_checkpoint_path, trainer_config.find_last_checkpoint

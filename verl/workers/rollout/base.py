@@ -101,6 +101,9 @@ ENGINES = {
 }
 """Where the class of each `worker.rollout.name` is; imported when asked for, since an engine is heavy to load."""
 
+READ_VIDEOS = {"hf"}
+"""The engines that read prompts with videos as the trainer does."""
+
 
 def engine_class(name: str) -> type[Rollout]:
     """The engine that `worker.rollout.name` names.
