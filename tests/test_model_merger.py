@@ -35,7 +35,7 @@ from transformers import (
 
 from tests.probe import make_config, start_alone
 from tests.tiny import CORPUS, build_tokenizer, make_tiny_model
-from tests.vlm_zoo import MROPE, QWEN_MEDIA, TEXT_CONFIG
+from tests.vlm_zoo import QWEN_MEDIA, TEXT_CONFIG, mrope
 from verl.models.value_model import ValueModel
 from verl.utils.checkpoint import model_file
 from verl.workers.fsdp2 import build_mesh
@@ -56,7 +56,7 @@ def qwen3_moe() -> transformers.PretrainedConfig:
 def qwen3_vl_moe() -> transformers.PretrainedConfig:
     vision = dict(depth=2, hidden_size=32, out_hidden_size=64, num_heads=2, intermediate_size=32, patch_size=14)
     return transformers.Qwen3VLMoeConfig(
-        text_config={**TEXT_CONFIG, **EXPERTS, "rope_parameters": MROPE, "norm_topk_prob": True},
+        text_config={**TEXT_CONFIG, **EXPERTS, "rope_parameters": mrope(), "norm_topk_prob": True},
         vision_config={**vision, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
         **QWEN_MEDIA,
     )

@@ -35,7 +35,6 @@ TEXT_CONFIG = dict(
 )
 PIXELS = 16  # the side of a tile
 TILE = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=PIXELS)
-MROPE = dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, 3])
 QWEN_MEDIA = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
 
 Images = Sequence[Sequence[int]]
@@ -80,6 +79,11 @@ def tiles_by_row(images: Images) -> dict[str, torch.Tensor]:
 # ---- models ----
 
 
+def mrope() -> dict[str, Any]:
+    """Rope settings for one config, whose sections a test may change."""
+    return dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, 3])
+
+
 @dataclass(frozen=True)
 class Family:
     """How to make a tiny model, and what it takes beside `input_ids` and `attention_mask`."""
@@ -97,14 +101,14 @@ class Family:
 def qwen2_vl() -> PreTrainedConfig:
     vision = dict(depth=1, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2, patch_size=14)
     return transformers.Qwen2VLConfig(
-        text_config={**TEXT_CONFIG, "rope_parameters": MROPE}, vision_config=vision, **QWEN_MEDIA
+        text_config={**TEXT_CONFIG, "rope_parameters": mrope()}, vision_config=vision, **QWEN_MEDIA
     )
 
 
 def qwen2_5_vl() -> PreTrainedConfig:
     vision = dict(depth=2, hidden_size=32, out_hidden_size=64, num_heads=2, intermediate_size=32, patch_size=14)
     return transformers.Qwen2_5_VLConfig(
-        text_config={**TEXT_CONFIG, "rope_parameters": MROPE},
+        text_config={**TEXT_CONFIG, "rope_parameters": mrope()},
         vision_config={**vision, "window_size": 56, "fullatt_block_indexes": [1]},
         **QWEN_MEDIA,
     )
@@ -113,7 +117,7 @@ def qwen2_5_vl() -> PreTrainedConfig:
 def qwen3_vl() -> PreTrainedConfig:
     vision = dict(depth=2, hidden_size=32, out_hidden_size=64, num_heads=2, intermediate_size=32, patch_size=14)
     return transformers.Qwen3VLConfig(
-        text_config={**TEXT_CONFIG, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
+        text_config={**TEXT_CONFIG, "rope_parameters": {**mrope(), "mrope_interleaved": True}},
         vision_config={**vision, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
         **QWEN_MEDIA,
     )
@@ -126,7 +130,7 @@ def qwen3_5() -> PreTrainedConfig:
         linear_key_head_dim=16, linear_value_head_dim=16
     )
     layers = dict(num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2)
-    rope = {**MROPE, "mrope_interleaved": True, "partial_rotary_factor": 1.0}
+    rope = {**mrope(), "mrope_interleaved": True, "partial_rotary_factor": 1.0}
     return transformers.Qwen3_5Config(
         text_config={**TEXT_CONFIG, **linear, **layers, "rope_parameters": rope},
         vision_config={**vision, "num_position_embeddings": 16},
@@ -137,7 +141,7 @@ def qwen3_5() -> PreTrainedConfig:
 def glm4v() -> PreTrainedConfig:
     vision = dict(depth=1, hidden_size=32, out_hidden_size=64, num_heads=2, intermediate_size=32, patch_size=14)
     return transformers.Glm4vConfig(
-        text_config={**TEXT_CONFIG, "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}},
+        text_config={**TEXT_CONFIG, "rope_parameters": {**mrope(), "partial_rotary_factor": 1.0}},
         vision_config={**vision, "image_size": 28},
         image_token_id=IMAGE,
         video_token_id=VIDEO,
