@@ -89,6 +89,13 @@ def answer_at_random(prompts: DataProto, n: int, response_length: int, seed: int
     return batch
 
 
+def with_random_weights(batch: DataProto, seed: int = 1) -> DataProto:
+    """The batch itself, with `token_weights` between the usual bounds."""
+    generator = torch.Generator().manual_seed(seed)
+    batch.batch["token_weights"] = 0.2 + 2.8 * torch.rand(batch.batch["responses"].shape, generator=generator)
+    return batch
+
+
 def response_logits(model: PreTrainedModel, processor: ProcessorMixin, row: DataProto) -> torch.Tensor:
     """Logits (length, V) of a row's real response tokens from a bare model: no padding, no batching, no trimming.
 

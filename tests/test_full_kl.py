@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.batches import answer_at_random, make_prompts, response_logits
+from tests.batches import answer_at_random, make_prompts, response_logits, with_random_weights
 from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, ProbeWorker, make_config, start_alone, start_two
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
@@ -30,9 +30,7 @@ def start_away(config: PPOConfig) -> ProbeWorker:
 def batch(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> DataProto:
     """Eight rows with token weights and without the reference's log-probs, four of them with images."""
     prompts = make_prompts(tiny_model_path, tmp_path_factory.mktemp("prompts"))
-    batch = answer_at_random(prompts, RESPONSES_PER_PROMPT, RESPONSE_LENGTH)
-    generator = torch.Generator().manual_seed(1)
-    batch.batch["token_weights"] = 0.2 + 2.8 * torch.rand(8, RESPONSE_LENGTH, generator=generator)
+    batch = with_random_weights(answer_at_random(prompts, RESPONSES_PER_PROMPT, RESPONSE_LENGTH))
     del batch.batch["ref_log_probs"]
     return batch
 

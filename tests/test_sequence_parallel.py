@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from tests.batches import answer_at_random, make_prompts
+from tests.batches import answer_at_random, make_prompts, with_random_weights
 from tests.family_models import make_family_model
 from tests.probe import (
     RESPONSE_LENGTH,
@@ -39,10 +39,7 @@ SMALL = tuple(f"worker.{model}.micro_batch_size_per_device_for_update=2" for mod
 def batch(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> DataProto:
     """Eight rows with token weights: the first four with images, the last four text only."""
     prompts = make_prompts(tiny_model_path, tmp_path_factory.mktemp("prompts"))
-    batch = answer_at_random(prompts, RESPONSES_PER_PROMPT, RESPONSE_LENGTH)
-    generator = torch.Generator().manual_seed(1)
-    batch.batch["token_weights"] = 0.2 + 2.8 * torch.rand(8, RESPONSE_LENGTH, generator=generator)
-    return batch
+    return with_random_weights(answer_at_random(prompts, RESPONSES_PER_PROMPT, RESPONSE_LENGTH))
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import modeling_flash_attention_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.batches import answer_at_random, make_prompts
+from tests.batches import answer_at_random, make_prompts, with_random_weights
 from tests.family_models import EXPERTS, SHARED
 from tests.probe import (
     RESPONSE_LENGTH,
@@ -42,10 +42,7 @@ PROMPTS = ("sptt1tttp", "stt2t1tttttp", "sttttttp", "s3p", "sptttt1ttptttt")
 def batch(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> DataProto:
     """Eight rows with token weights: four with images, one of them two, and four of text alone."""
     prompts = make_prompts(tiny_model_path, tmp_path_factory.mktemp("prompts"))
-    batch = answer_at_random(prompts, RESPONSES_PER_PROMPT, RESPONSE_LENGTH)
-    generator = torch.Generator().manual_seed(1)
-    batch.batch["token_weights"] = 0.2 + 2.8 * torch.rand(8, RESPONSE_LENGTH, generator=generator)
-    return batch
+    return with_random_weights(answer_at_random(prompts, RESPONSES_PER_PROMPT, RESPONSE_LENGTH))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.batches import answer_at_random, make_prompts, response_logits
+from tests.batches import answer_at_random, make_prompts, response_logits, with_random_weights
 from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, ProbeWorker, make_config, start_alone, start_two
 from verl.algorithms.policy_loss import POLICY_LOSSES
 from verl.models.attention_recorder import record_attention_mass
@@ -26,10 +26,7 @@ COLLECT = "worker.rollout.collect_attentions=true"
 def batch(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> DataProto:
     """Eight rows with token weights: the first four with images, the last four text only."""
     prompts = make_prompts(tiny_model_path, tmp_path_factory.mktemp("prompts"))
-    batch = answer_at_random(prompts, RESPONSES_PER_PROMPT, RESPONSE_LENGTH)
-    generator = torch.Generator().manual_seed(1)
-    batch.batch["token_weights"] = 0.2 + 2.8 * torch.rand(8, RESPONSE_LENGTH, generator=generator)
-    return batch
+    return with_random_weights(answer_at_random(prompts, RESPONSES_PER_PROMPT, RESPONSE_LENGTH))
 
 
 def with_weights(batch: DataProto, token_weights: torch.Tensor | None) -> DataProto:
