@@ -28,7 +28,8 @@ os.environ.update(OMP_NUM_THREADS="1", RAY_AUTH_MODE="disabled", RAY_USAGE_STATS
 
 import ray
 import torch
-from bench_rollout import make_prompts
+from bench_rollout import SIZES, make_prompts
+from bench_vgr import status_of_process
 
 from verl.algorithms.policy_loss import POLICY_LOSSES
 from verl.models.flops import peak_flops
@@ -43,7 +44,7 @@ from verl.workers.rollout.base import Sampling, assemble_batch
 MEBIBYTE = 2**20
 PHASES = ("rollout", "log-probs", "update")
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": dict(hidden_size=256, num_layers=4, num_heads=8, vision_hidden_size=64, vision_depth=2, vision_heads=2),
+    "tiny": SIZES,
     "7b": dict(
         hidden_size=3584,
         intermediate_size=18944,
@@ -109,7 +110,7 @@ class MeasuredWorker(FSDPWorker):
             before = torch.cuda.memory_allocated() / MEBIBYTE
         else:
             Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
-            before = _status_of_process("VmRSS")
+            before = status_of_process("VmRSS")
             if self.world_size == 1:
                 clock = time.process_time  # which other processes disturb less
         start = clock()
@@ -118,17 +119,9 @@ class MeasuredWorker(FSDPWorker):
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated() / MEBIBYTE
         else:
-            peak = _status_of_process("VmHWM")
+            peak = status_of_process("VmHWM")
         told = {name: result[f"perf/{name}_actor"] for name in ("tflops", "mfu") if f"perf/{name}_actor" in result}
         return {"seconds": clock() - start, "held": before, "peak": peak - before, **told}
-
-
-def _status_of_process(field: str) -> float:
-    """A line of /proc/self/status in MiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) / 1024
-    raise ValueError(f"/proc/self/status has no {field}; peaks on a CPU need Linux")
 
 
 # ---- what is measured ----
