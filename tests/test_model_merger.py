@@ -656,8 +656,6 @@ def make_servable(kind: str, path: Path) -> None:
 @pytest.mark.vllm
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it starts vLLM's CPU build; the folder is the same anywhere")
-    torch.cuda.is_available(), reason="it starts vLLM's CPU build; a merged folder is the same on a GPU"
-)
 @pytest.mark.parametrize("kind", ["image-text", "image-text with experts"])
 def test_vllm_answers_with_the_merged_model_as_transformers_does(
     kind: str, elsewhere: ProcessPoolExecutor, tmp_path: Path
