@@ -78,4 +78,4 @@ def two_ranks(tiny_model_path: str, ray_cluster):
 
     group = start_two(make_config(tiny_model_path, "worker.actor.micro_batch_size_per_device_for_update=2"))
     yield group
-    group.shutdown()
+    group.release()

@@ -9,12 +9,14 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import distribute_tensor
 
+from tests.pool import shared_processes
 from verl.algorithms.policy_loss import POLICY_LOSSES
-from verl.data.vision import featurize
+from verl.data.features import featurize
 from verl.models.loader import load_model, load_value_model
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import DP_COMPUTE_METRIC, ONE_TO_ALL, register
 from verl.single_controller.worker_group import WorkerGroup
+from verl.single_controller.worker_processes import WorkerProcesses
 from verl.trainer.config import PPOConfig, load_config
 from verl.utils.batch_plan import BatchPlan
 from verl.workers.actor.config import FSDPConfig, ModelConfig
@@ -216,9 +218,9 @@ def start_two(config: PPOConfig) -> WorkerGroup:
     return start_group(config, 2)
 
 
-def start_group(config: PPOConfig, num_workers: int) -> WorkerGroup:
-    """Ranks in processes of their own; needs the `ray_cluster` fixture."""
+def start_group(config: PPOConfig, num_workers: int, processes: WorkerProcesses | None = None) -> WorkerGroup:
+    """Ranks in processes of their own, shared ones unless some are given; needs the `ray_cluster` fixture."""
     run = run_of(config, num_workers)
-    group = WorkerGroup(ProbeWorker, 1, num_workers, "cpu", run["plan"].shares, **run)
+    group = WorkerGroup(processes or shared_processes(num_workers), ProbeWorker, run["plan"].shares, **run)
     group.init_model()
     return group

@@ -3,7 +3,8 @@
 """The promises about the tree itself, read from the sources: layers, empty packages, no print, a README that is right.
 
 The layers, low to high; a module imports its own layer and those below:
-protocol and every config.py, utils, algorithms, models, data, single_controller, workers, trainer, trainer/main.py.
+protocol, config_loading and every config.py, utils, algorithms, models, data, single_controller, workers, trainer,
+trainer/main.py.
 """
 
 import ast
@@ -28,7 +29,7 @@ def relative(path: Path) -> str:
 def layer_of(path: str) -> int:
     """Place of `verl/...py` or of a package folder in the order of layers; 0 is the lowest."""
     parts = path.split("/")
-    if parts[-1] == "config.py" or path in ("verl", "verl/__init__.py", "verl/protocol.py"):
+    if parts[-1] == "config.py" or path in ("verl", "verl/__init__.py", "verl/protocol.py", "verl/config_loading.py"):
         return 0
     if path == "verl/trainer/main.py":
         return len(LAYERS) + 1

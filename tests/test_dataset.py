@@ -20,7 +20,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLProcessor
 
 from verl.data.dataset import RLHFDataset, collate_fn, load_rows
-from verl.data.vision import MediaHandle, featurize
+from verl.data.features import featurize
+from verl.data.vision import MediaHandle
 from verl.utils.tokenizer import get_processor, get_tokenizer
 
 P = 64

@@ -25,11 +25,12 @@ from datasets import Dataset
 from ray.runtime_env import RuntimeEnv
 
 from tests.batches import ROWS, write_dataset
+from tests.pool import run_shared
 from tests.tiny import make_tiny_model, make_tiny_text_model
 from verl.trainer.config import DataConfig, PPOConfig, load_config
-from verl.trainer.main import WORKER_ENVIRONMENT, prepare, run
+from verl.trainer.main import WORKER_ENVIRONMENT, prepare
 from verl.workers.reward.config import RewardConfig
-from verl.workers.reward.function import AutoRewardManager
+from verl.workers.reward.user_function import RewardFunction
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -217,9 +218,9 @@ def test_every_script_starts_a_run_under_its_own_name(
     assert settings["trainer.experiment_name"] == script
     reward = {key.removeprefix("worker.reward."): value for key, value in settings.items() if "worker.reward." in key}
     reward = {key: value for key, value in reward.items() if key in RewardConfig.__dataclass_fields__}
-    manager = AutoRewardManager(RewardConfig(**reward), tokenizer=None)  # finds the function, and its arguments fit
+    function = RewardFunction(RewardConfig(**reward), decoder=None)  # finds the function, and its arguments fit
     if settings["algorithm.online_filtering"]:
-        (result,) = manager._results_of([{"response": "Answer: 2", "response_length": 3, "ground_truth": "2"}])
+        (result,) = function._results_of([{"response": "Answer: 2", "response_length": 3, "ground_truth": "2"}])
         assert settings["algorithm.filter_key"] in result
 
 
@@ -460,8 +461,8 @@ def test_a_script_without_images_trains_a_model_that_takes_none(tmp_path: Path, 
     Dataset.from_list(rows * 4).to_parquet(str(tmp_path / "data.parquet"))
     data_files = [f"data.{split}_files={tmp_path}/data.parquet" for split in ("train", "val")]
     overrides = tiny(tmp_path / "run", data_files, make_tiny_text_model(tmp_path / "model"))
-    weights = ["algorithm.enable_token_weights=true", "worker.rollout.collect_attentions=true"]
-    run(load_config(arguments_of(tmp_path, "qwen2_5_7b_math_grpo", *overrides, *weights, "trainer.max_steps=1")))
+    overrides += ["algorithm.enable_token_weights=true", "worker.rollout.collect_attentions=true"]
+    run_shared(load_config(arguments_of(tmp_path, "qwen2_5_7b_math_grpo", *overrides, "trainer.max_steps=1")))
     record = json.loads((tmp_path / "run" / "experiment_log.jsonl").read_text().splitlines()[0])
     assert record["step"] == 1 and record["actor"]["grad_norm"] > 0
     assert record["token_weights"]["weighted_rows"] == 0

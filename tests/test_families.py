@@ -168,7 +168,7 @@ def test_ranks_whose_rows_hold_other_media_stay_in_step(tmp_path: Path, ray_clus
     try:
         shared, shared_metrics = group.gradients(batch, "token")
     finally:
-        group.shutdown()
+        group.release()
     assert shared_metrics == pytest.approx(metrics, rel=1e-5)
     for key, value in gradients.items():
         torch.testing.assert_close(shared[key], value, atol=1e-5 * value.abs().max().item() + 1e-9, rtol=0)

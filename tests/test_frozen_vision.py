@@ -80,7 +80,7 @@ def two_frozen(tiny_model_path: str, ray_cluster):
     group = start_two(make_config(tiny_model_path, *WITH_CRITIC, *FROZEN, *micro))
     group.fill_value_head()
     yield group
-    group.shutdown()
+    group.release()
 
 
 def test_two_ranks_give_the_gradient_of_one_though_the_second_has_no_image(

@@ -69,7 +69,7 @@ def test_gradients_of_two_ranks_add_up_in_mp_reduce_dtype(
     try:
         gradients, _ = group.gradients(batch, "token")
     finally:
-        group.shutdown()
+        group.release()
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
     rounded = all(torch.equal(gradient, gradient.bfloat16().float()) for gradient in gradients.values())
     assert rounded == is_rounded

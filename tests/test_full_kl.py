@@ -110,7 +110,7 @@ def two_ranks_away(tiny_model_path: str, ray_cluster):
     group = start_two(full_kl(tiny_model_path, "worker.actor.micro_batch_size_per_device_for_update=2"))
     group.scale_weights(AWAY)
     yield group
-    group.shutdown()
+    group.release()
 
 
 def test_a_policy_that_has_not_moved_yet_has_none(tiny_model_path: str, batch: DataProto, lone_process_group) -> None:

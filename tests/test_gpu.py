@@ -11,7 +11,7 @@ from torch import nn
 from transformers.utils import is_flash_attn_2_available
 
 from tests.batches import ROWS, answer_at_random, make_prompts, write_dataset
-from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, ProbeWorker, make_config, run_of
+from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, make_config, start_group
 from tests.test_attention_recorder import QWEN, answered, record, recorded_and_expected_of_own_queries
 from tests.test_sharding_groups import BF16
 from tests.test_training_run import arguments, command, lines_of
@@ -19,6 +19,8 @@ from tests.tiny import make_tiny_model
 from verl.models.kernels.attention_mass import BACKENDS, KeyPlan, default_backend
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
+from verl.single_controller.worker_processes import WorkerProcesses
+from verl.trainer.main import WORKER_MODULE
 from verl.utils.attention_metrics import KeyKind
 from verl.workers.fsdp2 import resident
 from verl.workers.rollout.base import Sampling
@@ -104,8 +106,8 @@ def test_a_model_that_fsdp_keeps_in_host_memory_trains_as_one_on_the_gpu(
         "cuda": {"parameters": {"cpu"}, "states": {"cpu"}, "buffers": {"cpu"}},
         "cpu": {"parameters": {"cpu"}, "states": {"cpu"}, "buffers": {"cuda"}},
     }
-    group = WorkerGroup(ProbeWorker, 1, workers, "cuda", **run_of(make_config(tiny_model_path, *common), workers))
-    try:
+    with WorkerProcesses(1, workers, "cuda", [WORKER_MODULE]) as processes:
+        group = start_group(make_config(tiny_model_path, *common), workers, processes)
         for home, switch in (("cuda", "false"), ("cpu", "true")):
             keys = [f"worker.{name}.fsdp.enable_cpu_offload={switch}" for name in ("actor", "ref")]
             config = make_config(tiny_model_path, *common, *keys)
@@ -121,8 +123,6 @@ def test_a_model_that_fsdp_keeps_in_host_memory_trains_as_one_on_the_gpu(
             assert all(place == resting[home] for place in group.places())
             assert all(torch.equal(value, weights[home][name]) for name, value in weights_of_engine(group).items())
             assert group.update_actor(batch)["actor/grad_norm"] == pytest.approx(norms[home], rel=1e-2)
-    finally:
-        group.shutdown()
     assert norms["cpu"] == pytest.approx(norms["cuda"], rel=1e-2)
     for name, value in weights["cuda"].items():
         settled = gradients["cuda"][name].abs() > 1e-4  # the first step of AdamW has one length for all gradients
@@ -201,12 +201,11 @@ def test_vllm_sleeps_while_the_actor_trains_and_wakes_with_its_weights(tmp_path:
         "worker.rollout.enforce_eager=true",
         "worker.rollout.disable_tqdm=true",
     )
-    group = WorkerGroup(ProbeWorker, 1, 1, "cuda", **run_of(config, 1))
     prompts = make_prompts(model_path, tmp_path)
     greedy = Sampling(n=1, temperature=0.0, top_p=1.0, top_k=-1, ignore_eos=False)
     request = DataProto(prompts.batch, prompts.non_tensor_batch, {"sampling": greedy, "seed_parts": (0,)})
-    try:
-        group.init_model()
+    with WorkerProcesses(1, 1, "cuda", [WORKER_MODULE]) as processes:
+        group = start_group(config, 1, processes)
         total = torch.cuda.get_device_properties(0).total_memory
         for update in range(3):
             asleep = torch.cuda.mem_get_info()[0]
@@ -222,5 +221,3 @@ def test_vllm_sleeps_while_the_actor_trains_and_wakes_with_its_weights(tmp_path:
             distance = (of_trainer - of_engine)[batch.batch["response_mask"].bool()].abs()
             assert distance.max() < 1e-3
             group.shift_weights(update)
-    finally:
-        group.shutdown()

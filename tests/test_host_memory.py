@@ -14,6 +14,7 @@ from ray._private.internal_api import get_memory_info_reply, get_state_from_addr
 from transformers import Qwen2VLImageProcessor
 
 from tests.batches import random_image, write_dataset
+from tests.pool import new_processes, pids_of
 from tests.test_training_run import arguments
 from tests.tiny import make_tiny_model
 from verl.data.vision import MediaHandle
@@ -36,10 +37,13 @@ BOUND = 15 * MIB
 """Without a leak the median grows by up to 4 MiB in a worker, of 460, and by less than 1 MiB elsewhere."""
 
 
-def host_memory() -> dict[str, int]:
+def host_memory(workers: list[int]) -> dict[str, int]:
     """Bytes: what each process of the run holds by itself, and what lies in Ray's object store or was spilled from it.
 
     The store is memory that processes share, and part of the resident set of each that has read in it.
+
+    Args:
+        workers: the process ids of the run's workers.
     """
     store = get_memory_info_reply(get_state_from_address(ray.get_runtime_context().gcs_address)).store_stats
     memory = {"object store": store.object_store_bytes_used + store.spilled_bytes_total}
@@ -47,7 +51,7 @@ def host_memory() -> dict[str, int]:
     memory["driver"] = _private(driver)
     for process in driver.children(recursive=True):
         name = process.cmdline()[0] if process.cmdline() else ""
-        if name.startswith(("ray::FSDPWorker", "ray::AutoRewardManager")):
+        if process.pid in workers or name.startswith("ray::RewardFunction"):
             memory[f"{name} {process.pid}"] = _private(process)
     return memory
 
@@ -99,7 +103,7 @@ def long_run(
 
     def measure(trainer: RayDAPOTrainer, batch: DataProto, record: StepRecord) -> None:
         log(trainer, batch, record)
-        memory.append(host_memory())
+        memory.append(host_memory(pids))
 
     def weigh(batch: DataProto) -> dict[str, Any]:
         # Not with Ray's pickle, which outside of its own calls pins what it meets for good.
@@ -109,7 +113,9 @@ def long_run(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RayDAPOTrainer, "_log", measure)
         patch.setattr(DataProto, "__getstate__", weigh)
-        run(load_config(args))
+        with new_processes(2) as processes:
+            pids = pids_of(processes)
+            run(load_config(args), processes)
     return memory, bytes_a_row
 
 

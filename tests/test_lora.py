@@ -414,7 +414,7 @@ def two_adapted(tiny_model_path: str, ray_cluster):
     group = start_two(make_config(tiny_model_path, *LORA, TEXT_ONLY, FAST, micro))
     group.shift_weights(seed=0)
     yield group
-    group.shutdown()
+    group.release()
 
 
 @pytest.fixture
@@ -498,4 +498,4 @@ def test_ranks_that_share_rows_and_repeat_a_model_that_one_reads_train_save_and_
         for weights in ranks.weights():
             assert all(torch.equal(value, after[name]) for name, value in weights.items())
     finally:
-        ranks.shutdown()
+        ranks.release()

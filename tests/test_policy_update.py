@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.batches import answer_at_random, make_prompts, response_logits
 from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, make_config, start_alone
-from verl.data.vision import featurize
+from verl.data.features import featurize
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.workers.response_forward import compute_per_token

@@ -13,7 +13,8 @@ import torch
 from verl.data.vision import MediaHandle
 from verl.protocol import DataProto
 from verl.workers.reward.config import RewardConfig
-from verl.workers.reward.function import AutoRewardManager, values_by_key
+from verl.workers.reward.function import AutoRewardManager
+from verl.workers.reward.user_function import values_by_key
 
 TEXTS = ["I see 3 and 9. 3+9=12.", "What is the sum?", "The quick brown fox"]
 TRUTHS = ["12", "7", "fox"]
@@ -106,7 +107,7 @@ def test_the_function_sees_the_whole_sample(make_manager, tokenizer):
     )
     batch = make_batch(tokenizer)
     manager.compute_reward(batch)
-    seen = manager._function.__globals__["seen"]
+    seen = manager.function._function.__globals__["seen"]
     tokens = seen[0].pop("response_tokens")
     assert len(tokens) == seen[0]["response_length"]
     assert "".join(tokens) == TEXTS[0] + "<|im_end|>"
@@ -208,7 +209,7 @@ def test_the_manager_travels_to_another_process(make_manager, tokenizer, monkeyp
     batch = make_batch(tokenizer)
     manager = make_manager(THREE_FIELDS, reward_function_kwargs={"bonus": 0.5})
     pickled = pickle.dumps(manager)
-    monkeypatch.delitem(sys.modules, manager._function.__module__)
+    monkeypatch.delitem(sys.modules, manager.function._function.__module__)
     copy = pickle.loads(pickled)
     assert torch.equal(copy.compute_reward(batch)[0], manager.compute_reward(batch)[0])
 
@@ -298,8 +299,8 @@ def test_the_guilty_sample_is_found_in_few_calls(make_manager, guilty):
     )
     samples = [{"uid": uid, "ground_truth": "", "response": ""} for uid in range(64)]
     with pytest.raises(RuntimeError, match=f"ZeroDivisionError.* for sample {guilty} .uid {guilty},"):
-        manager._results_of(samples)
-    assert manager._function.__globals__["calls"] <= 1 + 2 * 6
+        manager.function._results_of(samples)
+    assert manager.function._function.__globals__["calls"] <= 1 + 2 * 6
 
 
 def test_a_function_of_one_sample_without_reward_type_is_told_of_it(make_manager, tokenizer):

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from tests.batches import PROMPT_LENGTH, ROWS, make_prompts
+from tests.pool import new_processes
 from tests.probe import RESPONSE_LENGTH, make_config, start_group
 from tests.tiny import CORPUS, make_tiny_model
 from verl.data.vision import MediaHandle
@@ -84,10 +85,10 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def workers(name: str, model_path: str, ray_cluster):
     """One worker with its engine; tests leave the policy's weights as they find them."""
-    group = start_group(config_of(model_path, name), 1)
-    group.prepare_rollout_engine()
-    yield group
-    group.shutdown()
+    with new_processes(1) as processes:
+        group = start_group(config_of(model_path, name), 1, processes)
+        group.prepare_rollout_engine()
+        yield group
 
 
 @pytest.fixture
@@ -257,23 +258,19 @@ def test_placeholders_of_images_are_never_sampled(restored: WorkerGroup, model_p
 
 @pytest.mark.vllm
 @needs_vllm
+@pytest.mark.parametrize("name", ["vllm"], indirect=True)
 def test_engine_and_actor_see_the_same_pixels_and_count_the_same_image_tokens(
-    model_path: str, prompts: DataProto, ray_cluster
+    name: str, workers: WorkerGroup, model_path: str, prompts: DataProto
 ) -> None:
-    group = start_group(config_of(model_path, "vllm"), 1)
-    group.prepare_rollout_engine()
-    try:
-        for index, num_images in enumerate([1, 2]):
-            row = prompts[[index]]
-            (of_engine,), (of_actor,) = group.pixels_of_engine(row, GREEDY), group.pixels_of_actor(row)
-            assert of_engine.shape == of_actor.shape
-            torch.testing.assert_close(of_engine, of_actor, atol=1e-6, rtol=0)
-            placeholder = get_tokenizer(model_path).convert_tokens_to_ids("<|image_pad|>")
-            raw, expanded = row.non_tensor_batch["raw_prompt_ids"][0], row.batch["input_ids"][0].tolist()
-            assert raw.count(placeholder) == num_images
-            assert expanded.count(placeholder) == len(of_actor) // 4  # two by two patches make a token
-    finally:
-        group.shutdown()
+    for index, num_images in enumerate([1, 2]):
+        row = prompts[[index]]
+        (of_engine,), (of_actor,) = workers.pixels_of_engine(row, GREEDY), workers.pixels_of_actor(row)
+        assert of_engine.shape == of_actor.shape
+        torch.testing.assert_close(of_engine, of_actor, atol=1e-6, rtol=0)
+        placeholder = get_tokenizer(model_path).convert_tokens_to_ids("<|image_pad|>")
+        raw, expanded = row.non_tensor_batch["raw_prompt_ids"][0], row.batch["input_ids"][0].tolist()
+        assert raw.count(placeholder) == num_images
+        assert expanded.count(placeholder) == len(of_actor) // 4  # two by two patches make a token
 
 
 @pytest.mark.vllm
@@ -283,8 +280,8 @@ def test_two_workers_that_share_an_engine_get_the_answers_to_their_own_prompts(
 ) -> None:
     """Tensor parallel over two: each answers half of the prompts, with half of the heads."""
     overrides = ("worker.rollout.tensor_parallel_size=2", "worker.actor.micro_batch_size_per_device_for_update=4")
-    group = start_group(config_of(model_path, "vllm", *overrides), 2)
-    try:
+    with new_processes(2) as processes:
+        group = start_group(config_of(model_path, "vllm", *overrides), 2, processes)
         for _ in range(2):
             group.prepare_rollout_engine()
             responses = generate(group, prompts, GREEDY, 0).batch["responses"]
@@ -294,8 +291,6 @@ def test_two_workers_that_share_an_engine_get_the_answers_to_their_own_prompts(
             group.shift_weights(1)
         twice = generate(group, prompts[[2, 2]], RANDOM, 0).batch["responses"].tolist()
         assert len({tuple(response) for response in twice}) == 2 * RANDOM.n
-    finally:
-        group.shutdown()
 
 
 @pytest.mark.vllm
@@ -320,8 +315,8 @@ def test_a_text_model_whose_head_is_its_embeddings_takes_in_new_weights(ray_clus
     path = tmp_path / "model"
     Gemma2ForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
-    group = start_group(config_of(str(path), "vllm"), 1)
-    try:
+    with new_processes(1) as processes:
+        group = start_group(config_of(str(path), "vllm"), 1, processes)
         prompts = make_prompts(str(path), tmp_path, [row for row in ROWS if not row["images"]])
         for _ in range(2):
             group.prepare_rollout_engine()
@@ -330,8 +325,6 @@ def test_a_text_model_whose_head_is_its_embeddings_takes_in_new_weights(ray_clus
             distance = (batch.batch["rollout_log_probs"] - of_trainer)[batch.batch["response_mask"].bool()].abs()
             assert distance.max() < 2e-5
             group.shift_weights(3)
-    finally:
-        group.shutdown()
 
 
 @pytest.mark.vllm

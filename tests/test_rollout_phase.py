@@ -13,11 +13,11 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from tests.batches import ROWS, write_dataset
+from tests.pool import run_shared
 from tests.rewards import weights_by_length
 from tests.test_training_run import ROOT, arguments, lines_of
 from verl.protocol import DataProto
 from verl.trainer.config import load_config
-from verl.trainer.main import run
 from verl.trainer.ray_trainer import RayDAPOTrainer
 from verl.utils.step_record import StepRecord
 from verl.utils.tokenizer import get_processor
@@ -101,7 +101,7 @@ def filtered_run(
     """The folder and the batches of three steps on two workers, with token weights for answer 1."""
     folder = tmp_path_factory.mktemp("filtered")
     with kept_batches() as batches:
-        run(load_config(filtered(tiny_model_path, data_files, folder, *TWO_WORKERS, "trainer.save_freq=1")))
+        run_shared(load_config(filtered(tiny_model_path, data_files, folder, *TWO_WORKERS, "trainer.save_freq=1")))
     return folder, batches
 
 
@@ -168,7 +168,7 @@ def test_a_resumed_run_draws_and_learns_what_an_uninterrupted_one_does(
     """
     whole, _ = filtered_run
     start = f"trainer.load_checkpoint_path={whole}/global_step_2"
-    run(load_config(filtered(tiny_model_path, data_files, tmp_path / "rest", *TWO_WORKERS, start)))
+    run_shared(load_config(filtered(tiny_model_path, data_files, tmp_path / "rest", *TWO_WORKERS, start)))
     logs = [lines_of(folder / "experiment_log.jsonl") for folder in (whole, tmp_path / "rest")]
     draws = [record["filter"]["draws"] for record in logs[0] if "filter" in record]
     assert draws[0] != draws[1]
@@ -187,7 +187,7 @@ def test_a_step_that_runs_out_of_draws_ends_the_run_with_the_counts(
     data_files = write_prompts(tmp_path, "244224")
     args = filtered(tiny_model_path, data_files, tmp_path / "run", "trainer.max_try_make_batch=2")
     with pytest.raises(RuntimeError) as caught:
-        run(load_config(args))
+        run_shared(load_config(args))
     assert str(caught.value).startswith(
         "step 1 needs data.rollout_batch_size=4 groups with a mean accuracy between algorithm.filter_low=0.01 and "
         "filter_high=0.99, and has 0 after trainer.max_try_make_batch=2 draws of 3 prompts, 6 in all, whose mean is "
@@ -205,7 +205,7 @@ def test_remax_compares_each_response_with_the_policys_greedy_one(
     args = filtered(tiny_model_path, data_files, tmp_path, *TWO_WORKERS, "algorithm.adv_estimator=remax")
     config = load_config([*args, "trainer.max_steps=1"])
     with kept_batches() as batches:
-        run(config)
+        run_shared(config)
     (batch,) = batches
     tensors, prompt_length = batch.batch, config.data.max_prompt_length
     prompts = DataProto.from_dict(

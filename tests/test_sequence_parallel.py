@@ -56,7 +56,7 @@ def pair(tiny_model_path: str, ray_cluster):
     group = start_two(make_config(tiny_model_path, COLLECT, *WITH_CRITIC, *SMALL, *SHARED))
     group.fill_value_head()
     yield group
-    group.shutdown()
+    group.release()
 
 
 def test_two_ranks_that_share_rows_see_what_one_sees(
@@ -119,7 +119,7 @@ def test_two_pairs_take_the_training_step_of_one_rank(
         lengths = batch.batch["attention_mask"].sum(dim=1).tolist()
         shared_metrics = group.update_actor(batch[balanced_order(lengths, num_ranks=4, num_mini_batches=2)])
     finally:
-        group.shutdown()
+        group.release()
     assert_same(shared_gradients, gradients)
     for one in (metrics, shared_metrics):
         assert one.pop("perf/tflops_actor") > 0
@@ -135,7 +135,7 @@ def test_a_text_model_is_shared_too(tmp_path, batch: DataProto, ray_cluster, lon
     try:
         shared, shared_metrics = group.gradients(rows, "token")
     finally:
-        group.shutdown()
+        group.release()
     assert shared_metrics == pytest.approx(metrics, rel=1e-5)
     assert_same(shared, gradients)
 
@@ -156,7 +156,7 @@ def test_a_model_with_windows_and_fewer_key_heads_than_ranks_is_shared_too(
     try:
         shared, _ = group.gradients(rows, "token")
     finally:
-        group.shutdown()
+        group.release()
     gradients, _ = start_alone(make_config(path, *FEW, PADDED)).gradients(rows, "token")
     assert_same(shared, gradients)
 
@@ -184,7 +184,7 @@ def test_ranks_share_rows_of_every_family_that_packs(tmp_path, private_cache, ra
             assert_same(shared, gradients)
     finally:
         if group is not None:
-            group.shutdown()
+            group.release()
 
 
 def test_heads_that_cannot_be_shared_are_refused_with_what_can() -> None:

@@ -12,10 +12,9 @@ from tests.batches import answer_at_random, make_prompts
 from tests.probe import (
     RESPONSE_LENGTH,
     RESPONSES_PER_PROMPT,
-    ProbeWorker,
     make_config,
-    run_of,
     start_alone,
+    start_group,
     without_clock,
 )
 from tests.tiny import make_tiny_model
@@ -38,9 +37,9 @@ def batch(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Dat
 @pytest.fixture(scope="module")
 def ranks(tiny_model_path: str, ray_cluster) -> WorkerGroup:
     """Four ranks that each test starts anew: as many as two groups of two need."""
-    group = WorkerGroup(ProbeWorker, 1, 4, "cpu", **run_of(make_config(tiny_model_path, MICRO_BATCHES), 4))
+    group = start_group(make_config(tiny_model_path, MICRO_BATCHES), 4)
     yield group
-    group.shutdown()
+    group.release()
 
 
 def assert_same_gradients(alone: dict[str, torch.Tensor], shared: dict[str, torch.Tensor]) -> None:

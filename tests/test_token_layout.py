@@ -327,7 +327,7 @@ def test_two_ranks_with_other_lengths_take_as_many_micro_batches(
         gradients, metrics = group.gradients(batch, "token")
         streams = dict(group.compute_log_probs(batch).batch.items())
     finally:
-        group.shutdown()
+        group.release()
     alone = start_alone(make_config(tiny_model_path, PADDED, COLLECT))
     expected, expected_metrics = alone.gradients(batch, "token")
     assert metrics == pytest.approx(expected_metrics, rel=1e-5)

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from tests.batches import ROWS, write_dataset
+from tests.pool import run_shared
 from tests.probe import WITH_CRITIC
 from tests.rewards import wait_for, weights_by_length
 from tests.tiny import make_tiny_model
@@ -212,7 +213,7 @@ def test_token_weights_follow_their_rows_through_balancing_to_the_update(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RayDAPOTrainer, "_balance_across_ranks", compare)
         patch.setattr(RayDAPOTrainer, "_update_actor", keep)
-        run(load_config(args))
+        run_shared(load_config(args))
     assert any(reordered)
 
     kinds = set()
@@ -251,10 +252,10 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_never_interrupted(
         "algorithm.kl_horizon=64",
         "algorithm.kl_coef=0.5",
     ]
-    run(load_config(arguments(tiny_model_path, data_files, tmp_path / "whole", *options)))
+    run_shared(load_config(arguments(tiny_model_path, data_files, tmp_path / "whole", *options)))
     for steps in (2, 3):
         until = f"trainer.max_steps={steps}"
-        run(load_config(arguments(tiny_model_path, data_files, tmp_path / "parts", *options, until)))
+        run_shared(load_config(arguments(tiny_model_path, data_files, tmp_path / "parts", *options, until)))
     assert is_changed(weights_at(tmp_path / "parts", 2), weights_at(tmp_path / "parts", 3))
     assert not is_changed(weights_at(tmp_path / "whole", 3), weights_at(tmp_path / "parts", 3))
     whole, parts = (
@@ -294,7 +295,7 @@ def test_a_run_with_the_kl_over_the_whole_vocabulary_by_way_of_the_reward_or_the
         "trainer.max_steps=2",
         "trainer.val_before_train=false",
     )
-    run(load_config(args))
+    run_shared(load_config(args))
     first, second = (record for record in lines_of(tmp_path / "experiment_log.jsonl") if "actor" in record)
     name = "kl_penalty" if place == "reward" else "kl_loss"
     assert ("ref" in first["timing_s"]) is (place == "reward")
@@ -328,7 +329,7 @@ def runs_with_critic(
     for name, lengths in (("whole", (3,)), ("parts", (2, 3))):
         for steps in lengths:
             args = arguments(tiny_model_path, data_files, folder / name, *settings, f"trainer.max_steps={steps}")
-            run(load_config(args))
+            run_shared(load_config(args))
     return folder / "whole", folder / "parts"
 
 
@@ -388,7 +389,7 @@ def test_a_loss_that_only_the_users_own_program_registers_trains_in_the_workers(
 
     monkeypatch.setitem(POLICY_LOSSES, "plain", plain_policy_gradient)
     settings = ["worker.actor.loss_type=plain", "trainer.val_before_train=false", "trainer.max_steps=1"]
-    run(load_config(arguments(tiny_model_path, data_files, tmp_path, *settings)))
+    run_shared(load_config(arguments(tiny_model_path, data_files, tmp_path, *settings)))
     record = lines_of(tmp_path / "experiment_log.jsonl")[0]
     assert record["actor"]["seen"] == pytest.approx(0.25)
     assert record["actor"]["grad_norm"] > 0
@@ -400,19 +401,19 @@ def test_a_checkpoint_of_the_model_only_can_be_resumed_with_a_fresh_optimizer(
     """Of the actor's and of the critic's."""
     settings = [*WITH_CRITIC, "trainer.save_model_only=true", "trainer.val_before_train=false"]
     args = arguments(tiny_model_path, data_files, tmp_path, *settings)
-    run(load_config([*args, "trainer.max_steps=1"]))
+    run_shared(load_config([*args, "trainer.max_steps=1"]))
     folder = tmp_path / "global_step_1"
     for model in ("actor", "critic"):
         files = {path.name for path in (folder / model).iterdir()}
         assert files == {"model_world_size_1_rank_0.pt", "huggingface"}
     adaptive = ["algorithm.use_kl_loss=false", "algorithm.kl_type=adaptive"]
-    run(load_config([*args, "trainer.max_steps=2", f"trainer.load_checkpoint_path={folder}", *adaptive]))
+    run_shared(load_config([*args, "trainer.max_steps=2", f"trainer.load_checkpoint_path={folder}", *adaptive]))
     assert "model only" in caplog.text
     assert "kl_coef.json does not exist: the KL coefficient starts from algorithm.kl_coef" in caplog.text
 
     elsewhere = tmp_path / "elsewhere"
     again = [f"trainer.load_checkpoint_path={folder}", f"trainer.save_checkpoint_path={elsewhere}"]
-    run(load_config([*args, "trainer.max_steps=1", *again]))
+    run_shared(load_config([*args, "trainer.max_steps=1", *again]))
     assert "has reached the run's last step, 1" in caplog.text
     assert json.loads((elsewhere / "checkpoint_tracker.json").read_text())["last_global_step"] == 1
     for model in ("actor", "critic"):
@@ -431,7 +432,7 @@ def test_a_cluster_without_a_cpu_for_the_rewards_is_refused_before_workers_start
 def test_val_only_validates_once_and_neither_trains_nor_saves(
     tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster
 ) -> None:
-    run(load_config(arguments(tiny_model_path, data_files, tmp_path, "trainer.val_only=true")))
+    run_shared(load_config(arguments(tiny_model_path, data_files, tmp_path, "trainer.val_only=true")))
     records = lines_of(tmp_path / "experiment_log.jsonl")
     assert len(records) == 1 and "val" in records[0]
     assert not list(tmp_path.glob("global_step_*"))
@@ -471,7 +472,7 @@ def planned_run(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory, 
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RayDAPOTrainer, "_compute_log_probs", _meet_the_rewards(folder))
-        run(load_config([*args, "trainer.max_steps=4"]))
+        run_shared(load_config([*args, "trainer.max_steps=4"]))
     return args
 
 
@@ -545,7 +546,7 @@ def test_the_best_checkpoint_is_kept_and_known_to_a_run_that_goes_on_from_a_late
             for name in ("rewards_began_5", "passes_ended_5"):
                 (folder / name).touch()
             start = f"trainer.load_checkpoint_path={folder}/global_step_4"
-            run(load_config([*planned_run, "trainer.max_steps=5", start]))
+            run_shared(load_config([*planned_run, "trainer.max_steps=5", start]))
         tracker = json.loads((folder / "checkpoint_tracker.json").read_text())
         assert (tracker["best_global_step"], tracker["best_val_reward_score"]) == (2, 0.9)
         assert tracker["last_global_step"] == step
@@ -588,7 +589,7 @@ def test_the_death_of_the_reward_functions_process_ends_the_run_with_its_node(
     reward = f"worker.reward.reward_function={ROOT}/tests/rewards.py:die"
     args = arguments(tiny_model_path, data_files, tmp_path, reward, "trainer.val_before_train=false")
     with pytest.raises(RuntimeError, match=r"^the reward function's process on node [\d.]+ \(Ray node \w+\) died "):
-        run(load_config(args))
+        run_shared(load_config(args))
 
 
 @pytest.mark.parametrize(

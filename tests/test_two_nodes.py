@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from tests.batches import ROWS, write_dataset
+from tests.pool import run_shared
 from tests.test_training_run import ROOT, arguments, lines_of
 from verl.trainer.config import load_config
-from verl.trainer.main import run
 
 STEPS = 3
 """In the last of which the node leaves."""
@@ -62,7 +62,7 @@ def test_two_nodes_train_as_one_does(
     two_nodes: tuple[dict[str, Any], list[dict]], args: list[str], tmp_path: Path, ray_cluster
 ) -> None:
     """Losses, gradients, rewards, advantages, lengths and token weights of two steps, with as many workers."""
-    run(load_config([*args, f"trainer.save_checkpoint_path={tmp_path}", "trainer.n_gpus_per_node=4"]))
+    run_shared(load_config([*args, f"trainer.save_checkpoint_path={tmp_path}", "trainer.n_gpus_per_node=4"]))
     # The node leaves in the last step, which may have been logged by then.
     one, two = (lines[: STEPS - 1] for lines in (lines_of(tmp_path / "experiment_log.jsonl"), two_nodes[1]))
     assert len(one) == len(two) == STEPS - 1

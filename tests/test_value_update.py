@@ -55,7 +55,7 @@ def two_critics(tiny_model_path: str, ray_cluster) -> Iterator[WorkerGroup]:
     group = start_two(critic_config(tiny_model_path, *sizes))
     group.fill_value_head()
     yield group
-    group.shutdown()
+    group.release()
 
 
 def test_the_first_values_are_zero(tiny_model_path: str, batch: DataProto, lone_process_group) -> None:

@@ -24,9 +24,10 @@ from tests.family_models import IMAGE_TEXT_MODELS, make_family_model
 from tests.probe import make_config
 from tests.tiny import CORPUS, build_tokenizer
 from verl.data.dataset import RLHFDataset
+from verl.data.features import featurize
 from verl.data.prompt import PromptEncoder
 from verl.data.video import MAX_FRAME_PIXELS, VideoLimits, load_video, outline_video, sample_frames
-from verl.data.vision import MediaHandle, featurize
+from verl.data.vision import MediaHandle
 from verl.models.registry import media_token_ids
 from verl.trainer.main import check_videos
 from verl.utils.tokenizer import get_processor, get_tokenizer

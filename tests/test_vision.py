@@ -15,7 +15,8 @@ from PIL import ExifTags, Image
 from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor
 
 from tests.tiny import CORPUS, build_processor, build_tokenizer
-from verl.data.vision import MediaHandle, featurize, open_image, process_image, target_size
+from verl.data.features import featurize
+from verl.data.vision import MediaHandle, open_image, process_image, target_size
 
 
 def make_image(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -303,7 +303,7 @@ def test_token_weights_depend_neither_on_micro_batches_nor_on_ranks_row_order_or
     try:
         shared = collected(group, batch)
     finally:
-        group.shutdown()
+        group.release()
     order = torch.tensor([3, 7, 0, 5, 1, 6, 2, 4])
     unpadded, longer = repadded(batch, 0), repadded(batch, 17)
     for streams, rows, expected in (
@@ -345,8 +345,8 @@ def weigher(*overrides: str) -> RayDAPOTrainer:
         tokenizer=None,
         train_loader=None,
         val_loader=(),
-        reward_manager=None,
-        device="cpu",
+        reward_function=None,
+        processes=None,
         tracker=None,
         resume_point=None,
     )

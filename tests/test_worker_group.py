@@ -12,10 +12,12 @@ import ray
 import torch
 import torch.distributed as dist
 
+from tests.pool import shared_processes
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import DP_COMPUTE_METRIC, DP_COMPUTE_PROTO, ONE_TO_ALL, register
 from verl.single_controller.worker import Worker
-from verl.single_controller.worker_group import WorkerGroup, detect_device
+from verl.single_controller.worker_group import WorkerGroup
+from verl.single_controller.worker_processes import WorkerProcesses, detect_device
 
 
 class ArithmeticWorker(Worker):
@@ -65,22 +67,17 @@ class StillbornWorker(ArithmeticWorker):
             raise KeyError("no straw, no camel")
 
 
-def _start_two() -> WorkerGroup:
-    return WorkerGroup(ArithmeticWorker, num_nodes=1, workers_per_node=2, device="cpu", shares={"pair": 2}, offset=100)
-
-
 @pytest.fixture(scope="module")
 def group(ray_cluster):
-    group = _start_two()
+    group = WorkerGroup(shared_processes(2), ArithmeticWorker, {"pair": 2}, offset=100)
     yield group
-    group.shutdown()
+    group.release()
 
 
 @pytest.fixture
 def doomed_group(ray_cluster):
-    group = _start_two()
-    yield group
-    group.shutdown()
+    with WorkerProcesses(1, 2, "cpu") as processes:
+        yield WorkerGroup(processes, ArithmeticWorker, offset=100)
 
 
 def _pids_gone(pids: list[int], seconds: float) -> bool:
@@ -132,9 +129,8 @@ def test_a_worker_that_raises_ends_the_call_with_its_own_traceback_and_leaves_no
 
 
 def test_a_worker_that_raises_when_it_is_built_is_told_of_by_its_own_traceback(ray_cluster) -> None:
-    """Ray ends such a process, but neither memory nor native code is to blame."""
-    with pytest.raises(ray.exceptions.ActorDiedError, match="no straw, no camel"):
-        WorkerGroup(StillbornWorker, num_nodes=1, workers_per_node=2, device="cpu", offset=0)
+    with WorkerProcesses(1, 2, "cpu") as processes, pytest.raises(KeyError, match="no straw, no camel"):
+        WorkerGroup(processes, StillbornWorker, offset=0)
 
 
 def test_a_worker_that_dies_ends_the_call_with_its_rank_and_node_and_leaves_no_process(doomed_group) -> None:
@@ -150,11 +146,21 @@ def test_a_worker_that_dies_ends_the_call_with_its_rank_and_node_and_leaves_no_p
     assert _pids_gone(pids, seconds=10)
 
 
+def test_groups_live_side_by_side_in_the_same_processes(group) -> None:
+    other = WorkerGroup(group.processes, ArithmeticWorker, offset=7)
+    batch = DataProto.from_dict({"value": torch.zeros(2, dtype=torch.int64)})
+    assert other.tag_rows(batch, factor=1).batch["value"].tolist() == [7, 7]
+    assert group.tag_rows(batch, factor=1).batch["value"].tolist() == [100, 100]
+    assert [place[3] for place in other.whereabouts()] == [place[3] for place in group.whereabouts()]
+    other.release()
+    assert group.tag_rows(batch, factor=1).batch["value"].tolist() == [100, 100]
+
+
 def test_asking_for_more_devices_than_ray_sees_names_the_keys_and_both_numbers(ray_cluster) -> None:
     with pytest.raises(ValueError, match=r"trainer.nnodes=3 x trainer.n_gpus_per_node=50 .* 150 CPUs.*Ray sees"):
-        WorkerGroup(ArithmeticWorker, num_nodes=3, workers_per_node=50, device="cpu", offset=0)
+        WorkerProcesses(num_nodes=3, workers_per_node=50, device="cpu")
     with pytest.raises(ValueError, match=r"asks for 2 GPUs, but Ray sees 0"):
-        WorkerGroup(ArithmeticWorker, num_nodes=1, workers_per_node=2, device="cuda", offset=0)
+        WorkerProcesses(num_nodes=1, workers_per_node=2, device="cuda")
 
 
 def test_the_device_follows_what_ray_sees(ray_cluster) -> None:

@@ -28,7 +28,7 @@ if __name__ == "__main__":
         update_actor = RayDAPOTrainer._update_actor
 
         def update(trainer: RayDAPOTrainer, batch: DataProto, record: StepRecord) -> None:
-            seen["nodes"] = [node.node_id for node in trainer.workers._node_of_rank]
+            seen["nodes"] = [node.node_id for node in trainer.processes.node_of_rank]
             if record.step == trainer.training_steps:
                 seen["left"] = seen["nodes"][2]
                 (victim,) = (node for node in nodes if node.node_id == seen["left"])

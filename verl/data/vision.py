@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens and resizes images, and makes a model's inputs of images and videos (which video.py opens).
+"""Opens and resizes images, and hands images and videos (which video.py opens) on by reference.
 
-The dataset opens and resizes a medium once; from there on it travels by reference (`MediaHandle`), and whoever needs
-model inputs makes them with `featurize`. Prompt and model thus agree on the number of its tokens.
+The dataset opens and resizes a medium once; from there on it travels as a `MediaHandle`, and whoever needs model
+inputs makes them with `featurize` of features.py. Prompt and model thus agree on the number of its tokens. The reward
+process has handles too, so that this file does not load torch.
 """
 
 from __future__ import annotations
@@ -11,18 +12,14 @@ import io
 import math
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-import torch
 from PIL import ExifTags, Image, ImageOps
-from torch.nn import functional
 
 if TYPE_CHECKING:
-    from transformers import ProcessorMixin
-
     from verl.data.video import Video
 
     Medium = Image.Image | Video
@@ -31,9 +28,6 @@ ImageSource = Image.Image | bytes | Mapping[str, Any] | str | os.PathLike
 
 UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What opening or decoding a broken image raises; Pillow uses SyntaxError for damaged PNG files."""
-
-TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
-"""Of a processor's outputs, those with one number for each token."""
 
 UPRIGHT = 1  # the orientation of the Exif standard that needs no turning
 
@@ -129,54 +123,3 @@ class MediaHandle:
 
     def __repr__(self) -> str:
         return f"MediaHandle({self._key[:8]})"
-
-
-def featurize(
-    media: Sequence[Sequence[MediaHandle] | None], processor: ProcessorMixin | None
-) -> dict[str, torch.Tensor]:
-    """Make the model's media inputs for a micro-batch: features of all its images and videos, in row order.
-
-    Args:
-        media: the images and videos of each row; None or empty for a row without.
-        processor: that of the model, with the settings the dataset counted tokens with; None for text models.
-
-    Returns:
-        What the processor makes of images (for Qwen-VL `pixel_values` (patches, patch size) float32 and
-        `image_grid_thw` (images, 3) int64; for families with tiles `pixel_values` (tiles, 3, height, width)) and of
-        videos (`pixel_values_videos`, `video_grid_thw`, ...); empty when no row has any. Each distinct handle is
-        processed once and its features repeated.
-    """
-    handles = [handle for row in media if row is not None for handle in row]
-    if processor is None or not handles:
-        return {}
-    features = {handle: _features_of(handle, processor) for handle in dict.fromkeys(handles)}
-    joined: dict[str, list[torch.Tensor]] = {}
-    for handle in handles:
-        for name, value in features[handle].items():
-            joined.setdefault(name, []).append(value)
-    return {name: _join(values) for name, values in joined.items()}
-
-
-def _features_of(handle: MediaHandle, processor: ProcessorMixin) -> dict[str, torch.Tensor]:
-    """What the processor adds to a prompt of nothing but this medium's placeholder."""
-    medium = handle.load()
-    if handle.is_video:
-        inputs = processor(
-            text=[processor.video_token],
-            videos=[medium.frames.copy()],  # what the store hands out is read-only, of which PyTorch warns
-            video_metadata=[medium.outline.metadata],
-            do_sample_frames=False,
-            return_tensors="pt",
-        )
-    else:
-        inputs = processor(text=[processor.image_token], images=[medium], return_tensors="pt")
-    return {name: value for name, value in inputs.items() if name not in TEXT_INPUTS}
-
-
-def _join(values: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Along the first dimension. Images of different sizes get zeros on the right and at the bottom, as Pixtral pads
-    them; their true sizes are an input of their own."""
-    if any(value.shape[1:] != values[0].shape[1:] for value in values):
-        height, width = (max(value.shape[dim] for value in values) for dim in (2, 3))
-        values = [functional.pad(value, (0, width - value.shape[3], 0, height - value.shape[2])) for value in values]
-    return torch.cat(list(values))

@@ -10,9 +10,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from verl.config import ConfigSection, ConfigValueError, RetiredKey, absolute, did_you_mean, load_sections, looks_local
-from verl.workers.actor.config import FSDPConfig, OffloadConfig, TrainedModelConfig
+from verl.config import ConfigSection, ConfigValueError, RetiredKey, absolute, did_you_mean, looks_local
+from verl.workers.actor.config import LOSS_TYPES, FSDPConfig, OffloadConfig, TrainedModelConfig
 from verl.workers.config import WorkerConfig
+
+ADV_ESTIMATORS = ("grpo", "grpo_passk", "rloo", "reinforce_plus_plus", "remax", "gae")
+"""The names that `verl/algorithms/advantages.py` registers, here to be known without torch."""
 
 DATA_SUFFIXES = (".parquet", ".json", ".jsonl", ".arrow", ".csv")
 
@@ -331,6 +334,8 @@ def load_config(argv: Sequence[str]) -> PPOConfig:
     Raises:
         ValueError: naming each key, its value and what would be right.
     """
+    from verl.config_loading import load_sections  # OmegaConf, which workers that unpickle a config do without
+
     return load_sections(PPOConfig, argv, _retired_keys())
 
 
@@ -367,6 +372,11 @@ def require_available(config: PPOConfig) -> None:
         )
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def has_built_in_algorithms(config: PPOConfig) -> bool:
+    """Whether estimator and loss are the package's own, so that their names need no look into the tables."""
+    return config.algorithm.adv_estimator in ADV_ESTIMATORS and config.worker.actor.loss_type in LOSS_TYPES
 
 
 def require_registered(config: PPOConfig, adv_estimators: Collection[str], policy_losses: Collection[str]) -> None:

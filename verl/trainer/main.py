@@ -6,22 +6,26 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from verl.trainer.config import (
     PPOConfig,
     effect_notes,
+    has_built_in_algorithms,
     load_config,
     require_available,
     require_registered,
 )
 from verl.utils.batch_plan import BatchPlan
+from verl.utils.lean_imports import import_modules
 from verl.utils.tracking import Tracker, require_loggers
 
 if TYPE_CHECKING:
     from verl.data.dataset import RLHFDataset
+    from verl.single_controller.worker_processes import WorkerProcesses
 
 logger = logging.getLogger("verl.trainer.main")  # __name__ is __main__ under `python -m`
 
@@ -36,6 +40,12 @@ WORKER_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 """Defaults for every process of a run; what the user has set stays."""
+
+TRAINER_MODULES = ("verl.data.loader", "verl.trainer.ray_trainer")
+"""What this process imports while Ray starts."""
+
+WORKER_MODULE = "verl.workers.fsdp_workers"
+"""What worker processes import while the trainer prepares the run."""
 
 RAY_START_NOTE = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
 """Where `ray start` leaves the address of the cluster that this machine belongs to, and `ray stop` takes it away."""
@@ -57,6 +67,8 @@ def ray_session(config: PPOConfig) -> Iterator[None]:
     import ray
 
     is_callers = ray.is_initialized()
+    if not is_callers:
+        logger.info("joining the Ray cluster" if joins else "starting Ray")
     if not is_callers and joins:
         # As a job, this process has the values of the job's runtime environment; Ray refuses to be told them again.
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
@@ -76,15 +88,27 @@ def ray_session(config: PPOConfig) -> Iterator[None]:
             ray.shutdown()
 
 
-def run(config: PPOConfig) -> None:
+def run(config: PPOConfig, processes: "WorkerProcesses | None" = None) -> None:
     """Trains as the config says, from the data on disk to the last checkpoint.
 
+    Args:
+        processes: where to train; they live on, for the next run. None starts new ones, and ends them with the run.
+
     Raises:
-        ValueError: the config asks for what this version lacks, or its batch numbers do not fit together.
+        ValueError: the config asks for what this version lacks, its batch numbers do not fit together, or `processes`
+            are more or fewer than its workers.
     """
     plan = prepare(config)
+    if processes is not None and processes.world_size != plan.world_size:
+        raise ValueError(f"the config asks for {plan.world_size} workers and processes has {processes.world_size}")
+    # Ray takes seconds to start, most of which this process would only wait.
+    background = ThreadPoolExecutor(max_workers=1)
+    imports = background.submit(import_modules, TRAINER_MODULES)
+    background.shutdown(wait=False)
     with ray_session(config):
-        _train(config, plan)
+        with start_processes(config) if processes is None else nullcontext(processes) as places:
+            imports.result()
+            _train(config, plan, places)
 
 
 def prepare(config: PPOConfig) -> BatchPlan:
@@ -92,12 +116,35 @@ def prepare(config: PPOConfig) -> BatchPlan:
     require_available(config)
     require_loggers(config.trainer.logger)
     plan = BatchPlan.from_config(config, config.trainer.nnodes * config.trainer.n_gpus_per_node)
-    # They load torch, so every other mistake is told first.
-    from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS
-    from verl.algorithms.policy_loss import POLICY_LOSSES
+    if not has_built_in_algorithms(config):
+        # The tables load torch, so every other mistake is told first.
+        from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS
+        from verl.algorithms.policy_loss import POLICY_LOSSES
 
-    require_registered(config, ADVANTAGE_ESTIMATORS, POLICY_LOSSES)
+        require_registered(config, ADVANTAGE_ESTIMATORS, POLICY_LOSSES)
     return plan
+
+
+def start_processes(config: PPOConfig) -> "WorkerProcesses":
+    """Processes for the workers, which import what these need while the trainer reads its data.
+
+    Raises:
+        ValueError: the Ray cluster is too small for them and the reward function.
+    """
+    import ray
+
+    from verl.single_controller.worker_processes import WorkerProcesses, detect_device
+
+    nodes, workers_per_node = config.trainer.nnodes, config.trainer.n_gpus_per_node
+    reward_cpus = config.worker.reward.num_cpus
+    wanted, present = nodes * workers_per_node + reward_cpus, int(ray.cluster_resources().get("CPU", 0))
+    if wanted > present:  # else the reward actor would wait for ever where the workers leave it no CPU
+        raise ValueError(
+            f"{nodes * workers_per_node} workers (trainer.nnodes x trainer.n_gpus_per_node) with one CPU each and "
+            f"worker.reward.num_cpus={reward_cpus} ask for {wanted} CPUs, but Ray sees {present}; lower them or add "
+            "nodes"
+        )
+    return WorkerProcesses(nodes, workers_per_node, detect_device(), [WORKER_MODULE])
 
 
 def check_videos(config: PPOConfig, *datasets: "RLHFDataset") -> None:
@@ -113,18 +160,17 @@ def check_videos(config: PPOConfig, *datasets: "RLHFDataset") -> None:
             )
 
 
-def _train(config: PPOConfig, plan: BatchPlan) -> None:
+def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> None:
+    logger.info("loading the tokenizer and the data")
     from verl.data.loader import create_dataloader
     from verl.models.loader import load_model_config
-    from verl.single_controller.worker_group import detect_device
     from verl.trainer.ray_trainer import RayDAPOTrainer
     from verl.utils.batch_plan import training_steps
     from verl.utils.checkpoint import find_resume_point
-    from verl.utils.tokenizer import get_processor, get_tokenizer
-    from verl.workers.reward.function import AutoRewardManager
+    from verl.utils.tokenizer import get_processor, get_tokenizer, text_decoder
+    from verl.workers.reward.user_function import RewardFunction
 
-    device = detect_device()
-    logger.info("running on %s: %d worker(s)", device, plan.world_size)
+    logger.info("running on %s: %d worker(s)", processes.device, plan.world_size)
     for line in plan.describe():
         logger.info(line)
     for note in effect_notes(config):
@@ -134,8 +180,8 @@ def _train(config: PPOConfig, plan: BatchPlan) -> None:
     source = (model.tokenizer_path, config.data.override_chat_template)
     tokenizer = get_tokenizer(*source, trust_remote_code=model.trust_remote_code)
     processor = get_processor(*source, trust_remote_code=model.trust_remote_code)
-    # Built here first: a mistake in the user's file is then told before any worker starts.
-    reward_manager = AutoRewardManager(config.worker.reward, tokenizer)
+    # Built here first: a mistake in the user's file is then told before any model is loaded.
+    reward_function = RewardFunction(config.worker.reward, text_decoder(tokenizer))
     train_loader, val_loader = create_dataloader(config.data, tokenizer, processor, load_model_config(model))
     check_videos(config, train_loader.dataset, val_loader.dataset)
     steps = training_steps(config, len(train_loader.dataset))
@@ -152,7 +198,7 @@ def _train(config: PPOConfig, plan: BatchPlan) -> None:
         resume_point=resume_point,
     ) as tracker:
         trainer = RayDAPOTrainer(
-            config, plan, steps, tokenizer, train_loader, val_loader, reward_manager, device, tracker, resume_point
+            config, plan, steps, tokenizer, train_loader, val_loader, reward_function, processes, tracker, resume_point
         )
         try:
             trainer.init_workers()
@@ -161,8 +207,23 @@ def _train(config: PPOConfig, plan: BatchPlan) -> None:
             trainer.shutdown()
 
 
+USAGE = """\
+usage: python3 -m verl.trainer.main [config=FILE] [key=value ...]
+
+Trains a vision-language model with reinforcement learning. FILE is a YAML file of keys; key=value sets one key and
+overrides the file, as in worker.rollout.n=8. Four keys are required: data.train_files, data.val_files,
+worker.actor.model.model_path and worker.reward.reward_function.
+
+Keys begin with data, algorithm, worker or trainer. examples/config.yaml has the usual ones, and the config.py files of
+the package describe all of them.
+"""
+
+
 def main() -> None:
     """Parses the command line and runs; a mistake in it ends with a readable message and exit code 2."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        sys.stdout.write(USAGE)
+        return
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("verl").setLevel(logging.INFO)
     try:

@@ -8,7 +8,7 @@ each phase says which it reads and which it adds.
 import logging
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -23,11 +23,12 @@ from verl.algorithms.group_filter import informative_rows
 from verl.algorithms.importance import truncated_importance_weights
 from verl.algorithms.kl import adapt_kl_coef, apply_kl_penalty, compute_kl
 from verl.algorithms.policy_loss import POLICY_LOSSES
-from verl.data.loader import PromptLoader
+from verl.data.loader import BatchLoader, PromptLoader
 from verl.data.vision import MediaHandle
 from verl.protocol import DataProto, pad_dataproto_to_divisor, unpad_dataproto
 from verl.single_controller.lost_processes import PROCESS_LOST, node_of, run_ended_by
 from verl.single_controller.worker_group import WorkerGroup
+from verl.single_controller.worker_processes import WorkerProcesses
 from verl.trainer.config import PPOConfig
 from verl.trainer.metrics import (
     compute_attention_metrics,
@@ -56,7 +57,8 @@ from verl.utils.step_record import StepRecord
 from verl.utils.tracking import Tracker
 from verl.workers.fsdp_checkpoint import has_optimizer
 from verl.workers.fsdp_workers import FSDPWorker
-from verl.workers.reward.function import TOKEN_WEIGHTS, AutoRewardManager, values_by_key
+from verl.workers.reward.function import place_scores, reward_samples
+from verl.workers.reward.user_function import TOKEN_WEIGHTS, RewardFunction, values_by_key
 from verl.workers.rollout.base import Sampling
 
 logger = logging.getLogger(__name__)
@@ -77,8 +79,8 @@ class RayDAPOTrainer:
         tokenizer: of the policy.
         train_loader: endless source of prompts, with a state that a checkpoint keeps.
         val_loader: the held-out set, in batches.
-        reward_manager: scores responses; the trainer runs a copy of it in a process of its own.
-        device: "cuda" or "cpu".
+        reward_function: scores responses; the trainer runs a copy of it in a process of its own.
+        processes: where the workers live; they stay their owner's to end.
         tracker: where metrics go.
         resume_point: the checkpoint to go on from; None starts from the model's own weights.
     """
@@ -90,9 +92,9 @@ class RayDAPOTrainer:
         training_steps: int,
         tokenizer: PreTrainedTokenizerBase,
         train_loader: PromptLoader,
-        val_loader: Iterable[dict[str, Any]],
-        reward_manager: AutoRewardManager,
-        device: str,
+        val_loader: BatchLoader,
+        reward_function: RewardFunction,
+        processes: WorkerProcesses,
         tracker: Tracker,
         resume_point: ResumePoint | None,
     ) -> None:
@@ -101,8 +103,9 @@ class RayDAPOTrainer:
         self.training_steps = training_steps
         self.tokenizer = tokenizer
         self.train_loader = train_loader
-        self.reward_manager = reward_manager
-        self.device = device
+        self.val_loader = val_loader
+        self.reward_function = reward_function
+        self.processes = processes
         self.tracker = tracker
         self.resume_point = resume_point
         self.validator = Validator(val_loader, self._generate_for_validation, self._score_now, tokenizer)
@@ -120,44 +123,26 @@ class RayDAPOTrainer:
     # ---- life ----
 
     def init_workers(self) -> None:
-        """Starts the reward actor and one worker per device, and loads the policy into them.
-
-        Raises:
-            ValueError: the Ray cluster is too small for them.
-        """
-        self._require_cpus()
+        """Starts the reward actor, and loads the policy into one worker per device."""
+        reward_class = ray.remote(num_cpus=self.config.worker.reward.num_cpus)(RewardFunction)
+        self.reward_actor = reward_class.remote(self.reward_function.config, self.reward_function.decoder)
+        self._reward_node = node_of(self.reward_actor)
+        self.tracker.phase("load", "loading the model")
         self.workers = WorkerGroup(
+            self.processes,
             FSDPWorker,
-            num_nodes=self.config.trainer.nnodes,
-            workers_per_node=self.config.trainer.n_gpus_per_node,
-            device=self.device,
             shares=self.plan.shares,
             config=self.config,
             plan=self.plan,
             policy_loss=POLICY_LOSSES[self.config.worker.actor.loss_type],
             training_steps=self.training_steps,
         )
-        reward_class = ray.remote(num_cpus=self.config.worker.reward.num_cpus)(AutoRewardManager)
-        self.reward_actor = reward_class.remote(self.reward_manager.config, self.reward_manager.tokenizer)
-        self._reward_node = node_of(self.reward_actor)
-        self.tracker.phase("load")
         self.workers.init_model()
 
-    def _require_cpus(self) -> None:
-        """The reward actor waits for ever where the workers leave it no CPU: say so first."""
-        num_cpus = self.config.worker.reward.num_cpus
-        wanted, present = self.plan.world_size + num_cpus, int(ray.cluster_resources().get("CPU", 0))
-        if wanted > present:
-            raise ValueError(
-                f"{self.plan.world_size} workers (trainer.nnodes x trainer.n_gpus_per_node) with one CPU each and "
-                f"worker.reward.num_cpus={num_cpus} ask for {wanted} CPUs, but Ray sees {present}; lower them or add "
-                "nodes"
-            )
-
     def shutdown(self) -> None:
-        """Ends every process this trainer started."""
+        """Ends the reward actor and frees the workers."""
         if self.workers is not None:
-            self.workers.shutdown()
+            self.workers.release()
         if self.reward_actor is not None:
             ray.kill(self.reward_actor)
 
@@ -476,8 +461,8 @@ class RayDAPOTrainer:
         greedy = replace(Sampling.for_training(self.config.worker.rollout), n=1, temperature=0.0)
         responses = self._generate(self._prompts_of(batch), greedy, seed_parts=(TRAIN, record.step))
         with record.timed("reward"):
-            scored = self._answer_of_reward(self._send_to_reward(responses))
-        scores = scored.batch["token_level_scores"].sum(dim=-1)  # (B,)
+            results = self._answer_of_reward(self._send_to_reward(responses))
+        scores = torch.tensor([result["overall"] for result in results])  # (B,)
         batch.batch["reward_baselines"] = scores.repeat_interleave(self.plan.responses_per_prompt)
 
     def _prompts_of(self, batch: DataProto) -> DataProto:
@@ -505,7 +490,7 @@ class RayDAPOTrainer:
     # ---- rewards ----
 
     def _send_to_reward(self, batch: DataProto) -> ray.ObjectRef:
-        return self.reward_actor.score.remote(self._reward_inputs(batch, split="train"))
+        return self.reward_actor.score.remote(reward_samples(batch, self.global_step, split="train"))
 
     def _receive_rewards(self, batch: DataProto, rewards: ray.ObjectRef, record: StepRecord) -> DataProto:
         """Adds: `token_level_scores`, and `reward_results`, each row's own dict from the reward function.
@@ -514,18 +499,19 @@ class RayDAPOTrainer:
         are dropped too, as in EasyR1. The time recorded is the wait that nothing else hid.
         """
         with record.timed("reward"):
-            batch = batch.union(self._answer_of_reward(rewards))
+            batch = batch.union(place_scores(batch, self._answer_of_reward(rewards)))
         numbers = _without_token_weights(values_by_key(batch.non_tensor_batch["reward_results"]))
         record.average({f"reward/{key}": values for key, values in numbers.items()})
         return batch
 
     def _score_now(self, batch: DataProto) -> tuple[list[float], dict[str, list[float]]]:
-        inputs = self._reward_inputs(batch, split="val")
-        scores, reward_values = self._answer_of_reward(self.reward_actor.compute_reward.remote(inputs))
-        return scores.sum(dim=1).tolist(), _without_token_weights(reward_values)
+        samples = reward_samples(batch, self.global_step, split="val")
+        results = self._answer_of_reward(self.reward_actor.score.remote(samples))
+        scores = torch.tensor([result["overall"] for result in results])
+        return scores.tolist(), _without_token_weights(values_by_key(results))
 
-    def _answer_of_reward(self, reference: ray.ObjectRef) -> Any:
-        """What the reward actor answers.
+    def _answer_of_reward(self, reference: ray.ObjectRef) -> list[dict[str, Any]]:
+        """The result of every sample from the reward actor.
 
         Raises:
             RuntimeError: its process or its node is gone.
@@ -536,13 +522,6 @@ class RayDAPOTrainer:
             name = "the reward function's process"
             raise run_ended_by({name: error}, {name: ray.get(self._reward_node)}) from error
 
-    def _reward_inputs(self, batch: DataProto, split: str) -> DataProto:
-        inputs = batch.select(
-            ["responses", "response_mask"], ["ground_truth", "uid", "prompt_text", "multi_modal_data", "extra"], []
-        )
-        inputs.meta_info = {"step": self.global_step, "split": split}
-        return inputs
-
     # ---- validation ----
 
     def _generate_for_validation(self, features: dict[str, Any], number: int) -> DataProto:
@@ -550,7 +529,7 @@ class RayDAPOTrainer:
         return self._generate(self._prompts_from(features), sampling, seed_parts=(VAL, number))
 
     def _validate(self) -> ValidationResult:
-        self.tracker.phase("validation")
+        self.tracker.phase("validation", f"validating {len(self.val_loader.dataset)} prompts")
         with self._awake_rollout_engine():
             result = self.validator.run()
         self.last_validation = (self.global_step, result)

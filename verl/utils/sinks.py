@@ -68,8 +68,8 @@ class Sink:
     def log_generations(self, samples: Sequence[Generation], step: int) -> None:
         """Takes a few samples of a validation."""
 
-    def phase(self, name: str) -> None:
-        """Hears which phase of the step begins."""
+    def phase(self, name: str, line: str | None) -> None:
+        """Hears which phase begins, and the line that says so where there is no room for its name alone."""
 
     def note(self, text: str) -> None:
         """Takes a line for the person who watches the run."""
@@ -79,7 +79,10 @@ class Sink:
 
 
 class ConsoleSink(Sink):
-    """A progress bar over the steps on a terminal, log messages above it; elsewhere one compact line a step."""
+    """A progress bar over the steps on a terminal, log messages above it; elsewhere a compact line a step.
+
+    Where there is no bar to show the phase, what takes long before and between the steps gets a line too.
+    """
 
     SHOWN = {
         "reward/overall": ("reward", ".3f"),
@@ -131,8 +134,11 @@ class ConsoleSink(Sink):
                 f"--- step {step}, sample {number} of {len(samples)}, score {sample.score:.3f}\n{sample.tagged()}"
             )
 
-    def phase(self, name: str) -> None:
-        self._bar.set_description(name)
+    def phase(self, name: str, line: str | None) -> None:
+        if not self._bar.disable:
+            self._bar.set_description(name)
+        elif line is not None:
+            self.note(line)
 
     def note(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr)

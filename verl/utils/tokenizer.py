@@ -7,9 +7,10 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TokenizersBackend
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import ProcessorMixin
 
 
@@ -82,3 +83,17 @@ def _chat_template(file_or_template: str) -> str:
         raise ValueError(f"data.override_chat_template={file_or_template} is not a file; give a jinja chat template")
     with open(file_or_template, encoding="utf-8") as file:
         return file.read()
+
+
+def text_decoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | PreTrainedTokenizerBase:
+    """What decodes as the tokenizer does: where that is all there is to it, its core, which needs no transformers.
+
+    The core's `decode` leaves special tokens out unless told otherwise, so that callers have to say which they want.
+    """
+    decodes_as_core = (
+        isinstance(tokenizer, TokenizersBackend)
+        and type(tokenizer).decode is PreTrainedTokenizerBase.decode
+        and type(tokenizer)._decode is TokenizersBackend._decode
+        and not tokenizer.clean_up_tokenization_spaces
+    )
+    return tokenizer.backend_tokenizer if decodes_as_core else tokenizer

@@ -117,9 +117,9 @@ class Tracker:
         generations = [Generation(*sample) for sample in samples]
         self._tell(lambda sink: sink.log_generations(generations, step))
 
-    def phase(self, name: str) -> None:
-        """Says which phase of the step begins."""
-        self._tell(lambda sink: sink.phase(name))
+    def phase(self, name: str, line: str | None = None) -> None:
+        """Says which phase begins, and in a line what it does where nothing else would be heard of it for long."""
+        self._tell(lambda sink: sink.phase(name, line))
 
     def note(self, text: str) -> None:
         """Says a line to the person who watches the run."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import ProcessorMixin
 
-from verl.data.vision import featurize
+from verl.data.features import featurize
 from verl.models.attention_table import extend_attention
 from verl.models.flops import FlopCounter, Work
 from verl.models.registry import media_token_types

@@ -10,6 +10,9 @@ from verl.config import ConfigSection, ConfigValueError, looks_local
 
 Dtype = Literal["fp16", "float16", "bf16", "bfloat16", "fp32", "float32"]
 
+LOSS_TYPES = ("default", "gspo", "gspo_token", "cispo", "sapo")
+"""The names that `verl/algorithms/policy_loss.py` registers, here to be known without torch."""
+
 
 @dataclass(frozen=True)
 class LoraConfig(ConfigSection):

@@ -1,73 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores responses with the user's Python function, and says which sample is to blame when that fails.
+"""Scores batches of responses: what the reward function is given of a batch, and where its scores go.
 
-The function lives in any file, takes one dict a sample and returns one:
-
-    REWARD_TYPE = "batch"  # a list of samples at a time; "sequential": one sample at a time
-
-    def compute_score(reward_inputs: list[dict], **reward_function_kwargs) -> list[dict[str, float]]:
-        return [{"overall": float(sample["response"] == sample["ground_truth"])} for sample in reward_inputs]
+The trainer has the function (user_function.py) in a process of its own; `AutoRewardManager` applies it right here.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
-import math
-import sys
-import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
-from types import ModuleType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import DataProto
+from verl.utils.tokenizer import text_decoder
 from verl.workers.reward.config import RewardConfig
-
-TOKEN_WEIGHTS = "token_weights"
-"""The one key of a result that is no metric: a list of one weight per response token, or None."""
-
-IF_SEQUENTIAL = 'If the function takes one sample at a time, put REWARD_TYPE = "sequential" in its file'
+from verl.workers.reward.user_function import RewardFunction, values_by_key
 
 
 class AutoRewardManager:
     """Loads the function that `config.reward_function` names and applies it to batches.
 
     Args:
-        config: `reward_function` is `path.py:name`; `reward_function_kwargs` are handed to every call.
+        config: of the reward, as `RewardFunction` takes it.
         tokenizer: decodes the responses.
 
     Raises:
-        ValueError: there is no such function, the keyword arguments do not fit it, or the module's `REWARD_TYPE` is
-            neither `batch` nor `sequential`.
+        ValueError: as `RewardFunction` does.
     """
 
-    def __init__(self, config: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        if config.reward_function is None:
-            raise ValueError(
-                "worker.reward.reward_function is not set; name a function as path/to/file.py:function, "
-                "e.g. examples/reward_function/math.py:compute_score"
-            )
-        self.config = config
-        self.tokenizer = tokenizer
-        path, function_name = config.reward_function.rsplit(":", maxsplit=1)
-        module = _load_module(path)
-        self._function = _find_function(module, function_name)
-        self._check_kwargs()
-        self._text_of_token = cache(lambda token_id: tokenizer.decode([token_id]))
-        self.reward_type = getattr(module, "REWARD_TYPE", "batch")
-        if self.reward_type not in ("batch", "sequential"):
-            raise ValueError(
-                f"REWARD_TYPE = {self.reward_type!r} in {path} must be 'batch' (the function takes a list of samples) "
-                "or 'sequential' (it takes one)"
-            )
-
-    def __reduce__(self) -> tuple[type[AutoRewardManager], tuple[RewardConfig, PreTrainedTokenizerBase]]:
-        # The user's module has no importable name, so another process loads it from the file again.
-        return AutoRewardManager, (self.config, self.tokenizer)
+    def __init__(self, config: RewardConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.function = RewardFunction(config, None if tokenizer is None else text_decoder(tokenizer))
 
     def compute_reward(self, data: DataProto) -> tuple[torch.Tensor, dict[str, list[Any]]]:
         """What `score` gives, told by key: its scores (N, R), and `values_by_key` of its results."""
@@ -75,218 +38,50 @@ class AutoRewardManager:
         return scored.batch["token_level_scores"], values_by_key(scored.non_tensor_batch["reward_results"])
 
     def score(self, data: DataProto) -> DataProto:
-        """Scores N responses of at most R tokens.
-
-        Reads: `responses`, `response_mask` (N, R); objects `ground_truth`, `uid`, `prompt_text`, `multi_modal_data`
-        (the sample's media handles, or None), `extra` (the dataset row's other columns); meta `step`, `split`.
-
-        The function gets a dict a sample: `response` (text), `response_length` (tokens), `response_tokens` (the text
-        of each token; a character that several tokens share shows as a replacement character in each),
-        `ground_truth`, `prompt` (text), `uid` (the same for all responses to one prompt), `images` and `videos`
-        (handles; `.load()` gives the PIL image, or an object with `frames` (T, H, W, 3)), `extra`, `step`, `split`
-        (`train` or `val`). It returns a dict of numbers a sample: `overall` is the reward; all become metrics, and
-        those other than `overall` may be left out where they do not apply. One more key, `token_weights`, may hold a
-        list of one weight per response token, or None.
-
-        Returns:
-            `token_level_scores` (N, R) float32, `overall` on the last token of each response and zero elsewhere; and
-            objects `reward_results`, the dict that each sample got, its numbers as floats and `token_weights` as it
-            was returned.
+        """Scores N responses of at most R tokens; reads what `reward_samples` reads, and meta `step` and `split`;
+        returns what `place_scores` does.
 
         Raises:
-            RuntimeError: the function raised; its own exception is the cause.
-            ValueError: the wrong number of results, a result without `overall`, or a value that is not a finite
-                number.
+            RuntimeError, ValueError: as `RewardFunction.score` does.
         """
-        samples = self._samples(data)
-        results = [
-            {
-                key: value if key == TOKEN_WEIGHTS else self._number(key, value, index, sample)
-                for key, value in result.items()
-            }
-            for index, (sample, result) in enumerate(zip(samples, self._results_of(samples), strict=True))
-        ]
-        last_tokens = data.batch["response_mask"].sum(-1) - 1  # (N,)
-        scores = torch.zeros(data.batch["responses"].shape, dtype=torch.float32)  # (N, R)
-        scores[range(len(results)), last_tokens] = torch.tensor([result["overall"] for result in results])
-        return DataProto.from_dict({"token_level_scores": scores}, {"reward_results": results})
-
-    def _samples(self, data: DataProto) -> list[dict[str, Any]]:
-        lengths = data.batch["response_mask"].sum(-1).tolist()  # N ints
-        assert min(lengths) > 0, f"responses {[i for i, n in enumerate(lengths) if n == 0]} have no tokens"
-        columns = data.non_tensor_batch
-        return [
-            {
-                "response": self.tokenizer.decode(
-                    data.batch["responses"][index, :length], skip_special_tokens=self.config.skip_special_tokens
-                ),
-                "response_length": length,
-                "response_tokens": [
-                    self._text_of_token(token_id) for token_id in data.batch["responses"][index, :length].tolist()
-                ],
-                "ground_truth": columns["ground_truth"][index],
-                "prompt": columns["prompt_text"][index],
-                "uid": columns["uid"][index],
-                "images": [medium for medium in columns["multi_modal_data"][index] or () if not medium.is_video],
-                "videos": [medium for medium in columns["multi_modal_data"][index] or () if medium.is_video],
-                "extra": columns["extra"][index],
-                "step": data.meta_info["step"],
-                "split": data.meta_info["split"],
-            }
-            for index, length in enumerate(lengths)
-        ]
-
-    def _results_of(self, samples: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
-        """Calls the function, on copies lest it changes what later errors show, and checks for one dict a sample."""
-        if self.reward_type == "sequential":
-            results = [self._score_one(index, sample) for index, sample in enumerate(samples)]
-        else:
-            results = self._score_batch(samples)
-        for index, (sample, result) in enumerate(zip(samples, results, strict=True)):
-            if not isinstance(result, Mapping) or "overall" not in result:
-                raise ValueError(
-                    f"{self._function_label} returned {_shorten(result)} for {_describe(index, sample)}; "
-                    "it must return a dict of numbers with the key 'overall', the reward"
-                )
-        return results
-
-    def _score_one(self, index: int, sample: dict[str, Any]) -> Any:
-        try:
-            return self._function(dict(sample), **self.config.reward_function_kwargs)
-        except Exception as error:
-            raise self._raised(error, _describe(index, sample)) from error
-
-    def _score_batch(self, samples: list[dict[str, Any]]) -> list[Any]:
-        try:
-            results = self._call(samples)
-        except Exception as error:
-            raise self._guilty(error, samples) from error
-        if not isinstance(results, list):
-            raise ValueError(
-                f"{self._function_label} returned a {type(results).__name__} for a list of {len(samples)} samples; "
-                f"it must return a list of one dict a sample. {IF_SEQUENTIAL}"
-            )
-        if len(results) != len(samples):
-            last = min(len(results), len(samples)) - 1
-            end = f"the last with a result is {_describe(last, samples[last])}" if results else "none has a result"
-            raise ValueError(
-                f"{self._function_label} returned {len(results)} results for {len(samples)} samples; {end}. "
-                "It must return one dict a sample, in the same order"
-            )
-        return results
-
-    def _call(self, samples: list[dict[str, Any]]) -> Any:
-        """The results as a list, whatever they come in; what cannot be one result a sample comes as it is."""
-        results = self._function([dict(sample) for sample in samples], **self.config.reward_function_kwargs)
-        several = isinstance(results, Iterable) and not isinstance(results, (Mapping, str))
-        return list(results) if several else results
-
-    def _guilty(self, error: Exception, samples: list[dict[str, Any]]) -> RuntimeError:
-        """The error with the sample it is for: a list says nothing of that, so it is halved until one is left.
-
-        A call per sample would be simpler, and hours where a call asks a slow judge.
-        """
-        first, end = 0, len(samples)
-        while end - first > 1:
-            middle = (first + end) // 2
-            for half in ((first, middle), (middle, end)):
-                try:
-                    self._call(samples[slice(*half)])
-                except Exception as narrower:  # noqa: BLE001  the user's code raises anything
-                    error = narrower
-                    first, end = half
-                    break
-            else:
-                break
-        blame = _describe(first, samples[first])
-        if end - first > 1:
-            blame = f"samples {first} to {end - 1} together, though for neither half alone; the first is {blame}"
-        return self._raised(error, f"{blame}. {IF_SEQUENTIAL}")
-
-    def _number(self, key: str, value: Any, index: int, sample: dict[str, Any]) -> float:
-        try:
-            number = math.nan if isinstance(value, str) else float(value)
-        except (TypeError, ValueError, RuntimeError):  # the last by tensors of several elements
-            number = math.nan
-        if not math.isfinite(number):
-            raise ValueError(
-                f"{self._function_label} returned {key!r}: {_shorten(value)} for {_describe(index, sample)}; "
-                f"every value but {TOKEN_WEIGHTS!r} must be a finite number"
-            )
-        return number
-
-    def _raised(self, error: Exception, blame: str) -> RuntimeError:
-        return RuntimeError(f"{self._function_label} raised {type(error).__name__}: {error} for {blame}")
-
-    @property
-    def _function_label(self) -> str:
-        return f"the reward function {self.config.reward_function}"
-
-    def _check_kwargs(self) -> None:
-        kwargs = self.config.reward_function_kwargs
-        signature = inspect.signature(self._function)
-        try:
-            signature.bind([], **kwargs)
-        except TypeError as error:
-            separate = any(name.startswith("ground_truth") for name in signature.parameters)
-            remedy = '; read sample["response"] and sample["ground_truth"] of each dict instead' if separate else ""
-            raise ValueError(
-                f"{self._function_label} has the signature {signature}, which does not fit one positional argument "
-                f"(a list of sample dicts, or one with REWARD_TYPE = 'sequential') and "
-                f"worker.reward.reward_function_kwargs={kwargs}: {error}{remedy}"
-            ) from error
+        samples = reward_samples(data, data.meta_info["step"], data.meta_info["split"])
+        return place_scores(data, self.function.score(samples))
 
 
-def values_by_key(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Every key of the samples' results with its values, one from each sample that has it.
+def reward_samples(data: DataProto, step: int, split: str) -> list[dict[str, Any]]:
+    """What `RewardFunction.score` takes, for N responses of at most R tokens.
 
-    `token_weights` alone, where any sample has it, has one entry a sample, None for those without.
+    Reads: `responses`, `response_mask` (N, R); objects `ground_truth`, `uid`, `prompt_text`, `multi_modal_data` (the
+    sample's media handles, or None), `extra` (the dataset row's other columns).
     """
-    keys = dict.fromkeys(key for result in results for key in result)
-    values = {key: [result[key] for result in results if key in result] for key in keys}
-    if TOKEN_WEIGHTS in keys:
-        values[TOKEN_WEIGHTS] = [result.get(TOKEN_WEIGHTS) for result in results]
-    return values
+    lengths = data.batch["response_mask"].sum(-1).tolist()  # N ints
+    assert min(lengths) > 0, f"responses {[i for i, n in enumerate(lengths) if n == 0]} have no tokens"
+    responses = data.batch["responses"].numpy()  # (N, R)
+    columns = data.non_tensor_batch
+    return [
+        {
+            "response_ids": responses[index, :length].copy(),  # (length,)
+            "ground_truth": columns["ground_truth"][index],
+            "prompt": columns["prompt_text"][index],
+            "uid": columns["uid"][index],
+            "images": [medium for medium in columns["multi_modal_data"][index] or () if not medium.is_video],
+            "videos": [medium for medium in columns["multi_modal_data"][index] or () if medium.is_video],
+            "extra": columns["extra"][index],
+            "step": step,
+            "split": split,
+        }
+        for index, length in enumerate(lengths)
+    ]
 
 
-def _load_module(path: str) -> ModuleType:
-    """Runs a Python file as a module of its own name, so that two reward files never share one."""
-    name = f"reward_function_{uuid.uuid4().hex}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None:
-        raise ValueError(f"worker.reward.reward_function names {path}, which is not a .py file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look their module up while it runs
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"worker.reward.reward_function: {path} raised {type(error).__name__}: {error}") from error
-    return module
+def place_scores(data: DataProto, results: Sequence[Mapping[str, Any]]) -> DataProto:
+    """What the results of N samples add to their batch.
 
-
-def _find_function(module: ModuleType, name: str) -> Callable[..., Any]:
-    function = getattr(module, name, None)
-    if not callable(function):
-        functions = [
-            key
-            for key, value in vars(module).items()
-            if inspect.isfunction(value) and value.__module__ == module.__name__ and not key.startswith("_")
-        ]
-        raise ValueError(
-            f"worker.reward.reward_function names the function {name!r}, but {module.__file__} has {functions}; "
-            f"write {module.__file__}:{functions[0] if functions else 'function'}"
-        )
-    return function
-
-
-def _describe(index: int, sample: dict[str, Any]) -> str:
-    """A sample in an error: where it stands, and enough to recognise it by."""
-    return (
-        f"sample {index} (uid {sample['uid']}, ground_truth {_shorten(sample['ground_truth'])}, "
-        f"response {_shorten(sample['response'])})"
-    )
-
-
-def _shorten(value: Any, limit: int = 100) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
+    Returns:
+        `token_level_scores` (N, R) float32, `overall` on the last token of each response and zero elsewhere; and
+        objects `reward_results`, each sample's result.
+    """
+    last_tokens = data.batch["response_mask"].sum(-1) - 1  # (N,)
+    scores = torch.zeros(data.batch["responses"].shape, dtype=torch.float32)  # (N, R)
+    scores[range(len(results)), last_tokens] = torch.tensor([result["overall"] for result in results])
+    return DataProto.from_dict({"token_level_scores": scores}, {"reward_results": list(results)})

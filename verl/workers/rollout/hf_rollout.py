@@ -21,7 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from verl.data.vision import featurize
+from verl.data.features import featurize
 from verl.models.loader import DTYPES, load_model
 from verl.models.registry import media_token_ids, media_token_types
 from verl.protocol import DataProto

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fills configuration sections from a YAML file and the command line.
+
+`load_sections` goes through an OmegaConf structured config, in the order dataclass < YAML < command line, and tells as
+many mistakes at once as it can.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar, get_origin
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from verl.config import ConfigValueError, RetiredKey, absolute, as_yaml, expectation
+
+logger = logging.getLogger(__name__)
+
+Section = TypeVar("Section")
+
+USAGE = "write key=value, as in worker.rollout.n=8"
+
+
+def load_sections(
+    config_class: type[Section], argv: Sequence[str], retired_keys: Mapping[str, RetiredKey] | None = None
+) -> Section:
+    """Build `config_class`, a frozen dataclass of sections, from `config=FILE` and `key=value` arguments.
+
+    Values merge in the order dataclass default < YAML < command line; mappings merge into mappings and
+    `${other.key}` interpolates, whole sections too. A bare word for a list is a list of one, an empty section `{}`
+    says nothing. A section left null is refused on purpose: it reads like keys that got lost.
+
+    Raises:
+        ValueError: one line for every argument that is not `key=value`, unknown key and value of the wrong type; or,
+            where there is none of these, for the first value out of range or path to nothing of each section whose
+            own sections are right.
+    """
+    retired_keys = retired_keys or {}
+    leaves = dict(_leaf_fields(config_class))
+    tree = OmegaConf.structured(config_class)
+    _reset(tree, config_class)
+    texts: dict[str, str] = {}
+    problems: list[str] = []
+    warnings: dict[str, str] = {}
+    names: dict[tuple[bool, str], str] = {}
+
+    for values, text_of in _read_sources(argv, problems):
+        for key, value in _flatten(values, leaves, retired_keys):
+            name, text = key, text_of.get(key, as_yaml(value))
+            if key in retired_keys:
+                old = retired_keys[key]
+                if old.allowed and value not in old.allowed:
+                    problems.append(f"{key}={text} is not one of {', '.join(old.allowed)}")
+                warnings[key] = f"{key}={text} {old.note}"
+                if old.moved_to is None:
+                    continue
+                key = old.moved_to
+            if key not in leaves:
+                problems.append(_unknown(key, text, list(leaves)))
+                continue
+            # The command line overrides the file under either name; within one of them, neither name overrides.
+            other = names.setdefault((bool(text_of), key), name)
+            if other != name:
+                problems.append(f"{name}={text} and {other} are two names of {key}; keep one")
+            texts[key] = text
+            if get_origin(leaves[key].type) is list and isinstance(value, str) and not value.startswith("${"):
+                value = [value]
+            try:
+                OmegaConf.update(tree, key, value, merge=True)
+            except OmegaConfBaseException:
+                problems.append(f"{key}={text} {expectation(leaves[key].type, value)}")
+
+    for warning in warnings.values():
+        logger.warning("%s", warning)
+    if problems:
+        raise ValueError("\n".join(problems))
+    try:
+        values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{error.full_key}=??? leaves the value open; put one in its place") from None
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}={texts.get(error.full_key, '')} {str(error).splitlines()[0]}") from None
+    errors: list[ConfigValueError] = []
+    config = _build(config_class, values, errors)
+    if errors:
+        lines = [f"{error.key}={texts.get(error.key, as_yaml(error.value))} {error.problem}" for error in errors]
+        raise ValueError("\n".join(lines))
+    return config
+
+
+def _read_sources(argv: Sequence[str], problems: list[str]) -> list[tuple[Mapping[str, Any], Mapping[str, str]]]:
+    """Read the YAML file named by `config=`, then each argument, in the order in which they override.
+
+    Each comes as its values and, where the user typed them, the words of a key's value.
+    """
+    files: list[tuple[Mapping[str, Any], Mapping[str, str]]] = []
+    overrides: list[tuple[Mapping[str, Any], Mapping[str, str]]] = []
+    for argument in argv:
+        key, equals, text = argument.partition("=")
+        if argument[:1] in ("-", "+", "~"):
+            bare = argument.lstrip("-+~")
+            remedy = f"write {bare}" if equals else USAGE
+            problems.append(f"{argument!r} starts with {argument[0]!r}, but keys take no prefix; {remedy}")
+        elif not equals or not key:
+            problems.append(f"{argument!r} is not key=value; {f'write {key}=VALUE' if key else USAGE}")
+        elif key == "config" and files:
+            problems.append(f"{argument!r} names a second file; give one config=FILE and override single keys")
+        elif key == "config":
+            files.append((_read_yaml(text), {}))
+        else:
+            try:
+                values = OmegaConf.to_container(OmegaConf.from_dotlist([argument]), resolve=False)
+            except (OmegaConfBaseException, yaml.YAMLError) as error:
+                problems.append(f"{argument!r} cannot be read as a YAML value: {str(error).splitlines()[0]}")
+            else:
+                overrides.append((values, {key: text}))
+    return files + overrides
+
+
+def _flatten(
+    values: Mapping[str, Any], leaves: Collection[str], retired: Collection[str], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Yield (full key, value), opening sections down to a key of `leaves` or `retired`, or one that nobody knows.
+
+    A section that interpolates another one becomes its leaves, so that single keys can still go over them.
+    """
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        below = [leaf.removeprefix(f"{key}.") for leaf in leaves if leaf.startswith(f"{key}.")]
+        if isinstance(value, Mapping) and key not in leaves and key not in retired and (value or below):
+            yield from _flatten(value, leaves, retired, f"{key}.")
+        elif below and isinstance(value, str) and (origin := re.fullmatch(r"\$\{(\w[\w.]*)\}", value)):
+            yield from ((f"{key}.{leaf}", f"${{{origin[1]}.{leaf}}}") for leaf in below)
+        else:
+            yield key, value
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        folder = Path(path).parent
+        nearest = get_close_matches(Path(path).name, sorted(p.name for p in folder.glob("*.y*ml")), n=1)
+        hint = f"; did you mean {str(folder / nearest[0])!r}?" if nearest else ""
+        raise ValueError(f"config={path} is not a file (looked for {absolute(path)}){hint}")
+    try:
+        tree = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise ValueError(f"config={path} is not valid YAML: {error}") from None
+    if not isinstance(tree, DictConfig):
+        raise ValueError(f"config={path} holds no mapping of keys such as data:, algorithm:, worker:, trainer:")
+    return OmegaConf.to_container(tree, resolve=False)
+
+
+def _reset(tree: DictConfig, config_class: type) -> None:
+    """Make `tree`, a structured config of frozen dataclasses, writable and give it the fields' own defaults.
+
+    OmegaConf fills a nested section from an *instance*, in which `__post_init__` has already settled values (a
+    checkpoint folder named after the default experiment, say) that must follow the user's.
+    """
+    OmegaConf.set_readonly(tree, False)
+    for field in fields(config_class):
+        if is_dataclass(field.type):
+            _reset(tree[field.name], field.type)
+        elif field.default is not MISSING:
+            tree[field.name] = field.default
+
+
+def _leaf_fields(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (full key, field) of every field that is not itself a section."""
+    for field in fields(config_class):
+        if is_dataclass(field.type):
+            yield from _leaf_fields(field.type, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", field
+
+
+def _build(
+    config_class: type[Section], values: Mapping[str, Any], errors: list[ConfigValueError], prefix: str = ""
+) -> Section | None:
+    """Turn resolved plain values into the section and those below it; null, with the reason in `errors`, if not."""
+    sections = {
+        field.name: _build(field.type, values[field.name], errors, f"{prefix}{field.name}.")
+        for field in fields(config_class)
+        if is_dataclass(field.type)
+    }
+    if None in sections.values():
+        return None
+    try:
+        return config_class(**{**values, **sections})
+    except ConfigValueError as error:
+        errors.append(error.under(prefix))
+        return None
+
+
+def _unknown(key: str, text: str, known: Sequence[str]) -> str:
+    """The message for a key that no field answers to, with the nearest key that one does."""
+    section = f"{key}."
+    if any(other.startswith(section) for other in known):
+        return f"{key}={text} is a section of keys such as {next(k for k in known if k.startswith(section))}"
+    name = key.rpartition(".")[2]
+    initials = "".join(word[:1] for word in name.split("_"))
+    namesakes = [other for other in known if other.rpartition(".")[2] in (name, initials)]
+    nearest = get_close_matches(key, namesakes, n=1, cutoff=0.0) or get_close_matches(key, known, n=1, cutoff=0.6)
+    if nearest:
+        return f"unknown key {key!r} (value {text}); did you mean {nearest[0]!r}?"
+    sections = dict.fromkeys(other.partition(".")[0] for other in known)
+    return f"unknown key {key!r} (value {text}); keys begin with {', '.join(sections)}"

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes a model's inputs of the images and videos of a micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from verl.data.vision import MediaHandle
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+"""Of a processor's outputs, those with one number for each token."""
+
+
+def featurize(
+    media: Sequence[Sequence[MediaHandle] | None], processor: ProcessorMixin | None
+) -> dict[str, torch.Tensor]:
+    """Make the model's media inputs for a micro-batch: features of all its images and videos, in row order.
+
+    Args:
+        media: the images and videos of each row; None or empty for a row without.
+        processor: that of the model, with the settings the dataset counted tokens with; None for text models.
+
+    Returns:
+        What the processor makes of images (for Qwen-VL `pixel_values` (patches, patch size) float32 and
+        `image_grid_thw` (images, 3) int64; for families with tiles `pixel_values` (tiles, 3, height, width)) and of
+        videos (`pixel_values_videos`, `video_grid_thw`, ...); empty when no row has any. Each distinct handle is
+        processed once and its features repeated.
+    """
+    handles = [handle for row in media if row is not None for handle in row]
+    if processor is None or not handles:
+        return {}
+    features = {handle: _features_of(handle, processor) for handle in dict.fromkeys(handles)}
+    joined: dict[str, list[torch.Tensor]] = {}
+    for handle in handles:
+        for name, value in features[handle].items():
+            joined.setdefault(name, []).append(value)
+    return {name: _join(values) for name, values in joined.items()}
+
+
+def _features_of(handle: MediaHandle, processor: ProcessorMixin) -> dict[str, torch.Tensor]:
+    """What the processor adds to a prompt of nothing but this medium's placeholder."""
+    medium = handle.load()
+    if handle.is_video:
+        inputs = processor(
+            text=[processor.video_token],
+            videos=[medium.frames.copy()],  # what the store hands out is read-only, of which PyTorch warns
+            video_metadata=[medium.outline.metadata],
+            do_sample_frames=False,
+            return_tensors="pt",
+        )
+    else:
+        inputs = processor(text=[processor.image_token], images=[medium], return_tensors="pt")
+    return {name: value for name, value in inputs.items() if name not in TEXT_INPUTS}
+
+
+def _join(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Along the first dimension. Images of different sizes get zeros on the right and at the bottom, as Pixtral pads
+    them; their true sizes are an input of their own."""
+    if any(value.shape[1:] != values[0].shape[1:] for value in values):
+        height, width = (max(value.shape[dim] for value in values) for dim in (2, 3))
+        values = [functional.pad(value, (0, width - value.shape[3], 0, height - value.shape[2])) for value in values]
+    return torch.cat(list(values))

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process per device, over any number of nodes, joined in one process group: where workers live.
+
+The processes start before anyone knows which worker they will house, so that they import what it needs while their
+owner still reads its data. This file loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import os
+import socket
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from verl.single_controller.lost_processes import PROCESS_LOST, Node, run_ended_by
+from verl.utils.lean_imports import import_modules
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
+"""Longer than any phase in which ranks wait for each other (a slow rank may generate for most of an hour)."""
+
+PLACEMENT_TIMEOUT_SECONDS = 300
+
+SETTLE_SECONDS = 5
+"""A rank whose peer died fails in their collective about two seconds before Ray says who died."""
+
+
+def detect_device() -> str:
+    """ "cuda" when the Ray cluster has any GPU, else "cpu"."""
+    return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
+
+
+class WorkerProcess:
+    """A Ray actor with one device, in which workers live.
+
+    Args:
+        rank, world_size, local_rank, device: handed on to every worker.
+        variables: of the environment, for libraries that read them when they are imported.
+    """
+
+    def __init__(self, rank: int, world_size: int, local_rank: int, device: str, variables: Mapping[str, str]) -> None:
+        os.environ.update(variables)
+        self.place = {"rank": rank, "world_size": world_size, "local_rank": local_rank, "device": device}
+        self.workers: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        """What Ray puts before each line of the process's output."""
+        return f"rank {self.place['rank']}"
+
+    def import_modules(self, names: Sequence[str]) -> None:
+        """Imports what a worker will need."""
+        import_modules(names)
+        gc.freeze()  # modules stay for the life of the process; no collection needs to look at them again
+
+    def free_address(self) -> tuple[str, int]:
+        """This node's address and a port that is free on it, for the others to meet at."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def join_process_group(self, address: str, port: int) -> None:
+        """Joins the default process group: gloo for CPU tensors, and NCCL beside it on CUDA."""
+        import torch
+        import torch.distributed as dist
+
+        os.environ.update(
+            MASTER_ADDR=address,
+            MASTER_PORT=str(port),
+            RANK=str(self.place["rank"]),
+            WORLD_SIZE=str(self.place["world_size"]),
+            LOCAL_RANK=str(self.place["local_rank"]),
+        )
+        is_cuda = self.place["device"] == "cuda"
+        if is_cuda:
+            # Ray shows each actor only its own GPU, so the device index is 0 whatever the local rank; libraries take
+            # LOCAL_RANK for that index.
+            os.environ["LOCAL_RANK"] = "0"
+            torch.cuda.set_device(0)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
+
+    def build(self, name: str, worker_class: type, worker_kwargs: dict[str, Any]) -> None:
+        """Builds the worker that the other methods know under `name`."""
+        self.workers[name] = worker_class(**worker_kwargs, **self.place)
+
+    def call(self, name: str, method: str, *args: Any, **kwargs: Any) -> Any:
+        """What the worker's method answers."""
+        return getattr(self.workers[name], method)(*args, **kwargs)
+
+    def drop(self, name: str) -> None:
+        """Forgets a worker and frees its memory."""
+        self.workers.pop(name, None)
+        gc.collect()  # a model has cycles of references
+
+
+class WorkerProcesses:
+    """The processes that a group of workers runs in. A context manager that ends them.
+
+    Starting returns at once; the first `build` waits until all have started and share a process group.
+
+    Args:
+        num_nodes, workers_per_node: their product is the number of processes; rank = node * workers_per_node + local.
+        device: "cuda" gives each process one GPU, "cpu" none.
+        modules: what they import as soon as they have started.
+
+    Raises:
+        ValueError: the Ray cluster has fewer GPUs or CPUs than asked for.
+    """
+
+    def __init__(self, num_nodes: int, workers_per_node: int, device: str, modules: Sequence[str] = ()) -> None:
+        self.device = device
+        self.world_size = num_nodes * workers_per_node
+        _check_resources(num_nodes, workers_per_node, device)
+        self._placement_groups = _reserve_nodes(num_nodes, workers_per_node, device)
+        self.node_of_rank = [_node_of(group) for group in self._placement_groups for _ in range(workers_per_node)]
+        self._actors = self._start(workers_per_node)
+        self._imports = [actor.import_modules.remote(modules) for actor in self._actors]
+        self._has_joined = False
+
+    def _start(self, workers_per_node: int) -> list[ray.actor.ActorHandle]:
+        is_cuda = self.device == "cuda"
+        # More than one thread per process makes CPU workers fight over the cores, many times slower. Not by way of a
+        # runtime environment, for which Ray would start a process anew instead of taking one that waits.
+        variables = {} if is_cuda else {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        actor_class = ray.remote(num_cpus=1, num_gpus=int(is_cuda))(WorkerProcess)
+        return [
+            actor_class.options(
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=local_rank)
+            ).remote(
+                rank=node * workers_per_node + local_rank,
+                world_size=self.world_size,
+                local_rank=local_rank,
+                device=self.device,
+                variables=variables,
+            )
+            for node, group in enumerate(self._placement_groups)
+            for local_rank in range(workers_per_node)
+        ]
+
+    def build(self, worker_class: type, worker_kwargs: dict[str, Any]) -> str:
+        """Builds a worker of `worker_class` in every process and returns the name that `call` and `drop` want."""
+        if not self._has_joined:
+            self._join()
+        name = f"{worker_class.__name__} {uuid.uuid4().hex}"
+        self._gather([actor.build.remote(name, worker_class, worker_kwargs) for actor in self._actors])
+        return name
+
+    def _join(self) -> None:
+        self._gather(self._imports)
+        address, port = self._gather([self._actors[0].free_address.remote()])[0]
+        self._gather([actor.join_process_group.remote(address, port) for actor in self._actors])
+        self._has_joined = True
+
+    def call(self, name: str, method: str, parts: Sequence[tuple[tuple, dict]]) -> list[Any]:
+        """Calls a method of every worker of that name, each with its own (args, kwargs); the answers by rank."""
+        title = f"{name.partition(' ')[0]}.{method}"  # Ray names the process after it while the call lasts
+        if not self.alive:
+            raise RuntimeError(f"{method} was called on workers that were shut down, after a failure or at the end")
+        return self._gather(
+            [
+                actor.call.options(name=title).remote(name, method, *args, **kwargs)
+                for actor, (args, kwargs) in zip(self._actors, parts, strict=True)
+            ]
+        )
+
+    def drop(self, name: str) -> None:
+        """Has the workers of that name freed, without waiting for it."""
+        for actor in self._actors:
+            actor.drop.remote(name)
+
+    @property
+    def alive(self) -> bool:
+        """False once the processes were ended, by their owner or by a failure."""
+        return bool(self._actors)
+
+    def _gather(self, references: list[ray.ObjectRef]) -> list[Any]:
+        """The answers in the order of `references`, one a rank; raises at the first failure, whichever rank it is.
+
+        A failure ends all processes, since the others may be waiting in a collective for the rank that failed.
+        """
+        answers: dict[ray.ObjectRef, Any] = {}
+        pending = references
+        try:
+            while pending:
+                # ray.get on the whole list could wait for a rank that waits for the failed one.
+                (ready,), pending = ray.wait(pending, num_returns=1)
+                answers[ready] = ray.get(ready)
+            return [answers[reference] for reference in references]
+        except Exception:
+            lost = _lost_ranks(references)
+            self.shutdown()
+            if not lost:
+                raise
+            places = {f"rank {rank}": node for rank, node in enumerate(self.node_of_rank)}
+            raise run_ended_by(lost, places) from next(iter(lost.values()))
+
+    def shutdown(self) -> None:
+        """Kills every process and gives its device back. Safe to call twice."""
+        for actor in self._actors:
+            ray.kill(actor)
+        for group in self._placement_groups:
+            remove_placement_group(group)
+        self._actors, self._placement_groups = [], []
+
+    def __enter__(self) -> WorkerProcesses:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.shutdown()
+
+
+def _check_resources(num_nodes: int, workers_per_node: int, device: str) -> None:
+    resource = "GPU" if device == "cuda" else "CPU"
+    wanted = num_nodes * workers_per_node
+    present = int(ray.cluster_resources().get(resource, 0))
+    if wanted > present:
+        raise ValueError(
+            f"trainer.nnodes={num_nodes} x trainer.n_gpus_per_node={workers_per_node} asks for {wanted} {resource}s, "
+            f"but Ray sees {present}; lower them or add nodes to the cluster"
+        )
+
+
+def _reserve_nodes(num_nodes: int, workers_per_node: int, device: str) -> list[PlacementGroup]:
+    """One placement group per node, each bundle one device, ordered by the nodes' addresses."""
+    bundle = {"CPU": 1, "GPU": 1} if device == "cuda" else {"CPU": 1}
+    groups = [placement_group([bundle] * workers_per_node, strategy="STRICT_PACK") for _ in range(num_nodes)]
+    unplaced = [group for group in groups if not group.wait(PLACEMENT_TIMEOUT_SECONDS)]
+    if unplaced:
+        for group in groups:
+            remove_placement_group(group)
+        raise ValueError(
+            f"no node has {workers_per_node} free x {bundle} for {len(unplaced)} of {num_nodes} nodes "
+            f"(trainer.n_gpus_per_node={workers_per_node}, trainer.nnodes={num_nodes}) after "
+            f"{PLACEMENT_TIMEOUT_SECONDS} s; `ray status` shows what holds them"
+        )
+    return sorted(groups, key=_node_of)
+
+
+def _node_of(group: PlacementGroup) -> Node:
+    node_id = ray.util.placement_group_table(group)["bundles_to_node_id"][0]
+    address = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
+    return Node(address, node_id)
+
+
+def _lost_ranks(references: list[ray.ObjectRef]) -> dict[str, Exception]:
+    """The ranks whose processes are gone, after a failure that may be theirs or may follow from it."""
+    settled, _ = ray.wait(references, num_returns=len(references), timeout=SETTLE_SECONDS)
+    errors = {f"rank {rank}": _error_of(answer) for rank, answer in enumerate(references) if answer in settled}
+    return {name: error for name, error in errors.items() if isinstance(error, PROCESS_LOST)}
+
+
+def _error_of(reference: ray.ObjectRef) -> Exception | None:
+    try:
+        ray.get(reference)
+    except Exception as error:  # noqa: BLE001  whatever a worker raises
+        return error
+    return None
