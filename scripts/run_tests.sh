@@ -1,18 +1,28 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Installs what is missing and runs linter and tests: bash scripts/run_tests.sh [--no-vllm] [arguments of pytest]
-#   --no-vllm  neither installs vLLM (two gigabytes) nor runs the tests that need it
+# Installs what is missing and runs linter and tests: bash scripts/run_tests.sh [--fast | --no-vllm] [pytest arguments]
+#   --fast     leaves out the tests that start Ray or an engine, and vLLM's installation (two gigabytes)
+#   --no-vllm  neither installs vLLM nor runs the tests that need it
+# Without further arguments the tests run in two processes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 
 engine=vllm
-if [ "${1:-}" = --no-vllm ]; then
+selection=()
+case ${1:-} in
+    --fast) selection=(-m "not ray and not vllm") ;;
+    --no-vllm) selection=(-m "not vllm") ;;
+esac
+if [ ${#selection[@]} -gt 0 ]; then
     engine=none
     shift
-    set -- -m "not vllm" "$@"
+fi
+if [ $# -eq 0 ]; then
+    # In the groups, and their order, of tests/conftest.py.
+    selection+=(-n 2 --dist loadgroup --no-loadscope-reorder)
 fi
 
 prepare_environment "$engine"
 "$python" -m ruff check .
-"$python" -m pytest "$@"
+"$python" -m pytest --durations=10 "${selection[@]}" "$@"

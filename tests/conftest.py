@@ -27,6 +27,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import pytest
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Says which tests stay together in one process, of those that pytest-xdist starts: the ones that share a cluster,
+    and the ones of a module, which share its fixtures. Those on the cluster come first, since they take longest."""
+    for item in items:
+        is_on_cluster = "ray_cluster" in item.fixturenames
+        if is_on_cluster:
+            item.add_marker("ray")
+        item.add_marker(pytest.mark.xdist_group("cluster" if is_on_cluster else item.path.stem))
+    items.sort(key=lambda item: "ray_cluster" not in item.fixturenames)
+
+
 @pytest.fixture(scope="session")
 def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a random Qwen2.5-VL with its processor; tests read it and never write into it."""
@@ -56,7 +68,7 @@ def ray_cluster():
     """One Ray for all tests that need it; more CPUs than cores, since workers mostly wait for each other."""
     import ray
 
-    ray.init("local", num_cpus=8, include_dashboard=False, logging_level="ERROR", object_store_memory=200 * 2**20)
+    ray.init("local", num_cpus=16, include_dashboard=False, logging_level="ERROR", object_store_memory=200 * 2**20)
     yield
     ray.shutdown()
 

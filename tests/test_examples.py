@@ -273,6 +273,7 @@ def test_the_readmes_table_names_every_script(readme: str) -> None:
 # Several machines
 
 
+@pytest.mark.ray
 def test_a_script_runs_on_the_first_of_two_machines_once_both_are_there_and_both_end_with_it(tmp_path: Path) -> None:
     """Two Ray nodes on this machine; the script says how it was called and by how many nodes, and ends with 7."""
     script = tmp_path / "script.sh"
@@ -414,11 +415,14 @@ KL_LOSS = {"actor/kl_loss", "actor/kl_coef"}
 WEIGHTED = {"token_weights/weighted_rows", "vgr/mean"}
 
 
+SCRIPT = "qwen2_5_vl_7b_geo3k_grpo_vgr"
+
+
 @pytest.mark.parametrize(
     ("script", "present", "absent"),
     [
         ("qwen2_5_vl_7b_geo3k_grpo", CLIPPED | KL_LOSS, WEIGHTED),
-        ("qwen2_5_vl_7b_geo3k_grpo_vgr", CLIPPED | KL_LOSS | WEIGHTED, set()),
+        (SCRIPT, CLIPPED | KL_LOSS | WEIGHTED, set()),
         ("qwen2_5_vl_7b_geo3k_dapo_vgr", CLIPPED | WEIGHTED, KL_LOSS),
         ("qwen2_5_vl_7b_geo3k_gspo_vgr", CLIPPED | KL_LOSS | WEIGHTED, set()),
         ("qwen2_5_vl_7b_geo3k_cispo_vgr", KL_LOSS | WEIGHTED, CLIPPED),
@@ -435,24 +439,40 @@ def test_a_script_of_each_kind_trains_a_tiny_model(
     data_files: list[str],
     model_of_eight_layers: str,
     tmp_path: Path,
+    ray_cluster,
 ) -> None:
+    """With the arguments that it hands to the trainer."""
     overrides = tiny(tmp_path / "run", data_files, model_of_eight_layers)
     if "_dapo" in script:  # the tests' reward counts vowels
         overrides += ["algorithm.filter_key=overall", "algorithm.filter_high=1000"]
-    for refusal in refusals_of(arguments_of(tmp_path, script, *overrides)):
+    given = arguments_of(tmp_path, script, *overrides)
+    for refusal in refusals_of(given):
         skip_if_not_installed(refusal)
-    finished = run_script(script, *overrides, programs=Path(sys.executable).parent)
-    assert finished.returncode == 0, finished.stderr
-    records = [json.loads(line) for line in (tmp_path / "run" / "experiment_log.jsonl").read_text().splitlines()]
-    steps = [record for record in records if "actor" in record]
-    assert [record["step"] for record in steps] == [1, 2]
-    for record in steps:
+    run_shared(load_config(given))
+    records = steps_of(tmp_path / "run")
+    assert [record["step"] for record in records] == [1, 2]
+    for record in records:
         metrics = {key.replace(".", "/"): value for key, value in leaves(record)}
         assert present <= set(metrics) and not absent & set(metrics)
         assert math.isfinite(metrics["actor/pg_loss"]) and metrics["actor/grad_norm"] > 0
         if script.endswith("_vgr"):
             assert metrics["token_weights/weighted_rows"] > 0
     assert (tmp_path / "run" / "global_step_2" / "actor").is_dir()
+
+
+@pytest.mark.ray
+def test_a_script_starts_the_trainer_and_ends_with_it(
+    data_files: list[str], model_of_eight_layers: str, tmp_path: Path
+) -> None:
+    overrides = tiny(tmp_path / "run", data_files, model_of_eight_layers)
+    finished = run_script(SCRIPT, *overrides, programs=Path(sys.executable).parent)
+    assert finished.returncode == 0, finished.stderr
+    assert [record["step"] for record in steps_of(tmp_path / "run")] == [1, 2]
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (folder / "experiment_log.jsonl").read_text().splitlines()]
+    return [record for record in records if "actor" in record]
 
 
 def test_a_script_without_images_trains_a_model_that_takes_none(tmp_path: Path, ray_cluster) -> None:

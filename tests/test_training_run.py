@@ -120,6 +120,7 @@ def is_changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) 
     return any(not torch.equal(value, after[name]) for name, value in before.items())
 
 
+@pytest.mark.ray
 def test_three_steps_on_two_workers_leave_logs_checkpoints_and_curves(
     tiny_model_path: str, data_files: list[str], tmp_path: Path
 ) -> None:
@@ -424,8 +425,8 @@ def test_a_checkpoint_of_the_model_only_can_be_resumed_with_a_fresh_optimizer(
 def test_a_cluster_without_a_cpu_for_the_rewards_is_refused_before_workers_start(
     tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster
 ) -> None:
-    args = arguments(tiny_model_path, data_files, tmp_path, "worker.reward.num_cpus=20")
-    with pytest.raises(ValueError, match=r"1 workers .* worker.reward.num_cpus=20 ask for 21 CPUs, but Ray sees 8"):
+    args = arguments(tiny_model_path, data_files, tmp_path, "worker.reward.num_cpus=40")
+    with pytest.raises(ValueError, match=r"1 workers .* worker.reward.num_cpus=40 ask for 41 CPUs, but Ray sees 16"):
         run(load_config(args))
 
 
@@ -553,6 +554,7 @@ def test_the_best_checkpoint_is_kept_and_known_to_a_run_that_goes_on_from_a_late
     assert sorted(path.name for path in folder.glob("global_step_*")) == ["global_step_2", "global_step_5"]
 
 
+@pytest.mark.ray
 def test_a_failure_during_generation_ends_the_run_with_its_own_message_and_no_process_left(
     data_files: list[str], tmp_path: Path
 ) -> None:
@@ -570,6 +572,7 @@ def test_a_failure_during_generation_ends_the_run_with_its_own_message_and_no_pr
     assert processes_marked(mark) == []
 
 
+@pytest.mark.ray
 def test_a_reward_function_that_raises_ends_the_run_with_the_sample_named_and_no_process_left(
     tiny_model_path: str, data_files: list[str], tmp_path: Path
 ) -> None:

@@ -17,6 +17,8 @@ from tests.pool import run_shared
 from tests.test_training_run import ROOT, arguments, lines_of
 from verl.trainer.config import load_config
 
+pytestmark = pytest.mark.ray
+
 STEPS = 3
 """In the last of which the node leaves."""
 

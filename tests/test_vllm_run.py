@@ -21,6 +21,7 @@ from tests.tiny import make_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
+    pytest.mark.ray,
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="these runs are on CPUs; tests/test_gpu.py has one on a GPU"),
