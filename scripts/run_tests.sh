@@ -19,8 +19,8 @@ if [ ${#selection[@]} -gt 0 ]; then
     shift
 fi
 if [ $# -eq 0 ]; then
-    # In the groups, and their order, of tests/conftest.py.
-    selection+=(-n 2 --dist loadgroup --no-loadscope-reorder)
+    # Each file goes to one process, in the order of tests/conftest.py.
+    selection+=(-n 2 --dist loadfile --no-loadscope-reorder)
 fi
 
 prepare_environment "$engine"

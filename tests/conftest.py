@@ -27,16 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import pytest
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Says which tests stay together in one process, of those that pytest-xdist starts: the ones that share a cluster,
-    and the ones of a module, which share its fixtures. Those on the cluster come first, since they take longest."""
+    """Puts the files with tests on a cluster first: they take longest, and pytest-xdist hands files out in order."""
     for item in items:
-        is_on_cluster = "ray_cluster" in item.fixturenames
-        if is_on_cluster:
+        if "ray_cluster" in item.fixturenames:
             item.add_marker("ray")
-        item.add_marker(pytest.mark.xdist_group("cluster" if is_on_cluster else item.path.stem))
-    items.sort(key=lambda item: "ray_cluster" not in item.fixturenames)
+    long_files = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: item.path not in long_files)
 
 
 @pytest.fixture(scope="session")
