@@ -29,7 +29,7 @@ LEAN = """
 import importlib
 try:
     from verl.utils.lean_imports import import_modules
-except ImportError:  # a tree of before
+except ImportError:  # an older tree
     def import_modules(names):
         for name in names:
             importlib.import_module(name)
@@ -75,9 +75,9 @@ def run_seconds(tree: Path, data: Path) -> dict[str, float]:
             seconds = []
             while run.poll() is None and len(seconds) < len(RUNS):
                 lines = log.read_text().count("\n") if log.exists() else 0
-                seconds += [time.perf_counter() - start] * (lines - len(seconds))
+                seconds += [time.perf_counter() - start] * (min(lines, len(RUNS)) - len(seconds))
                 time.sleep(POLL_SECONDS)
-            if run.wait() != 0:
+            if run.wait() != 0 or len(seconds) < len(RUNS):
                 raise RuntimeError(f"the run in {tree} ended with status {run.returncode}: {' '.join(command)}")
     return dict(zip(RUNS, seconds, strict=True))
 

@@ -35,8 +35,10 @@ from verl.algorithms.policy_loss import POLICY_LOSSES
 from verl.models.flops import peak_flops
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import DP_COMPUTE_PROTO, Dispatch, register
-from verl.single_controller.worker_group import WorkerGroup, detect_device
+from verl.single_controller.worker_group import WorkerGroup
+from verl.single_controller.worker_processes import WorkerProcesses, detect_device
 from verl.trainer.config import PPOConfig, load_config
+from verl.trainer.main import WORKER_MODULE
 from verl.utils.batch_plan import BatchPlan
 from verl.workers.fsdp_workers import FSDPWorker
 from verl.workers.rollout.base import Sampling, assemble_batch
@@ -156,10 +158,8 @@ def config_of(arguments: argparse.Namespace, model_path: str, switch: list[str])
 def start(config: PPOConfig, arguments: argparse.Namespace) -> WorkerGroup:
     plan = BatchPlan.from_config(config, arguments.workers)
     group = WorkerGroup(
+        WorkerProcesses(1, arguments.workers, arguments.device, [WORKER_MODULE]),
         MeasuredWorker,
-        1,
-        arguments.workers,
-        arguments.device,
         shares=plan.shares,
         config=config,
         plan=plan,
@@ -214,7 +214,7 @@ def measure(
                     result[phase].append({key: max(one[key] for one in of_workers) for key in of_workers[0]})
     finally:
         for group in groups:
-            group.shutdown()
+            group.processes.shutdown()
     return results
 
 

@@ -27,6 +27,7 @@ from verl.workers.rollout.base import Sampling
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.ray,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # python -m pytest tests/test_reward_function.py
 
-import pickle
 import re
-import sys
 from textwrap import dedent
 
 import numpy as np
@@ -202,16 +200,6 @@ def test_a_function_may_change_what_it_is_given(make_manager, tokenizer):
     assert rewards.sum() == 3
     with pytest.raises(ValueError, match="sample 0 .uid a, ground_truth '12'"):
         make_manager(source + "'nan'").compute_reward(make_batch(tokenizer))
-
-
-def test_the_manager_travels_to_another_process(make_manager, tokenizer, monkeypatch):
-    """Where the user's module was never loaded, as here once it is taken out."""
-    batch = make_batch(tokenizer)
-    manager = make_manager(THREE_FIELDS, reward_function_kwargs={"bonus": 0.5})
-    pickled = pickle.dumps(manager)
-    monkeypatch.delitem(sys.modules, manager.function._function.__module__)
-    copy = pickle.loads(pickled)
-    assert torch.equal(copy.compute_reward(batch)[0], manager.compute_reward(batch)[0])
 
 
 def test_a_dataclass_in_the_reward_file_loads(make_manager, tokenizer):

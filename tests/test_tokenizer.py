@@ -2,6 +2,8 @@
 # python -m pytest tests/test_tokenizer.py
 """Tokenizer and processor come ready for generation, and a machine that cannot load one says what to do."""
 
+import pickle
+import random
 import sys
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 from transformers import LlamaConfig, Qwen2_5_VLProcessor
 
 from tests.tiny import CORPUS, build_tokenizer
-from verl.utils.tokenizer import check_torchvision, get_processor, get_tokenizer
+from verl.utils.tokenizer import check_torchvision, get_processor, get_tokenizer, text_decoder
 
 TEMPLATE = "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -76,3 +78,18 @@ def test_a_torchvision_that_cannot_load_names_the_script_that_mends_it(
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
     with pytest.raises(RuntimeError, match=r"torchvision::nms does not exist.*scripts/mend_torchvision\.py"):
         check_torchvision()
+
+
+@pytest.mark.parametrize("cleans_up", [False, True])
+def test_a_text_decoder_decodes_as_its_tokenizer_does(tiny_model_path: str, cleans_up: bool) -> None:
+    """Special tokens and bytes that are no whole character included, also once it has travelled; a tokenizer that
+    cleans up spaces is its own decoder."""
+    tokenizer = get_tokenizer(tiny_model_path, clean_up_tokenization_spaces=cleans_up)
+    decoder = pickle.loads(pickle.dumps(text_decoder(tokenizer)))
+    assert (type(decoder) is type(tokenizer)) is cleans_up
+    draw = random.Random(0)
+    rows = [draw.choices(range(len(tokenizer)), k=20) for _ in range(50)]
+    rows += [[token] for token in range(len(tokenizer))] + [tokenizer.all_special_ids, []]
+    for ids in rows:
+        for skips in (True, False):
+            assert decoder.decode(ids, skip_special_tokens=skips) == tokenizer.decode(ids, skip_special_tokens=skips)

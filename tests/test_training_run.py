@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from tests.batches import ROWS, write_dataset
-from tests.pool import run_shared
+from tests.pool import run_shared, shared_processes
 from tests.probe import WITH_CRITIC
 from tests.rewards import wait_for, weights_by_length
 from tests.tiny import make_tiny_model
@@ -428,6 +428,14 @@ def test_a_cluster_without_a_cpu_for_the_rewards_is_refused_before_workers_start
     args = arguments(tiny_model_path, data_files, tmp_path, "worker.reward.num_cpus=40")
     with pytest.raises(ValueError, match=r"1 workers .* worker.reward.num_cpus=40 ask for 41 CPUs, but Ray sees 16"):
         run(load_config(args))
+
+
+def test_processes_that_do_not_fit_the_run_are_refused(
+    tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster
+) -> None:
+    args = arguments(tiny_model_path, data_files, tmp_path, "trainer.n_gpus_per_node=2")
+    with pytest.raises(ValueError, match=r"asks for 2 workers, but the processes given to run\(\) are 1"):
+        run(load_config(args), shared_processes(1))
 
 
 def test_val_only_validates_once_and_neither_trains_nor_saves(

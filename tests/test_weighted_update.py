@@ -345,7 +345,7 @@ def weigher(*overrides: str) -> RayDAPOTrainer:
         tokenizer=None,
         train_loader=None,
         val_loader=(),
-        reward_function=None,
+        decoder=None,
         processes=None,
         tracker=None,
         resume_point=None,

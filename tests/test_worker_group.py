@@ -133,6 +133,15 @@ def test_a_worker_that_raises_when_it_is_built_is_told_of_by_its_own_traceback(r
         WorkerGroup(processes, StillbornWorker, offset=0)
 
 
+def test_a_module_that_the_processes_cannot_import_is_told_of_by_its_own_error(ray_cluster) -> None:
+    """As on a node where something is not installed. Processes that have ended stay ended."""
+    with WorkerProcesses(1, 2, "cpu", ["no_such_package"]) as processes:
+        with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+            WorkerGroup(processes, ArithmeticWorker, offset=0)
+        with pytest.raises(RuntimeError, match="ArithmeticWorker was called on workers that were shut down"):
+            WorkerGroup(processes, ArithmeticWorker, offset=0)
+
+
 def test_a_worker_that_dies_ends_the_call_with_its_rank_and_node_and_leaves_no_process(doomed_group) -> None:
     """Not with the broken collective of the rank that waited for it, which is heard of first."""
     pids = [place[3] for place in doomed_group.whereabouts()]

@@ -1,24 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a model trains: all of it, all but its vision tower, or low-rank adapters on its linear layers alone.
-
-peft is imported where a model has adapters, since importing it takes a second.
-"""
-
-from __future__ import annotations
+"""What of a model trains: all of it, all but its vision tower, or low-rank adapters on its linear layers alone."""
 
 import re
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
 
 import torch
+from peft import LoraConfig
+from peft.functional import cast_adapter_dtype, inject_adapter_in_model
+from peft.helpers import rescale_adapter_scale
 from torch import nn
 from transformers import PreTrainedModel
 
 from verl.models.registry import family_of
 from verl.workers.actor.config import ModelConfig
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 ADAPTER = "default"
 """The name that peft gives a layer's adapter, of which there is one here."""
@@ -49,9 +43,6 @@ def choose_trainable(model: nn.Module, config: ModelConfig) -> None:
         tower.requires_grad_(False)
     if config.lora.rank == 0:
         return
-    from peft import LoraConfig
-    from peft.functional import cast_adapter_dtype, inject_adapter_in_model
-
     adapter = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora.rank,
@@ -78,23 +69,12 @@ def adapter_config(model: nn.Module) -> LoraConfig | None:
     return getattr(model, "peft_config", {}).get(ADAPTER)
 
 
-def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that have an adapter, by name; empty for a model without any."""
-    if adapter_config(model) is None:
-        return {}
-    from peft.tuners.lora import LoraLayer
-
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-
-
 def without_adapters(model: nn.Module) -> AbstractContextManager:
     """Inside, the model computes with its frozen weights alone, as it did before anything was trained.
 
     The adapters then count nothing, exactly. Their own switch in peft would also take their gradient away and give it
     back, which reaches either the gathered or the sharded parameters of a layer under FSDP2, not both.
     """
-    from peft.helpers import rescale_adapter_scale
-
     return rescale_adapter_scale(model, 0)
 
 

@@ -49,10 +49,6 @@ class WorkerProcess:
         self.place = {"rank": rank, "world_size": world_size, "local_rank": local_rank, "device": device}
         self.workers: dict[str, Any] = {}
 
-    def __repr__(self) -> str:
-        """What Ray puts before each line of the process's output."""
-        return f"rank {self.place['rank']}"
-
     def import_modules(self, names: Sequence[str]) -> None:
         """Imports what a worker will need."""
         import_modules(names)
@@ -88,7 +84,7 @@ class WorkerProcess:
         """Builds the worker that the other methods know under `name`."""
         self.workers[name] = worker_class(**worker_kwargs, **self.place)
 
-    def call(self, name: str, method: str, *args: Any, **kwargs: Any) -> Any:
+    def call(self, name: str, method: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What the worker's method answers."""
         return getattr(self.workers[name], method)(*args, **kwargs)
 
@@ -96,12 +92,17 @@ class WorkerProcess:
         """Forgets a worker and frees its memory."""
         self.workers.pop(name, None)
         gc.collect()  # a model has cycles of references
+        if self.place["device"] == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
 
 
 class WorkerProcesses:
     """The processes that a group of workers runs in. A context manager that ends them.
 
-    Starting returns at once; the first `build` waits until all have started and share a process group.
+    Starting returns once the cluster has places for them; the first `build` waits until all have started and share a
+    process group. A failure of any method ends all of them.
 
     Args:
         num_nodes, workers_per_node: their product is the number of processes; rank = node * workers_per_node + local.
@@ -143,7 +144,13 @@ class WorkerProcesses:
         ]
 
     def build(self, worker_class: type, worker_kwargs: dict[str, Any]) -> str:
-        """Builds a worker of `worker_class` in every process and returns the name that `call` and `drop` want."""
+        """Builds a worker of `worker_class` in every process and returns the name that `call` and `drop` want.
+
+        Raises:
+            RuntimeError: the processes have ended, or one of them, or its node, is lost.
+            Exception: what a worker raised.
+        """
+        self._require_alive(worker_class.__name__)
         if not self._has_joined:
             self._join()
         name = f"{worker_class.__name__} {uuid.uuid4().hex}"
@@ -157,13 +164,16 @@ class WorkerProcesses:
         self._has_joined = True
 
     def call(self, name: str, method: str, parts: Sequence[tuple[tuple, dict]]) -> list[Any]:
-        """Calls a method of every worker of that name, each with its own (args, kwargs); the answers by rank."""
+        """Calls a method of every worker of that name, each with its own (args, kwargs); the answers by rank.
+
+        Raises:
+            RuntimeError, Exception: as `build` does.
+        """
+        self._require_alive(method)
         title = f"{name.partition(' ')[0]}.{method}"  # Ray names the process after it while the call lasts
-        if not self.alive:
-            raise RuntimeError(f"{method} was called on workers that were shut down, after a failure or at the end")
         return self._gather(
             [
-                actor.call.options(name=title).remote(name, method, *args, **kwargs)
+                actor.call.options(name=title).remote(name, method, args, kwargs)
                 for actor, (args, kwargs) in zip(self._actors, parts, strict=True)
             ]
         )
@@ -172,6 +182,10 @@ class WorkerProcesses:
         """Has the workers of that name freed, without waiting for it."""
         for actor in self._actors:
             actor.drop.remote(name)
+
+    def _require_alive(self, called: str) -> None:
+        if not self.alive:
+            raise RuntimeError(f"{called} was called on workers that were shut down, after a failure or at the end")
 
     @property
     def alive(self) -> bool:
@@ -251,7 +265,12 @@ def _lost_ranks(references: list[ray.ObjectRef]) -> dict[str, Exception]:
     """The ranks whose processes are gone, after a failure that may be theirs or may follow from it."""
     settled, _ = ray.wait(references, num_returns=len(references), timeout=SETTLE_SECONDS)
     errors = {f"rank {rank}": _error_of(answer) for rank, answer in enumerate(references) if answer in settled}
-    return {name: error for name, error in errors.items() if isinstance(error, PROCESS_LOST)}
+    return {
+        name: error
+        for name, error in errors.items()
+        # A process that could not even begin, as where a node lacks a package, has a Python error of its own.
+        if isinstance(error, PROCESS_LOST) and not getattr(error, "actor_init_failed", False)
+    }
 
 
 def _error_of(reference: ray.ObjectRef) -> Exception | None:

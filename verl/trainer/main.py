@@ -51,6 +51,12 @@ RAY_START_NOTE = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ra
 """Where `ray start` leaves the address of the cluster that this machine belongs to, and `ray stop` takes it away."""
 
 
+def set_worker_environment() -> None:
+    """Gives this process, and so those that it starts, the variables that the user has not set."""
+    for name, value in WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 @contextmanager
 def ray_session(config: PPOConfig) -> Iterator[None]:
     """A Ray cluster for the run.
@@ -58,8 +64,7 @@ def ray_session(config: PPOConfig) -> Iterator[None]:
     The one this process is connected to already, or the one that `RAY_ADDRESS` or `ray start` on this machine names,
     or else a new one on this machine that ends with the run.
     """
-    for name, value in WORKER_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_worker_environment()
     joins = "RAY_ADDRESS" in os.environ or RAY_START_NOTE.exists()
     if not joins:
         # Nobody but this process talks to a cluster of its own, and a token would need a writable home.
@@ -92,23 +97,39 @@ def run(config: PPOConfig, processes: "WorkerProcesses | None" = None) -> None:
     """Trains as the config says, from the data on disk to the last checkpoint.
 
     Args:
-        processes: where to train; they live on, for the next run. None starts new ones, and ends them with the run.
+        processes: where to train, such as those of the run before; they live on, for the next. None starts new ones,
+            and ends them with the run.
 
     Raises:
         ValueError: the config asks for what this version lacks, its batch numbers do not fit together, or `processes`
-            are more or fewer than its workers.
+            do not fit the config.
     """
     plan = prepare(config)
-    if processes is not None and processes.world_size != plan.world_size:
-        raise ValueError(f"the config asks for {plan.world_size} workers and processes has {processes.world_size}")
-    # Ray takes seconds to start, most of which this process would only wait.
-    background = ThreadPoolExecutor(max_workers=1)
-    imports = background.submit(import_modules, TRAINER_MODULES)
-    background.shutdown(wait=False)
-    with ray_session(config):
-        with start_processes(config) if processes is None else nullcontext(processes) as places:
-            imports.result()
-            _train(config, plan, places)
+    if processes is not None:
+        _require_fit(config, processes)
+    set_worker_environment()  # before transformers is imported, which reads some of it
+    with ThreadPoolExecutor(max_workers=1) as background:
+        # Ray takes seconds to start, most of which this process would only wait.
+        imports = background.submit(import_modules, TRAINER_MODULES)
+        with ray_session(config):
+            _require_cpus(config)
+            with nullcontext(processes) if processes is not None else start_processes(config) as places:
+                imports.result()
+                _train(config, plan, places)
+
+
+def _require_fit(config: PPOConfig, processes: "WorkerProcesses") -> None:
+    workers = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    if processes.world_size != workers:
+        raise ValueError(
+            f"trainer.nnodes x trainer.n_gpus_per_node asks for {workers} workers, but the processes given to run() "
+            f"are {processes.world_size}"
+        )
+    if config.worker.rollout.name == "vllm":
+        raise ValueError(
+            "worker.rollout.name=vllm needs processes of the run's own, since an engine lives as long as its process; "
+            "call run() without processes"
+        )
 
 
 def prepare(config: PPOConfig) -> BatchPlan:
@@ -129,22 +150,27 @@ def start_processes(config: PPOConfig) -> "WorkerProcesses":
     """Processes for the workers, which import what these need while the trainer reads its data.
 
     Raises:
-        ValueError: the Ray cluster is too small for them and the reward function.
+        ValueError: the Ray cluster is too small for them.
     """
-    import ray
-
     from verl.single_controller.worker_processes import WorkerProcesses, detect_device
 
-    nodes, workers_per_node = config.trainer.nnodes, config.trainer.n_gpus_per_node
-    reward_cpus = config.worker.reward.num_cpus
-    wanted, present = nodes * workers_per_node + reward_cpus, int(ray.cluster_resources().get("CPU", 0))
-    if wanted > present:  # else the reward actor would wait for ever where the workers leave it no CPU
+    return WorkerProcesses(
+        config.trainer.nnodes, config.trainer.n_gpus_per_node, detect_device(), modules=[WORKER_MODULE]
+    )
+
+
+def _require_cpus(config: PPOConfig) -> None:
+    """The reward actor waits for ever where the workers leave it no CPU: say so first."""
+    import ray
+
+    workers, reward_cpus = config.trainer.nnodes * config.trainer.n_gpus_per_node, config.worker.reward.num_cpus
+    wanted, present = workers + reward_cpus, int(ray.cluster_resources().get("CPU", 0))
+    if wanted > present:
         raise ValueError(
-            f"{nodes * workers_per_node} workers (trainer.nnodes x trainer.n_gpus_per_node) with one CPU each and "
+            f"{workers} workers (trainer.nnodes x trainer.n_gpus_per_node) with one CPU each and "
             f"worker.reward.num_cpus={reward_cpus} ask for {wanted} CPUs, but Ray sees {present}; lower them or add "
             "nodes"
         )
-    return WorkerProcesses(nodes, workers_per_node, detect_device(), [WORKER_MODULE])
 
 
 def check_videos(config: PPOConfig, *datasets: "RLHFDataset") -> None:
@@ -180,8 +206,8 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> 
     source = (model.tokenizer_path, config.data.override_chat_template)
     tokenizer = get_tokenizer(*source, trust_remote_code=model.trust_remote_code)
     processor = get_processor(*source, trust_remote_code=model.trust_remote_code)
-    # Built here first: a mistake in the user's file is then told before any model is loaded.
-    reward_function = RewardFunction(config.worker.reward, text_decoder(tokenizer))
+    decoder = text_decoder(tokenizer)
+    RewardFunction(config.worker.reward, decoder)  # a mistake in the user's file is told before any model is loaded
     train_loader, val_loader = create_dataloader(config.data, tokenizer, processor, load_model_config(model))
     check_videos(config, train_loader.dataset, val_loader.dataset)
     steps = training_steps(config, len(train_loader.dataset))
@@ -198,7 +224,7 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> 
         resume_point=resume_point,
     ) as tracker:
         trainer = RayDAPOTrainer(
-            config, plan, steps, tokenizer, train_loader, val_loader, reward_function, processes, tracker, resume_point
+            config, plan, steps, tokenizer, train_loader, val_loader, decoder, processes, tracker, resume_point
         )
         try:
             trainer.init_workers()

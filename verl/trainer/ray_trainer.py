@@ -58,7 +58,7 @@ from verl.utils.tracking import Tracker
 from verl.workers.fsdp_checkpoint import has_optimizer
 from verl.workers.fsdp_workers import FSDPWorker
 from verl.workers.reward.function import place_scores, reward_samples
-from verl.workers.reward.user_function import TOKEN_WEIGHTS, RewardFunction, values_by_key
+from verl.workers.reward.user_function import TOKEN_WEIGHTS, RewardFunction, TextDecoder, values_by_key
 from verl.workers.rollout.base import Sampling
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class RayDAPOTrainer:
         tokenizer: of the policy.
         train_loader: endless source of prompts, with a state that a checkpoint keeps.
         val_loader: the held-out set, in batches.
-        reward_function: scores responses; the trainer runs a copy of it in a process of its own.
+        decoder: makes text of token ids for the reward function, which runs in a process of its own.
         processes: where the workers live; they stay their owner's to end.
         tracker: where metrics go.
         resume_point: the checkpoint to go on from; None starts from the model's own weights.
@@ -93,7 +93,7 @@ class RayDAPOTrainer:
         tokenizer: PreTrainedTokenizerBase,
         train_loader: PromptLoader,
         val_loader: BatchLoader,
-        reward_function: RewardFunction,
+        decoder: TextDecoder,
         processes: WorkerProcesses,
         tracker: Tracker,
         resume_point: ResumePoint | None,
@@ -104,7 +104,7 @@ class RayDAPOTrainer:
         self.tokenizer = tokenizer
         self.train_loader = train_loader
         self.val_loader = val_loader
-        self.reward_function = reward_function
+        self.decoder = decoder
         self.processes = processes
         self.tracker = tracker
         self.resume_point = resume_point
@@ -125,7 +125,7 @@ class RayDAPOTrainer:
     def init_workers(self) -> None:
         """Starts the reward actor, and loads the policy into one worker per device."""
         reward_class = ray.remote(num_cpus=self.config.worker.reward.num_cpus)(RewardFunction)
-        self.reward_actor = reward_class.remote(self.reward_function.config, self.reward_function.decoder)
+        self.reward_actor = reward_class.remote(self.config.worker.reward, self.decoder)
         self._reward_node = node_of(self.reward_actor)
         self.tracker.phase("load", "loading the model")
         self.workers = WorkerGroup(
@@ -507,7 +507,7 @@ class RayDAPOTrainer:
     def _score_now(self, batch: DataProto) -> tuple[list[float], dict[str, list[float]]]:
         samples = reward_samples(batch, self.global_step, split="val")
         results = self._answer_of_reward(self.reward_actor.score.remote(samples))
-        scores = torch.tensor([result["overall"] for result in results])
+        scores = torch.tensor([result["overall"] for result in results])  # (N,)
         return scores.tolist(), _without_token_weights(values_by_key(results))
 
     def _answer_of_reward(self, reference: ray.ObjectRef) -> list[dict[str, Any]]:

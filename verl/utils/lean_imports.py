@@ -26,8 +26,9 @@ def lean_imports() -> Iterator[None]:
     """Inside, the packages in `UNUSED` look as if they were not installed, unless they have been imported already.
 
     Import what imports transformers inside, before anything else does. A None in `sys.modules` is Python's own way to
-    say that a module does not exist. transformers asks once and goes on without for the rest of the process; everyone
-    else finds the packages again afterwards, a user's reward function or model code included.
+    say that a module does not exist. Everyone finds the packages again afterwards, a user's reward function and model
+    code included, but for transformers itself: it asks once, so that in this process its object detectors and assisted
+    generation say that they need the packages.
 
     Garbage is not collected inside: modules make none, and looking for it takes a fifth of the time.
     """

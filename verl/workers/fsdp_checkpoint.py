@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
+from peft import LoraConfig
+from peft.functional import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -153,8 +155,6 @@ class FSDPCheckpoint:
 
     def _save_adapters(self, folder: Path) -> None:
         """For `PeftModel.from_pretrained` and all that reads its format; a collective, rank 0 writes."""
-        from peft.functional import get_peft_model_state_dict
-
         whole = self._model_state(replace(self.options, full_state_dict=True))
         if self.rank == 0:
             replace(self.adapters, inference_mode=True).save_pretrained(str(folder))
@@ -177,8 +177,6 @@ class FSDPCheckpoint:
                 f"shape, such as {differing[0]}; resume with the model_path, lora and freeze_vision_tower of then"
             )
         if self.adapters is not None:
-            from peft import LoraConfig
-
             trained = LoraConfig.from_pretrained(str(path.parent / "lora_adapter"))
             if trained.lora_alpha != self.adapters.lora_alpha:
                 raise ValueError(

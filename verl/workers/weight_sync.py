@@ -4,9 +4,10 @@
 from collections.abc import Iterator
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from verl.models.trainable import ADAPTER, adapted_layers
+from verl.models.trainable import ADAPTER
 from verl.workers.fsdp2 import full_tensor
 
 
@@ -20,7 +21,7 @@ def stream_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     A collective: every rank has to draw the stream to its end, in step. At most one tensor is whole at a time, beside
     what the consumer keeps. Tensors may alias the live parameters (at world size 1 they do): copy, don't keep.
     """
-    adapted = adapted_layers(model)
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for name, value in model.state_dict().items():
         owner, _, parameter = name.rpartition(".base_layer.")
         if owner in adapted:

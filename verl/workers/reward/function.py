@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores batches of responses: what the reward function is given of a batch, and where its scores go.
 
-The trainer has the function (user_function.py) in a process of its own; `AutoRewardManager` applies it right here.
+The trainer has the function (user_function.py) in a process of its own. `AutoRewardManager` scores in the process that
+calls it: EasyR1's class, for programs that score batches without a trainer.
 """
 
 from __future__ import annotations
@@ -76,6 +77,8 @@ def reward_samples(data: DataProto, step: int, split: str) -> list[dict[str, Any
 
 def place_scores(data: DataProto, results: Sequence[Mapping[str, Any]]) -> DataProto:
     """What the results of N samples add to their batch.
+
+    Reads: `responses`, `response_mask` (N, R).
 
     Returns:
         `token_level_scores` (N, R) float32, `overall` on the last token of each response and zero elsewhere; and

@@ -42,7 +42,7 @@ class RewardFunction:
 
     Args:
         config: `reward_function` is `path.py:name`; `reward_function_kwargs` are handed to every call.
-        decoder: turns the responses' token ids into text.
+        decoder: turns the responses' token ids into text; None where nothing will be scored.
 
     Raises:
         ValueError: there is no such function, the keyword arguments do not fit it, or the module's `REWARD_TYPE` is
@@ -68,10 +68,6 @@ class RewardFunction:
                 f"REWARD_TYPE = {self.reward_type!r} in {path} must be 'batch' (the function takes a list of samples) "
                 "or 'sequential' (it takes one)"
             )
-
-    def __reduce__(self) -> tuple[type[RewardFunction], tuple[RewardConfig, TextDecoder | None]]:
-        # The user's module has no importable name, so another process loads it from the file again.
-        return RewardFunction, (self.config, self.decoder)
 
     def score(self, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The dict that each sample gets: its numbers as floats, and `token_weights` as it was returned.
