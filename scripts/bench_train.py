@@ -38,7 +38,7 @@ from verl.single_controller.dispatch import DP_COMPUTE_PROTO, Dispatch, register
 from verl.single_controller.worker_group import WorkerGroup
 from verl.single_controller.worker_processes import WorkerProcesses, detect_device
 from verl.trainer.config import PPOConfig, load_config
-from verl.trainer.main import WORKER_MODULE
+from verl.trainer.main import worker_modules
 from verl.utils.batch_plan import BatchPlan
 from verl.workers.fsdp_workers import FSDPWorker
 from verl.workers.rollout.base import Sampling, assemble_batch
@@ -158,7 +158,7 @@ def config_of(arguments: argparse.Namespace, model_path: str, switch: list[str])
 def start(config: PPOConfig, arguments: argparse.Namespace) -> WorkerGroup:
     plan = BatchPlan.from_config(config, arguments.workers)
     group = WorkerGroup(
-        WorkerProcesses(1, arguments.workers, arguments.device, [WORKER_MODULE]),
+        WorkerProcesses(1, arguments.workers, arguments.device, worker_modules(config.worker.rollout.name)),
         MeasuredWorker,
         shares=plan.shares,
         config=config,

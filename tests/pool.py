@@ -11,7 +11,7 @@ import ray
 
 from verl.single_controller.worker_processes import WorkerProcesses
 from verl.trainer.config import PPOConfig
-from verl.trainer.main import WORKER_MODULE, run
+from verl.trainer.main import run, worker_modules
 
 _SHARED: dict[int, WorkerProcesses] = {}
 
@@ -26,9 +26,9 @@ def shared_processes(count: int) -> WorkerProcesses:
     return _SHARED[count]
 
 
-def new_processes(count: int) -> WorkerProcesses:
+def new_processes(count: int, engine: str = "hf") -> WorkerProcesses:
     """As many of a test's own, which the test has to end."""
-    return WorkerProcesses(1, count, "cpu", [WORKER_MODULE])
+    return WorkerProcesses(1, count, "cpu", worker_modules(engine))
 
 
 def run_shared(config: PPOConfig) -> None:

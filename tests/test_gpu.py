@@ -20,7 +20,7 @@ from verl.models.kernels.attention_mass import BACKENDS, KeyPlan, default_backen
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.single_controller.worker_processes import WorkerProcesses
-from verl.trainer.main import WORKER_MODULE
+from verl.trainer.main import worker_modules
 from verl.utils.attention_metrics import KeyKind
 from verl.workers.fsdp2 import resident
 from verl.workers.rollout.base import Sampling
@@ -107,7 +107,7 @@ def test_a_model_that_fsdp_keeps_in_host_memory_trains_as_one_on_the_gpu(
         "cuda": {"parameters": {"cpu"}, "states": {"cpu"}, "buffers": {"cpu"}},
         "cpu": {"parameters": {"cpu"}, "states": {"cpu"}, "buffers": {"cuda"}},
     }
-    with WorkerProcesses(1, workers, "cuda", [WORKER_MODULE]) as processes:
+    with WorkerProcesses(1, workers, "cuda", worker_modules("hf")) as processes:
         group = start_group(make_config(tiny_model_path, *common), workers, processes)
         for home, switch in (("cuda", "false"), ("cpu", "true")):
             keys = [f"worker.{name}.fsdp.enable_cpu_offload={switch}" for name in ("actor", "ref")]
@@ -205,7 +205,7 @@ def test_vllm_sleeps_while_the_actor_trains_and_wakes_with_its_weights(tmp_path:
     prompts = make_prompts(model_path, tmp_path)
     greedy = Sampling(n=1, temperature=0.0, top_p=1.0, top_k=-1, ignore_eos=False)
     request = DataProto(prompts.batch, prompts.non_tensor_batch, {"sampling": greedy, "seed_parts": (0,)})
-    with WorkerProcesses(1, 1, "cuda", [WORKER_MODULE]) as processes:
+    with WorkerProcesses(1, 1, "cuda", worker_modules("vllm")) as processes:
         group = start_group(config, 1, processes)
         total = torch.cuda.get_device_properties(0).total_memory
         for update in range(3):

@@ -30,11 +30,14 @@ OF_TRANSFORMERS = {"accelerate", "jinja2", "numpy", "peft", "PIL", "safetensors"
 }
 """What its models and processors bring along."""
 
+OF_RAY = {"pyarrow", "ray", "tqdm"}
+"""What its workers bring along where it is installed."""
+
 ALLOWED = {
     "command line": {"omegaconf", "tqdm"},
-    "reward": {"numpy", "PIL", "ray", "tokenizers"},
-    "worker": OF_TRANSFORMERS | {"ray", "tensordict"},
-    "trainer": OF_TRANSFORMERS | {"datasets", "omegaconf", "pandas", "pyarrow", "ray", "tensordict"},
+    "reward": OF_RAY | {"numpy", "PIL", "tokenizers"},
+    "worker": OF_TRANSFORMERS | OF_RAY | {"tensordict"},
+    "trainer": OF_TRANSFORMERS | OF_RAY | {"datasets", "omegaconf", "pandas", "tensordict"},
 }
 """Which of them a process of a run with the HF engine and the file logger may have loaded."""
 

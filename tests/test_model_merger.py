@@ -618,18 +618,20 @@ import sys
 from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
-    llm = LLM(
-        sys.argv[1],
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=64,
-        max_num_seqs=2,
-        kv_cache_memory_bytes=2**24,
-        limit_mm_per_prompt={"image": 0, "video": 0},
-    )
-    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, detokenize=False)
-    (output,) = llm.generate([{"prompt_token_ids": [5, 6, 7, 8, 9]}], params, use_tqdm=False)
-    print("answer", *output.outputs[0].token_ids)
+    for path in sys.argv[1:]:
+        llm = LLM(
+            path,
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=64,
+            max_num_seqs=2,
+            kv_cache_memory_bytes=2**24,
+            limit_mm_per_prompt={"image": 0, "video": 0},
+        )
+        params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, detokenize=False)
+        (output,) = llm.generate([{"prompt_token_ids": [5, 6, 7, 8, 9]}], params, use_tqdm=False)
+        print("answer", *output.outputs[0].token_ids)
+        del llm  # its process group goes with it, and the next engine makes one
 """
 
 
@@ -656,20 +658,24 @@ def make_servable(kind: str, path: Path) -> None:
 @pytest.mark.vllm
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it starts vLLM's CPU build; the folder is the same anywhere")
-@pytest.mark.parametrize("kind", ["image-text", "image-text with experts"])
-def test_vllm_answers_with_the_merged_model_as_transformers_does(
-    kind: str, elsewhere: ProcessPoolExecutor, tmp_path: Path
-) -> None:
-    """Greedily, in fp32."""
-    source, local_dir = tmp_path / "model", tmp_path / "actor"
-    make_servable(kind, source)
-    elsewhere.submit(write_shards, local_dir, source, (3,)).result()
-    merged = merge(local_dir, "--dtype", "float32")
+def test_vllm_answers_with_merged_models_as_transformers_does(elsewhere: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """Greedily, in fp32: a dense model, and one with experts."""
+    sources, merged = [], []
+    for kind in ("image-text", "image-text with experts"):
+        sources.append(tmp_path / kind / "model")
+        local_dir = tmp_path / kind / "actor"
+        make_servable(kind, sources[-1])
+        elsewhere.submit(write_shards, local_dir, sources[-1], (3,)).result()
+        merged.append(merge(local_dir, "--dtype", "float32"))
     script = tmp_path / "answer.py"
     script.write_text(VLLM_ANSWERS)
-    finished = subprocess.run([sys.executable, script, merged], capture_output=True, text=True, check=False)
+    in_one_process = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # another one would import it all again
+    finished = subprocess.run(
+        [sys.executable, script, *merged], env=in_one_process, capture_output=True, text=True, check=False
+    )
     assert finished.returncode == 0, finished.stderr
-    (line,) = (line for line in finished.stdout.splitlines() if line.startswith("answer"))
+    lines = [line for line in finished.stdout.splitlines() if line.startswith("answer")]
     options = dict(max_new_tokens=8, do_sample=False, eos_token_id=-1, attention_mask=torch.ones_like(IDS))
-    expected = load(source, dtype=torch.float32).generate(IDS, **options)[0, IDS.shape[1] :]
-    assert [int(word) for word in line.split()[1:]] == expected.tolist()
+    for line, source in zip(lines, sources, strict=True):
+        expected = load(source, dtype=torch.float32).generate(IDS, **options)[0, IDS.shape[1] :]
+        assert [int(word) for word in line.split()[1:]] == expected.tolist()

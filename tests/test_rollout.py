@@ -85,7 +85,7 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def workers(name: str, model_path: str, ray_cluster):
     """One worker with its engine; tests leave the policy's weights as they find them."""
-    with new_processes(1) as processes:
+    with new_processes(1, name) as processes:
         group = start_group(config_of(model_path, name), 1, processes)
         group.prepare_rollout_engine()
         yield group
@@ -280,7 +280,7 @@ def test_two_workers_that_share_an_engine_get_the_answers_to_their_own_prompts(
 ) -> None:
     """Tensor parallel over two: each answers half of the prompts, with half of the heads."""
     overrides = ("worker.rollout.tensor_parallel_size=2", "worker.actor.micro_batch_size_per_device_for_update=4")
-    with new_processes(2) as processes:
+    with new_processes(2, "vllm") as processes:
         group = start_group(config_of(model_path, "vllm", *overrides), 2, processes)
         for _ in range(2):
             group.prepare_rollout_engine()
@@ -315,7 +315,7 @@ def test_a_text_model_whose_head_is_its_embeddings_takes_in_new_weights(ray_clus
     path = tmp_path / "model"
     Gemma2ForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
-    with new_processes(1) as processes:
+    with new_processes(1, "vllm") as processes:
         group = start_group(config_of(str(path), "vllm"), 1, processes)
         prompts = make_prompts(str(path), tmp_path, [row for row in ROWS if not row["images"]])
         for _ in range(2):

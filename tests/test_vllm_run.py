@@ -18,6 +18,8 @@ import torch
 from tests.batches import ROWS, write_dataset
 from tests.test_training_run import arguments, command, lines_of, processes_marked
 from tests.tiny import make_tiny_model
+from verl.trainer.config import load_config
+from verl.trainer.main import run
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
@@ -46,7 +48,7 @@ def with_vllm(model_path: str, data_files: list[str], output: Path, *overrides: 
 
 
 def test_token_weights_come_from_vllms_rollouts_and_a_seed_repeats_the_run(
-    model_path: str, data_files: list[str], tmp_path: Path
+    model_path: str, data_files: list[str], tmp_path: Path, ray_cluster
 ) -> None:
     """Two steps, so that the second rollout is one of updated weights; half of each step's rows have an image."""
     weighted = (
@@ -58,10 +60,7 @@ def test_token_weights_come_from_vllms_rollouts_and_a_seed_repeats_the_run(
     )
     runs, weights = [], []
     for name in ("first", "again"):
-        mark = uuid.uuid4().hex
-        finished = command(*with_vllm(model_path, data_files, tmp_path / name, *weighted), mark=mark)
-        assert finished.returncode == 0, finished.stderr
-        assert processes_marked(mark) == []
+        run(load_config(with_vllm(model_path, data_files, tmp_path / name, *weighted)))
         records = lines_of(tmp_path / name / "experiment_log.jsonl")
         runs.append([record for record in records if "actor" in record])
         weights.append(torch.load(tmp_path / name / "global_step_2" / "actor" / "model_world_size_1_rank_0.pt"))
@@ -77,12 +76,13 @@ def test_token_weights_come_from_vllms_rollouts_and_a_seed_repeats_the_run(
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-def test_vllm_draws_from_adapters_that_train(model_path: str, data_files: list[str], tmp_path: Path) -> None:
+def test_vllm_draws_from_adapters_that_train(
+    model_path: str, data_files: list[str], tmp_path: Path, ray_cluster
+) -> None:
     """From the second step on the policy has left the base, as the KL loss tells, and vLLM has left it too: its
     log-probabilities are still the trainer's."""
     adapters = ("worker.actor.model.lora.rank=4", "worker.actor.optim.lr=1e-2")
-    finished = command(*with_vllm(model_path, data_files, tmp_path, *adapters), mark=uuid.uuid4().hex)
-    assert finished.returncode == 0, finished.stderr
+    run(load_config(with_vllm(model_path, data_files, tmp_path, *adapters)))
     records = [record for record in lines_of(tmp_path / "experiment_log.jsonl") if "actor" in record]
     assert len(records) == 2
     assert records[1]["actor"]["kl_loss"] > 1e-3
@@ -117,7 +117,7 @@ def test_an_engine_that_dies_while_it_generates_ends_the_run_within_seconds_and_
         "trainer.val_before_train=false",
         "trainer.logger=[console]",
     )
-    run = subprocess.Popen(
+    started = subprocess.Popen(
         [sys.executable, "-m", "verl.trainer.main", *with_vllm(model_path, data_files, tmp_path, *endless)],
         cwd=ROOT,
         env={**os.environ, "VERL_TEST_MARK": mark},
@@ -125,11 +125,11 @@ def test_an_engine_that_dies_while_it_generates_ends_the_run_within_seconds_and_
         stderr=subprocess.PIPE,
         text=True,
     )
-    worker = _worker_that_generates(run)
+    worker = _worker_that_generates(started)
     os.kill(worker, signal.SIGKILL)
     died = time.monotonic()
-    _, errors = run.communicate(timeout=120)
-    assert run.returncode == 1
+    _, errors = started.communicate(timeout=120)
+    assert started.returncode == 1
     assert "ActorDiedError" in errors
     assert time.monotonic() - died < 60
     assert processes_marked(mark) == []

@@ -22,6 +22,7 @@ from verl.trainer.config import (
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.lean_imports import import_modules
 from verl.utils.tracking import Tracker, require_loggers
+from verl.workers.rollout.config import ENGINES
 
 if TYPE_CHECKING:
     from verl.data.dataset import RLHFDataset
@@ -43,9 +44,6 @@ WORKER_ENVIRONMENT = {
 
 TRAINER_MODULES = ("verl.data.loader", "verl.trainer.ray_trainer")
 """What this process imports while Ray starts."""
-
-WORKER_MODULE = "verl.workers.fsdp_workers"
-"""What worker processes import while the trainer prepares the run."""
 
 RAY_START_NOTE = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
 """Where `ray start` leaves the address of the cluster that this machine belongs to, and `ray stop` takes it away."""
@@ -154,9 +152,13 @@ def start_processes(config: PPOConfig) -> "WorkerProcesses":
     """
     from verl.single_controller.worker_processes import WorkerProcesses, detect_device
 
-    return WorkerProcesses(
-        config.trainer.nnodes, config.trainer.n_gpus_per_node, detect_device(), modules=[WORKER_MODULE]
-    )
+    nodes, workers_per_node = config.trainer.nnodes, config.trainer.n_gpus_per_node
+    return WorkerProcesses(nodes, workers_per_node, detect_device(), worker_modules(config.worker.rollout.name))
+
+
+def worker_modules(engine: str) -> list[str]:
+    """What worker processes import as soon as they start: all that a worker with this rollout engine needs."""
+    return ["verl.workers.fsdp_workers", ENGINES[engine].partition(":")[0]]
 
 
 def _require_cpus(config: PPOConfig) -> None:

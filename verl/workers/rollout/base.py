@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from verl.models.position_ids import extend_position_ids
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
-from verl.workers.rollout.config import RolloutConfig
+from verl.workers.rollout.config import ENGINES, RolloutConfig
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,6 @@ class Rollout(ABC):
     def sleep(self) -> None:
         """Gives all that memory back to the trainer."""
 
-
-ENGINES = {
-    "hf": "verl.workers.rollout.hf_rollout:HFRollout",
-    "vllm": "verl.workers.rollout.vllm_rollout:VLLMRollout",
-}
-"""Where the class of each `worker.rollout.name` is; imported when asked for, since an engine is heavy to load."""
 
 READ_VIDEOS = {"hf"}
 """The engines that read prompts with videos as the trainer does."""

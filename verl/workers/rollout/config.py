@@ -19,6 +19,13 @@ VALIDATION_SETTINGS: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], st
 """What `val_override_config` takes: a setting's types, its range, and both in words."""
 
 
+ENGINES = {
+    "hf": "verl.workers.rollout.hf_rollout:HFRollout",
+    "vllm": "verl.workers.rollout.vllm_rollout:VLLMRollout",
+}
+"""Where the class of each `worker.rollout.name` is; imported when asked for, since an engine is heavy to load."""
+
+
 @dataclass(frozen=True)
 class RolloutConfig(ConfigSection):
     """How responses are sampled. Prompt and response lengths are `data.max_prompt_length` and `_response_length`."""
