@@ -33,11 +33,14 @@ OF_TRANSFORMERS = {"accelerate", "jinja2", "numpy", "peft", "PIL", "safetensors"
 OF_RAY = {"pyarrow", "ray", "tqdm"}
 """What its workers bring along where it is installed."""
 
+OF_DATASETS = {"datasets", "pandas", "scipy"}
+"""What reading data brings along, where scipy is installed."""
+
 ALLOWED = {
     "command line": {"omegaconf", "tqdm"},
     "reward": OF_RAY | {"numpy", "PIL", "tokenizers"},
     "worker": OF_TRANSFORMERS | OF_RAY | {"tensordict"},
-    "trainer": OF_TRANSFORMERS | OF_RAY | {"datasets", "omegaconf", "pandas", "tensordict"},
+    "trainer": OF_TRANSFORMERS | OF_RAY | OF_DATASETS | {"omegaconf", "tensordict"},
 }
 """Which of them a process of a run with the HF engine and the file logger may have loaded."""
 
