@@ -31,7 +31,7 @@ def shuffled_weights(
     weights = ordered_weights(trainer, batch, reward_metrics)
     if weights is None:
         return None
-    generator = torch.Generator().manual_seed(trainer.global_step)
+    generator = torch.Generator().manual_seed(trainer.state.global_step)
     shuffled = weights.clone()
     for row, length in enumerate(batch.batch["response_mask"].sum(dim=1).tolist()):
         order = torch.randperm(length, generator=generator)

@@ -10,6 +10,7 @@ from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS, AdvantageInputs
 from verl.protocol import DataProto
 from verl.trainer.config import load_config
 from verl.trainer.ray_trainer import RayDAPOTrainer
+from verl.trainer.run_state import RunState
 from verl.utils.step_record import StepRecord
 
 
@@ -17,7 +18,7 @@ def trainer_with(*overrides: str) -> RayDAPOTrainer:
     """A trainer that has not started anything: this phase needs its configuration alone."""
     trainer = object.__new__(RayDAPOTrainer)
     trainer.config = load_config(list(overrides))
-    trainer.kl_coef = trainer.config.algorithm.kl_coef
+    trainer.state = RunState(trainer.config)
     return trainer
 
 
@@ -109,7 +110,7 @@ def test_an_adaptive_coefficient_waits_with_the_actor_for_the_critic(batch: Data
     coefficients = []
     for step in (1, 2, 3):
         compute(trainer, batch, step)
-        coefficients.append(trainer.kl_coef)
+        coefficients.append(trainer.state.kl_coef)
     assert coefficients == pytest.approx([0.1, 0.1, 0.098])
 
 
@@ -119,4 +120,4 @@ def test_rewards_are_the_scores_where_the_kl_is_in_the_loss_or_off(place: str, b
     result, metrics = compute(trainer, batch)
     assert torch.equal(result.batch["token_level_rewards"], batch.batch["token_level_scores"])
     assert metrics == {}
-    assert trainer.kl_coef == 0.1
+    assert trainer.state.kl_coef == 0.1

@@ -11,8 +11,8 @@ from tests.batches import answer_at_random, make_prompts
 from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, make_config, start_alone, without_clock
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
+from verl.utils.checkpoint import has_optimizer
 from verl.workers.fsdp2 import full_tensor
-from verl.workers.fsdp_checkpoint import has_optimizer
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ class WorkerGroup:
 
     Args:
         processes: where the workers live, beside those of other groups. They stay their owner's to end.
-        worker_class: a subclass of `Worker`.
+        worker_class: a subclass of `Worker`, or its place as `module:Class`, which this process then need not import.
         shares: how many neighbouring ranks share the parts of the methods that name it; 1 for names that are missing.
         **worker_kwargs: passed on to the class beside `rank, world_size, local_rank, device`.
 
@@ -30,15 +30,15 @@ class WorkerGroup:
     def __init__(
         self,
         processes: WorkerProcesses,
-        worker_class: type[Worker],
+        worker_class: type[Worker] | str,
         shares: Mapping[str, int] | None = None,
         **worker_kwargs: Any,
     ) -> None:
         self.processes = processes
         self.world_size = processes.world_size
-        self._name = processes.build(worker_class, worker_kwargs)
-        for name, method in _driven_methods(worker_class).items():
-            setattr(self, name, self._drive(name, method.dispatch, (shares or {}).get(method.shared_by, 1)))
+        self._name, methods = processes.build(worker_class, worker_kwargs)
+        for method, (dispatch, shared_by) in methods.items():
+            setattr(self, method, self._drive(method, dispatch, (shares or {}).get(shared_by, 1)))
 
     def _drive(self, method: str, dispatch: Dispatch, ranks_per_part: int) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -56,8 +56,3 @@ class WorkerGroup:
     def release(self) -> None:
         """Frees the workers. Their processes live on."""
         self.processes.drop(self._name)
-
-
-def _driven_methods(worker_class: type[Worker]) -> dict[str, Callable]:
-    members = {name: getattr(worker_class, name) for name in dir(worker_class)}
-    return {name: member for name, member in members.items() if hasattr(member, "dispatch")}

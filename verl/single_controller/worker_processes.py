@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import importlib
 import os
 import socket
 import uuid
@@ -80,9 +81,20 @@ class WorkerProcess:
             torch.cuda.set_device(0)
         dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
 
-    def build(self, name: str, worker_class: type, worker_kwargs: dict[str, Any]) -> None:
-        """Builds the worker that the other methods know under `name`."""
+    def build(
+        self, name: str, worker_class: type | str, worker_kwargs: dict[str, Any]
+    ) -> dict[str, tuple[Any, str | None]]:
+        """Builds the worker that the other methods know under `name`.
+
+        Returns:
+            The (dispatch, shared_by) of each method that is marked with `@register`.
+        """
+        if isinstance(worker_class, str):
+            module, _, class_name = worker_class.partition(":")
+            worker_class = getattr(importlib.import_module(module), class_name)
         self.workers[name] = worker_class(**worker_kwargs, **self.place)
+        members = {method: getattr(worker_class, method) for method in dir(worker_class)}
+        return {key: (one.dispatch, one.shared_by) for key, one in members.items() if hasattr(one, "dispatch")}
 
     def call(self, name: str, method: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What the worker's method answers."""
@@ -143,19 +155,28 @@ class WorkerProcesses:
             for local_rank in range(workers_per_node)
         ]
 
-    def build(self, worker_class: type, worker_kwargs: dict[str, Any]) -> str:
-        """Builds a worker of `worker_class` in every process and returns the name that `call` and `drop` want.
+    def build(
+        self, worker_class: type | str, worker_kwargs: dict[str, Any]
+    ) -> tuple[str, dict[str, tuple[Any, str | None]]]:
+        """Builds a worker in every process.
+
+        Args:
+            worker_class: the class, or its place as `module:Class`, which only the processes then import.
+
+        Returns:
+            The name that `call` and `drop` want, and what `WorkerProcess.build` returns.
 
         Raises:
             RuntimeError: the processes have ended, or one of them, or its node, is lost.
             Exception: what a worker raised.
         """
-        self._require_alive(worker_class.__name__)
+        class_name = worker_class.rpartition(":")[2] if isinstance(worker_class, str) else worker_class.__name__
+        self._require_alive(class_name)
         if not self._has_joined:
             self._join()
-        name = f"{worker_class.__name__} {uuid.uuid4().hex}"
-        self._gather([actor.build.remote(name, worker_class, worker_kwargs) for actor in self._actors])
-        return name
+        name = f"{class_name} {uuid.uuid4().hex}"
+        methods = self._gather([actor.build.remote(name, worker_class, worker_kwargs) for actor in self._actors])
+        return name, methods[0]
 
     def _join(self) -> None:
         self._gather(self._imports)

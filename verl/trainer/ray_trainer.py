@@ -6,27 +6,19 @@ each phase says which it reads and which it adds.
 """
 
 import logging
-import os
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS, AdvantageInputs
-from verl.algorithms.group_filter import informative_rows
 from verl.algorithms.importance import truncated_importance_weights
 from verl.algorithms.kl import adapt_kl_coef, apply_kl_penalty, compute_kl
 from verl.algorithms.policy_loss import POLICY_LOSSES
 from verl.data.loader import BatchLoader, PromptLoader
-from verl.data.vision import MediaHandle
-from verl.protocol import DataProto, pad_dataproto_to_divisor, unpad_dataproto
-from verl.single_controller.lost_processes import PROCESS_LOST, node_of, run_ended_by
+from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.single_controller.worker_processes import WorkerProcesses
 from verl.trainer.config import PPOConfig
@@ -39,32 +31,21 @@ from verl.trainer.metrics import (
     compute_token_weight_metrics,
     largest_of_workers,
 )
+from verl.trainer.rewards import RewardClient
+from verl.trainer.rollouts import Rollouts
+from verl.trainer.run_state import RunState
 from verl.trainer.validator import ValidationResult, Validator
 from verl.utils.attention_token_weights import choose_token_weights
 from verl.utils.batch_plan import BatchPlan
-from verl.utils.checkpoint import (
-    DATALOADER_FILE,
-    KL_COEF_FILE,
-    ResumePoint,
-    read_kl_coef,
-    remove_obsolete_ckpt,
-    step_folder,
-    write_kl_coef,
-    write_tracker,
-)
+from verl.utils.checkpoint import ResumePoint
 from verl.utils.seqlen_balancing import balanced_order, seqlen_metrics
 from verl.utils.step_record import StepRecord
 from verl.utils.tracking import Tracker
-from verl.workers.fsdp_checkpoint import has_optimizer
-from verl.workers.fsdp_workers import FSDPWorker
-from verl.workers.reward.function import place_scores, reward_samples
-from verl.workers.reward.user_function import TOKEN_WEIGHTS, RewardFunction, TextDecoder, values_by_key
-from verl.workers.rollout.base import Sampling
+from verl.workers.reward.user_function import TOKEN_WEIGHTS, TextDecoder, values_by_key
 
 logger = logging.getLogger(__name__)
 
-TRAIN, VAL = 0, 1
-"""First part of every rollout seed, so that validation never repeats training's draws."""
+FSDP_WORKER = "verl.workers.fsdp_workers:FSDPWorker"
 
 
 class RayDAPOTrainer:
@@ -108,29 +89,22 @@ class RayDAPOTrainer:
         self.processes = processes
         self.tracker = tracker
         self.resume_point = resume_point
-        self.validator = Validator(val_loader, self._generate_for_validation, self._score_now, tokenizer)
+        self.state = RunState(config)
         self.workers: WorkerGroup | None = None
-        self.reward_actor: ray.actor.ActorHandle | None = None
-        self._reward_node: ray.ObjectRef | None = None
-        self.global_step = 0
-        self.kl_coef = config.algorithm.kl_coef
-        self.best_step: int | None = None
-        self.best_score: float | None = None
-        self.last_validation: tuple[int, ValidationResult] | None = None
-        self.last_saved_step: int | None = None
+        self.rewards: RewardClient | None = None
+        self.rollouts: Rollouts | None = None
+        self.validator: Validator | None = None
         self._has_warned_of_no_weights = False
 
     # ---- life ----
 
     def init_workers(self) -> None:
         """Starts the reward actor, and loads the policy into one worker per device."""
-        reward_class = ray.remote(num_cpus=self.config.worker.reward.num_cpus)(RewardFunction)
-        self.reward_actor = reward_class.remote(self.config.worker.reward, self.decoder)
-        self._reward_node = node_of(self.reward_actor)
+        self.rewards = RewardClient(self.config.worker.reward, self.decoder)
         self.tracker.phase("load", "loading the model")
         self.workers = WorkerGroup(
             self.processes,
-            FSDPWorker,
+            FSDP_WORKER,
             shares=self.plan.shares,
             config=self.config,
             plan=self.plan,
@@ -138,13 +112,20 @@ class RayDAPOTrainer:
             training_steps=self.training_steps,
         )
         self.workers.init_model()
+        self.rollouts = Rollouts(self.config, self.plan, self.workers, self.train_loader, self.rewards)
+        self.validator = Validator(
+            self.val_loader,
+            self.rollouts.for_validation,
+            lambda batch: self.rewards.validate(batch, self.state.global_step),
+            self.tokenizer,
+        )
 
     def shutdown(self) -> None:
         """Ends the reward actor and frees the workers."""
         if self.workers is not None:
             self.workers.release()
-        if self.reward_actor is not None:
-            ray.kill(self.reward_actor)
+        if self.rewards is not None:
+            self.rewards.shutdown()
 
     # ---- the loop ----
 
@@ -173,36 +154,20 @@ class RayDAPOTrainer:
     def _remaining_steps(self) -> Iterator[int]:
         if self.config.trainer.val_only:
             return
-        while self.global_step < self.training_steps:
-            self.global_step += 1
-            yield self.global_step
+        while self.state.global_step < self.training_steps:
+            self.state.global_step += 1
+            yield self.state.global_step
 
     def _rollout(self, record: StepRecord) -> DataProto:
-        """Draws prompts, and n responses for each, until enough groups carry signal.
+        """Responses to the step's prompts, as `Rollouts.draw` makes them. What is scored here, to filter groups or for
+        baselines, is part of the phase `gen`, as in EasyR1.
 
-        A group is all responses to one prompt; those beyond the step's number are dropped, the last drawn first. What
-        is scored here, to filter groups or for baselines, is part of the phase `gen`, as in EasyR1.
-
-        Adds: everything `_generate` does; what `_receive_rewards` does, if groups are filtered; `reward_baselines`, if
-        the estimator needs them.
-
-        Raises:
-            RuntimeError: the draws allowed did not give enough groups.
+        Adds: what `Rollouts.draw` adds; `reward_baselines`, if the estimator needs them.
         """
-        sampling = Sampling.for_training(self.config.worker.rollout)
-        draws: list[DataProto] = []
-        with record.timed("gen"), self._awake_rollout_engine():
-            while self._groups_in(draws) < self.plan.prompts_per_step:
-                self._require_a_draw_left(draws, record)
-                prompts = self._prompts_from(self.train_loader.draw())
-                draw = self._generate(prompts, sampling, seed_parts=(TRAIN, record.step, len(draws)))
-                draws.append(self._keep_informative(draw, record))
-            batch = DataProto.concat(draws)[: self.plan.sequences_per_step]
+        with record.timed("gen"), self.rollouts.awake():
+            batch = self.rollouts.draw(record)
             if self.config.algorithm.needs_baselines:
-                self._add_baselines(batch, record)
-        if self.config.algorithm.online_filtering:
-            kept_share = self._groups_in(draws) / (len(draws) * self.plan.prompts_per_draw)
-            record.add({"filter/draws": len(draws), "filter/kept_share": kept_share})
+                self.rollouts.add_baselines(batch, record)
         return batch
 
     def _balance_across_ranks(self, batch: DataProto, record: StepRecord) -> DataProto:
@@ -222,7 +187,7 @@ class RayDAPOTrainer:
         Reads: `responses`, `response_mask`, `ground_truth`, `prompt_text`, `uid`, `multi_modal_data`, `extra`.
         """
         is_scored = "token_level_scores" in batch.batch.keys()
-        return None if is_scored else self._send_to_reward(batch)
+        return None if is_scored else self.rewards.send(batch, self.state.global_step)
 
     def _compute_log_probs(self, batch: DataProto, record: StepRecord) -> DataProto:
         """Reads: sequence tensors, media, `rollout_log_probs`. Adds: `old_log_probs`; `attention_mass` and
@@ -254,8 +219,8 @@ class RayDAPOTrainer:
             return batch.union(self.workers.compute_values(_model_inputs(batch)))
 
     def _await_rewards(self, batch: DataProto, rewards: ray.ObjectRef | None, record: StepRecord) -> DataProto:
-        """Adds: what `_receive_rewards` does, unless the batch has it already."""
-        return batch if rewards is None else self._receive_rewards(batch, rewards, record)
+        """Adds: what `RewardClient.receive` adds, unless the batch has it already."""
+        return batch if rewards is None else self.rewards.receive(batch, rewards, record)
 
     def _attach_token_weights(self, batch: DataProto, record: StepRecord) -> DataProto:
         """Reads: `response_mask`, `attention_mask`, `reward_results`, and `attention_mass`, `attention_keys` if they
@@ -334,17 +299,16 @@ class RayDAPOTrainer:
         Args:
             adapts: whether it may; a policy that only waits for its critic has no KL to follow.
         """
-        algorithm, streams = self.config.algorithm, batch.batch
+        algorithm, streams, kl_coef = self.config.algorithm, batch.batch, self.state.kl_coef
         kl = streams.get("ref_kl")
         if kl is None:
             kl = compute_kl(streams["old_log_probs"], streams["ref_log_probs"], algorithm.kl_penalty)
         streams["token_level_rewards"], mean_kl = apply_kl_penalty(
-            streams["token_level_scores"], kl, streams["response_mask"], self.kl_coef
+            streams["token_level_scores"], kl, streams["response_mask"], kl_coef
         )
-        metrics = {"actor/kl_penalty": mean_kl, "actor/kl_coef": self.kl_coef}
         if algorithm.kl_coef_adapts and adapts:
-            self.kl_coef = adapt_kl_coef(self.kl_coef, mean_kl, len(batch), algorithm.kl_target, algorithm.kl_horizon)
-        return metrics
+            self.state.kl_coef = adapt_kl_coef(kl_coef, mean_kl, len(batch), algorithm.kl_target, algorithm.kl_horizon)
+        return {"actor/kl_penalty": mean_kl, "actor/kl_coef": kl_coef}
 
     def _update_critic(self, batch: DataProto, record: StepRecord) -> None:
         """Reads: sequence tensors, media, `values`, `returns`."""
@@ -374,7 +338,7 @@ class RayDAPOTrainer:
     def _save_if_due(self, record: StepRecord) -> None:
         if _is_due(record.step, self.config.trainer.save_freq):
             with record.timed("save_checkpoint"):
-                self._save()
+                self.state.save(self.workers, self.train_loader)
 
     def _log(self, batch: DataProto, record: StepRecord) -> None:
         record.add(compute_data_metrics(batch))
@@ -383,213 +347,12 @@ class RayDAPOTrainer:
         record.add(largest_of_workers(self.workers.memory_metrics()))
         self.tracker.log(record.metrics, record.step)
 
-    def _validate_before_training(self) -> None:
-        if self.config.trainer.val_before_train:
-            self.tracker.log(self._validate().metrics, self.global_step)
-
-    def _finish(self) -> None:
-        """The last step is always validated and saved, whatever the frequencies."""
-        if self.config.trainer.val_only:
-            return
-        if self.last_validation is None or self.last_validation[0] != self.global_step:
-            self.tracker.log(self._validate().metrics, self.global_step)
-        self.tracker.phase("save_checkpoint")
-        if self.last_saved_step != self.global_step:
-            self._save()
-        else:
-            self._track_checkpoint()
-
-    # ---- prompts and responses ----
-
-    def _prompts_from(self, features: dict[str, Any]) -> DataProto:
-        """One loader batch as the workers take it: every prompt named, every medium put in the store once."""
-        handles = [
-            None if media is None else [MediaHandle.put(medium) for medium in (*media["images"], *media["videos"])]
-            for media in features["multi_modal_data"]
-        ]
-        uids = [str(uuid.uuid4()) for _ in handles]
-        return DataProto.from_single_dict({**features, "multi_modal_data": _objects(handles), "uid": _objects(uids)})
-
-    def _generate(self, prompts: DataProto, sampling: Sampling, seed_parts: tuple[int, ...]) -> DataProto:
-        """Responses for B prompts beside the prompts' own streams, repeated: N rows, those of a prompt together."""
-        inputs = prompts.select(
-            ["input_ids", "attention_mask", "position_ids"], ["raw_prompt_ids", "multi_modal_data"], []
-        )
-        inputs.meta_info = {"sampling": sampling, "seed_parts": seed_parts}
-        padded, pad_size = pad_dataproto_to_divisor(inputs, self.plan.world_size)
-        responses = unpad_dataproto(self.workers.generate_sequences(padded), pad_size * sampling.n)
-        carried = prompts.select(
-            [], ["uid", "ground_truth", "prompt_text", "extra", "raw_prompt_ids", "multi_modal_data"], []
-        )
-        return responses.union(carried.repeat(sampling.n, interleave=True))
-
-    def _keep_informative(self, draw: DataProto, record: StepRecord) -> DataProto:
-        """The rows of those groups that carry signal, with their rewards; all as they are if none is to be filtered.
-
-        Reads: `uid`, and what the reward function is shown.
-        """
-        algorithm = self.config.algorithm
-        if not algorithm.online_filtering:
-            return draw
-        draw = self._receive_rewards(draw, self._send_to_reward(draw), record)
-        numbers = _without_token_weights(values_by_key(draw.non_tensor_batch["reward_results"]))
-        bounds = (algorithm.filter_low, algorithm.filter_high)
-        return draw[informative_rows(numbers, draw.non_tensor_batch["uid"], algorithm.filter_key, *bounds)]
-
-    def _groups_in(self, draws: list[DataProto]) -> int:
-        return sum(len(draw) for draw in draws) // self.plan.responses_per_prompt
-
-    def _require_a_draw_left(self, draws: list[DataProto], record: StepRecord) -> None:
-        """A step can run out of draws only where groups are filtered."""
-        plan, algorithm = self.plan, self.config.algorithm
-        if plan.most_draws is None or len(draws) < plan.most_draws:
-            return
-        mean = record.metrics[f"reward/{algorithm.filter_key}"]
-        raise RuntimeError(
-            f"step {record.step} needs data.rollout_batch_size={plan.prompts_per_step} groups with a mean "
-            f"{algorithm.filter_key} between algorithm.filter_low={algorithm.filter_low} and "
-            f"filter_high={algorithm.filter_high}, and has {self._groups_in(draws)} after "
-            f"trainer.max_try_make_batch={len(draws)} draws of {plan.prompts_per_draw} prompts, "
-            f"{len(draws) * plan.prompts_per_draw} in all, whose mean is {mean:.3f}; raise worker.rollout.n or "
-            "trainer.max_try_make_batch (0: any number of draws), widen the bounds, or take prompts that the policy "
-            "answers neither always nor never right"
-        )
-
-    def _add_baselines(self, batch: DataProto, record: StepRecord) -> None:
-        """Reads: what `_generate` made, the rows of a prompt side by side. Adds: `reward_baselines` (N,) float32, the
-        score of the policy's greedy response to the row's prompt (ReMax, arXiv 2310.10505, Algorithm 1)."""
-        greedy = replace(Sampling.for_training(self.config.worker.rollout), n=1, temperature=0.0)
-        responses = self._generate(self._prompts_of(batch), greedy, seed_parts=(TRAIN, record.step))
-        with record.timed("reward"):
-            results = self._answer_of_reward(self._send_to_reward(responses))
-        scores = torch.tensor([result["overall"] for result in results])  # (B,)
-        batch.batch["reward_baselines"] = scores.repeat_interleave(self.plan.responses_per_prompt)
-
-    def _prompts_of(self, batch: DataProto) -> DataProto:
-        """The B prompts that N rows of responses, those of a prompt side by side, were generated from."""
-        first_rows = batch[:: self.plan.responses_per_prompt]
-        prompt_length = first_rows.batch["prompts"].shape[1]
-        return DataProto.from_dict(
-            {
-                "input_ids": first_rows.batch["prompts"],
-                "attention_mask": first_rows.batch["attention_mask"][:, :prompt_length],
-                "position_ids": first_rows.batch["position_ids"][..., :prompt_length],
-            },
-            first_rows.non_tensor_batch,
-        )
-
-    @contextmanager
-    def _awake_rollout_engine(self) -> Iterator[None]:
-        self.workers.prepare_rollout_engine()
-        try:
-            yield
-        finally:
-            if self.workers.alive:  # else there is nothing to release, and the failure must not be hidden
-                self.workers.release_rollout_engine()
-
-    # ---- rewards ----
-
-    def _send_to_reward(self, batch: DataProto) -> ray.ObjectRef:
-        return self.reward_actor.score.remote(reward_samples(batch, self.global_step, split="train"))
-
-    def _receive_rewards(self, batch: DataProto, rewards: ray.ObjectRef, record: StepRecord) -> DataProto:
-        """Adds: `token_level_scores`, and `reward_results`, each row's own dict from the reward function.
-
-        The metrics `reward/*` are means over every sample received in the step: with filtered groups, over those that
-        are dropped too, as in EasyR1. The time recorded is the wait that nothing else hid.
-        """
-        with record.timed("reward"):
-            batch = batch.union(place_scores(batch, self._answer_of_reward(rewards)))
-        numbers = _without_token_weights(values_by_key(batch.non_tensor_batch["reward_results"]))
-        record.average({f"reward/{key}": values for key, values in numbers.items()})
-        return batch
-
-    def _score_now(self, batch: DataProto) -> tuple[list[float], dict[str, list[float]]]:
-        samples = reward_samples(batch, self.global_step, split="val")
-        results = self._answer_of_reward(self.reward_actor.score.remote(samples))
-        scores = torch.tensor([result["overall"] for result in results])  # (N,)
-        return scores.tolist(), _without_token_weights(values_by_key(results))
-
-    def _answer_of_reward(self, reference: ray.ObjectRef) -> list[dict[str, Any]]:
-        """The result of every sample from the reward actor.
-
-        Raises:
-            RuntimeError: its process or its node is gone.
-        """
-        try:
-            return ray.get(reference)
-        except PROCESS_LOST as error:
-            name = "the reward function's process"
-            raise run_ended_by({name: error}, {name: ray.get(self._reward_node)}) from error
-
-    # ---- validation ----
-
-    def _generate_for_validation(self, features: dict[str, Any], number: int) -> DataProto:
-        sampling = Sampling.for_validation(self.config.worker.rollout)
-        return self._generate(self._prompts_from(features), sampling, seed_parts=(VAL, number))
-
-    def _validate(self) -> ValidationResult:
-        self.tracker.phase("validation", f"validating {len(self.val_loader.dataset)} prompts")
-        with self._awake_rollout_engine():
-            result = self.validator.run()
-        self.last_validation = (self.global_step, result)
-        self._log_samples(result)
-        return result
-
-    def _log_samples(self, result: ValidationResult) -> None:
-        """A fixed choice of samples, the same prompts at every validation."""
-        count = self.config.trainer.val_generations_to_log
-        if count > 0:
-            samples = sorted(result.samples, key=lambda sample: sample[0])
-            chosen = np.random.RandomState(42).permutation(len(samples))[:count]
-            self.tracker.log_generations([samples[index] for index in chosen], self.global_step)
-
-    # ---- checkpoints ----
-
-    def _save(self) -> None:
-        trainer = self.config.trainer
-        folder = step_folder(trainer.save_checkpoint_path, self.global_step)
-        self.workers.save_checkpoint(folder, trainer.save_model_only)
-        torch.save(self.train_loader.state_dict(), os.path.join(folder, DATALOADER_FILE))
-        if self.config.algorithm.kl_coef_adapts:
-            write_kl_coef(folder, self.kl_coef)
-        self.last_saved_step = self.global_step
-        self._track_checkpoint()
-
-    def _track_checkpoint(self) -> None:
-        """Writes down that this step's checkpoint is the latest, and perhaps the best; removes what is obsolete.
-
-        Only a score of the saved weights themselves can make a checkpoint the best.
-        """
-        trainer = self.config.trainer
-        if self.last_validation is not None and self.last_validation[0] == self.global_step:
-            score = self.last_validation[1].score
-            if self.best_score is None or score > self.best_score:
-                self.best_step, self.best_score = self.global_step, score
-        root = trainer.save_checkpoint_path
-        write_tracker(root, self.global_step, self.best_step, self.best_score)
-        remove_obsolete_ckpt(root, self.global_step, self.best_step, trainer.save_limit)
-
     def _resume(self) -> None:
-        """Takes up model, optimizer and data where the checkpoint left them."""
-        point, trainer = self.resume_point, self.config.trainer
+        """Goes on from the checkpoint, if there is one."""
+        point = self.resume_point
         if point is None:
             return
-        model_only = not has_optimizer(point.folder)
-        if model_only:
-            logger.warning("%s has the model only: optimizer and learning-rate schedule start afresh", point.folder)
-        self.workers.load_checkpoint(point.folder, model_only)
-        loader_file = os.path.join(point.folder, DATALOADER_FILE)
-        if os.path.exists(loader_file):
-            self.train_loader.load_state_dict(torch.load(loader_file))
-        else:
-            logger.warning("%s does not exist: the data starts from its first epoch", loader_file)
-        if self.config.algorithm.kl_coef_adapts:
-            self._resume_kl_coef(point.folder)
-        self.global_step = point.step
-        if point.is_under(trainer.save_checkpoint_path):
-            self.last_saved_step = point.step
-        self.best_step, self.best_score = point.best_step, point.best_score
+        self.state.resume(point, self.workers, self.train_loader)
         self.tracker.note(f"resumed from {point.folder} at step {point.step} of {self.training_steps}")
         if point.step >= self.training_steps:
             logger.warning(
@@ -598,31 +361,39 @@ class RayDAPOTrainer:
                 self.training_steps,
             )
 
-    def _resume_kl_coef(self, folder: str) -> None:
-        kl_coef = read_kl_coef(folder)
-        if kl_coef is not None:
-            self.kl_coef = kl_coef
+    def _validate_before_training(self) -> None:
+        if self.config.trainer.val_before_train:
+            self.tracker.log(self._validate().metrics, self.state.global_step)
+
+    def _finish(self) -> None:
+        """The last step is always validated and saved, whatever the frequencies."""
+        if self.config.trainer.val_only:
+            return
+        if not self.state.is_validated:
+            self.tracker.log(self._validate().metrics, self.state.global_step)
+        self.tracker.phase("save_checkpoint")
+        if not self.state.is_saved:
+            self.state.save(self.workers, self.train_loader)
         else:
-            path = os.path.join(folder, KL_COEF_FILE)
-            logger.warning("%s does not exist: the KL coefficient starts from algorithm.kl_coef", path)
+            self.state.track_checkpoint()
+
+    # ---- validation ----
+
+    def _validate(self) -> ValidationResult:
+        self.tracker.phase("validation", f"validating {len(self.val_loader.dataset)} prompts")
+        with self.rollouts.awake():
+            result = self.validator.run()
+        self.state.remember_validation(result)
+        samples = result.choose_samples(self.config.trainer.val_generations_to_log)
+        if samples:
+            self.tracker.log_generations(samples, self.state.global_step)
+        return result
 
 
 def _model_inputs(batch: DataProto, *streams: str) -> DataProto:
     """What a forward pass over the sequences needs, and the named (N, R) streams."""
     sequence = ["input_ids", "attention_mask", "position_ids", "responses", "response_mask"]
     return batch.select([*sequence, *streams], ["multi_modal_data"], [])
-
-
-def _without_token_weights(reward_values: dict[str, list[Any]]) -> dict[str, list[float]]:
-    """The reward function's numbers, which can be averaged."""
-    return {key: values for key, values in reward_values.items() if key != TOKEN_WEIGHTS}
-
-
-def _objects(values: list[Any]) -> np.ndarray:
-    """A one-dimensional object array; numpy by itself would make rows of equal length a matrix."""
-    array = np.empty(len(values), dtype=object)
-    array[:] = values
-    return array
 
 
 def _is_due(step: int, frequency: int) -> bool:

@@ -23,6 +23,12 @@ class ValidationResult:
     metrics: dict[str, float]
     samples: list[tuple[str, str, str, float]]
 
+    def choose_samples(self, count: int) -> list[tuple[str, str, str, float]]:
+        """A fixed choice of at most `count` samples, the same prompts at every validation."""
+        samples = sorted(self.samples, key=lambda sample: sample[0])
+        chosen = np.random.RandomState(42).permutation(len(samples))[:count]
+        return [samples[index] for index in chosen]
+
 
 class Validator:
     """Runs the policy over the held-out set.

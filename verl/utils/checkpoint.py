@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 CHECKPOINT_TRACKER = "checkpoint_tracker.json"
@@ -55,6 +56,11 @@ def optim_file(world_size: int, rank: int) -> str:
 def extra_state_file(world_size: int, rank: int) -> str:
     """File name of one rank's learning-rate scheduler and random-number states."""
     return f"extra_state_world_size_{world_size}_rank_{rank}.pt"
+
+
+def has_optimizer(folder: str) -> bool:
+    """Whether the checkpoint of a step can continue training exactly, or holds the models only."""
+    return any(Path(folder, "actor").glob("optim_world_size_*"))
 
 
 def write_kl_coef(folder: str, kl_coef: float) -> None:

@@ -229,11 +229,6 @@ class FSDPCheckpoint:
         return file_name(self.world_size, self.rank)
 
 
-def has_optimizer(checkpoint: str) -> bool:
-    """Whether the checkpoint of a step can continue training exactly, or holds the models only."""
-    return any(Path(checkpoint, "actor").glob("optim_world_size_*"))
-
-
 def _sharding_group_size(state_dict: dict[str, Any]) -> int:
     """Ranks that share one copy of the model; groups of ranks that repeat it are the mesh's first dimension."""
     return next((value.device_mesh.size(-1) for value in state_dict.values() if isinstance(value, DTensor)), 1)

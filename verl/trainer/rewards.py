@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer's side of the reward function: its process, what is sent to it, and what comes back.
+
+Shapes: N rows, R response length.
+"""
+
+from typing import Any
+
+import ray
+import torch
+
+from verl.protocol import DataProto
+from verl.single_controller.lost_processes import PROCESS_LOST, node_of, run_ended_by
+from verl.utils.step_record import StepRecord
+from verl.workers.reward.config import RewardConfig
+from verl.workers.reward.function import place_scores, reward_samples
+from verl.workers.reward.user_function import TOKEN_WEIGHTS, RewardFunction, TextDecoder, values_by_key
+
+
+class RewardClient:
+    """Has batches scored in a process of their own, which it starts. Requests are answered in their order.
+
+    Args:
+        config: the function, and how many CPUs its process takes.
+        decoder: turns token ids into text there.
+    """
+
+    def __init__(self, config: RewardConfig, decoder: TextDecoder) -> None:
+        self._actor = ray.remote(num_cpus=config.num_cpus)(RewardFunction).remote(config, decoder)
+        self._node = node_of(self._actor)
+
+    def send(self, batch: DataProto, step: int) -> ray.ObjectRef:
+        """Starts scoring a batch of training; reads what `reward_samples` reads."""
+        return self._actor.score.remote(reward_samples(batch, step, split="train"))
+
+    def receive(self, batch: DataProto, request: ray.ObjectRef, record: StepRecord) -> DataProto:
+        """Adds: `token_level_scores`, and `reward_results`, each row's own dict from the reward function.
+
+        The metrics `reward/*` are means over every sample received in the step: with filtered groups, over those that
+        are dropped too, as in EasyR1. The time recorded is the wait that nothing else hid.
+
+        Raises:
+            RuntimeError: the function raised, or its process or node is gone.
+        """
+        with record.timed("reward"):
+            batch = batch.union(place_scores(batch, self._answer(request)))
+        record.average({f"reward/{key}": values for key, values in numbers_by_key(batch).items()})
+        return batch
+
+    def totals(self, batch: DataProto, step: int, record: StepRecord) -> torch.Tensor:
+        """(N,) float32: the score of each row of a batch of training, which shows in no metric.
+
+        Raises:
+            RuntimeError: as `receive` does.
+        """
+        with record.timed("reward"):
+            return _totals(self._answer(self.send(batch, step)))
+
+    def validate(self, batch: DataProto, step: int) -> tuple[list[float], dict[str, list[float]]]:
+        """The score of each row of a held-out batch, and the function's numbers by key.
+
+        Raises:
+            RuntimeError: as `receive` does.
+        """
+        results = self._answer(self._actor.score.remote(reward_samples(batch, step, split="val")))
+        return _totals(results).tolist(), _without_token_weights(values_by_key(results))
+
+    def _answer(self, request: ray.ObjectRef) -> list[dict[str, Any]]:
+        try:
+            return ray.get(request)
+        except PROCESS_LOST as error:
+            name = "the reward function's process"
+            raise run_ended_by({name: error}, {name: ray.get(self._node)}) from error
+
+    def shutdown(self) -> None:
+        """Ends the process."""
+        ray.kill(self._actor)
+
+
+def numbers_by_key(batch: DataProto) -> dict[str, list[float]]:
+    """What the reward function said of the batch's rows and can be averaged. Reads: `reward_results`."""
+    return _without_token_weights(values_by_key(batch.non_tensor_batch["reward_results"]))
+
+
+def _totals(results: list[dict[str, Any]]) -> torch.Tensor:
+    return torch.tensor([result["overall"] for result in results])  # (N,)
+
+
+def _without_token_weights(values: dict[str, list[Any]]) -> dict[str, list[float]]:
+    return {key: numbers for key, numbers in values.items() if key != TOKEN_WEIGHTS}

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws prompts and has the workers answer them, for training and for validation.
+
+Shapes: B prompts, n responses each, N = B * n rows, the rows of a prompt side by side; P prompt length.
+"""
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from verl.algorithms.group_filter import informative_rows
+from verl.data.loader import PromptLoader
+from verl.data.vision import MediaHandle
+from verl.protocol import DataProto, pad_dataproto_to_divisor, unpad_dataproto
+from verl.single_controller.worker_group import WorkerGroup
+from verl.trainer.config import PPOConfig
+from verl.trainer.rewards import RewardClient, numbers_by_key
+from verl.utils.batch_plan import BatchPlan
+from verl.utils.step_record import StepRecord
+from verl.workers.rollout.base import Sampling
+
+TRAIN, VAL = 0, 1
+"""First part of every rollout seed, so that validation never repeats training's draws."""
+
+
+class Rollouts:
+    """Makes batches of responses with the workers' engines, between `awake()` and its end.
+
+    Args:
+        config: of the run.
+        plan: its batch numbers.
+        workers: whose engines answer.
+        loader: endless source of the training prompts.
+        rewards: tell which groups of responses carry signal.
+    """
+
+    def __init__(
+        self, config: PPOConfig, plan: BatchPlan, workers: WorkerGroup, loader: PromptLoader, rewards: RewardClient
+    ) -> None:
+        self.config = config
+        self.plan = plan
+        self.workers = workers
+        self.loader = loader
+        self.rewards = rewards
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Inside, the engines hold the current policy and the memory that they need."""
+        self.workers.prepare_rollout_engine()
+        try:
+            yield
+        finally:
+            if self.workers.alive:  # else there is nothing to release, and the failure must not be hidden
+                self.workers.release_rollout_engine()
+
+    def draw(self, record: StepRecord) -> DataProto:
+        """Responses to the step's prompts: draws until enough groups carry signal.
+
+        A group is all responses to one prompt; those beyond the step's number are dropped, the last drawn first.
+
+        Adds: what `_generate` adds; what `RewardClient.receive` adds, if groups are filtered.
+
+        Raises:
+            RuntimeError: the draws allowed did not give enough groups.
+        """
+        sampling = Sampling.for_training(self.config.worker.rollout)
+        draws: list[DataProto] = []
+        while self._groups_in(draws) < self.plan.prompts_per_step:
+            self._require_a_draw_left(draws, record)
+            prompts = self._prompts_from(self.loader.draw())
+            draw = self._generate(prompts, sampling, seed_parts=(TRAIN, record.step, len(draws)))
+            draws.append(self._keep_informative(draw, record))
+        if self.config.algorithm.online_filtering:
+            kept_share = self._groups_in(draws) / (len(draws) * self.plan.prompts_per_draw)
+            record.add({"filter/draws": len(draws), "filter/kept_share": kept_share})
+        return DataProto.concat(draws)[: self.plan.sequences_per_step]
+
+    def add_baselines(self, batch: DataProto, record: StepRecord) -> None:
+        """Reads: what `draw` made. Adds: `reward_baselines` (N,) float32, the score of the policy's greedy response to
+        the row's prompt (ReMax, arXiv 2310.10505, Algorithm 1)."""
+        greedy = replace(Sampling.for_training(self.config.worker.rollout), n=1, temperature=0.0)
+        responses = self._generate(self._prompts_of(batch), greedy, seed_parts=(TRAIN, record.step))
+        scores = self.rewards.totals(responses, record.step, record)  # (B,)
+        batch.batch["reward_baselines"] = scores.repeat_interleave(self.plan.responses_per_prompt)
+
+    def for_validation(self, features: dict[str, Any], number: int) -> DataProto:
+        """Responses to one batch of the held-out loader, the `number`-th. Adds: what `_generate` adds."""
+        sampling = Sampling.for_validation(self.config.worker.rollout)
+        return self._generate(self._prompts_from(features), sampling, seed_parts=(VAL, number))
+
+    def _prompts_from(self, features: dict[str, Any]) -> DataProto:
+        """One loader batch as the workers take it: every prompt named, every medium put in the store once."""
+        handles = [
+            None if media is None else [MediaHandle.put(medium) for medium in (*media["images"], *media["videos"])]
+            for media in features["multi_modal_data"]
+        ]
+        uids = [str(uuid.uuid4()) for _ in handles]
+        return DataProto.from_single_dict({**features, "multi_modal_data": _objects(handles), "uid": _objects(uids)})
+
+    def _prompts_of(self, batch: DataProto) -> DataProto:
+        """The B prompts that N rows of responses were generated from."""
+        first_rows = batch[:: self.plan.responses_per_prompt]
+        prompt_length = first_rows.batch["prompts"].shape[1]
+        return DataProto.from_dict(
+            {
+                "input_ids": first_rows.batch["prompts"],
+                "attention_mask": first_rows.batch["attention_mask"][:, :prompt_length],
+                "position_ids": first_rows.batch["position_ids"][..., :prompt_length],
+            },
+            first_rows.non_tensor_batch,
+        )
+
+    def _generate(self, prompts: DataProto, sampling: Sampling, seed_parts: tuple[int, ...]) -> DataProto:
+        """Responses for B prompts beside the prompts' own streams, repeated: N rows."""
+        inputs = prompts.select(
+            ["input_ids", "attention_mask", "position_ids"], ["raw_prompt_ids", "multi_modal_data"], []
+        )
+        inputs.meta_info = {"sampling": sampling, "seed_parts": seed_parts}
+        padded, pad_size = pad_dataproto_to_divisor(inputs, self.plan.world_size)
+        responses = unpad_dataproto(self.workers.generate_sequences(padded), pad_size * sampling.n)
+        carried = prompts.select(
+            [], ["uid", "ground_truth", "prompt_text", "extra", "raw_prompt_ids", "multi_modal_data"], []
+        )
+        return responses.union(carried.repeat(sampling.n, interleave=True))
+
+    def _keep_informative(self, draw: DataProto, record: StepRecord) -> DataProto:
+        """The rows of those groups that carry signal, with their rewards; all as they are if none is to be filtered.
+
+        Reads: `uid`, and what the reward function is shown.
+        """
+        algorithm = self.config.algorithm
+        if not algorithm.online_filtering:
+            return draw
+        draw = self.rewards.receive(draw, self.rewards.send(draw, record.step), record)
+        bounds = (algorithm.filter_low, algorithm.filter_high)
+        return draw[
+            informative_rows(numbers_by_key(draw), draw.non_tensor_batch["uid"], algorithm.filter_key, *bounds)
+        ]
+
+    def _groups_in(self, draws: list[DataProto]) -> int:
+        return sum(len(draw) for draw in draws) // self.plan.responses_per_prompt
+
+    def _require_a_draw_left(self, draws: list[DataProto], record: StepRecord) -> None:
+        """A step can run out of draws only where groups are filtered."""
+        plan, algorithm = self.plan, self.config.algorithm
+        if plan.most_draws is None or len(draws) < plan.most_draws:
+            return
+        mean = record.metrics[f"reward/{algorithm.filter_key}"]
+        raise RuntimeError(
+            f"step {record.step} needs data.rollout_batch_size={plan.prompts_per_step} groups with a mean "
+            f"{algorithm.filter_key} between algorithm.filter_low={algorithm.filter_low} and "
+            f"filter_high={algorithm.filter_high}, and has {self._groups_in(draws)} after "
+            f"trainer.max_try_make_batch={len(draws)} draws of {plan.prompts_per_draw} prompts, "
+            f"{len(draws) * plan.prompts_per_draw} in all, whose mean is {mean:.3f}; raise worker.rollout.n or "
+            "trainer.max_try_make_batch (0: any number of draws), widen the bounds, or take prompts that the policy "
+            "answers neither always nor never right"
+        )
+
+
+def _objects(values: list[Any]) -> np.ndarray:
+    """A one-dimensional object array; numpy by itself would make rows of equal length a matrix."""
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
