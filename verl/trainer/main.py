@@ -20,7 +20,7 @@ from verl.trainer.config import (
     require_registered,
 )
 from verl.utils.batch_plan import BatchPlan
-from verl.utils.lean_imports import import_modules
+from verl.utils.lean_imports import frozen_objects, import_modules
 from verl.utils.tracking import Tracker, require_loggers
 from verl.workers.rollout.config import ENGINES
 
@@ -113,7 +113,8 @@ def run(config: PPOConfig, processes: "WorkerProcesses | None" = None) -> None:
             _require_cpus(config)
             with nullcontext(processes) if processes is not None else start_processes(config) as places:
                 imports.result()
-                _train(config, plan, places)
+                with frozen_objects():
+                    _train(config, plan, places)
 
 
 def _require_fit(config: PPOConfig, processes: "WorkerProcesses") -> None:

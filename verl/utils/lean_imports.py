@@ -22,6 +22,19 @@ def import_modules(names: Iterable[str]) -> None:
 
 
 @contextmanager
+def frozen_objects() -> Iterator[None]:
+    """Inside, the garbage collector leaves alone what exists now: modules above all, a million objects that live on.
+
+    Looking through them takes it a tenth of a second each time, which it does most often when a run starts.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
 def lean_imports() -> Iterator[None]:
     """Inside, the packages in `UNUSED` look as if they were not installed, unless they have been imported already.
 
