@@ -18,7 +18,10 @@ import pytest
 import yaml
 from packaging.specifiers import SpecifierSet
 
+from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS
+from verl.algorithms.policy_loss import POLICY_LOSSES
 from verl.trainer.config import (
+    ADV_ESTIMATORS,
     AlgorithmConfig,
     DataConfig,
     PPOConfig,
@@ -27,8 +30,8 @@ from verl.trainer.config import (
     load_config,
     require_available,
 )
-from verl.trainer.main import prepare
-from verl.workers.actor.config import ActorConfig, LoraConfig, OptimConfig
+from verl.trainer.main import main, prepare
+from verl.workers.actor.config import LOSS_TYPES, ActorConfig, LoraConfig, OptimConfig
 from verl.workers.reward.config import RewardConfig
 from verl.workers.rollout.config import RolloutConfig
 
@@ -902,6 +905,23 @@ def test_the_promised_python_is_one_that_every_pinned_package_takes():
     pins = [line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line]
     too_new = [name for name in pins if lowest not in SpecifierSet(metadata(name).get("Requires-Python", ""))]
     assert too_new == []
+
+
+def test_the_names_known_without_torch_are_those_that_the_algorithms_register() -> None:
+    for names, table, module in (
+        (ADV_ESTIMATORS, ADVANTAGE_ESTIMATORS, "verl.algorithms.advantages"),
+        (LOSS_TYPES, POLICY_LOSSES, "verl.algorithms.policy_loss"),
+    ):
+        assert set(names) == {name for name, function in table.items() if function.__module__ == module}
+
+
+def test_help_is_the_usage_and_exit_code_0(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flag in ("-h", "--help"):
+        monkeypatch.setattr(sys, "argv", ["main.py", "trainer.max_steps=1", flag])
+        main()
+        assert capsys.readouterr().out.startswith("usage: python3 -m verl.trainer.main [config=FILE] [key=value ...]")
 
 
 def test_reading_a_configuration_loads_nothing_heavy():

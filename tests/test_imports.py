@@ -14,7 +14,7 @@ import pytest
 
 from tests.batches import ROWS, write_dataset
 from tests.test_training_run import arguments
-from verl.utils.lean_imports import UNUSED, lean_imports
+from verl.utils.lean_imports import UNUSED, frozen_objects, lean_imports
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -85,6 +85,12 @@ def test_packages_that_are_kept_out_are_there_again_afterwards(monkeypatch: pyte
         assert not gc.isenabled()
     assert gc.isenabled()
     assert all(importlib.util.find_spec(name) is not None for name in UNUSED)
+
+
+def test_objects_are_frozen_for_as_long_as_asked() -> None:
+    with frozen_objects():
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_package_that_is_loaded_already_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,16 +241,18 @@ def test_libraries_are_imported_only_when_they_are_asked_for(tmp_path):
     assert finished.returncode == 0, finished.stderr
 
 
-def test_a_log_file_gets_one_line_a_step_and_one_a_validation(tmp_path, monkeypatch):
+def test_a_log_file_gets_one_line_a_step_and_two_a_validation(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with make_tracker(tmp_path, "console") as tracker:
         tracker.log({"val/reward_score": 0.25, "val/accuracy_reward": 0.2}, step=0)
         tracker.phase("gen")
+        tracker.phase("validation", "validating 510 prompts")
         tracker.log({"reward/overall": 0.5, "response_length/mean": 12.34, "perf/time_per_step": 2.0, "x": 1}, step=1)
         tracker.log({"reward/overall": 0.6}, step=2)
         tracker.note("saved")
     assert sys.stderr.getvalue().splitlines() == [
         "validation at step 0: reward_score 0.250, accuracy_reward 0.200",
+        "validating 510 prompts",
         "step 1/4: reward 0.500, held-out 0.250, length 12.3, s/step 2.0",
         "step 2/4: reward 0.600, held-out 0.250, length 12.3, s/step 2.0",
         "saved",
@@ -263,12 +265,12 @@ def test_a_terminal_sees_a_bar_with_the_phase_and_the_latest_figures(tmp_path, m
     monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
     with make_tracker(tmp_path, "console", resume_step=1) as tracker:
         assert "starting:  25%" in sys.stderr.getvalue(), "one of four steps lies behind a run resumed after step 1"
-        tracker.phase("update_actor")
+        tracker.phase("update_actor", "updating")
         logging.getLogger().warning("a message")
         tracker.log({"reward/overall": 0.5, "val/reward_score": 0.25}, step=2)
         tracker.log_generations(SAMPLES[:1], step=2)
     shown = sys.stderr.getvalue()
-    assert "update_actor" in shown
+    assert "update_actor" in shown and "updating" not in shown
     assert "\ra message\n" in re.sub(" {2,}", "", shown), "a log message begins its own line, above the bar"
     assert logging.getLogger().handlers == [handler]
     assert "2/4" in shown
