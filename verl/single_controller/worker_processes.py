@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import gc
-import importlib
 import os
 import socket
 import uuid
@@ -21,7 +20,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.single_controller.lost_processes import PROCESS_LOST, Node, run_ended_by
-from verl.utils.lean_imports import import_modules
+from verl.utils.lean_imports import import_modules, import_object
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
 """Longer than any phase in which ranks wait for each other (a slow rank may generate for most of an hour)."""
@@ -90,8 +89,7 @@ class WorkerProcess:
             The (dispatch, shared_by) of each method that is marked with `@register`.
         """
         if isinstance(worker_class, str):
-            module, _, class_name = worker_class.partition(":")
-            worker_class = getattr(importlib.import_module(module), class_name)
+            worker_class = import_object(worker_class)
         self.workers[name] = worker_class(**worker_kwargs, **self.place)
         members = {method: getattr(worker_class, method) for method in dir(worker_class)}
         return {key: (one.dispatch, one.shared_by) for key, one in members.items() if hasattr(one, "dispatch")}

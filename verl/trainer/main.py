@@ -104,25 +104,24 @@ def run(config: PPOConfig, processes: "WorkerProcesses | None" = None) -> None:
     """
     plan = prepare(config)
     if processes is not None:
-        _require_fit(config, processes)
+        _require_fit(config, plan, processes)
     set_worker_environment()  # before transformers is imported, which reads some of it
     with ThreadPoolExecutor(max_workers=1) as background:
         # Ray takes seconds to start, most of which this process would only wait.
         imports = background.submit(import_modules, TRAINER_MODULES)
         with ray_session(config):
-            _require_cpus(config)
+            _require_cpus(config, plan)
             with nullcontext(processes) if processes is not None else start_processes(config) as places:
                 imports.result()
                 with frozen_objects():
                     _train(config, plan, places)
 
 
-def _require_fit(config: PPOConfig, processes: "WorkerProcesses") -> None:
-    workers = config.trainer.nnodes * config.trainer.n_gpus_per_node
-    if processes.world_size != workers:
+def _require_fit(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> None:
+    if processes.world_size != plan.world_size:
         raise ValueError(
-            f"trainer.nnodes x trainer.n_gpus_per_node asks for {workers} workers, but the processes given to run() "
-            f"are {processes.world_size}"
+            f"trainer.nnodes x trainer.n_gpus_per_node asks for {plan.world_size} workers, but the processes given to "
+            f"run() are {processes.world_size}"
         )
     if config.worker.rollout.name == "vllm":
         raise ValueError(
@@ -162,11 +161,11 @@ def worker_modules(engine: str) -> list[str]:
     return ["verl.workers.fsdp_workers", ENGINES[engine].partition(":")[0]]
 
 
-def _require_cpus(config: PPOConfig) -> None:
+def _require_cpus(config: PPOConfig, plan: BatchPlan) -> None:
     """The reward actor waits for ever where the workers leave it no CPU: say so first."""
     import ray
 
-    workers, reward_cpus = config.trainer.nnodes * config.trainer.n_gpus_per_node, config.worker.reward.num_cpus
+    workers, reward_cpus = plan.world_size, config.worker.reward.num_cpus
     wanted, present = workers + reward_cpus, int(ray.cluster_resources().get("CPU", 0))
     if wanted > present:
         raise ValueError(

@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 UNUSED = ("sklearn", "scipy")
 """transformers imports the first for assisted generation and the second for the losses of object detectors.
@@ -19,6 +20,16 @@ def import_modules(names: Iterable[str]) -> None:
     with lean_imports():
         for name in names:
             importlib.import_module(name)
+
+
+def import_object(path: str) -> Any:
+    """What `module:name` names; the module is imported if need be.
+
+    Raises:
+        ImportError: the module, or something that it needs, is not installed.
+    """
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 @contextmanager

@@ -4,7 +4,6 @@
 Shapes: B prompts, n responses each, N = B * n, P prompt length, R response length, S = P + R.
 """
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -18,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from verl.models.position_ids import extend_position_ids
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
+from verl.utils.lean_imports import import_object
 from verl.workers.rollout.config import ENGINES, RolloutConfig
 
 
@@ -105,8 +105,7 @@ def engine_class(name: str) -> type[Rollout]:
     Raises:
         ImportError: the engine's package is not installed.
     """
-    module, _, class_name = ENGINES[name].partition(":")
-    return getattr(importlib.import_module(module), class_name)
+    return import_object(ENGINES[name])
 
 
 def mask_responses(responses: torch.Tensor, eos_token_ids: Iterable[int], ignore_eos: bool) -> torch.Tensor:
