@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,11 +29,12 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from verl.models.kernels.attention_mass import default_backend
+from verl.models.registry import media_token_ids
 from verl.protocol import DataProto
 from verl.utils.attention_metrics import KeyVocabulary
 from verl.utils.logprobs import log_probs_from_logits
 from verl.workers.actor.config import ActorConfig
-from verl.workers.actor.forward import PolicyForward
+from verl.workers.actor.forward import AttentionSource, PolicyForward
 
 MEBIBYTE = 2**20
 IMAGE, VISION_START, VISION_END = 1, 2, 3
@@ -102,14 +104,14 @@ def variants_of(
     model: Qwen2_5_VLForConditionalGeneration, rows: DataProto, device: torch.device
 ) -> dict[str, Callable[[], object]]:
     """The passes to compare, by name, the plain one first."""
-    forward = PolicyForward(model, None, 1.0, [], device, ActorConfig())
     vocabulary = KeyVocabulary((IMAGE,), {"vision_start": VISION_START, "vision_end": VISION_END}, ())
     num_layers = model.config.text_config.num_hidden_layers
-    variants: dict[str, Callable[[], object]] = {"plain": lambda: forward(rows)}
+    plain = PolicyForward(model, None, device, ActorConfig())
+    variants: dict[str, Callable[[], object]] = {"plain": lambda: plain.measure(rows, ["log_probs"])}
     for count in sorted({1, min(4, num_layers), num_layers}):
-        variants[f"VGR, {count} of {num_layers} layers"] = lambda count=count: forward.with_attention(
-            rows, vocabulary, count
-        )
+        forward = PolicyForward(model, None, device, ActorConfig(), attention=AttentionSource(vocabulary, count))
+        wanted = [*forward.tap_streams, "log_probs"]
+        variants[f"VGR, {count} of {num_layers} layers"] = partial(forward.measure, rows, wanted)
     variants[EAGER] = lambda: eager_pass(model, rows, device)
     return variants
 
@@ -130,7 +132,9 @@ def eager_pass(model: Qwen2_5_VLForConditionalGeneration, rows: DataProto, devic
     finally:
         model.set_attn_implementation("sdpa")
     assert len(output.attentions) == model.config.text_config.num_hidden_layers
-    return log_probs_from_logits(output.logits[:, :-1], rows.batch["responses"].to(device), 1.0, [])
+    return log_probs_from_logits(
+        output.logits[:, :-1], rows.batch["responses"].to(device), 1.0, media_token_ids(model.config)
+    )
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:

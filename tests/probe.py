@@ -14,7 +14,7 @@ from verl.algorithms.policy_loss import POLICY_LOSSES
 from verl.data.features import featurize
 from verl.models.loader import load_model, load_value_model
 from verl.protocol import DataProto
-from verl.single_controller.dispatch import DP_COMPUTE_METRIC, ONE_TO_ALL, register
+from verl.single_controller.dispatch import DP_COMPUTE_METRIC, DP_COMPUTE_PROTO, ONE_TO_ALL, register
 from verl.single_controller.worker_group import WorkerGroup
 from verl.single_controller.worker_processes import WorkerProcesses
 from verl.trainer.config import PPOConfig, load_config
@@ -46,16 +46,26 @@ class ProbeWorker(FSDPWorker):
     ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """The whole gradient by parameter name, and the loss metrics, of one mini-batch under a `loss_avg_mode`.
 
-        `settings` are keys of `worker.actor`.
+        Token weights and importance weights are on where the mini-batch has them. `settings` are keys of
+        `worker.actor`.
         """
-        self.actor.config = replace(self.config.worker.actor, loss_avg_mode=mode, **settings)
-        self.actor.policy_loss = POLICY_LOSSES[loss_type]
+        streams, config = mini_batch.batch.keys(), self.config
+        objective = self.actor.objective
+        objective.config = replace(config.worker.actor, loss_avg_mode=mode, **settings)
+        objective.algorithm = replace(config.algorithm, enable_token_weights="token_weights" in streams)
+        objective.has_importance_weights = "importance_weights" in streams
+        objective.policy_loss = POLICY_LOSSES[loss_type]
         return gradients_of(self.actor, mini_batch)
+
+    @register(DP_COMPUTE_PROTO, shared_by="actor")
+    def measured(self, data: DataProto, wanted: list[str]) -> DataProto:
+        """The policy's streams of the names in `wanted`."""
+        return DataProto.from_dict(self.actor.forward.measure_all(data, wanted, micro_batch_size=4))
 
     @register(DP_COMPUTE_METRIC, shared_by="critic")
     def critic_gradients(self, mini_batch: DataProto, mode: str) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """The same of the critic."""
-        self.critic.config = replace(self.config.worker.critic, loss_avg_mode=mode)
+        self.critic.objective.config = replace(self.config.worker.critic, loss_avg_mode=mode)
         return gradients_of(self.critic, mini_batch)
 
     @register(ONE_TO_ALL)

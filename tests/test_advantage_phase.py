@@ -11,7 +11,7 @@ from verl.protocol import DataProto
 from verl.trainer.config import load_config
 from verl.trainer.ray_trainer import RayDAPOTrainer
 from verl.trainer.run_state import RunState
-from verl.utils.step_record import StepRecord
+from verl.trainer.step_record import StepRecord
 
 
 def trainer_with(*overrides: str) -> RayDAPOTrainer:
@@ -61,10 +61,9 @@ def test_the_streams_and_the_settings_of_an_estimator_reach_it(name: str, batch:
         batch.batch["token_level_scores"],
         batch.batch["response_mask"],
         batch.non_tensor_batch["uid"],
+        trainer.config.algorithm,
         values=batch.batch["values"],
         reward_baselines=batch.batch["reward_baselines"],
-        gamma=0.9,
-        lam=0.8,
     )
     advantages, returns = ADVANTAGE_ESTIMATORS[name](given)
     assert advantages.any()

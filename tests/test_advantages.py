@@ -15,6 +15,7 @@ from verl.algorithms.advantages import (
     compute_grpo_advantages,
     register_adv_estimator,
 )
+from verl.trainer.config import AlgorithmConfig
 
 COMPARING = ("grpo", "grpo_passk", "rloo")
 """Estimators that hold a response against the others to its prompt."""
@@ -25,7 +26,9 @@ def on_last_token(rewards: list[float], lengths: list[int], uid: list[str], widt
     lengths = torch.tensor(lengths).unsqueeze(-1)  # (N, 1)
     places = torch.arange(width)
     token_level_rewards = (places == lengths - 1) * torch.tensor(rewards).unsqueeze(-1)
-    return AdvantageInputs(token_level_rewards, (places < lengths).long(), np.array(uid, dtype=object))
+    return AdvantageInputs(
+        token_level_rewards, (places < lengths).long(), np.array(uid, dtype=object), AlgorithmConfig()
+    )
 
 
 def advantage_of_rows(name: str, rewards: list[float], uid: list[str]) -> list[float]:
@@ -42,10 +45,9 @@ def draw_inputs(seed: int = 0) -> AdvantageInputs:
         torch.randn(12, 6, generator=generator) * mask,
         mask,
         np.array([f"prompt{row // 4}" for row in range(12)], dtype=object),
+        AlgorithmConfig(gamma=0.9, lam=0.8),
         values=torch.randn(12, 6, generator=generator),
         reward_baselines=torch.randn(3, generator=generator).repeat_interleave(4),
-        gamma=0.9,
-        lam=0.8,
     )
 
 
@@ -103,7 +105,9 @@ def test_reinforce_plus_plus_by_hand():
     Over the four tokens: mean 2, unbiased variance (1 + 0 + 4 + 1) / 3 = 2, std 1.41421.
     """
     inputs = on_last_token([4.0, 1.0], [3, 1], ["a", "b"], width=3)
-    advantages, returns = ADVANTAGE_ESTIMATORS["reinforce_plus_plus"](replace(inputs, gamma=0.5))
+    advantages, returns = ADVANTAGE_ESTIMATORS["reinforce_plus_plus"](
+        replace(inputs, config=AlgorithmConfig(gamma=0.5))
+    )
     torch.testing.assert_close(returns, torch.tensor([[1.0, 2.0, 4.0], [1.0, 0.0, 0.0]]))
     expected = torch.tensor([[-0.70711, 0.0, 1.41421], [-0.70711, 0.0, 0.0]])
     torch.testing.assert_close(advantages, expected, atol=1e-5, rtol=0)
@@ -127,8 +131,7 @@ def test_gae_by_hand():
     inputs = replace(
         on_last_token([1.0, 2.0], [2, 1], ["a", "b"], width=2),
         values=torch.tensor([[2.0, 4.0], [1.0, 9.0]]),
-        gamma=0.5,
-        lam=0.5,
+        config=AlgorithmConfig(gamma=0.5, lam=0.5),
     )
     advantages, returns = ADVANTAGE_ESTIMATORS["gae"](inputs)
     torch.testing.assert_close(returns, torch.tensor([[1.25, 1.0], [2.0, 0.0]]))
@@ -154,14 +157,14 @@ def test_gae_is_the_decayed_sum_of_errors_written_out_row_by_row():
 
 def test_gae_with_lambda_one_returns_the_discounted_rewards_whatever_the_values():
     """The values telescope: sum of gamma^l (r + gamma V_next - V) = discounted rewards - V."""
-    inputs = replace(draw_inputs(), lam=1.0)
+    inputs = replace(draw_inputs(), config=AlgorithmConfig(gamma=0.9, lam=1.0))
     _, returns = ADVANTAGE_ESTIMATORS["gae"](inputs)
     _, rewards_to_go = ADVANTAGE_ESTIMATORS["reinforce_plus_plus"](inputs)
     torch.testing.assert_close(returns, rewards_to_go, atol=1e-5, rtol=0)
 
 
 def test_gae_with_lambda_zero_returns_one_step_targets():
-    inputs = replace(draw_inputs(), lam=0.0)
+    inputs = replace(draw_inputs(), config=AlgorithmConfig(gamma=0.9, lam=0.0))
     _, returns = ADVANTAGE_ESTIMATORS["gae"](inputs)
     following = torch.nn.functional.pad(inputs.values * inputs.response_mask, (0, 1))[:, 1:]
     expected = (inputs.token_level_rewards + 0.9 * following) * inputs.response_mask
@@ -290,9 +293,9 @@ def test_a_response_as_good_as_the_greedy_one_has_exactly_zero_advantage():
 # ---- the table ----
 
 
-def test_estimators_are_found_by_name_and_a_name_is_given_once(monkeypatch):
+def test_estimators_are_found_by_name_and_a_name_is_given_once():
     assert ADVANTAGE_ESTIMATORS["grpo"] is compute_grpo_advantages
-    monkeypatch.setattr("verl.algorithms.advantages.ADVANTAGE_ESTIMATORS", dict(ADVANTAGE_ESTIMATORS))
     register_adv_estimator("mine")(compute_grpo_advantages)
+    assert ADVANTAGE_ESTIMATORS.pop("mine") is compute_grpo_advantages
     with pytest.raises(ValueError, match="'grpo' is already compute_grpo_advantages; use another name"):
         register_adv_estimator("grpo")(compute_grpo_advantages)

@@ -3,8 +3,8 @@
 """The promises about the tree itself, read from the sources: layers, empty packages, no print, a README that is right.
 
 The layers, low to high; a module imports its own layer and those below:
-protocol, config_loading and every config.py, utils, algorithms, models, data, single_controller, workers, trainer,
-trainer/main.py.
+protocol, config_loading, config_checks and every config.py, utils, algorithms, models, data, single_controller,
+workers, trainer, trainer/main.py.
 """
 
 import ast
@@ -18,6 +18,7 @@ import verl.utils
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ["utils", "algorithms", "models", "data", "single_controller", "workers", "trainer"]
+LOWEST = ("verl", "verl/__init__.py", "verl/protocol.py", "verl/config_loading.py")
 MODULES = sorted(path for path in (ROOT / "verl").rglob("*.py") if path.name != "__init__.py")
 PACKAGES = sorted((ROOT / "verl").rglob("__init__.py"))
 NEED_AN_ENGINE = {"verl.workers.rollout.vllm_rollout", "verl.models.kernels.attention_mass_triton"}
@@ -32,7 +33,7 @@ def relative(path: Path) -> str:
 def layer_of(path: str) -> int:
     """Place of `verl/...py` or of a package folder in the order of layers; 0 is the lowest."""
     parts = path.split("/")
-    if parts[-1] == "config.py" or path in ("verl", "verl/__init__.py", "verl/protocol.py", "verl/config_loading.py"):
+    if parts[-1] in ("config.py", "config_checks.py") or path in LOWEST:
         return 0
     if path == "verl/trainer/main.py":
         return len(LAYERS) + 1

@@ -4,14 +4,18 @@
 
 import ast
 import importlib.util
+import inspect
 import logging
 import os
 import pickle
 import re
 import subprocess
 import sys
+import textwrap
+from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 from importlib.metadata import metadata
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,16 +24,16 @@ from packaging.specifiers import SpecifierSet
 
 from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS
 from verl.algorithms.policy_loss import POLICY_LOSSES
+from verl.config import ConfigSection
 from verl.trainer.config import (
     ADV_ESTIMATORS,
     AlgorithmConfig,
     DataConfig,
     PPOConfig,
     TrainerConfig,
-    effect_notes,
     load_config,
-    require_available,
 )
+from verl.trainer.config_checks import effect_notes, require_available
 from verl.trainer.main import main, prepare
 from verl.workers.actor.config import LOSS_TYPES, ActorConfig, LoraConfig, OptimConfig
 from verl.workers.reward.config import RewardConfig
@@ -913,6 +917,52 @@ def test_the_names_known_without_torch_are_those_that_the_algorithms_register() 
         (LOSS_TYPES, POLICY_LOSSES, "verl.algorithms.policy_loss"),
     ):
         assert set(names) == {name for name, function in table.items() if function.__module__ == module}
+
+
+def declared_fields(section: type[ConfigSection], prefix: str = "") -> Iterator[tuple[type[ConfigSection], str, str]]:
+    """Section, name and whole key of every field under a section."""
+    for field in fields(section):
+        if isinstance(field.type, type) and issubclass(field.type, ConfigSection):
+            yield from declared_fields(field.type, f"{prefix}{field.name}.")
+        else:
+            yield section, field.name, prefix + field.name
+
+
+def docstrings_of_fields(section: type[ConfigSection]) -> dict[str, str]:
+    """By name, of the section and of those that it extends."""
+    found: dict[str, str] = {}
+    for owner in reversed(section.__mro__[:-1]):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        for node, after in pairwise(tree.body):
+            if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr):
+                found[node.target.id] = after.value.value
+    return found
+
+
+def test_every_field_is_read_somewhere_or_says_that_it_has_no_effect() -> None:
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "verl").rglob("*.py")]
+    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for section, name, key in declared_fields(PPOConfig):
+        docstring = docstrings_of_fields(section)[name]
+        assert docstring.startswith("Accepted for existing configurations, no effect") or name in read, (
+            f"{key} is never read"
+        )
+
+
+@pytest.mark.parametrize("key", ["algorithm.adv_estimator", "worker.actor.loss_type"])
+def test_an_estimator_and_a_loss_may_be_functions_in_a_file(key, runnable, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def mine(inputs):\n    return inputs\n")
+    monkeypatch.chdir(tmp_path)
+    config = load_config([*runnable, "worker.rollout.n=8", f"{key}=mine.py:mine"])
+    section, name = (config.algorithm, "adv_estimator") if "algorithm" in key else (config.worker.actor, "loss_type")
+    assert getattr(section, name) == f"{tmp_path}/mine.py:mine"
+    prepare(config)
+    (tmp_path / "mine.py").write_text("def other(inputs):\n    return inputs\n")
+    with pytest.raises(ValueError, match=rf"{key} names the function 'mine', but .*mine.py has \['other'\]"):
+        prepare(config)
+    for wrong, message in (("no.py:mine", "names no file"), ("mine.py", "names no function; write path.py:function")):
+        with pytest.raises(ValueError, match=f"{key}={wrong} {message}"):
+            load_config([f"{key}={wrong}"])
 
 
 def test_help_is_the_usage_and_exit_code_0(

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2_5_VLProcessor
 from verl.data.dataset import RLHFDataset, collate_fn, load_rows
 from verl.data.features import featurize
 from verl.data.vision import MediaHandle
+from verl.trainer.config import DataConfig
 from verl.utils.tokenizer import get_processor, get_tokenizer
 
 P = 64
@@ -386,7 +387,7 @@ def test_a_format_prompt_that_cannot_work_is_refused(
 
 
 def test_a_folder_as_format_prompt_is_refused(make: Callable, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="data.format_prompt=.* cannot be read as a UTF-8 text file: .*directory"):
+    with pytest.raises(ValueError, match="data.format_prompt=.* is not a file"):
         make([row("What?")], format_prompt=str(tmp_path))
 
 
@@ -443,29 +444,30 @@ def test_a_set_with_no_row_short_enough_says_how_long_they_are(make: Callable) -
         make([row("a"), row("bb cc")], max_prompt_length=4)
 
 
-@pytest.mark.parametrize(("side", "kept"), [("left", slice(-P, None)), ("right", slice(P))])
-def test_truncation_cuts_the_same_text_from_both_id_lists(side: str, kept: slice, make: Callable) -> None:
-    whole = make([row("abc " * 40)], max_prompt_length=500)[0]
-    item = make([row("abc " * 40)], filter_overlong_prompts=False, truncation=side)[0]
-    assert real_ids(item) == item["raw_prompt_ids"] == whole["raw_prompt_ids"][kept]
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prompts_are_never_cut_short(side: str, make: Callable) -> None:
+    with pytest.raises(ValueError, match=f"truncation='{side}' would cut prompts short; use 'error'"):
+        make([row("a")], truncation=side)
 
 
-def test_truncation_leaves_images_whole_or_names_the_row(
-    make: Callable, processor: Qwen2_5_VLProcessor, tmp_path: Path
+def test_the_section_and_the_arguments_of_easyr1_give_the_same_items(
+    make: Callable, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    name = write_image(tmp_path, "a.png", 2 * SIDE, 2 * SIDE)
-    options = dict(filter_overlong_prompts=False, truncation="right")
-    dataset = make([row("<image>" + "abc " * 90, [name]), row("abc " * 90 + "<image>", [name])], **options)
-    item = dataset[0]
-    assert len(real_ids(item)) == P
-    assert real_ids(item).count(processor.image_token_id) == 4
-    assert len(item["raw_prompt_ids"]) == P - 4 + 1
-    assert real_ids(item)[-20:] == item["raw_prompt_ids"][-20:]
-    with pytest.raises(ValueError, match=r"row 1 of .*cutting it would cut through an image"):
-        dataset[1]
+    """An argument goes before the section; what neither gives differs as it does in EasyR1."""
+    by_arguments = make([row("a <image>", [write_image(tmp_path, "a.png", SIDE, SIDE)])], min_pixels=4 * SIDE * SIDE)
+    section = DataConfig(image_dir=str(tmp_path), max_prompt_length=7, min_pixels=4 * SIDE * SIDE)
+    by_section = RLHFDataset(by_arguments.data_path, tokenizer, by_arguments.processor, section, max_prompt_length=P)
+    assert real_ids(by_section[0]) == real_ids(by_arguments[0])
+    assert len(by_section[0]["input_ids"]) == P
+    text = write_json(tmp_path / "text.jsonl", [row("a")])
+    assert RLHFDataset(text, tokenizer, None).config.max_prompt_length == 1024
+    with pytest.raises(ValueError, match="promt_key is no field of the section data; did you mean prompt_key"):
+        make([row("a")], promt_key="prompt")
+    with pytest.raises(ValueError, match="data.max_prompt_length=0 is below 1"):
+        make([row("a")], max_prompt_length=0)
 
 
-def test_without_truncation_a_long_row_is_named_with_both_lengths(make: Callable) -> None:
+def test_a_long_row_is_named_with_both_lengths(make: Callable) -> None:
     dataset = make([row("a"), row("abc " * 90)], filter_overlong_prompts=False)
     with pytest.raises(ValueError, match=rf"row 1 of .* has \d+ tokens, data.max_prompt_length={P}; raise it"):
         dataset[1]

@@ -82,13 +82,13 @@ def test_gradients_are_sharded_after_every_micro_batch(
     split = "worker.actor.micro_batch_size_per_device_for_update=2"
     worker = start_alone(make_config(tiny_model_path, split, "worker.actor.dynamic_batching=false"))
     seen: list[set[type]] = []
-    plain_loss = worker.actor._loss
+    plain_objective = worker.actor.objective
 
-    def loss_with_a_look(*args):
+    def objective_with_a_look(*args):
         seen.append({type(parameter.grad) for parameter in worker.actor.model.parameters()})
-        return plain_loss(*args)
+        return plain_objective(*args)
 
-    monkeypatch.setattr(worker.actor, "_loss", loss_with_a_look)
+    monkeypatch.setattr(worker.actor, "objective", objective_with_a_look)
     worker.gradients(batch, "token")
     assert seen == [{type(None)}] + 3 * [{DTensor}]
 

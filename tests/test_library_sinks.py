@@ -22,9 +22,9 @@ from swanlab.sdk.internal.core_python.store import DataStoreReader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 
+from verl.trainer.library_sinks import hyper_parameters
+from verl.trainer.tracking import RUN_IDS, Tracker
 from verl.utils.checkpoint import ResumePoint
-from verl.utils.library_sinks import hyper_parameters
-from verl.utils.tracking import RUN_IDS, Tracker
 
 SAMPLES = [("What digit?", "<think>It is\n\n7.</think>", "7", 1.0), ("And this?", "九", "9", 0.0)]
 TAGGED = [

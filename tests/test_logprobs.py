@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from verl.utils import logprobs
-from verl.utils.logprobs import HeadInputs, log_probs_from_logits, token_statistics
+from verl.utils.logprobs import LazyLogits, log_probs_from_logits, token_statistics
 
 SUPPRESSED = [0, 7]
 
@@ -277,18 +277,18 @@ def test_no_more_than_four_pieces_of_the_logits_are_held_in_float32_at_a_time(nu
 # ---- from hidden states ----
 
 
-def draw_head(seed: int, bias: bool = True, dtype: torch.dtype = torch.float32) -> HeadInputs:
+def draw_head(seed: int, bias: bool = True, dtype: torch.dtype = torch.float32) -> LazyLogits:
     """Hidden states (3, 5, 6) and a head of 11 ids, all of which want a gradient."""
     generator = torch.Generator().manual_seed(seed)
     shapes = ((3, 5, 6), (11, 6), (11,))
     hidden_states, weight, own_bias = (
         torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes
     )
-    return HeadInputs(hidden_states, weight, own_bias if bias else None)
+    return LazyLogits(hidden_states, weight, own_bias if bias else None)
 
 
-def logits_of(head: HeadInputs) -> torch.Tensor:
-    return torch.nn.functional.linear(head.hidden_states, head.weight, head.bias)
+def logits_of(head: LazyLogits) -> torch.Tensor:
+    return torch.nn.functional.linear(head.states, head.weight, head.bias)
 
 
 @pytest.mark.parametrize("at_once", [1, 4, 512])
@@ -302,7 +302,7 @@ def test_hidden_states_and_head_give_what_their_logits_give(at_once, bias, with_
     head = draw_head(0, bias)
     reference = draw_head(1, bias) if with_reference else None
     ref_logits = None if reference is None else logits_of(reference).detach()
-    wanted = [tensor for tensor in (head.hidden_states, head.weight, head.bias) if tensor is not None]
+    wanted = [tensor for tensor in (head.states, head.weight, head.bias) if tensor is not None]
 
     def everything(logits, ref_logits) -> list[torch.Tensor]:
         found = token_statistics(logits, labels, 0.7, SUPPRESSED, ref_logits)
@@ -318,12 +318,12 @@ def test_hidden_states_and_head_give_what_their_logits_give(at_once, bias, with_
 
 def test_a_frozen_head_costs_no_gradient_of_its_own():
     head = draw_head(0)
-    frozen = HeadInputs(head.hidden_states, head.weight.detach(), head.bias.detach())
+    frozen = LazyLogits(head.states, head.weight.detach(), head.bias.detach())
     log_probs_from_logits(frozen, draw()[1]).sum().backward()
-    of_frozen = head.hidden_states.grad.clone()
-    head.hidden_states.grad = None
+    of_frozen = head.states.grad.clone()
+    head.states.grad = None
     log_probs_from_logits(head, draw()[1]).sum().backward()
-    assert torch.equal(head.hidden_states.grad, of_frozen)
+    assert torch.equal(head.states.grad, of_frozen)
 
 
 def test_pieces_of_the_heads_gradient_add_up_beyond_the_precision_of_bf16(monkeypatch):
@@ -331,7 +331,7 @@ def test_pieces_of_the_heads_gradient_add_up_beyond_the_precision_of_bf16(monkey
     monkeypatch.setattr(logprobs, "POSITIONS_AT_ONCE", 1)
     hidden_states = torch.ones(2000, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    log_probs_from_logits(HeadInputs(hidden_states, weight), torch.zeros(2000, dtype=torch.int64)).sum().backward()
+    log_probs_from_logits(LazyLogits(hidden_states, weight), torch.zeros(2000, dtype=torch.int64)).sum().backward()
     assert weight.grad.tolist() == [[1000.0], [-1000.0]]
 
 
@@ -346,7 +346,7 @@ def test_the_logits_of_all_positions_are_never_there_at_once(monkeypatch):
             sizes.extend(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
             return result
 
-    head = HeadInputs(torch.randn(60, 4).requires_grad_(), torch.randn(500, 4).requires_grad_())
+    head = LazyLogits(torch.randn(60, 4).requires_grad_(), torch.randn(500, 4).requires_grad_())
     with Sizes():
         token_statistics(head, torch.randint(1, 7, (60,)), 0.7, SUPPRESSED, head).log_probs.sum().backward()
     assert max(sizes) == 8 * 500
@@ -355,11 +355,11 @@ def test_the_logits_of_all_positions_are_never_there_at_once(monkeypatch):
 def test_no_positions_give_no_numbers_and_a_gradient_of_zero():
     """A rank whose slice of a row has prompt tokens alone; its peers wait for its backward pass."""
     head = draw_head(0)
-    none = HeadInputs(head.hidden_states[:0, 0], head.weight, head.bias)
+    none = LazyLogits(head.states[:0, 0], head.weight, head.bias)
     found = token_statistics(none, torch.empty(0, dtype=torch.int64), 0.7, SUPPRESSED)
     assert found.log_probs.shape == found.entropy.shape == (0,)
     found.log_probs.sum().backward()
-    for tensor in (head.hidden_states, head.weight, head.bias):
+    for tensor in (head.states, head.weight, head.bias):
         assert torch.equal(tensor.grad, torch.zeros_like(tensor))
 
 

@@ -8,7 +8,9 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from tests.vlm_zoo import TEXT_CONFIG, make_model
-from verl.models.output_head import forward_with_head, has_plain_head
+from verl.models import output_head
+from verl.models.output_head import capture_logits, forward_with_head, has_plain_head
+from verl.models.value_model import ValueModel
 
 IDS = torch.arange(1, 9)[None]
 
@@ -24,8 +26,8 @@ def test_it_sees_the_hidden_states_of_the_positions_to_keep_and_the_weight(tied:
     inputs = {"input_ids": IDS, "logits_to_keep": keep}
     with torch.no_grad():
         expected = model(**inputs).logits
-        found = forward_with_head(model, lambda states, head: states @ head.weight.T, inputs)
-        shape = forward_with_head(model, lambda states, head: states.new_zeros(7), inputs).shape
+        found = forward_with_head(model, lambda logits: logits.states @ logits.weight.T, inputs)
+        shape = forward_with_head(model, lambda logits: logits.states.new_zeros(7), inputs).shape
     torch.testing.assert_close(found, expected)
     assert shape == (7,)
 
@@ -33,9 +35,9 @@ def test_it_sees_the_hidden_states_of_the_positions_to_keep_and_the_weight(tied:
 def test_afterwards_the_head_is_itself_again() -> None:
     model = qwen()
     before = model(input_ids=IDS).logits
-    forward_with_head(model, lambda states, head: states, {"input_ids": IDS})
+    forward_with_head(model, lambda logits: logits.states, {"input_ids": IDS})
     with pytest.raises(ZeroDivisionError):
-        forward_with_head(model, lambda states, head: 1 / 0, {"input_ids": IDS})
+        forward_with_head(model, lambda logits: 1 / 0, {"input_ids": IDS})
     assert torch.equal(model(input_ids=IDS).logits, before)
 
 
@@ -54,9 +56,30 @@ def test_a_head_with_an_adapter_is_not_plain_and_one_beside_adapters_is() -> Non
     assert (has_plain_head(on_head), has_plain_head(elsewhere)) == (False, True)
 
 
-def test_a_model_that_changes_its_logits_without_a_word_is_refused() -> None:
+def test_a_model_that_makes_its_logits_itself_gives_those() -> None:
+    """The scalar head of a critic, and logits that are capped after the head."""
+    gemma = make_model("Gemma2ForCausalLM", transformers.Gemma2Config(**TEXT_CONFIG, query_pre_attn_scalar=16))
+    for model in (gemma, ValueModel(qwen())):
+        with torch.no_grad():
+            expected = model(input_ids=IDS).logits
+            assert torch.equal(forward_with_head(model, lambda logits: logits.states, {"input_ids": IDS}), expected)
+
+
+def test_captured_logits_outlive_the_forward_and_changes_of_the_head() -> None:
+    model, select = qwen(), lambda states: states[0, -2:]
+    inputs = {"input_ids": IDS}
+    expected = model(**inputs).logits[0, -2:]
+    captured = capture_logits(model, select, inputs)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    torch.testing.assert_close(captured.states @ captured.weight.T, expected)
+    assert captured.states.requires_grad is False
+
+
+def test_a_model_that_changes_its_logits_without_a_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma 2 with the field taken out of the names that are known."""
+    monkeypatch.setattr(output_head, "LOGIT_CHANGES", ())
     config = transformers.Gemma2Config(**TEXT_CONFIG, query_pre_attn_scalar=16)
     model = make_model("Gemma2ForCausalLM", config)
     with pytest.raises(RuntimeError, match="Gemma2ForCausalLM gives other logits than its output head does"):
-        forward_with_head(model, lambda states, head: states, {"input_ids": IDS})
+        forward_with_head(model, lambda logits: logits.states, {"input_ids": IDS})

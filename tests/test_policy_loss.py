@@ -15,6 +15,7 @@ from verl.algorithms.policy_loss import (
     register_policy_loss,
 )
 from verl.utils.masked_ops import aggregate_loss
+from verl.workers.actor.config import ActorConfig
 
 LOSSES = sorted(POLICY_LOSSES)
 PER_TOKEN = [name for name in LOSSES if name != "gspo"]
@@ -28,7 +29,7 @@ def policy_ratio(
     old_log_probs = torch.full_like(torch.tensor(ratios), -2.0)
     log_probs = (old_log_probs + torch.tensor(ratios).log()).requires_grad_()
     mask = torch.ones_like(old_log_probs, dtype=torch.int64) if mask is None else torch.tensor(mask)
-    return PolicyLossInputs(log_probs, old_log_probs, torch.tensor(advantages), mask, **knobs)
+    return PolicyLossInputs(log_probs, old_log_probs, torch.tensor(advantages), mask, ActorConfig(**knobs))
 
 
 def draw_inputs(seed: int = 0) -> PolicyLossInputs:
@@ -38,7 +39,7 @@ def draw_inputs(seed: int = 0) -> PolicyLossInputs:
     old_log_probs = log_probs - 0.8 * torch.randn(6, 7, generator=generator, dtype=torch.float64)
     lengths = torch.tensor([[7], [1], [4], [6], [2], [3]])
     mask = (torch.arange(7) < lengths).long()
-    return PolicyLossInputs(log_probs.requires_grad_(), old_log_probs, advantages * mask, mask)
+    return PolicyLossInputs(log_probs.requires_grad_(), old_log_probs, advantages * mask, mask, ActorConfig())
 
 
 def gradient(name: str, inputs: PolicyLossInputs, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -167,7 +168,7 @@ def test_the_gate_of_sapo_fades_the_further_the_ratio_goes(direction):
 
 
 def test_without_bounds_the_clipped_loss_is_plain_importance_sampling():
-    inputs = replace(draw_inputs(), clip_ratio_low=1.0, clip_ratio_high=math.inf, clip_ratio_dual=math.inf)
+    inputs = replace(draw_inputs(), config=ActorConfig(clip_ratio_low=1.0, clip_ratio_high=1e30, clip_ratio_dual=1e30))
     loss, _ = clipped_policy_loss(inputs)
     torch.testing.assert_close(loss, -inputs.advantages * (inputs.log_probs - inputs.old_log_probs).exp())
 
@@ -192,7 +193,7 @@ def test_an_absurd_log_ratio_stays_finite(name):
     log_probs = torch.tensor([[0.0, 0.0], [-100.0, -100.0]], requires_grad=True)
     old_log_probs = torch.tensor([[-100.0, -100.0], [0.0, 0.0]])
     advantages = torch.tensor([[1.0, -1.0], [1.0, -1.0]])
-    inputs = PolicyLossInputs(log_probs, old_log_probs, advantages, torch.ones(2, 2))
+    inputs = PolicyLossInputs(log_probs, old_log_probs, advantages, torch.ones(2, 2), ActorConfig())
     loss, _ = POLICY_LOSSES[name](inputs)
     assert torch.isfinite(loss).all()
     assert torch.isfinite(gradient(name, inputs)).all()
@@ -277,10 +278,9 @@ def test_micro_batches_and_ranks_add_up_to_the_whole_mini_batch(name, mode):
 # ---- the table ----
 
 
-def test_losses_are_found_by_name_and_a_name_is_given_once(monkeypatch):
+def test_losses_are_found_by_name_and_a_name_is_given_once():
     assert POLICY_LOSSES["default"] is clipped_policy_loss
-    monkeypatch.setattr("verl.algorithms.policy_loss.POLICY_LOSSES", dict(POLICY_LOSSES))
     register_policy_loss("mine")(clipped_policy_loss)
-    assert "mine" not in POLICY_LOSSES
+    assert POLICY_LOSSES.pop("mine") is clipped_policy_loss
     with pytest.raises(ValueError, match="policy loss 'default' is already clipped_policy_loss; use another name"):
         register_policy_loss("default")(clipped_policy_loss)

@@ -12,7 +12,6 @@ from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, make_config, star
 from verl.data.features import featurize
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
-from verl.workers.response_forward import compute_per_token
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +81,8 @@ def test_log_prob_passes_take_a_smaller_last_micro_batch(
     tiny_model_path: str, batch: DataProto, lone_process_group
 ) -> None:
     worker = start_alone(make_config(tiny_model_path))
-    whole = compute_per_token(worker.actor.forward, batch, micro_batch_size=8)
-    torch.testing.assert_close(compute_per_token(worker.actor.forward, batch, micro_batch_size=3), whole)
+    whole, parts = (worker.actor.forward.measure_all(batch, ["log_probs"], size)["log_probs"] for size in (8, 3))
+    torch.testing.assert_close(parts, whole)
 
 
 def test_token_and_seq_averaging_differ(tiny_model_path: str, batch: DataProto, lone_process_group) -> None:

@@ -19,7 +19,7 @@ from tests.test_training_run import ROOT, arguments, lines_of
 from verl.protocol import DataProto
 from verl.trainer.config import load_config
 from verl.trainer.ray_trainer import RayDAPOTrainer
-from verl.utils.step_record import StepRecord
+from verl.trainer.step_record import StepRecord
 from verl.utils.tokenizer import get_processor
 from verl.workers.rollout.base import Sampling
 from verl.workers.rollout.hf_rollout import HFRollout

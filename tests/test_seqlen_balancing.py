@@ -139,8 +139,12 @@ def test_dynamic_batches_of_padded_rows_keep_their_budget_with_the_padding_that_
     for seed in range(30):
         generator = random.Random(seed)
         prompts, responses = ([generator.randint(1, 20) for _ in range(24)] for _ in range(2))
-        batch = batch_of([sum(pair) for pair in zip(prompts, responses, strict=True)])
-        batch.batch["response_mask"] = (torch.arange(20) < torch.tensor(responses)[:, None]).long()
+        prompt_mask, response_mask = (
+            (torch.arange(20) < torch.tensor(lengths)[:, None]).long() for lengths in (prompts, responses)
+        )
+        batch = DataProto.from_dict(
+            {"attention_mask": torch.cat([prompt_mask.flip(1), response_mask], 1), "response_mask": response_mask}
+        )
         micro_batches, index_lists = prepare_dynamic_batch(batch, max_token_len=100, packed=False)
         assert max(padded_tokens(rows) for rows in micro_batches) <= 100
         assert len(micro_batches) < 24

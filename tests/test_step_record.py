@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from verl.utils.step_record import StepRecord
+from verl.trainer.step_record import StepRecord
 
 
 def test_a_phase_entered_twice_counts_both_visits():

@@ -134,9 +134,11 @@ def test_both_layouts_hold_the_same_tokens_in_the_same_order(batch: DataProto) -
     values = torch.arange(len(labels), dtype=torch.float32)
     for layout in (PaddedLayout(batch), PackedLayout(batch)):
         assert torch.equal(layout.labels(), labels)
-        stream = layout.as_stream(values)
-        assert torch.equal(stream[is_response], values)
-        assert (stream[~is_response] == 0).all()
+        streams = layout.as_streams(["up", "down"], torch.stack([values, -values], dim=-1))
+        assert torch.equal(streams["up"][is_response], values)
+        assert torch.equal(streams["down"], -streams["up"])
+        assert (streams["up"][~is_response] == 0).all()
+        assert torch.equal(layout.as_wide(streams["up"][:, : layout.length]), streams["up"])
     packed = PackedLayout(batch)
     assert len(packed.input_ids) == packed.borders[-1] == batch.batch["attention_mask"].sum()
     for row, (start, end) in enumerate(pairwise(packed.borders)):

@@ -17,9 +17,9 @@ import torch
 
 from verl.trainer.config import TrainerConfig, load_config
 from verl.trainer.main import prepare
+from verl.trainer.sinks import Sink, nested
+from verl.trainer.tracking import RUN_IDS, SINKS, Tracker, require_loggers
 from verl.utils.checkpoint import ResumePoint
-from verl.utils.sinks import Sink, nested
-from verl.utils.tracking import RUN_IDS, SINKS, Tracker, require_loggers
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -230,7 +230,7 @@ def test_a_name_that_is_metric_and_area_at_once_is_an_error(names):
 
 def test_libraries_are_imported_only_when_they_are_asked_for(tmp_path):
     program = (
-        "import sys; from verl.utils.tracking import SINKS, Tracker, require_loggers;"
+        "import sys; from verl.trainer.tracking import SINKS, Tracker, require_loggers;"
         f"require_loggers(SINKS); Tracker(['console', 'file'], {{}}, 'p', 'e', {str(tmp_path)!r}, 1).close();"
         "loaded = {'torch', *(sink.LIBRARY for sink in SINKS.values())} & set(sys.modules); assert not loaded, loaded"
     )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -25,9 +26,10 @@ from verl.protocol import DataProto
 from verl.trainer.config import load_config
 from verl.trainer.main import run
 from verl.trainer.ray_trainer import RayDAPOTrainer
+from verl.trainer.step_record import StepRecord
 from verl.utils.attention_metrics import vgr_from_mass
 from verl.utils.attention_token_weights import token_weights_from_vgr
-from verl.utils.step_record import StepRecord
+from verl.workers.actor.config import ActorConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -393,6 +395,59 @@ def test_a_loss_that_only_the_users_own_program_registers_trains_in_the_workers(
     run_shared(load_config(arguments(tiny_model_path, data_files, tmp_path, *settings)))
     record = lines_of(tmp_path / "experiment_log.jsonl")[0]
     assert record["actor"]["seen"] == pytest.approx(0.25)
+    assert record["actor"]["grad_norm"] > 0
+
+
+@dataclass(frozen=True)
+class ActorWithAKnob(ActorConfig):
+    floor: float = -1.0
+    """Advantages below this count as this."""
+
+
+def floored_policy_gradient(inputs: PolicyLossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    advantages = inputs.advantages.clamp(min=inputs.config.floor)
+    return -advantages * inputs.log_probs, {"floor": torch.full_like(advantages, inputs.config.floor)}
+
+
+def test_a_loss_with_a_knob_of_its_own_is_one_function_and_one_field(
+    tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(POLICY_LOSSES, "floored", floored_policy_gradient)
+    settings = ["worker.actor.loss_type=floored", "trainer.val_before_train=false", "trainer.max_steps=1"]
+    config = load_config(arguments(tiny_model_path, data_files, tmp_path, *settings))
+    actor = ActorWithAKnob(**vars(config.worker.actor), floor=0.25)
+    run_shared(replace(config, worker=replace(config.worker, actor=actor)))
+    (record,) = (record for record in lines_of(tmp_path / "experiment_log.jsonl") if "actor" in record)
+    assert record["actor"]["floor"] == pytest.approx(0.25)
+
+
+def test_an_estimator_and_a_loss_in_a_users_file_train(
+    tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster
+) -> None:
+    """Each process loads the file by itself. The loss has a helper beside it, and reads a knob of the package."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "def _sum(rewards):\n"
+        "    return rewards.sum(-1, keepdim=True)\n"
+        "def rewards_alone(inputs):\n"
+        "    advantages = _sum(inputs.token_level_rewards) * inputs.response_mask + 2.0 * inputs.config.gamma\n"
+        "    return advantages, advantages\n"
+        "def plain(inputs):\n"
+        "    knob = torch.full_like(inputs.advantages, inputs.config.clip_ratio_high)\n"
+        "    return -inputs.advantages * inputs.log_probs, {'knob': knob}\n"
+    )
+    settings = [
+        f"worker.actor.loss_type={tmp_path}/mine.py:plain",
+        f"algorithm.adv_estimator={tmp_path}/mine.py:rewards_alone",
+        "worker.actor.clip_ratio_high=0.5",
+        "trainer.val_before_train=false",
+        "trainer.max_steps=1",
+    ]
+    run_shared(load_config(arguments(tiny_model_path, data_files, tmp_path / "run", *settings)))
+    (record,) = (record for record in lines_of(tmp_path / "run" / "experiment_log.jsonl") if "actor" in record)
+    assert record["actor"]["knob"] == pytest.approx(0.5)
+    assert record["critic"]["advantages"]["mean"] == pytest.approx(record["critic"]["returns"]["mean"])
+    assert record["critic"]["advantages"]["min"] >= 2.0
     assert record["actor"]["grad_norm"] > 0
 
 

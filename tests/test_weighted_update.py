@@ -62,6 +62,7 @@ def test_weights_of_one_train_bit_for_bit_like_no_weights(
                 "worker.actor.micro_batch_size_per_device_for_update=2",
                 "worker.actor.optim.lr=1e-3",
                 f"worker.actor.loss_avg_mode={loss_avg_mode}",
+                f"algorithm.enable_token_weights={str(weights is not None).lower()}",
             )
         )
         metrics = worker.update_actor(with_weights(batch, weights))
@@ -282,11 +283,13 @@ def test_only_the_last_layers_that_are_asked_for_are_measured(
 
     rows = repadded(batch, 0)
     response_length = int(rows.batch["response_mask"].sum(dim=1).max())
-    kinds = worker.vocabulary.classify(rows.batch["input_ids"], rows.batch["attention_mask"], RESPONSE_LENGTH)
+    kinds = worker.attention.vocabulary.classify(
+        rows.batch["input_ids"], rows.batch["attention_mask"], RESPONSE_LENGTH
+    )
     kinds = kinds[:, : kinds.shape[1] - (RESPONSE_LENGTH - response_length)]  # the forward cuts common padding off
     model = worker.actor.model
     with torch.no_grad(), record_attention_mass(model, kinds, response_length, last_k_layers=1) as recorder:
-        worker.actor.forward(rows)
+        worker.actor.forward.measure(rows, ["log_probs"])
     torch.testing.assert_close(last[:, :response_length], recorder.mass(), atol=1e-6, rtol=0)
 
 
@@ -337,7 +340,7 @@ def repadded(batch: DataProto, columns: int) -> DataProto:
 
 def weigher(*overrides: str) -> RayDAPOTrainer:
     """A trainer that has not started anything: weights need its configuration alone."""
-    config = make_config("no model", "algorithm.enable_token_weights=true", *overrides)
+    config = make_config("no model", "algorithm.enable_token_weights=true", COLLECT, *overrides)
     return RayDAPOTrainer(
         config,
         BatchPlan.from_config(config, 1),
@@ -399,7 +402,9 @@ def test_weights_of_the_reward_function_go_before_attention_sample_by_sample(mea
 
 def test_without_attention_samples_without_weights_of_their_own_weigh_one(measured: DataProto) -> None:
     values = {"token_weights": [None, [0.5, 2.0], None]}
-    weights = weigher()._maybe_compute_token_weights(measured.select(["response_mask"]), values)
+    weights = weigher("worker.rollout.collect_attentions=false")._maybe_compute_token_weights(
+        measured.select(["response_mask"]), values
+    )
     assert torch.equal(weights, torch.tensor([[1.0, 1.0, 1.0], [0.5, 2.0, 0.0], [1.0, 0.0, 0.0]]))
 
 
@@ -407,7 +412,7 @@ def test_without_attention_samples_without_weights_of_their_own_weigh_one(measur
 def test_nothing_to_weigh_by_is_one_warning_that_says_what_to_switch_on(
     values: dict, measured: DataProto, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = weigher()
+    trainer = weigher("worker.rollout.collect_attentions=false")
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert trainer._maybe_compute_token_weights(measured.select(["response_mask"]), values) is None

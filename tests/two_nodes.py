@@ -17,7 +17,7 @@ from verl.protocol import DataProto
 from verl.trainer.config import load_config
 from verl.trainer.main import run
 from verl.trainer.ray_trainer import RayDAPOTrainer
-from verl.utils.step_record import StepRecord
+from verl.trainer.step_record import StepRecord
 
 if __name__ == "__main__":
     config = load_config(sys.argv[1:])

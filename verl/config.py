@@ -91,6 +91,28 @@ class ConfigSection:
             self.require(os.path.isdir(path) == (kind == "folder"), key, f"is not a {kind} (looked at {path})")
         self.settle(key, path)
 
+    def settle_function(self, key: str, default: str | None = None) -> None:
+        """Make the path of a `path.py:function` under `key` absolute; null and plain names stay as they are.
+
+        Args:
+            default: the function of a value that is a path alone; None asks for its name.
+        """
+        value = getattr(self, key)
+        if value is None or (default is None and not names_a_file(value)):
+            return
+        path, colon, function = value.rpartition(":")
+        if not colon:
+            path, function = value, default
+        self.require(bool(function), key, "names no function; write path.py:function")
+        path = absolute(path)
+        self.require(os.path.isfile(path), key, f"names no file (looked for {path})")
+        self.settle(key, f"{path}:{function}")
+
+
+def names_a_file(value: str) -> bool:
+    """Whether `value` is a `path.py:function` of the user's, and not the name of something registered."""
+    return ":" in value or value.endswith(".py")
+
 
 def absolute(path: str) -> str:
     """`path` with `~` expanded, from the file system's root."""

@@ -35,6 +35,9 @@ class DataProto:
 
     Reordering, slicing, repeating and concatenating always move tensors and objects of a row together. Lookups are
     strict: a key that is not there is a KeyError that lists those that are.
+
+    Methods that nothing in this package calls (`pop`, `save_to_disk`, `load_from_disk`) are part of EasyR1's surface,
+    which its users' programs call.
     """
 
     batch: TensorDict | None = None

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from verl.algorithms.registry import Registry
+from verl.trainer.config import AlgorithmConfig
 from verl.utils.masked_ops import masked_whiten
 
 
@@ -27,35 +29,18 @@ class AdvantageInputs:
     """(N, R): 1 on response tokens."""
     uid: np.ndarray
     """(N,) objects, equal for responses to the same prompt."""
+    config: AlgorithmConfig
+    """The section `algorithm`: the knobs of every estimator."""
     values: torch.Tensor | None = None
     """(N, R): a critic's estimate, before each token, of the discounted rewards from that token on; for `gae` only."""
     reward_baselines: torch.Tensor | None = None
     """(N,): the score of the greedy response to the row's prompt; for `remax` only."""
-    gamma: float = 1.0
-    """Discount per token."""
-    lam: float = 1.0
-    """Trace decay of generalised advantage estimation."""
 
 
 Estimator = Callable[[AdvantageInputs], tuple[torch.Tensor, torch.Tensor]]
 
-ADVANTAGE_ESTIMATORS: dict[str, Estimator] = {}
-
-
-def register_adv_estimator(name: str) -> Callable[[Estimator], Estimator]:
-    """Decorator that makes an estimator known under `name`.
-
-    Raises ValueError when the name is taken.
-    """
-
-    def register(function: Estimator) -> Estimator:
-        if name in ADVANTAGE_ESTIMATORS:
-            taken_by = ADVANTAGE_ESTIMATORS[name].__qualname__
-            raise ValueError(f"advantage estimator '{name}' is already {taken_by}; use another name")
-        ADVANTAGE_ESTIMATORS[name] = function
-        return function
-
-    return register
+ADVANTAGE_ESTIMATORS: Registry[Estimator] = Registry("advantage estimator", "algorithm.adv_estimator")
+register_adv_estimator = ADVANTAGE_ESTIMATORS.register
 
 
 @register_adv_estimator("grpo")
@@ -128,7 +113,8 @@ def compute_reinforce_plus_plus_advantages(inputs: AdvantageInputs) -> tuple[tor
     Returns the whitened returns as advantages, and the returns themselves.
     """
     no_values = torch.zeros_like(inputs.token_level_rewards)  # (N, R)
-    to_go = _discounted_errors(inputs.token_level_rewards, no_values, inputs.response_mask, inputs.gamma, lam=1.0)
+    gamma = inputs.config.gamma
+    to_go = _discounted_errors(inputs.token_level_rewards, no_values, inputs.response_mask, gamma, lam=1.0)
     return masked_whiten(to_go, inputs.response_mask), to_go
 
 
@@ -163,7 +149,7 @@ def compute_gae_advantages(inputs: AdvantageInputs) -> tuple[torch.Tensor, torch
     assert inputs.values is not None, "gae without a critic's values"
     values = torch.where(inputs.response_mask != 0, inputs.values, 0)  # (N, R)
     advantages = _discounted_errors(
-        inputs.token_level_rewards, values, inputs.response_mask, inputs.gamma, inputs.lam
+        inputs.token_level_rewards, values, inputs.response_mask, inputs.config.gamma, inputs.config.lam
     )  # (N, R)
     return masked_whiten(advantages, inputs.response_mask), advantages + values
 

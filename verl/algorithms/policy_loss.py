@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from verl.algorithms.registry import Registry
 from verl.utils.masked_ops import masked_mean
+from verl.workers.actor.config import ActorConfig
 
 MAX_LOG_RATIO = 20.0  # exp(20) is 5e8: beyond any clip range, and far from overflow in float32
 
@@ -31,36 +33,18 @@ class PolicyLossInputs:
     """(N, R)."""
     response_mask: torch.Tensor
     """(N, R): 1 on response tokens, without token weights."""
-    clip_ratio_low: float = 0.2
-    """The ratio is clipped below 1 - this."""
-    clip_ratio_high: float = 0.3
-    """The ratio is clipped above 1 + this."""
-    clip_ratio_dual: float = 3.0
-    """Bound, in units of -advantage, on the loss of tokens with a negative advantage."""
-    tau_positive: float = 1.0
-    """SAPO's temperature for tokens with a positive advantage."""
-    tau_negative: float = 1.05
-    """SAPO's temperature for the other tokens."""
+    config: ActorConfig
+    """The actor's section: the knobs of every loss."""
 
 
 PolicyLoss = Callable[[PolicyLossInputs], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
-POLICY_LOSSES: dict[str, PolicyLoss] = {}
-
-
-def register_policy_loss(name: str) -> Callable[[PolicyLoss], PolicyLoss]:
-    """Decorator that makes a loss known under `name`.
-
-    Raises ValueError when the name is taken.
-    """
-
-    def register(function: PolicyLoss) -> PolicyLoss:
-        if name in POLICY_LOSSES:
-            raise ValueError(f"policy loss '{name}' is already {POLICY_LOSSES[name].__qualname__}; use another name")
-        POLICY_LOSSES[name] = function
-        return function
-
-    return register
+POLICY_LOSSES: Registry[PolicyLoss] = Registry(
+    "policy loss",
+    "worker.actor.loss_type",
+    {"dapo": "; DAPO is default with clip_ratio_high=0.28 and algorithm.online_filtering=true"},
+)
+register_policy_loss = POLICY_LOSSES.register
 
 
 @register_policy_loss("default")
@@ -123,7 +107,7 @@ def cispo_loss(inputs: PolicyLossInputs) -> tuple[torch.Tensor, dict[str, torch.
 
     The value is a log-likelihood, not a surrogate: `pg_loss` cannot be compared with that of other losses. No metrics.
     """
-    weight = _log_ratio(inputs).detach().exp().clamp(1.0 - inputs.clip_ratio_low, 1.0 + inputs.clip_ratio_high)
+    weight = _clip_to_range(_log_ratio(inputs).detach().exp(), inputs)  # (N, R)
     return -inputs.advantages * weight * inputs.log_probs, {}
 
 
@@ -139,7 +123,7 @@ def sapo_loss(inputs: PolicyLossInputs) -> tuple[torch.Tensor, dict[str, torch.T
 
     No metrics.
     """
-    tau = torch.where(inputs.advantages > 0, inputs.tau_positive, inputs.tau_negative)  # (N, R)
+    tau = torch.where(inputs.advantages > 0, inputs.config.tau_positive, inputs.config.tau_negative)  # (N, R)
     gate = (4.0 / tau) * torch.sigmoid(tau * (_log_ratio(inputs).exp() - 1.0))
     return -inputs.advantages * gate, {}
 
@@ -158,8 +142,8 @@ def _clip(log_ratio: torch.Tensor, inputs: PolicyLossInputs) -> tuple[torch.Tens
     """The clipped and dually clipped surrogate, whatever the ratio is one of, and which of its bounds decide."""
     advantages, ratio = inputs.advantages, log_ratio.exp()  # (N, R)
     loss_plain = -advantages * ratio
-    loss_clipped = -advantages * ratio.clamp(1.0 - inputs.clip_ratio_low, 1.0 + inputs.clip_ratio_high)
-    loss_bound = -advantages * inputs.clip_ratio_dual
+    loss_clipped = -advantages * _clip_to_range(ratio, inputs)
+    loss_bound = -advantages * inputs.config.clip_ratio_dual
 
     loss_ppo = torch.maximum(loss_plain, loss_clipped)
     negative = advantages < 0
@@ -169,3 +153,7 @@ def _clip(log_ratio: torch.Tensor, inputs: PolicyLossInputs) -> tuple[torch.Tens
         "pg_clipfrac_lower": (negative & (loss_ppo > loss_bound)).float(),
     }
     return per_token_loss, per_token_metrics
+
+
+def _clip_to_range(ratio: torch.Tensor, inputs: PolicyLossInputs) -> torch.Tensor:
+    return ratio.clamp(1.0 - inputs.config.clip_ratio_low, 1.0 + inputs.config.clip_ratio_high)  # (N, R)

@@ -10,6 +10,7 @@ import logging
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,13 +39,13 @@ from PIL import Image
 from torch.nn import functional
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from verl.config import looks_local
+from verl.config import ConfigValueError, did_you_mean, looks_local
 from verl.data.prompt import PLACEHOLDERS, PromptEncoder
 from verl.data.video import Video, VideoLimits, VideoOutline, VideoSource, load_video, outline_video
 from verl.data.vision import UNREADABLE_IMAGE, ImageSource, open_image, process_image, target_size
 from verl.models.position_ids import prompt_position_ids
 from verl.models.registry import MODEL_FAMILIES, family_of
-from verl.trainer.config import DATA_SUFFIXES
+from verl.trainer.config import DATA_SUFFIXES, DataConfig
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -165,6 +166,19 @@ def _read_format_prompt(path: str) -> str:
     return source
 
 
+def _with_options(config: DataConfig | None, options: dict[str, Any]) -> DataConfig:
+    """The section with `options` over its fields; without one, over the defaults of EasyR1's class."""
+    known = [field.name for field in fields(DataConfig)]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{name} is no field of the section data{did_you_mean(name, known)}")
+    defaults = {"max_prompt_length": 1024, "min_pixels": None, "max_pixels": None}
+    try:
+        return DataConfig(**{**defaults, **options}) if config is None else replace(config, **options)
+    except ConfigValueError as error:
+        raise error.under("data.") from None
+
+
 class RLHFDataset(torch.utils.data.Dataset):
     """Prompts with their images, videos and answers, one item a row.
 
@@ -179,24 +193,21 @@ class RLHFDataset(torch.utils.data.Dataset):
         data_path: see `load_rows`.
         tokenizer: pads on the left.
         processor: None for a model of text alone.
-        prompt_key, answer_key, image_key, video_key: column names. Images and videos are a list in each row, null or
-            empty for none; every `<image>` and `<video>` in the prompt stands for one of them, in order. A video is a
-            file (path or bytes) or the list of its frames.
-        image_dir: the folder of relative paths, of videos as well.
-        video_fps: frames taken from each second of a video file, and at which lists of frames were taken.
-        max_prompt_length: P, in tokens.
-        truncation: of prompts longer than P: "error", "left" or "right" (the side that is cut off).
-        format_prompt: a jinja file that renders the prompt (`content`) into the user turn.
-        min_pixels, max_pixels: bounds for the area of an image or of a video's frame; None for no bound.
-        filter_overlong_prompts: drop rows longer than P when loading, by token counts, decoding nothing.
-        filter_overlong_prompts_workers: at most so many processes count.
+        config: the section `data`. Read are the four column names, `image_dir`, `video_fps`, `max_prompt_length` (P),
+            `format_prompt`, `min_pixels`, `max_pixels`, `filter_overlong_prompts` and its `_workers`. Images and
+            videos are a list in each row, null or empty for none; every `<image>` and `<video>` in the prompt stands
+            for one of them, in order. A video is a file (path or bytes) or the list of its frames.
         model_config: the model's config; read from where the tokenizer came from if None and there is a processor.
+        truncation: "error" alone: a prompt cut short would lose the opening of the answer, or its question.
+        options: fields of `config` by their names, as EasyR1's callers give them; they go before it. Without a config
+            prompts have at most 1024 tokens, and images stay as large as they are.
 
     Raises:
-        ValueError: when loading, for a column that is not there, a prompt that is no text, placeholders that do not
-            match the media, media that the model does not take, a file that is not there, no row left.
-            When drawing, for a row that cannot be decoded or is longer than P. Messages count rows from 0, as
-            `load_rows` returns them: within a slice, and with those that are later dropped for their length.
+        ValueError: when loading, for an option that is none or cannot be taken, a column that is not there, a prompt
+            that is no text, placeholders that do not match the media, media that the model does not take, a file that
+            is not there, no row left. When drawing, for a row that cannot be decoded or is longer than P. Messages
+            count rows from 0, as `load_rows` returns them: within a slice, and with those that are later dropped for
+            their length.
     """
 
     def __init__(
@@ -204,48 +215,35 @@ class RLHFDataset(torch.utils.data.Dataset):
         data_path: str,
         tokenizer: PreTrainedTokenizerBase,
         processor: ProcessorMixin | None,
-        prompt_key: str = "prompt",
-        answer_key: str = "answer",
-        image_key: str = "images",
-        video_key: str = "videos",
-        image_dir: str | None = None,
-        video_fps: float = 2.0,
-        max_prompt_length: int = 1024,
-        truncation: str = "error",
-        format_prompt: str | None = None,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        filter_overlong_prompts: bool = True,
-        filter_overlong_prompts_workers: int = 16,
+        config: DataConfig | None = None,
         model_config: PretrainedConfig | None = None,
+        truncation: str = "error",
+        **options: Any,
     ) -> None:
-        if truncation not in ("error", "left", "right"):
-            raise ValueError(f"truncation={truncation!r} is not one of error, left, right")
+        if truncation != "error":
+            raise ValueError(
+                f"truncation={truncation!r} would cut prompts short; use 'error', and filter_overlong_prompts=True "
+                "to drop long rows"
+            )
+        self.config = _with_options(config, options)
         self.data_path = data_path
         self.tokenizer = tokenizer
         self.processor = processor
-        self.prompt_key = prompt_key
-        self.answer_key = answer_key
-        self.image_key = image_key
-        self.video_key = video_key
-        self.image_dir = image_dir
-        self.video_fps = video_fps
-        self.max_prompt_length = max_prompt_length
-        self.truncation = truncation
-        self.format_prompt = None if format_prompt is None else _read_format_prompt(format_prompt)
-        self.min_pixels = min_pixels
-        self.max_pixels = max_pixels
+        template = self.config.format_prompt
+        self.format_prompt = None if template is None else _read_format_prompt(template)
         if model_config is None and processor is not None:
             model_config = AutoConfig.from_pretrained(tokenizer.name_or_path)
         self.model_config = model_config or PretrainedConfig()
         self.encoder = PromptEncoder(tokenizer, processor, self.model_config)
-        self.video_limits = VideoLimits(video_fps, min_pixels, max_pixels)
+        self.video_limits = VideoLimits(self.config.video_fps, self.config.min_pixels, self.config.max_pixels)
 
         rows = load_rows(data_path)
         self._check_columns(rows)
         # Media are read as arrow, which hands them out as they were stored: nothing decodes one before it is drawn.
         self._media_keys = {
-            kind: key for kind, key in (("image", image_key), ("video", video_key)) if key in rows.column_names
+            kind: key
+            for kind, key in (("image", self.config.image_key), ("video", self.config.video_key))
+            if key in rows.column_names
         }
         columns = list(self._media_keys.values())
         self._media = rows.select_columns(columns).with_format("arrow") if columns else None
@@ -254,8 +252,8 @@ class RLHFDataset(torch.utils.data.Dataset):
         self._check_prompts()
         if processor is None:
             self._media, self._media_keys = None, {}  # columns without media read as none at all
-        if filter_overlong_prompts:
-            self._drop_overlong(filter_overlong_prompts_workers)
+        if self.config.filter_overlong_prompts:
+            self._drop_overlong(self.config.filter_overlong_prompts_workers)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -267,7 +265,7 @@ class RLHFDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
-        prompt_text = self._prompt_text(row.pop(self.prompt_key))
+        prompt_text = self._prompt_text(row.pop(self.config.prompt_key))
         images = self._read(index, "image", self._load_image)
         videos = self._read(index, "video", self._load_video)
         chat_text = self._chat_text(prompt_text)
@@ -277,11 +275,8 @@ class RLHFDataset(torch.utils.data.Dataset):
                 chat_text, [image.size for image in images], [video.outline for video in videos]
             )
         input_ids = model_inputs["input_ids"][0]
-        overflow = max(0, len(input_ids) - self.max_prompt_length)
-        if overflow:
-            raw_prompt_ids, input_ids = self._cut(index, raw_prompt_ids, input_ids, overflow)
-
-        padding = (self.max_prompt_length - len(input_ids), 0)
+        self._require_fit(index, len(input_ids))
+        padding = (self.config.max_prompt_length - len(input_ids), 0)
         attention_mask = functional.pad(torch.ones_like(input_ids), padding)  # (P,)
         input_ids = functional.pad(input_ids, padding, value=self.tokenizer.pad_token_id)  # (P,)
         return {
@@ -290,7 +285,7 @@ class RLHFDataset(torch.utils.data.Dataset):
             "position_ids": prompt_position_ids(self.model_config, input_ids, attention_mask, model_inputs),
             "raw_prompt_ids": raw_prompt_ids,
             "prompt_text": prompt_text,
-            "ground_truth": row.pop(self.answer_key),
+            "ground_truth": row.pop(self.config.answer_key),
             "multi_modal_data": {"images": images, "videos": videos} if images or videos else None,
             "extra": row,
         }
@@ -324,32 +319,26 @@ class RLHFDataset(torch.utils.data.Dataset):
         return results
 
     def _load_image(self, source: ImageSource) -> Image.Image:
-        return process_image(open_image(source, self.image_dir), self.min_pixels, self.max_pixels)
+        return process_image(open_image(source, self.config.image_dir), self.config.min_pixels, self.config.max_pixels)
 
     def _image_size(self, source: ImageSource) -> tuple[int, int]:
-        return target_size(*open_image(source, self.image_dir).size, self.min_pixels, self.max_pixels)
+        return target_size(
+            *open_image(source, self.config.image_dir).size, self.config.min_pixels, self.config.max_pixels
+        )
 
     def _load_video(self, source: VideoSource) -> Video:
-        return load_video(source, self.image_dir, self.video_limits)
+        return load_video(source, self.config.image_dir, self.video_limits)
 
     def _video_outline(self, source: VideoSource) -> VideoOutline:
-        return outline_video(source, self.image_dir, self.video_limits)
+        return outline_video(source, self.config.image_dir, self.video_limits)
 
-    def _cut(
-        self, index: int, raw_prompt_ids: list[int], input_ids: torch.Tensor, overflow: int
-    ) -> tuple[list[int], torch.Tensor]:
-        too_long = (
-            f"{self._name(index)} has {len(input_ids)} tokens, data.max_prompt_length={self.max_prompt_length}; "
-            "raise it, lower data.max_pixels, or set data.filter_overlong_prompts=true to drop such rows"
-        )
-        if self.truncation == "error":
-            raise ValueError(too_long)
-        cut, kept = slice(overflow), slice(overflow, None)
-        if self.truncation == "right":
-            cut, kept = slice(-overflow, None), slice(-overflow)
-        if not self.encoder.is_text(raw_prompt_ids[cut], input_ids[cut].tolist()):
-            raise ValueError(f"{too_long} (cutting it would cut through an image or a video)")
-        return raw_prompt_ids[kept], input_ids[kept]
+    def _require_fit(self, index: int, length: int) -> None:
+        longest = self.config.max_prompt_length
+        if length > longest:
+            raise ValueError(
+                f"{self._name(index)} has {length} tokens, data.max_prompt_length={longest}; raise it, lower "
+                "data.max_pixels, or set data.filter_overlong_prompts=true to drop such rows"
+            )
 
     def _name(self, index: int) -> str:
         return f"row {self._row_numbers[index]} of {self.data_path!r}"
@@ -358,10 +347,10 @@ class RLHFDataset(torch.utils.data.Dataset):
 
     def _check_columns(self, rows: Dataset) -> None:
         columns = ", ".join(rows.column_names)
-        for option, key in (("prompt_key", self.prompt_key), ("answer_key", self.answer_key)):
+        for option, key in (("prompt_key", self.config.prompt_key), ("answer_key", self.config.answer_key)):
             if key not in rows.column_names:
                 raise ValueError(f"data.{option}={key} is no column of {self.data_path!r}; it has {columns}")
-        for kind, key in (("image", self.image_key), ("video", self.video_key)):
+        for kind, key in (("image", self.config.image_key), ("video", self.config.video_key)):
             feature = rows.features.get(key, Value("null"))
             if not isinstance(feature, (List, LargeList)) and feature != Value("null"):
                 raise ValueError(
@@ -369,11 +358,11 @@ class RLHFDataset(torch.utils.data.Dataset):
                     f"not {feature}"
                 )
         family = family_of(self.model_config)
-        if self.processor is not None and not family.takes_videos and _has_any(rows, self.video_key):
+        if self.processor is not None and not family.takes_videos and _has_any(rows, self.config.video_key):
             able = ", ".join(other.name for other in MODEL_FAMILIES if other.takes_videos)
             raise ValueError(
-                f"data.video_key={self.video_key}: {self.data_path!r} has videos, which cannot be trained on with a "
-                f"model of the family {family.name}; use one of {able}, or name another column to ignore them"
+                f"data.video_key={self.config.video_key}: {self.data_path!r} has videos, which cannot be trained on "
+                f"with a model of the family {family.name}; use one of {able}, or name another column to ignore them"
             )
 
     def _check_prompts(self) -> None:
@@ -389,20 +378,22 @@ class RLHFDataset(torch.utils.data.Dataset):
                     f"{self._name(row)} has {kind}s, but {self.tokenizer.name_or_path!r} is a model of text alone, "
                     "with no processor; use a vision-language model (worker.actor.model.model_path)"
                 )
-        for index, prompt in enumerate(self._rows[self.prompt_key]):
+        for index, prompt in enumerate(self._rows[self.config.prompt_key]):
             if not isinstance(prompt, str):
-                raise ValueError(f"{self._name(index)}: data.prompt_key={self.prompt_key} is {prompt!r}, not a text")
+                raise ValueError(
+                    f"{self._name(index)}: data.prompt_key={self.config.prompt_key} is {prompt!r}, not a text"
+                )
         if self.processor is None:
             return
         for kind, placeholder in PLACEHOLDERS.items():
-            found = [self._prompt_text(prompt).count(placeholder) for prompt in self._rows[self.prompt_key]]
+            found = [self._prompt_text(prompt).count(placeholder) for prompt in self._rows[self.config.prompt_key]]
             mismatches = [
                 f"row {index}: {number} placeholders, {media} {kind}s"
                 for index, (number, media) in enumerate(zip(found, counts[kind], strict=True))
                 if number != media
             ]
             if mismatches:
-                key = self.image_key if kind == "image" else self.video_key
+                key = self.config.image_key if kind == "image" else self.config.video_key
                 column = "" if kind in self._media_keys else f" There is no column data.{kind}_key={key}."
                 more = "; ..." if len(mismatches) > MISMATCHES_SHOWN else ""
                 raise ValueError(
@@ -414,10 +405,10 @@ class RLHFDataset(torch.utils.data.Dataset):
     def _drop_overlong(self, workers: int) -> None:
         processes = min(workers, len(self) // ROWS_PER_PROCESS)
         with _progress_bars(shown=len(self) >= ROWS_PER_PROCESS):
-            lengths = self._rows.select_columns([self.prompt_key]).map(
+            lengths = self._rows.select_columns([self.config.prompt_key]).map(
                 self._measure,
                 with_indices=True,
-                remove_columns=[self.prompt_key],
+                remove_columns=[self.config.prompt_key],
                 num_proc=processes if processes > 1 else None,
                 # Image files and limits may have changed since a cached result was written.
                 load_from_cache_file=False,
@@ -425,10 +416,11 @@ class RLHFDataset(torch.utils.data.Dataset):
                 desc="counting prompt tokens",
             )
         lengths = np.asarray(lengths["length"])
-        kept = np.flatnonzero(lengths <= self.max_prompt_length)
+        kept = np.flatnonzero(lengths <= self.config.max_prompt_length)
         if len(kept) == 0:
+            longest = self.config.max_prompt_length
             raise ValueError(
-                f"every row of {self.data_path!r} is longer than data.max_prompt_length={self.max_prompt_length}: "
+                f"every row of {self.data_path!r} is longer than data.max_prompt_length={longest}: "
                 f"{lengths.min()} to {lengths.max()} tokens; raise it or lower data.max_pixels"
             )
         logger.info(
@@ -437,7 +429,7 @@ class RLHFDataset(torch.utils.data.Dataset):
             len(kept),
             len(lengths),
             len(lengths) - len(kept),
-            self.max_prompt_length,
+            self.config.max_prompt_length,
         )
         self._rows = self._rows.select(kept)
         self._media = None if self._media is None else self._media.select(kept)
@@ -446,7 +438,7 @@ class RLHFDataset(torch.utils.data.Dataset):
     def _measure(self, row: dict[str, Any], index: int) -> dict[str, int]:
         sizes = self._read(index, "image", self._image_size)
         outlines = self._read(index, "video", self._video_outline)
-        chat_text = self._chat_text(self._prompt_text(row[self.prompt_key]))
+        chat_text = self._chat_text(self._prompt_text(row[self.config.prompt_key]))
         with self._naming(index):
             raw_prompt_ids = self.encoder.raw_ids(chat_text, len(sizes), len(outlines))
             return {"length": self.encoder.length(chat_text, raw_prompt_ids, sizes, outlines)}

@@ -219,22 +219,4 @@ def _dataset(
 ) -> RLHFDataset:
     if not data_path:
         raise ValueError(f"{key} is empty; name a data file, a folder or a dataset id of the hub")
-    return RLHFDataset(
-        data_path,
-        tokenizer,
-        processor,
-        prompt_key=config.prompt_key,
-        answer_key=config.answer_key,
-        image_key=config.image_key,
-        video_key=config.video_key,
-        image_dir=config.image_dir,
-        video_fps=config.video_fps,
-        max_prompt_length=config.max_prompt_length,
-        truncation="error",  # a prompt cut short would lose the opening of the answer, or its question
-        format_prompt=config.format_prompt,
-        min_pixels=config.min_pixels,
-        max_pixels=config.max_pixels,
-        filter_overlong_prompts=config.filter_overlong_prompts,
-        filter_overlong_prompts_workers=config.filter_overlong_prompts_workers,
-        model_config=model_config,
-    )
+    return RLHFDataset(data_path, tokenizer, processor, config, model_config)

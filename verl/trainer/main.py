@@ -11,17 +11,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from verl.trainer.config import (
-    PPOConfig,
-    effect_notes,
-    has_built_in_algorithms,
-    load_config,
-    require_available,
-    require_registered,
-)
+from verl.trainer.config import PPOConfig, load_config
+from verl.trainer.config_checks import effect_notes, has_built_in_algorithms, require_available
+from verl.trainer.tracking import Tracker, require_loggers
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.lean_imports import frozen_objects, import_modules
-from verl.utils.tracking import Tracker, require_loggers
 from verl.workers.rollout.config import ENGINES
 
 if TYPE_CHECKING:
@@ -136,12 +130,26 @@ def prepare(config: PPOConfig) -> BatchPlan:
     require_loggers(config.trainer.logger)
     plan = BatchPlan.from_config(config, config.trainer.nnodes * config.trainer.n_gpus_per_node)
     if not has_built_in_algorithms(config):
-        # The tables load torch, so every other mistake is told first.
-        from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS
-        from verl.algorithms.policy_loss import POLICY_LOSSES
-
-        require_registered(config, ADVANTAGE_ESTIMATORS, POLICY_LOSSES)
+        _require_algorithms(config)
     return plan
+
+
+def _require_algorithms(config: PPOConfig) -> None:
+    # The registries load torch, so every other mistake is told first.
+    from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS
+    from verl.algorithms.policy_loss import POLICY_LOSSES
+
+    problems = []
+    for registry, name in (
+        (ADVANTAGE_ESTIMATORS, config.algorithm.adv_estimator),
+        (POLICY_LOSSES, config.worker.actor.loss_type),
+    ):
+        try:
+            registry.find(name)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def start_processes(config: PPOConfig) -> "WorkerProcesses":

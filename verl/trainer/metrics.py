@@ -14,6 +14,7 @@ import torch
 
 from verl.protocol import DataProto
 from verl.utils.attention_metrics import attention_metrics_from_mass, vgr_from_mass
+from verl.utils.response_span import prompt_lengths, response_lengths
 
 PHASES_PER_RESPONSE_TOKEN = ("gen", "reward")
 """Phases whose cost grows with what is generated."""
@@ -63,12 +64,13 @@ def compute_length_metrics(batch: DataProto, prefix: str = "") -> dict[str, floa
         prefix: put before both areas; validation uses `val_`.
     """
     tensors = batch.batch
-    response_room = tensors["response_mask"].shape[-1]
-    prompt_room = tensors["attention_mask"].shape[-1] - response_room
+    attention_mask, response_mask = tensors["attention_mask"], tensors["response_mask"]
+    response_room = response_mask.shape[-1]
+    prompt_room = attention_mask.shape[-1] - response_room
     metrics: dict[str, float] = {}
     for name, lengths, room in (
-        ("response_length", _response_lengths(batch), response_room),
-        ("prompt_length", tensors["attention_mask"][:, :prompt_room].sum(-1), prompt_room),
+        ("response_length", response_lengths(response_mask), response_room),
+        ("prompt_length", prompt_lengths(attention_mask, response_mask), prompt_room),
     ):
         metrics |= _spread(prefix + name, lengths)
         metrics[f"{prefix}{name}/clip_ratio"] = (lengths == room).float().mean().item()
@@ -84,7 +86,7 @@ def compute_timing_metrics(batch: DataProto, timings: Mapping[str, float]) -> di
     Args:
         timings: seconds by phase, as `StepRecord.timings` holds them.
     """
-    response_tokens = _response_lengths(batch).sum().item()
+    response_tokens = batch.batch["response_mask"].sum().item()
     all_tokens = batch.batch["attention_mask"].sum().item()
     tokens = dict.fromkeys(PHASES_PER_RESPONSE_TOKEN, response_tokens) | dict.fromkeys(PHASES_PER_TOKEN, all_tokens)
     return {
@@ -135,7 +137,7 @@ def compute_rollout_metrics(batch: DataProto, importance_cap: float | None) -> d
 
 
 def compute_attention_metrics(batch: DataProto) -> dict[str, float]:
-    """What the responses attended to; nothing where attention was not collected or no sample has both modalities.
+    """What the responses attended to; nothing where no sample has both modalities.
 
     `vgr/*`: mean, median and the 10 % and 90 % quantiles over the response tokens that have a VGR.
     `attention/{text,vision}_mass`: share of a token's attention to the prompt (first token aside) that falls on the
@@ -146,8 +148,6 @@ def compute_attention_metrics(batch: DataProto) -> dict[str, float]:
     Reads: `response_mask` (N, R), `attention_mass` (N, R, 2), `attention_keys` (N, 2).
     """
     tensors = batch.batch
-    if "attention_mass" not in tensors.keys():
-        return {}
     mass, keys, response_mask = (tensors[name] for name in ("attention_mass", "attention_keys", "response_mask"))
     vgr = vgr_from_mass(mass, keys)[response_mask.bool()]  # (response tokens,)
     vgr = vgr[vgr.isfinite()]
@@ -167,14 +167,13 @@ def compute_token_weight_metrics(batch: DataProto, clip_range: tuple[float, floa
 
     Over response tokens: `mean`, `std`, `min`, `max`; `clipped_low` and `clipped_high`, the shares at or beyond the
     bounds; `ess`, the effective sample size as a share of the tokens, (sum w)^2 / (n sum w^2), 1 where all weigh
-    alike. `weighted_rows` is the share of responses in which any token's weight is not 1. Without weights all tokens
-    count as 1.
+    alike. `weighted_rows` is the share of responses in which any token's weight is not 1.
 
-    Reads: `response_mask` (N, R), `token_weights` (N, R) if there are any.
+    Reads: `response_mask`, `token_weights` (N, R).
     """
     tensors = batch.batch
     is_response = tensors["response_mask"].bool()
-    token_weights = tensors.get("token_weights", torch.ones(is_response.shape))
+    token_weights = tensors["token_weights"]
     weights = token_weights[is_response]  # (response tokens,)
     low, high = torch.tensor(clip_range, dtype=weights.dtype)
     weighted_rows = ((token_weights != 1) & is_response).any(-1)  # (N,)
@@ -206,10 +205,6 @@ def reduce_metrics(metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
 def largest_of_workers(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The largest value of each metric, from one mapping per worker, all with the same names."""
     return {name: max(of_worker[name] for of_worker in metrics) for name in metrics[0]}
-
-
-def _response_lengths(batch: DataProto) -> torch.Tensor:
-    return batch.batch["response_mask"].sum(-1)  # (N,)
 
 
 def _spread(name: str, values: torch.Tensor) -> dict[str, float]:

@@ -34,13 +34,14 @@ from verl.trainer.metrics import (
 from verl.trainer.rewards import RewardClient
 from verl.trainer.rollouts import Rollouts
 from verl.trainer.run_state import RunState
+from verl.trainer.step_record import StepRecord
+from verl.trainer.streams import MODEL_INPUTS, streams_read_by
+from verl.trainer.tracking import Tracker
 from verl.trainer.validator import ValidationResult, Validator
 from verl.utils.attention_token_weights import choose_token_weights
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.checkpoint import ResumePoint
 from verl.utils.seqlen_balancing import balanced_order, seqlen_metrics
-from verl.utils.step_record import StepRecord
-from verl.utils.tracking import Tracker
 from verl.workers.reward.user_function import TOKEN_WEIGHTS, TextDecoder, values_by_key
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class RayDAPOTrainer:
         self.tracker = tracker
         self.resume_point = resume_point
         self.state = RunState(config)
+        self.estimate_advantages = ADVANTAGE_ESTIMATORS.find(config.algorithm.adv_estimator)
         self.workers: WorkerGroup | None = None
         self.rewards: RewardClient | None = None
         self.rollouts: Rollouts | None = None
@@ -108,7 +110,7 @@ class RayDAPOTrainer:
             shares=self.plan.shares,
             config=self.config,
             plan=self.plan,
-            policy_loss=POLICY_LOSSES[self.config.worker.actor.loss_type],
+            policy_loss=POLICY_LOSSES.find(self.config.worker.actor.loss_type),
             training_steps=self.training_steps,
         )
         self.workers.init_model()
@@ -186,7 +188,7 @@ class RayDAPOTrainer:
 
         Reads: `responses`, `response_mask`, `ground_truth`, `prompt_text`, `uid`, `multi_modal_data`, `extra`.
         """
-        is_scored = "token_level_scores" in batch.batch.keys()
+        is_scored = self.config.algorithm.online_filtering
         return None if is_scored else self.rewards.send(batch, self.state.global_step)
 
     def _compute_log_probs(self, batch: DataProto, record: StepRecord) -> DataProto:
@@ -194,7 +196,7 @@ class RayDAPOTrainer:
         `attention_keys` if they are collected; unless KL is off `ref_log_probs`, or, of a full KL, `ref_kl` if it is
         for the reward; `importance_weights` if asked for."""
         algorithm = self.config.algorithm
-        sequences = _model_inputs(batch)
+        sequences = batch.select(*MODEL_INPUTS, [])
         with record.timed("old"):
             batch = batch.union(self.workers.compute_log_probs(sequences))
         streams, cap = batch.batch, self.config.worker.rollout.importance_cap
@@ -203,10 +205,12 @@ class RayDAPOTrainer:
                 streams["old_log_probs"], streams["rollout_log_probs"], streams["response_mask"], cap
             )
         record.add(compute_rollout_metrics(batch, cap))
-        if algorithm.kl_penalty == "full" and algorithm.kl_in_reward:
+        if self.config.worker.rollout.collect_attentions:
+            record.add(compute_attention_metrics(batch))
+        if algorithm.full_kl_in_reward:
             with record.timed("ref"):
                 batch = batch.union(self.workers.compute_ref_kl(sequences))
-        elif algorithm.kl_penalty != "full" and not algorithm.disable_kl:
+        if algorithm.estimates_kl:
             with record.timed("ref"):
                 batch = batch.union(self.workers.compute_ref_log_probs(sequences))
         return batch
@@ -216,22 +220,20 @@ class RayDAPOTrainer:
         if self.plan.critic is None:
             return batch
         with record.timed("values"):
-            return batch.union(self.workers.compute_values(_model_inputs(batch)))
+            return batch.union(self.workers.compute_values(self._streams_for("compute_values", batch)))
 
     def _await_rewards(self, batch: DataProto, rewards: ray.ObjectRef | None, record: StepRecord) -> DataProto:
         """Adds: what `RewardClient.receive` adds, unless the batch has it already."""
         return batch if rewards is None else self.rewards.receive(batch, rewards, record)
 
     def _attach_token_weights(self, batch: DataProto, record: StepRecord) -> DataProto:
-        """Reads: `response_mask`, `attention_mask`, `reward_results`, and `attention_mass`, `attention_keys` if they
-        were collected. Adds: `token_weights`, if they are enabled and there is something to weigh by."""
-        algorithm = self.config.algorithm
-        record.add(compute_attention_metrics(batch))
-        reward_values = values_by_key(batch.non_tensor_batch["reward_results"])
-        token_weights = self._maybe_compute_token_weights(batch, reward_values)
-        if token_weights is not None:
-            batch.batch["token_weights"] = token_weights
+        """Reads: `response_mask`, `reward_results`, and `attention_mass`, `attention_keys` if they were collected.
+        Adds: `token_weights`, if they are enabled; all tokens weigh 1 where there is nothing to weigh by."""
+        algorithm, streams = self.config.algorithm, batch.batch
         if algorithm.enable_token_weights:
+            reward_values = values_by_key(batch.non_tensor_batch["reward_results"])
+            token_weights = self._maybe_compute_token_weights(batch, reward_values)
+            streams["token_weights"] = streams["response_mask"].float() if token_weights is None else token_weights
             record.add(compute_token_weight_metrics(batch, algorithm.token_weight_clip))
         return batch
 
@@ -254,10 +256,11 @@ class RayDAPOTrainer:
         algorithm, streams = self.config.algorithm, batch.batch
         if not algorithm.enable_token_weights:
             return None
+        is_measured = self.config.worker.rollout.collect_attentions
         token_weights = choose_token_weights(
             reward_metrics.get(TOKEN_WEIGHTS),
-            streams.get("attention_mass"),
-            streams.get("attention_keys"),
+            streams["attention_mass"] if is_measured else None,
+            streams["attention_keys"] if is_measured else None,
             streams["response_mask"],
             algorithm.token_weight_clip,
             algorithm.token_weight_smooth_sigma,
@@ -285,12 +288,11 @@ class RayDAPOTrainer:
                 streams["token_level_rewards"],
                 streams["response_mask"],
                 batch.non_tensor_batch["uid"],
-                values=streams.get("values"),
-                reward_baselines=streams.get("reward_baselines"),
-                gamma=algorithm.gamma,
-                lam=algorithm.lam,
+                algorithm,
+                values=streams["values"] if algorithm.needs_critic else None,
+                reward_baselines=streams["reward_baselines"] if algorithm.needs_baselines else None,
             )
-            streams["advantages"], streams["returns"] = ADVANTAGE_ESTIMATORS[algorithm.adv_estimator](inputs)
+            streams["advantages"], streams["returns"] = self.estimate_advantages(inputs)
         return batch
 
     def _take_kl_off_the_rewards(self, batch: DataProto, adapts: bool) -> dict[str, float]:
@@ -300,8 +302,9 @@ class RayDAPOTrainer:
             adapts: whether it may; a policy that only waits for its critic has no KL to follow.
         """
         algorithm, streams, kl_coef = self.config.algorithm, batch.batch, self.state.kl_coef
-        kl = streams.get("ref_kl")
-        if kl is None:
+        if algorithm.full_kl_in_reward:
+            kl = streams["ref_kl"]
+        else:
             kl = compute_kl(streams["old_log_probs"], streams["ref_log_probs"], algorithm.kl_penalty)
         streams["token_level_rewards"], mean_kl = apply_kl_penalty(
             streams["token_level_scores"], kl, streams["response_mask"], kl_coef
@@ -315,7 +318,7 @@ class RayDAPOTrainer:
         if self.plan.critic is None:
             return
         with record.timed("update_critic"):
-            record.add(self.workers.update_critic(_model_inputs(batch, "values", "returns")))
+            record.add(self.workers.update_critic(self._streams_for("update_critic", batch)))
 
     def _actor_learns(self, step: int) -> bool:
         return step >= self.config.trainer.critic_warmup
@@ -324,11 +327,8 @@ class RayDAPOTrainer:
         """Reads: sequence tensors, media, and all the (N, R) streams of the loss."""
         if not self._actor_learns(record.step):
             return
-        streams = ["old_log_probs", "advantages"]
-        optional = ("ref_log_probs", "token_weights", "importance_weights")
-        streams += [name for name in optional if name in batch.batch.keys()]
         with record.timed("update_actor"):
-            record.add(self.workers.update_actor(_model_inputs(batch, *streams)))
+            record.add(self.workers.update_actor(self._streams_for("update_actor", batch)))
 
     def _validate_if_due(self, record: StepRecord) -> None:
         if _is_due(record.step, self.config.trainer.val_freq):
@@ -377,6 +377,10 @@ class RayDAPOTrainer:
         else:
             self.state.track_checkpoint()
 
+    def _streams_for(self, phase: str, batch: DataProto) -> DataProto:
+        """What the workers are sent in a phase: the streams that it reads."""
+        return batch.select(*streams_read_by(phase, self.config), [])
+
     # ---- validation ----
 
     def _validate(self) -> ValidationResult:
@@ -388,12 +392,6 @@ class RayDAPOTrainer:
         if samples:
             self.tracker.log_generations(samples, self.state.global_step)
         return result
-
-
-def _model_inputs(batch: DataProto, *streams: str) -> DataProto:
-    """What a forward pass over the sequences needs, and the named (N, R) streams."""
-    sequence = ["input_ids", "attention_mask", "position_ids", "responses", "response_mask"]
-    return batch.select([*sequence, *streams], ["multi_modal_data"], [])
 
 
 def _is_due(step: int, frequency: int) -> bool:

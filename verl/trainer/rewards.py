@@ -11,7 +11,7 @@ import torch
 
 from verl.protocol import DataProto
 from verl.single_controller.lost_processes import PROCESS_LOST, node_of, run_ended_by
-from verl.utils.step_record import StepRecord
+from verl.trainer.step_record import StepRecord
 from verl.workers.reward.config import RewardConfig
 from verl.workers.reward.function import place_scores, reward_samples
 from verl.workers.reward.user_function import TOKEN_WEIGHTS, RewardFunction, TextDecoder, values_by_key

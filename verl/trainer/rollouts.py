@@ -19,8 +19,8 @@ from verl.protocol import DataProto, pad_dataproto_to_divisor, unpad_dataproto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.config import PPOConfig
 from verl.trainer.rewards import RewardClient, numbers_by_key
+from verl.trainer.step_record import StepRecord
 from verl.utils.batch_plan import BatchPlan
-from verl.utils.step_record import StepRecord
 from verl.workers.rollout.base import Sampling
 
 TRAIN, VAL = 0, 1

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import DataProto
 from verl.trainer.metrics import compute_length_metrics, reduce_metrics
+from verl.utils.response_span import response_token_ids
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,7 @@ class Validator:
         return ValidationResult(score, metrics, self._samples(batch, scores))
 
     def _samples(self, batch: DataProto, scores: list[float]) -> list[tuple[str, str, str, float]]:
-        lengths = batch.batch["response_mask"].sum(dim=1).tolist()
-        responses = [ids[:length] for ids, length in zip(batch.batch["responses"], lengths, strict=True)]
+        responses = response_token_ids(batch.batch["responses"], batch.batch["response_mask"])
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
         prompts = batch.non_tensor_batch["prompt_text"]
         truths = map(str, batch.non_tensor_batch["ground_truth"])

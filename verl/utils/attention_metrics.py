@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from verl.utils.response_span import response_columns
+
 logger = logging.getLogger(__name__)
 
 
@@ -397,7 +399,7 @@ def mass_from_attentions(
             or a layer's map is narrower than the sequence.
     """
     kinds = key_kinds.cpu()
-    prompt_length = kinds.shape[1] - response_length
+    prompt_length = response_columns(kinds.shape[1], response_length).start
     is_response = kinds[:, prompt_length:] == KeyKind.RESPONSE  # (N, R)
     num_steps = int((is_response * torch.arange(1, response_length + 1)).amax()) if response_length else 0
     if num_steps > len(outputs_attentions):
@@ -470,7 +472,7 @@ def _kinds(
     """(N, S) int8; later lines overrule earlier ones."""
     is_real = attention_mask.bool()
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-    in_prompt = is_real & (columns < input_ids.shape[1] - response_length)  # (N, S)
+    in_prompt = is_real & (columns < response_columns(input_ids.shape[1], response_length).start)  # (N, S)
     is_first = columns == is_real.int().argmax(dim=1, keepdim=True)  # (N, S)
     kinds = torch.full(input_ids.shape, KeyKind.TEXT, dtype=torch.int8, device=input_ids.device)
     kinds[_is_any(input_ids, special_ids)] = KeyKind.PROMPT

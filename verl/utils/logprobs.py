@@ -21,15 +21,15 @@ POSITIONS_AT_ONCE = 512  # at a vocabulary of 152k this is 311 MB a temporary, o
 
 
 @dataclass(frozen=True)
-class HeadInputs:
-    """Logits that have not been made: hidden states, and the linear head that makes logits of them."""
+class LazyLogits:
+    """Logits that need not have been made: hidden states and the linear head that turns them into logits."""
 
-    hidden_states: torch.Tensor
-    """(..., H)."""
-    weight: torch.Tensor
-    """(V, H)."""
+    states: torch.Tensor
+    """(..., H); without a head (..., V), the logits themselves."""
+    weight: torch.Tensor | None = None
+    """(V, H) of the head."""
     bias: torch.Tensor | None = None
-    """(V,)."""
+    """(V,) of the head."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class TokenStatistics:
 
 
 def log_probs_from_logits(
-    logits: torch.Tensor | HeadInputs,
+    logits: torch.Tensor | LazyLogits,
     labels: torch.Tensor,
     temperature: float = 1.0,
     suppressed_token_ids: Sequence[int] = (),
@@ -59,53 +59,42 @@ def log_probs_from_logits(
 
     Returns (...) float32, differentiable once in `logits`.
     """
-    return _statistics(logits, labels, temperature, suppressed_token_ids, None, with_entropy=False).log_probs
+    return token_statistics(logits, labels, temperature, suppressed_token_ids, with_entropy=False).log_probs
 
 
 def token_statistics(
-    logits: torch.Tensor | HeadInputs,
+    logits: torch.Tensor | LazyLogits,
     labels: torch.Tensor,
     temperature: float = 1.0,
     suppressed_token_ids: Sequence[int] = (),
-    ref_logits: torch.Tensor | HeadInputs | None = None,
+    ref_logits: torch.Tensor | LazyLogits | None = None,
+    with_entropy: bool = True,
 ) -> TokenStatistics:
-    """`log_probs_from_logits`, and from the same pass the entropy and the KL from a reference.
+    """`log_probs_from_logits`, and from the same logits the entropy and the KL from a reference.
 
-    Both are those of the distribution that the sampler drew from, at its temperature and without the suppressed ids;
-    the reference is taken at the same temperature and without the same ids.
+    Entropy and KL are taken of the distribution that the sampler drew from, at its temperature and without the
+    suppressed ids. The reference is taken at the same temperature and without the same ids.
 
     ref_logits: as `logits`, without gradient; None for no KL.
+    with_entropy: False leaves the entropy None and saves its computation.
     """
-    return _statistics(logits, labels, temperature, suppressed_token_ids, ref_logits, with_entropy=True)
-
-
-def _statistics(
-    logits: torch.Tensor | HeadInputs,
-    labels: torch.Tensor,
-    temperature: float,
-    suppressed_token_ids: Sequence[int],
-    ref_logits: torch.Tensor | HeadInputs | None,
-    with_entropy: bool,
-) -> TokenStatistics:
-    for given in (logits, ref_logits):
-        states = given.hidden_states if isinstance(given, HeadInputs) else given
-        assert states is None or states.shape[:-1] == labels.shape, (
-            f"labels are {tuple(labels.shape)}, but logits of {tuple(states.shape[:-1])}"
-        )
     suppressed = torch.tensor(list(suppressed_token_ids), dtype=torch.int64, device=labels.device)
-    flat = _Statistics.apply(
-        *_factors(logits), *_factors(ref_logits), labels.flatten(), temperature, suppressed, with_entropy
-    )
+    policy, reference = _flat_parts(logits, labels), _flat_parts(ref_logits, labels)
+    flat = _Statistics.apply(*policy, *reference, labels.flatten(), temperature, suppressed, with_entropy)
     return TokenStatistics(*(None if values is None else values.view(labels.shape) for values in flat))
 
 
-def _factors(
-    logits: torch.Tensor | HeadInputs | None,
+def _flat_parts(
+    logits: torch.Tensor | LazyLogits | None, labels: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(L, V) logits without a head, or (L, H) hidden states with its weight and bias."""
-    if isinstance(logits, HeadInputs):
-        return logits.hidden_states.flatten(0, -2), logits.weight, logits.bias
-    return None if logits is None else logits.flatten(0, -2), None, None
+    """States (L, V) or (L, H), weight and bias; all None without logits."""
+    if logits is None:
+        return None, None, None
+    lazy = logits if isinstance(logits, LazyLogits) else LazyLogits(logits)
+    assert lazy.states.shape[:-1] == labels.shape, (
+        f"labels are {tuple(labels.shape)}, but logits of {tuple(lazy.states.shape[:-1])}"
+    )
+    return lazy.states.flatten(0, -2), lazy.weight, lazy.bias
 
 
 class _Statistics(torch.autograd.Function):
@@ -134,7 +123,7 @@ class _Statistics(torch.autograd.Function):
             scaled = _scaled_logits(states[at], weight, bias, temperature, suppressed)  # (T, V)
             log_normalizers[at] = scaled.logsumexp(-1)
             log_probs[at] = scaled.gather(-1, labels[at].unsqueeze(-1)).squeeze(-1) - log_normalizers[at]
-            if not with_entropy:
+            if entropy is None and kl is None:
                 continue
             scaled.sub_(log_normalizers[at].unsqueeze(-1))
             probs = scaled.exp()  # (T, V)
@@ -142,7 +131,8 @@ class _Statistics(torch.autograd.Function):
                 ref_scaled = _scaled_logits(ref_states[at], ref_weight, ref_bias, temperature, suppressed)  # (T, V)
                 ref_log_normalizers[at] = ref_scaled.logsumexp(-1)
                 kl[at] = _log_ratio(scaled, ref_scaled, ref_log_normalizers[at], suppressed).mul_(probs).sum(-1)
-            entropy[at] = torch.special.entr(probs).sum(-1)
+            if entropy is not None:
+                entropy[at] = torch.special.entr(probs).sum(-1)
 
         ctx.save_for_backward(
             states, weight, bias, ref_states, ref_weight, ref_bias, labels, log_normalizers, ref_log_normalizers, kl,

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from verl.protocol import DataProto
+from verl.utils.response_span import prompt_lengths, response_ends
 
 
 def partition_evenly(lengths: Sequence[int], num_parts: int, equal_count: bool) -> list[list[int]]:
@@ -124,8 +125,9 @@ def prepare_dynamic_batch(
     if packed:
         index_lists = _fill_packed(lengths, max_token_len)
     else:
-        responses = data.batch["response_mask"].sum(-1).tolist()
-        index_lists = _fill_padded(lengths, responses, max_token_len)
+        response_mask = data.batch["response_mask"]
+        prompts = prompt_lengths(attention_mask, response_mask).tolist()
+        index_lists = _fill_padded(prompts, response_ends(response_mask).tolist(), max_token_len)
 
     num_parts = len(index_lists)
     if dist.is_initialized():
@@ -151,18 +153,18 @@ def _fill_packed(lengths: Sequence[int], max_token_len: int) -> list[list[int]]:
     return index_lists
 
 
-def _fill_padded(lengths: Sequence[int], responses: Sequence[int], max_token_len: int) -> list[list[int]]:
+def _fill_padded(prompts: Sequence[int], responses: Sequence[int], max_token_len: int) -> list[list[int]]:
     """Rows from the longest on; a new part begins where the next row, or what it adds to the width, is too much."""
     index_lists: list[list[int]] = []
     longest_prompt = longest_response = 0
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        longest_prompt = max(longest_prompt, lengths[row] - responses[row])
+    for row in sorted(range(len(prompts)), key=lambda row: -prompts[row] - responses[row]):
+        longest_prompt = max(longest_prompt, prompts[row])
         longest_response = max(longest_response, responses[row])
         if index_lists and (longest_prompt + longest_response) * (len(index_lists[-1]) + 1) <= max_token_len:
             index_lists[-1].append(row)
         else:
             index_lists.append([row])
-            longest_prompt, longest_response = lengths[row] - responses[row], responses[row]
+            longest_prompt, longest_response = prompts[row], responses[row]
     return index_lists
 
 

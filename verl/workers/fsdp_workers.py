@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import psutil
 import torch
@@ -18,7 +19,6 @@ from transformers.utils import logging as transformers_logging
 from verl.algorithms.policy_loss import PolicyLoss
 from verl.models.attention_table import SAMPLES
 from verl.models.loader import DTYPES, keep_vision_tower_in_step, load_model, load_value_model
-from verl.models.registry import media_token_ids
 from verl.models.sequence_parallel import SequenceGroup, join_sequence_group, share_rows
 from verl.models.trainable import choose_trainable
 from verl.protocol import DataProto
@@ -30,10 +30,10 @@ from verl.utils.batch_plan import BatchPlan
 from verl.utils.tokenizer import get_processor, get_tokenizer
 from verl.workers.actor.config import FSDPConfig, ModelConfig
 from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.actor.forward import PolicyForward
-from verl.workers.critic.dp_critic import DataParallelPPOCritic, ValueForward
+from verl.workers.actor.forward import AttentionSource, PolicyForward
+from verl.workers.critic.dp_critic import DataParallelPPOCritic
+from verl.workers.critic.forward import ValueForward
 from verl.workers.fsdp2 import build_mesh, fill_from_rank0, resident, shard_model, whole_tensors
-from verl.workers.response_forward import compute_per_token, compute_streams
 from verl.workers.rollout.base import Sampling, draw_seed, engine_class
 from verl.workers.trained_model import TrainedModel
 from verl.workers.weight_sync import stream_weights
@@ -49,7 +49,7 @@ class FSDPWorker(Worker):
     Args:
         config: of the run.
         plan: its batch numbers.
-        policy_loss: the one that `worker.actor.loss_type` names. The controller looks it up, since a loss that the
+        policy_loss: the one that `worker.actor.loss_type` names. The controller finds it, since a loss that the
             user's own program registers is not registered in this process.
         training_steps: length of the run, for the learning-rate schedule.
         **place: rank, world_size, local_rank, device.
@@ -84,7 +84,6 @@ class FSDPWorker(Worker):
         policy_dtype = actor.fsdp.mp_param_dtype if actor.model.lora.rank > 0 else "fp32"
         policy = self._load_sharded(load_model, actor.model, actor.fsdp, policy_dtype, self.actor_group)
         algorithm = self.config.algorithm
-        self.reference: PolicyForward | None = None
         if self.config.needs_reference_model:
             self.ref_model = self._load_sharded(load_model, actor.model, ref.fsdp, "bf16", self.actor_group)
             self.ref_model.requires_grad_(False)
@@ -92,25 +91,26 @@ class FSDPWorker(Worker):
                 pass  # from here on it rests where it does between phases
         elif not algorithm.disable_kl:
             self.ref_model = policy
+        self.reference: PolicyForward | None = None
         if not algorithm.disable_kl:
             self.reference = self._forward_of(self.ref_model, is_base=not self.config.needs_reference_model)
+        self.attention: AttentionSource | None = None
+        if self.config.worker.rollout.collect_attentions:
+            vocabulary = KeyVocabulary.of(policy.config, self.processor or self.tokenizer)
+            self.attention = AttentionSource(vocabulary, algorithm.token_weight_last_k_layers)
         described_by = [policy.config, policy.generation_config, self.processor or self.tokenizer]
         self.actor = DataParallelPPOActor(
             self.config,
             self.plan,
-            self._forward_of(policy),
+            self._forward_of(policy, reference=self.reference, attention=self.attention),
             self.policy_loss,
             self.training_steps,
             described_by,
-            self.reference if algorithm.kl_in_loss and algorithm.kl_penalty == "full" else None,
         )
         self.trained: dict[str, TrainedModel] = {"actor": self.actor}
         self.rollout = engine_class(self.config.worker.rollout.name).from_config(
             self.config, self.tokenizer, self.processor, self.device
         )
-        self.vocabulary: KeyVocabulary | None = None
-        if self.config.worker.rollout.collect_attentions:
-            self.vocabulary = KeyVocabulary.of(policy.config, self.processor or self.tokenizer)
         if self.plan.critic is not None:
             self.critic = self._build_critic()
             self.trained["critic"] = self.critic
@@ -150,24 +150,17 @@ class FSDPWorker(Worker):
         group = join_sequence_group(critic.ulysses_size)
         model = self._load_sharded(load_value_model, source, critic.fsdp, "fp32", group)
         return DataParallelPPOCritic(
-            ValueForward(model, self.processor, self.device, critic, group),
             critic,
             self.plan.critic,
+            ValueForward(model, self.processor, self.device, critic, group),
             self.training_steps,
             described_by=[model.config, self.processor or self.tokenizer],
         )
 
-    def _forward_of(self, model: nn.Module, is_base: bool = False) -> PolicyForward:
-        return PolicyForward(
-            model,
-            self.processor,
-            self.config.worker.rollout.temperature,
-            media_token_ids(model.config),
-            self.device,
-            self.config.worker.actor,
-            self.actor_group,
-            is_base,
-        )
+    def _forward_of(self, model: nn.Module, **roles: Any) -> PolicyForward:
+        config = self.config.worker
+        common = (self.processor, self.device, config.actor, self.actor_group, config.rollout.temperature)
+        return PolicyForward(model, *common, **roles)
 
     def _reference_resident(self) -> AbstractContextManager:
         if not self.config.needs_reference_model:
@@ -210,23 +203,17 @@ class FSDPWorker(Worker):
         token's attention on the prompt's text and on its images; and `attention_keys` (N, 2): how many tokens each of
         the two has.
         """
-        forward, size = self.actor.forward, self.plan.actor.experience_micro_batch_size
-
-        def measured(rows: DataProto) -> tuple[torch.Tensor, ...]:
-            return forward.with_attention(rows, self.vocabulary, self.config.algorithm.token_weight_last_k_layers)
-
+        wanted = ["log_probs"] + ([] if self.attention is None else ["attention_mass", "attention_keys"])
         with self.actor.resident():
-            if self.vocabulary is None:
-                return DataProto.from_dict({"old_log_probs": compute_per_token(forward, data, size)})
-            log_probs, mass, keys = compute_streams(forward, measured, data, size)
-        return DataProto.from_dict({"old_log_probs": log_probs, "attention_mass": mass, "attention_keys": keys})
+            streams = self._measure_all(self.actor.forward, data, wanted)
+        return DataProto.from_dict({"old_log_probs": streams.pop("log_probs"), **streams})
 
     @register(DP_COMPUTE_PROTO, shared_by="actor")
     def compute_ref_log_probs(self, data: DataProto) -> DataProto:
         """Adds `ref_log_probs` (N, R): those of the policy the run began with."""
         with self._reference_resident():
-            log_probs = compute_per_token(self.reference, data, self.plan.actor.experience_micro_batch_size)
-        return DataProto.from_dict({"ref_log_probs": log_probs})
+            streams = self._measure_all(self.reference, data, ["log_probs"])
+        return DataProto.from_dict({"ref_log_probs": streams["log_probs"]})
 
     @register(DP_COMPUTE_PROTO, shared_by="actor")
     def compute_ref_kl(self, data: DataProto) -> DataProto:
@@ -234,22 +221,24 @@ class FSDPWorker(Worker):
 
         Costs a pass of either model.
         """
-        forward, size = self.actor.forward, self.plan.actor.experience_micro_batch_size
         with self.actor.resident(), self._reference_resident():
-            (kl,) = compute_streams(forward, lambda rows: (forward.statistics(rows, self.reference).kl,), data, size)
-        return DataProto.from_dict({"ref_kl": kl})
+            streams = self._measure_all(self.actor.forward, data, ["kl"])
+        return DataProto.from_dict({"ref_kl": streams["kl"]})
+
+    def _measure_all(self, forward: PolicyForward, data: DataProto, wanted: list[str]) -> dict[str, torch.Tensor]:
+        return forward.measure_all(data, wanted, self.plan.actor.experience_micro_batch_size)
 
     @register(DP_COMPUTE_PROTO, shared_by="critic")
     def compute_values(self, data: DataProto) -> DataProto:
         """Adds `values` (N, R): the critic's, before this step's update."""
         with self.critic.resident():
-            values = compute_per_token(self.critic.forward, data, self.plan.critic.experience_micro_batch_size)
-        return DataProto.from_dict({"values": values})
+            streams = self.critic.forward.measure_all(data, ["values"], self.plan.critic.experience_micro_batch_size)
+        return DataProto.from_dict(streams)
 
     @register(DP_COMPUTE_METRIC, shared_by="actor")
     def update_actor(self, data: DataProto) -> dict[str, float]:
         """One training step of the policy on this rank's rows; returns `actor/*` metrics."""
-        reference = nullcontext() if self.actor.reference is None else self._reference_resident()
+        reference = self._reference_resident() if self.config.algorithm.full_kl_in_loss else nullcontext()
         with self.actor.resident(optimizer=True), reference:
             return self.actor.update_policy(data)
 

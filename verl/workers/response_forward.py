@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model's forward pass over sequences, for what it says of the response tokens and nothing of the prompt's.
 
-Shapes: N sequences, R response length, S = prompt length + R, L response tokens of all rows, K numbers that the model
-gives for a token, W ranks that share a row.
+Shapes: N sequences, R response length, S = prompt length + R, L response tokens of all rows, K streams of the output
+head, W ranks that share a row.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from transformers import ProcessorMixin
 from verl.data.features import featurize
 from verl.models.attention_table import extend_attention
 from verl.models.flops import FlopCounter, Work
+from verl.models.output_head import forward_with_head
 from verl.models.registry import media_token_types
 from verl.models.sequence_parallel import SequenceGroup
 from verl.models.token_layout import PackedLayout, PaddedLayout, TokenLayout, why_not_packed
 from verl.models.trainable import vision_tower
 from verl.protocol import DataProto
+from verl.utils.logprobs import LazyLogits
 from verl.utils.seqlen_balancing import prepare_dynamic_batch, restore_dynamic_batch
 from verl.workers.actor.config import TrainedModelConfig
 
@@ -28,7 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 class ResponseForward:
-    """One number for each response token, under one model; a subclass says which.
+    """Streams of numbers for the response tokens, measured in forward passes of one model.
+
+    A subclass says which streams its output head gives, and may add streams that are observed inside the model.
 
     Args:
         model: takes `logits_to_keep` and answers with `logits`.
@@ -40,6 +45,11 @@ class ResponseForward:
     Raises:
         ValueError: ranks are to share rows of a model that cannot be packed.
     """
+
+    head_streams: tuple[str, ...]
+    """Names of the streams (N, R) that the output head gives."""
+    tap_streams: tuple[str, ...] = ()
+    """Names of the streams that are observed inside the model."""
 
     def __init__(
         self,
@@ -66,34 +76,31 @@ class ResponseForward:
         if self.packs:
             extend_attention()
 
-    def __call__(self, rows: DataProto) -> torch.Tensor:
-        """(N, R) float32, zero outside `response_mask`.
+    def measure(self, rows: DataProto, wanted: Collection[str]) -> dict[str, torch.Tensor]:
+        """The wanted streams of a micro-batch, from one forward, with gradient where autograd is on.
 
         Args:
             rows: `input_ids`, `attention_mask` (N, S), `position_ids` (N, S) or (N, 4, S), `responses`,
                 `response_mask` (N, R); non-tensor `multi_modal_data` for image-text models.
+            wanted: names out of `head_streams` and `tap_streams`.
+
+        Returns:
+            By name (N, R) float32, zero outside `response_mask`; a subclass says where a shape differs.
         """
-        raise NotImplementedError
+        layout = PackedLayout(rows, self.group) if self.packs else PaddedLayout(rows)
+        inputs = self._inputs(rows, layout)
+        head = self._head(layout, inputs, self._from_head(wanted))
+        with self._tap(rows, layout, wanted) as observed:
+            columns = self._run(head, inputs)  # (L, K)
+        return layout.as_streams(self._from_head(wanted), columns) | observed
 
-    def layout(self, rows: DataProto) -> TokenLayout:
-        """How the rows lie before the model."""
-        return PackedLayout(rows, self.group) if self.packs else PaddedLayout(rows)
-
-    def inputs(self, rows: DataProto, layout: TokenLayout) -> dict[str, Any]:
-        """All keywords of the model's forward, on the device; the forward counts as work done."""
-        media = self._media_inputs(rows)
-        lengths = rows.batch["attention_mask"].sum(dim=1).tolist()
-        self.work += self.counter.count(lengths, int(layout.response_mask.sum()), media)
-        inputs = {**layout.model_inputs(), **media, "use_cache": False}
-        inputs |= media_token_types(self.model.config, inputs["input_ids"])
-        return {
-            name: value.to(self.device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
-        }
-
-    def _media_inputs(self, rows: DataProto) -> dict[str, torch.Tensor]:
-        if self.processor is None:
-            return {}
-        return featurize(rows.non_tensor_batch["multi_modal_data"], self.processor)
+    @torch.no_grad()
+    def measure_all(self, data: DataProto, wanted: Collection[str], micro_batch_size: int) -> dict[str, torch.Tensor]:
+        """`measure` for any number of rows, in micro-batches, without gradient; the streams are on the CPU."""
+        self.model.eval()
+        micro_batches, places = self.micro_batches(data, micro_batch_size)
+        parts = [{name: stream.cpu() for name, stream in self.measure(rows, wanted).items()} for rows in micro_batches]
+        return {name: restore_dynamic_batch(torch.cat([part[name] for part in parts]), places) for name in parts[0]}
 
     def micro_batches(self, data: DataProto, size: int) -> tuple[list[DataProto], list[Sequence[int]]]:
         """Pieces that go through the model at once, and the rows of `data` that each has; as many on every rank.
@@ -107,28 +114,34 @@ class ResponseForward:
         places = [range(start, min(start + size, len(data))) for start in range(0, len(data), size)]
         return [data[rows.start : rows.stop] for rows in places], places
 
+    def _from_head(self, wanted: Collection[str]) -> list[str]:
+        assert set(wanted) <= {*self.head_streams, *self.tap_streams}, f"{type(self).__name__} lacks some of {wanted}"
+        return [name for name in self.head_streams if name in wanted]
 
-def compute_per_token(forward: ResponseForward, data: DataProto, micro_batch_size: int) -> torch.Tensor:
-    """(N, R) float32 on the CPU: what `forward` gives for all rows, without gradient."""
-    (stream,) = compute_streams(forward, lambda rows: (forward(rows),), data, micro_batch_size)
-    return stream
+    def _inputs(self, rows: DataProto, layout: TokenLayout) -> dict[str, Any]:
+        """All keywords of the model's forward, on the device; the forward counts as work done."""
+        media = {}
+        if self.processor is not None:
+            media = featurize(rows.non_tensor_batch["multi_modal_data"], self.processor)
+        lengths = rows.batch["attention_mask"].sum(dim=1).tolist()
+        self.work += self.counter.count(lengths, int(layout.response_mask.sum()), media)
+        inputs = {**layout.model_inputs(), **media, "use_cache": False}
+        inputs |= media_token_types(self.model.config, inputs["input_ids"])
+        return {
+            name: value.to(self.device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
+        }
 
+    def _head(
+        self, layout: TokenLayout, inputs: dict[str, Any], names: Sequence[str]
+    ) -> Callable[[LazyLogits], torch.Tensor]:
+        """Takes the place of the output head: from the logits of the kept positions to (L, K), a column a name."""
+        raise NotImplementedError
 
-def compute_streams(
-    forward: ResponseForward,
-    compute: Callable[[DataProto], tuple[torch.Tensor, ...]],
-    data: DataProto,
-    micro_batch_size: int,
-) -> list[torch.Tensor]:
-    """What `compute` gives for all rows, (N, ...) each on the CPU, without gradient.
+    @contextmanager
+    def _tap(self, rows: DataProto, layout: TokenLayout, wanted: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """A context around the forward; the streams that it observed are in the mapping afterwards."""
+        yield {}
 
-    Args:
-        forward: whose model `compute` runs, and which cuts the rows into micro-batches.
-        compute: from rows to tensors with as many rows.
-        micro_batch_size: as in `ResponseForward.micro_batches`.
-    """
-    forward.model.eval()
-    micro_batches, places = forward.micro_batches(data, micro_batch_size)
-    with torch.no_grad():
-        parts = [[tensor.cpu() for tensor in compute(rows)] for rows in micro_batches]
-    return [restore_dynamic_batch(torch.cat(stream), places) for stream in zip(*parts, strict=True)]
+    def _run(self, head: Callable[[LazyLogits], torch.Tensor], inputs: dict[str, Any]) -> torch.Tensor:
+        """(L, K), what `head` returned in one forward of the model."""
+        return forward_with_head(self.model, head, inputs)

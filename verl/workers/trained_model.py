@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the actor and the critic have in common: optimizer steps, a schedule, a checkpoint, and a place to rest.
 
+What differs between them is the objective, a function that the update calls for each micro-batch.
+
 Shapes: N sequences of this rank, R response length, W ranks.
 """
 
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -25,11 +27,20 @@ from verl.workers.response_forward import ResponseForward
 logger = logging.getLogger(__name__)
 
 
+Objective = Callable[[DataProto, torch.Tensor, int], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""A micro-batch's share of its mini-batch's loss (a scalar with gradient), and of its metrics (scalars by name).
+
+It is called with the rows, and with the numbers of response tokens and of sequences in the mini-batch, over all
+micro-batches and ranks.
+"""
+
+
 class TrainedModel:
-    """A sharded model and all that training it takes. A subclass says what the loss is.
+    """A sharded model and all that training it takes.
 
     Args:
         forward: the model's forward pass.
+        objective: what an update minimises.
         config: of the model, `worker.actor` or `worker.critic`.
         plan: its batch numbers.
         training_steps: length of the run, for the learning-rate schedule.
@@ -42,12 +53,14 @@ class TrainedModel:
     def __init__(
         self,
         forward: ResponseForward,
+        objective: Objective,
         config: TrainedModelConfig,
         plan: ModelPlan,
         training_steps: int,
         described_by: Sequence[SavesPretrained],
     ) -> None:
         self.forward = forward
+        self.objective = objective
         self.config = config
         self.plan = plan
         if config.model.enable_gradient_checkpointing:
@@ -86,7 +99,7 @@ class TrainedModel:
         other's, and cut each rank's so. Losses are sums over tokens (or rows) divided by the counts of the whole
         mini-batch over all ranks, so the result depends neither on micro-batches nor on the number of ranks.
 
-        Returns metrics, the same on every rank: the loss's own, `grad_norm` before clipping, averaged over the
+        Returns metrics, the same on every rank: the objective's own, `grad_norm` before clipping, averaged over the
         optimizer steps, and `lr`; by this rank's clock `perf/tflops_*`, the operations in 10^12 that a device did in a
         second (those of a reference do not count), and `perf/mfu_*`, their share of what it is made for, where that is
         known.
@@ -142,7 +155,7 @@ class TrainedModel:
         for micro_batch in micro_batches:
             # Gradients are reduced after every one of them, and add up in shards. Kept back until the last, as FSDP
             # can, they would stand whole on every device: 28 GB of float32 for 7 billion weights.
-            loss, parts = self._loss(micro_batch, num_tokens, num_sequences)
+            loss, parts = self.objective(micro_batch, num_tokens, num_sequences)
             (loss * world_size).backward()  # FSDP averages gradients over the ranks
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
@@ -153,13 +166,3 @@ class TrainedModel:
         total = value.detach().to(torch.float64).cpu()
         dist.all_reduce(total)
         return total / self.ranks_per_row
-
-    def _loss(
-        self, rows: DataProto, num_tokens: torch.Tensor, num_sequences: int
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """This micro-batch's share of the mini-batch's loss, and of its metrics.
-
-        Args:
-            num_tokens, num_sequences: of the mini-batch, over all micro-batches and ranks.
-        """
-        raise NotImplementedError

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from verl.utils.attention_metrics import KeyKind
+from verl.utils.response_span import response_columns
 
 # The kinds whose attention is summed come first, so that each sum is one over neighbours.
 _KEY_ORDER = (KeyKind.TEXT, KeyKind.VISION, KeyKind.PROMPT, KeyKind.SINK, KeyKind.RESPONSE, KeyKind.PADDING)
@@ -84,9 +85,9 @@ class KeyPlan:
             `response_length` columns are the response's; padding may stand anywhere.
         """
         rows = key_kinds.cpu()
-        first_column = key_kinds.shape[1] - response_length
-        assert not bool((rows[:, :first_column] == KeyKind.RESPONSE).any()), "response keys among the prompt's columns"
-        columns = [(row[first_column:] == KeyKind.RESPONSE).nonzero().flatten() for row in rows]
+        place = response_columns(key_kinds.shape[1], response_length)
+        assert not bool((rows[:, : place.start] == KeyKind.RESPONSE).any()), "response keys among the prompt's columns"
+        columns = [(row[place] == KeyKind.RESPONSE).nonzero().flatten() for row in rows]
         return cls._of([(index, 0, row) for index, row in enumerate(rows)], columns, response_length)
 
     @classmethod

@@ -211,7 +211,7 @@ class ActorConfig(TrainedModelConfig):
     """Bound, in units of -advantage, on the loss of tokens with a negative advantage."""
     loss_type: str = "default"
     """Policy loss, by its name in `verl/algorithms/policy_loss.py`: `default`, `gspo`, `gspo_token`, `cispo` or
-    `sapo`."""
+    `sapo`. Or a function of your own, `path.py:function`."""
     use_torch_compile: bool = True
     """Accepted for existing configurations, no effect: log-probabilities are taken from the hidden states by pieces,
     and almost all of that is products with the output head."""
@@ -222,6 +222,7 @@ class ActorConfig(TrainedModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.settle_function("loss_type")
         self.require_between(0, 1, "clip_ratio_low")
         self.require_at_least(0, "clip_ratio_high")
         self.require(self.clip_ratio_dual > 1, "clip_ratio_dual", "is not above 1, where dual clipping begins")

@@ -1,168 +1,122 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forward pass of training: log-probabilities of the response tokens, and nothing of the prompt's logits.
+"""What a policy says of its response tokens: log-probabilities, entropy, KL from a reference, and its attention.
 
-On request the same pass measures how much each response token attends to the prompt's text and to its images, or how
-uncertain the policy was and how far from its reference.
-
-Shapes: N sequences, P prompt length, R response length, S = P + R, L response tokens of all rows, H hidden size, V
+Shapes: N sequences, R response length, L response tokens of all rows, K streams of the output head, H hidden size, V
 vocabulary.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import nn
 from transformers import ProcessorMixin
 
-from verl.models.output_head import forward_with_head, has_plain_head
+from verl.models.output_head import capture_logits
+from verl.models.registry import media_token_ids
 from verl.models.sequence_parallel import SequenceGroup
 from verl.models.token_layout import TokenLayout
 from verl.models.trainable import without_adapters
 from verl.protocol import DataProto
 from verl.utils.attention_metrics import KeyVocabulary, count_keys
-from verl.utils.logprobs import HeadInputs, TokenStatistics, log_probs_from_logits, token_statistics
+from verl.utils.logprobs import LazyLogits, token_statistics
 from verl.workers.actor.config import ActorConfig
 from verl.workers.response_forward import ResponseForward
 
 
+@dataclass(frozen=True)
+class AttentionSource:
+    """Which attention is measured."""
+
+    vocabulary: KeyVocabulary
+    """Tells the prompt's text from its images."""
+    last_k_layers: int | None = None
+    """Measure this many of the last full-attention layers; None measures all."""
+
+
 class PolicyForward(ResponseForward):
-    """Response log-probabilities under one model, with the temperature and the support that sampling used.
+    """Streams of one policy, under the temperature and the support that sampling used.
+
+    - `log_probs`: of the response tokens; tokens that cannot be sampled have probability zero.
+    - `entropy`: of the distribution, in nats; no gradient flows through it.
+    - `kl`: KL(policy || reference) over the whole vocabulary, in nats, from one further forward of the reference.
+    - `attention_mass` (N, R, 2): each token's attention on the prompt's text and on its images, without gradient.
+    - `attention_keys` (N, 2) int64: how many tokens each of the two has; comes with `attention_mass` alone.
 
     Where the model has a plain output head, its logits are never made whole: see `verl/utils/logprobs.py`.
 
     Args:
         model: the sharded policy or reference.
-        processor: turns images to features; None for text models.
+        processor, device, config, group: as in `ResponseForward`.
         temperature: of the rollout; logits are divided by it.
-        banned_token_ids: tokens that cannot be sampled; they have probability zero here too.
-        device, config, group: as in `ResponseForward`.
         is_base: runs the model without its adapters.
+        reference: the policy that `kl` is measured from; its model takes the same inputs. None where no KL is wanted.
+        attention: which attention is measured; None where none is wanted.
     """
+
+    head_streams = ("log_probs", "entropy", "kl")
+    tap_streams = ("attention_mass", "attention_keys")
 
     def __init__(
         self,
         model: nn.Module,
         processor: ProcessorMixin | None,
-        temperature: float,
-        banned_token_ids: Sequence[int],
         device: torch.device,
         config: ActorConfig,
         group: SequenceGroup | None = None,
+        temperature: float = 1.0,
         is_base: bool = False,
+        reference: Self | None = None,
+        attention: AttentionSource | None = None,
     ) -> None:
         super().__init__(model, processor, device, config, group)
         self.temperature = temperature
-        self.banned_token_ids = banned_token_ids
-        self.has_plain_head = has_plain_head(model)
+        self.banned_token_ids = media_token_ids(model.config)
         self.is_base = is_base
+        self.reference = reference
+        self.attention = attention
 
-    def __call__(self, rows: DataProto) -> torch.Tensor:
-        """(N, R) float32 log-probabilities of `responses`, zero outside `response_mask`; see the base class."""
-        return self._log_probs(rows, self.layout(rows))
-
-    def _log_probs(self, rows: DataProto, layout: TokenLayout) -> torch.Tensor:
-        labels = layout.labels().to(self.device)
-
-        def per_label(logits: torch.Tensor | HeadInputs) -> torch.Tensor:
-            log_probs = log_probs_from_logits(logits, labels, self.temperature, self.banned_token_ids)
-            return log_probs.unsqueeze(-1)  # (L, 1)
-
-        return layout.as_stream(self._per_token(rows, layout, per_label)[:, 0])
-
-    def statistics(self, rows: DataProto, reference: PolicyForward | None = None) -> TokenStatistics:
-        """The log-probabilities, and from the same forward the entropy and the KL from `reference`.
-
-        Args:
-            rows: as for a plain call.
-            reference: runs on the same rows, without gradient; None for no KL.
-
-        Returns:
-            (N, R) float32 each, zero outside `response_mask`; the entropy has no gradient.
-        """
-        layout = self.layout(rows)
-        labels = layout.labels().to(self.device)
-        ref_logits = None if reference is None else reference.logits_at_labels(rows, layout)
-
-        def per_label(logits: torch.Tensor | HeadInputs) -> torch.Tensor:
-            found = token_statistics(logits, labels, self.temperature, self.banned_token_ids, ref_logits)
-            columns = [found.log_probs, found.entropy] + ([] if found.kl is None else [found.kl])
-            return torch.stack(columns, dim=-1)  # (L, 2 or 3)
-
-        streams = [layout.as_stream(values) for values in self._per_token(rows, layout, per_label).unbind(-1)]
-        return TokenStatistics(streams[0], streams[1].detach(), streams[2] if len(streams) > 2 else None)
-
-    @torch.no_grad()
-    def logits_at_labels(self, rows: DataProto, layout: TokenLayout) -> torch.Tensor | HeadInputs:
-        """What makes the logits (L, V) of the positions that predict `layout.labels()`, to be kept beyond the forward.
-
-        Costs a copy of the head's weight (V, H), far less than the logits of a batch of long responses.
-        """
-        if not self.has_plain_head:
-            with self._adapters():
-                return layout.at_labels(self.model(**self.inputs(rows, layout)).logits)
-        kept: list[HeadInputs] = []
-
-        def keep(hidden_states: torch.Tensor, head: nn.Linear) -> torch.Tensor:
-            bias = None if head.bias is None else head.bias.clone()
-            kept.append(HeadInputs(layout.at_labels(hidden_states), head.weight.clone(), bias))
-            return hidden_states
-
+    def logits_at_labels(self, layout: TokenLayout, inputs: dict[str, Any]) -> LazyLogits:
+        """Logits (L, V) of the positions that predict `layout.labels()`, without gradient, to be used later."""
         with self._adapters():
-            forward_with_head(self.model, keep, self.inputs(rows, layout))
-        return kept[0]
+            return capture_logits(self.model, layout.at_labels, inputs)
+
+    def _head(
+        self, layout: TokenLayout, inputs: dict[str, Any], names: Sequence[str]
+    ) -> Callable[[LazyLogits], torch.Tensor]:
+        ref_logits = self.reference.logits_at_labels(layout, inputs) if "kl" in names else None
+        return partial(self._statistics, layout, names, ref_logits)
+
+    def _statistics(
+        self, layout: TokenLayout, names: Sequence[str], ref_logits: LazyLogits | None, logits: LazyLogits
+    ) -> torch.Tensor:
+        at_labels = LazyLogits(layout.at_labels(logits.states), logits.weight, logits.bias)
+        labels = layout.labels().to(self.device)
+        sampling = (self.temperature, self.banned_token_ids)
+        statistics = token_statistics(at_labels, labels, *sampling, ref_logits, with_entropy="entropy" in names)
+        return torch.stack([getattr(statistics, name) for name in names], dim=-1)  # (L, K)
+
+    @contextmanager
+    def _tap(self, rows: DataProto, layout: TokenLayout, wanted: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
+        observed: dict[str, torch.Tensor] = {}
+        if "attention_mass" not in wanted:
+            yield observed
+            return
+        batch, source = rows.batch, self.attention
+        key_kinds = source.vocabulary.classify(
+            batch["input_ids"], batch["attention_mask"], batch["response_mask"].shape[1]
+        )  # (N, S)
+        with layout.record_attention(self.model, key_kinds, source.last_k_layers) as recorder:
+            yield observed
+        observed["attention_mass"] = layout.as_wide(recorder.mass())  # (N, R, 2)
+        observed["attention_keys"] = count_keys(key_kinds)  # (N, 2)
+
+    def _run(self, head: Callable[[LazyLogits], torch.Tensor], inputs: dict[str, Any]) -> torch.Tensor:
+        with self._adapters():
+            return super()._run(head, inputs)
 
     def _adapters(self) -> AbstractContextManager:
-        """Whether they count inside."""
         return without_adapters(self.model) if self.is_base else nullcontext()
-
-    def _per_token(
-        self,
-        rows: DataProto,
-        layout: TokenLayout,
-        compute: Callable[[torch.Tensor | HeadInputs], torch.Tensor],
-    ) -> torch.Tensor:
-        """(L, K) of all response tokens.
-
-        Args:
-            compute: from the logits that predict `layout.labels()`, or what makes them, to (L, K) float32.
-        """
-        inputs = self.inputs(rows, layout)
-
-        def in_place_of_head(hidden_states: torch.Tensor, head: nn.Linear) -> torch.Tensor:
-            return compute(HeadInputs(layout.at_labels(hidden_states), head.weight, head.bias))
-
-        with self._adapters():
-            if self.has_plain_head:
-                of_labels = forward_with_head(self.model, in_place_of_head, inputs)
-            else:
-                of_labels = compute(layout.at_labels(self.model(**inputs).logits))
-        return layout.of_all_ranks(of_labels)
-
-    def with_attention(
-        self, rows: DataProto, vocabulary: KeyVocabulary, last_k_layers: int | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The log-probabilities, and the attention with which the model gave them, from one forward.
-
-        Args:
-            rows: as for a plain call.
-            vocabulary: tells the prompt's text from its images.
-            last_k_layers: measure this many of the last full-attention layers; None measures all.
-
-        Returns:
-            (N, R) float32 log-probabilities, as a plain call returns them; (N, R, 2) float32 attention mass on the
-            instruction text and on the images, zero outside `response_mask`; (N, 2) int64 number of keys of the two
-            kinds.
-
-        Raises:
-            RuntimeError: a layer's attention could not be measured.
-        """
-        layout = self.layout(rows)
-        full_length = rows.batch["response_mask"].shape[1]
-        key_kinds = vocabulary.classify(rows.batch["input_ids"], rows.batch["attention_mask"], full_length)  # (N, S)
-        with layout.record_attention(self.model, key_kinds, last_k_layers) as recorder:
-            log_probs = self._log_probs(rows, layout)
-        mass = nn.functional.pad(recorder.mass(), (0, 0, 0, full_length - layout.length))  # (N, R, 2)
-        return log_probs, mass, count_keys(key_kinds)

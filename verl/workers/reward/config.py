@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of the reward: a function of the user's, in a file of the user's."""
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from verl.config import ConfigSection, absolute
+from verl.config import ConfigSection
 
 
 @dataclass(frozen=True)
@@ -24,12 +23,4 @@ class RewardConfig(ConfigSection):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_at_least(1, "num_cpus")
-        if self.reward_function is None:
-            return
-        path, colon, function = self.reward_function.rpartition(":")
-        if not colon:
-            path, function = self.reward_function, "main"
-        path = absolute(path)
-        self.require(bool(function), "reward_function", "ends in a colon; write path.py:function")
-        self.require(os.path.isfile(path), "reward_function", f"names no file (looked for {path})")
-        self.settle("reward_function", f"{path}:{function}")
+        self.settle_function("reward_function", default="main")

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import DataProto
+from verl.utils.response_span import response_ends, response_token_ids
 from verl.utils.tokenizer import text_decoder
 from verl.workers.reward.config import RewardConfig
 from verl.workers.reward.user_function import RewardFunction, values_by_key
@@ -55,13 +56,13 @@ def reward_samples(data: DataProto, step: int, split: str) -> list[dict[str, Any
     Reads: `responses`, `response_mask` (N, R); objects `ground_truth`, `uid`, `prompt_text`, `multi_modal_data` (the
     sample's media handles, or None), `extra` (the dataset row's other columns).
     """
-    lengths = data.batch["response_mask"].sum(-1).tolist()  # N ints
-    assert min(lengths) > 0, f"responses {[i for i, n in enumerate(lengths) if n == 0]} have no tokens"
-    responses = data.batch["responses"].numpy()  # (N, R)
+    responses = response_token_ids(data.batch["responses"], data.batch["response_mask"])  # N of (length,)
+    empty = [index for index, ids in enumerate(responses) if len(ids) == 0]
+    assert not empty, f"responses {empty} have no tokens"
     columns = data.non_tensor_batch
     return [
         {
-            "response_ids": responses[index, :length].copy(),  # (length,)
+            "response_ids": ids.numpy(),  # (length,)
             "ground_truth": columns["ground_truth"][index],
             "prompt": columns["prompt_text"][index],
             "uid": columns["uid"][index],
@@ -71,20 +72,21 @@ def reward_samples(data: DataProto, step: int, split: str) -> list[dict[str, Any
             "step": step,
             "split": split,
         }
-        for index, length in enumerate(lengths)
+        for index, ids in enumerate(responses)
     ]
 
 
 def place_scores(data: DataProto, results: Sequence[Mapping[str, Any]]) -> DataProto:
     """What the results of N samples add to their batch.
 
-    Reads: `responses`, `response_mask` (N, R).
+    Reads: `response_mask` (N, R).
 
     Returns:
         `token_level_scores` (N, R) float32, `overall` on the last token of each response and zero elsewhere; and
         objects `reward_results`, each sample's result.
     """
-    last_tokens = data.batch["response_mask"].sum(-1) - 1  # (N,)
-    scores = torch.zeros(data.batch["responses"].shape, dtype=torch.float32)  # (N, R)
+    response_mask = data.batch["response_mask"]
+    last_tokens = response_ends(response_mask) - 1  # (N,)
+    scores = torch.zeros(response_mask.shape, dtype=torch.float32)  # (N, R)
     scores[range(len(results)), last_tokens] = torch.tensor([result["overall"] for result in results])
     return DataProto.from_dict({"token_level_scores": scores}, {"reward_results": list(results)})

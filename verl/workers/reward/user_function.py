@@ -13,17 +13,16 @@ The reward process runs this file, which therefore loads neither torch nor trans
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import math
-import sys
-import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from types import ModuleType
 from typing import Any, Protocol
 
+from verl.utils.user_code import find_function, load_module
 from verl.workers.reward.config import RewardConfig
+
+KEY = "worker.reward.reward_function"
 
 TOKEN_WEIGHTS = "token_weights"
 """The one key of a result that is no metric: a list of one weight per response token, or None."""
@@ -58,8 +57,8 @@ class RewardFunction:
         self.config = config
         self.decoder = decoder
         path, function_name = config.reward_function.rsplit(":", maxsplit=1)
-        module = _load_module(path)
-        self._function = _find_function(module, function_name)
+        module = load_module(path, KEY)
+        self._function = find_function(module, function_name, KEY)
         self._check_kwargs()
         self._text_of_token = cache(lambda token_id: decoder.decode([token_id], skip_special_tokens=False))
         self.reward_type = getattr(module, "REWARD_TYPE", "batch")
@@ -217,36 +216,6 @@ def values_by_key(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     if TOKEN_WEIGHTS in keys:
         values[TOKEN_WEIGHTS] = [result.get(TOKEN_WEIGHTS) for result in results]
     return values
-
-
-def _load_module(path: str) -> ModuleType:
-    """Runs a Python file as a module of its own name, so that two reward files never share one."""
-    name = f"reward_function_{uuid.uuid4().hex}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None:
-        raise ValueError(f"worker.reward.reward_function names {path}, which is not a .py file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look their module up while it runs
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"worker.reward.reward_function: {path} raised {type(error).__name__}: {error}") from error
-    return module
-
-
-def _find_function(module: ModuleType, name: str) -> Callable[..., Any]:
-    function = getattr(module, name, None)
-    if not callable(function):
-        functions = [
-            key
-            for key, value in vars(module).items()
-            if inspect.isfunction(value) and value.__module__ == module.__name__ and not key.startswith("_")
-        ]
-        raise ValueError(
-            f"worker.reward.reward_function names the function {name!r}, but {module.__file__} has {functions}; "
-            f"write {module.__file__}:{functions[0] if functions else 'function'}"
-        )
-    return function
 
 
 def _describe(index: int, sample: dict[str, Any]) -> str:

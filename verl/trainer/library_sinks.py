@@ -11,7 +11,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-from verl.utils.sinks import Generation, Run, Sink
+from verl.trainer.sinks import Generation, Run, Sink
 
 GENERATIONS = "val/generations"
 """Name of the sampled generations at every logger."""

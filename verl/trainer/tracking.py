@@ -10,9 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from verl.trainer.library_sinks import MlflowSink, SwanlabSink, TensorboardSink, WandbSink
+from verl.trainer.sinks import ConsoleSink, FileSink, Generation, Run, Sink
 from verl.utils.checkpoint import ResumePoint, write_json
-from verl.utils.library_sinks import MlflowSink, SwanlabSink, TensorboardSink, WandbSink
-from verl.utils.sinks import ConsoleSink, FileSink, Generation, Run, Sink
 
 logger = logging.getLogger(__name__)
 

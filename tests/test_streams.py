@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+# python -m pytest tests/test_streams.py
+"""The table of streams against what a step does: one step of each kind, each phase given only what it reads."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.pool import run_shared
+from tests.probe import WITH_CRITIC
+from tests.test_training_run import arguments, data_files  # noqa: F401
+from verl.protocol import DataProto
+from verl.trainer.config import PPOConfig, load_config
+from verl.trainer.ray_trainer import RayDAPOTrainer
+from verl.trainer.step_record import StepRecord
+from verl.trainer.streams import PHASES, STREAMS, streams_of, streams_read_by, streams_written_by
+
+COLLECT = "worker.rollout.collect_attentions=true"
+KINDS = {
+    "filtering": ["algorithm.online_filtering=true", "algorithm.filter_low=-1", "algorithm.filter_high=2"],
+    "baselines": ["algorithm.adv_estimator=remax", "algorithm.disable_kl=true"],
+    "critic": [*WITH_CRITIC, "worker.critic.micro_batch_size_per_device_for_update=2"],
+    "kl in reward": ["algorithm.use_kl_loss=false"],
+    "full kl in reward": ["algorithm.use_kl_loss=false", "algorithm.kl_penalty=full"],
+    "vgr": [COLLECT, "algorithm.enable_token_weights=true", "worker.rollout.importance_cap=2.0"],
+    "attention alone": [COLLECT],
+    "weights by nothing": ["algorithm.enable_token_weights=true"],
+}
+REORDERS = "balance_across_ranks"
+READS_NOTHING_HERE = ("rollout",)
+
+
+def keys_of(batch: DataProto) -> set[str]:
+    return {*batch.batch.keys(), *batch.non_tensor_batch}
+
+
+def shape_of(name: str, batch: DataProto, config: PPOConfig) -> str:
+    """A stream's shape in the letters of the table."""
+    if name in batch.non_tensor_batch:
+        return "N"
+    prompts, responses = config.data.max_prompt_length, config.data.max_response_length
+    letters = {len(batch): "N", prompts: "P", responses: "R", prompts + responses: "S"}
+    sizes = batch.batch[name].shape
+    if name == "position_ids" and len(sizes) == 3:
+        assert sizes[1] == 4
+        sizes = (sizes[0], sizes[2])
+    return " ".join(letters.get(size, str(size)) for size in sizes)
+
+
+class Watch:
+    """Stands between `fit` and the phases; a phase is given the streams that the table says, and no other."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.needless: dict[str, list[str]] = {}
+
+    def around(self, phase: str, method: Callable) -> Callable:
+        def watched(trainer: RayDAPOTrainer, *args):
+            self.seen.append(phase)
+            if phase == "rollout":
+                batch = method(trainer, *args)
+                self.check_written(phase, set(), batch, trainer.config)
+                return batch
+            batch, *rest = args
+            if not PHASES[phase](trainer.config):
+                before = keys_of(batch)
+                result = method(trainer, batch, *rest)
+                assert keys_of(batch) == before, f"{phase} acts in a run in which the table says it does not"
+                return result
+            reads = streams_read_by(phase, trainer.config)
+            self.check_needs(phase, method, trainer, batch, rest, reads)
+            given = batch if phase == REORDERS else batch.select(*reads)
+            before = keys_of(given)
+            result = method(trainer, given, *rest)
+            self.check_written(phase, before, given, trainer.config)
+            if phase != REORDERS:
+                batch.union(given)
+            return batch if isinstance(result, DataProto) else result
+
+        return watched
+
+    def check_written(self, phase: str, before: set[str], batch: DataProto, config: PPOConfig) -> None:
+        written = {stream.name: stream for stream in streams_written_by(phase, config)}
+        assert keys_of(batch) - before == set(written), f"{phase} adds other streams than the table says"
+        for name, stream in written.items():
+            dtype = object if name in batch.non_tensor_batch else batch.batch[name].dtype
+            assert (shape_of(name, batch, config), dtype) == (stream.shape, stream.dtype), name
+
+    def check_needs(self, phase, method, trainer, batch, rest, reads) -> None:
+        """Without any one of the streams that it is said to read, a phase cannot act."""
+        tensors, objects = reads
+        for name in (*tensors, *objects):
+            less = batch.select([key for key in tensors if key != name], [key for key in objects if key != name])
+            again = [StepRecord(one.step) if isinstance(one, StepRecord) else one for one in rest]
+            try:
+                method(trainer, less, *again)
+            except KeyError:
+                continue
+            self.needless.setdefault(phase, []).append(name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_adds_and_reads_what_the_table_says(
+    kind: str,
+    tiny_model_path: str,
+    data_files: list[str],  # noqa: F811
+    tmp_path: Path,
+    ray_cluster,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watch = Watch()
+    for phase in PHASES:
+        monkeypatch.setattr(RayDAPOTrainer, f"_{phase}", watch.around(phase, getattr(RayDAPOTrainer, f"_{phase}")))
+    settings = [*KINDS[kind], "trainer.max_steps=1", "trainer.val_before_train=false", "trainer.val_freq=-1"]
+    config = load_config(arguments(tiny_model_path, data_files, tmp_path, *settings))
+    run_shared(config)
+    assert watch.seen == list(PHASES)
+    assert watch.needless == {}
+
+
+def test_every_row_of_the_table_is_met_by_a_kind_of_run(tmp_path: Path) -> None:
+    base = ["algorithm.use_kl_loss=true", "algorithm.kl_penalty=low_var_kl"]
+    met = {stream for settings in KINDS.values() for stream in streams_of(load_config([*base, *settings]))}
+    assert met == set(STREAMS)
+
+
+def test_a_run_has_a_stream_once_and_known_phases_write_and_read_it() -> None:
+    base = ["algorithm.use_kl_loss=true", "algorithm.kl_penalty=low_var_kl"]
+    for settings in ([], *KINDS.values()):
+        names = [stream.name for stream in streams_of(load_config([*base, *settings]))]
+        assert len(names) == len(set(names))
+    for stream in STREAMS:
+        order = list(PHASES)
+        assert {stream.writer, *stream.readers} <= set(order)
+        assert all(order.index(stream.writer) < order.index(reader) for reader in stream.readers)

