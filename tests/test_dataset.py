@@ -456,12 +456,14 @@ def test_the_section_and_the_arguments_of_easyr1_give_the_same_items(
     """An argument goes before the section; what neither gives differs as it does in EasyR1."""
     by_arguments = make([row("a <image>", [write_image(tmp_path, "a.png", SIDE, SIDE)])], min_pixels=4 * SIDE * SIDE)
     section = DataConfig(image_dir=str(tmp_path), max_prompt_length=7, min_pixels=4 * SIDE * SIDE)
-    by_section = RLHFDataset(by_arguments.data_path, tokenizer, by_arguments.processor, section, max_prompt_length=P)
+    by_section = RLHFDataset(
+        by_arguments.data_path, tokenizer, by_arguments.processor, config=section, max_prompt_length=P
+    )
     assert real_ids(by_section[0]) == real_ids(by_arguments[0])
     assert len(by_section[0]["input_ids"]) == P
     text = write_json(tmp_path / "text.jsonl", [row("a")])
     assert RLHFDataset(text, tokenizer, None).config.max_prompt_length == 1024
-    with pytest.raises(ValueError, match="promt_key is no field of the section data; did you mean prompt_key"):
+    with pytest.raises(ValueError, match="RLHFDataset takes no promt_key; did you mean prompt_key"):
         make([row("a")], promt_key="prompt")
     with pytest.raises(ValueError, match="data.max_prompt_length=0 is below 1"):
         make([row("a")], max_prompt_length=0)

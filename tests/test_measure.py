@@ -43,8 +43,10 @@ def test_streams_together_equal_each_alone_bit_for_bit(worker: ProbeWorker, batc
         alone = worker.measured(batch, [name]).batch
         assert set(alone.keys()) == {name}
         assert torch.equal(alone[name], together[name])
-    masses = worker.measured(batch, ["log_probs", "attention_mass", "attention_keys"]).batch
-    assert all(torch.equal(masses[name], together[name]) for name in masses.keys())
+    for wanted in (["attention_mass"], ["log_probs", "attention_keys"], ["attention_mass", "attention_keys"]):
+        some = worker.measured(batch, wanted).batch
+        assert set(some.keys()) == set(wanted)
+        assert all(torch.equal(some[name], together[name]) for name in wanted)
 
 
 def test_with_gradient_the_values_are_those_without_and_each_pair_has_both_gradients(
@@ -56,6 +58,7 @@ def test_with_gradient_the_values_are_those_without_and_each_pair_has_both_gradi
 
     def gradient(wanted: list[str], summed: list[str]) -> torch.Tensor:
         streams = forward.measure(rows, wanted)
+        assert {name for name in wanted if streams[name].requires_grad} == {"log_probs", "kl"} & set(wanted)
         assert all(torch.equal(streams[name].detach(), without[name]) for name in wanted)
         sum(streams[name][is_response].sum() for name in summed).backward()
         weight = worker.actor.model.model.language_model.layers[0].mlp.up_proj.weight
@@ -87,8 +90,13 @@ def test_ranks_that_share_rows_measure_what_one_measures(
 
 
 def test_a_stream_that_a_model_does_not_have_is_a_mistake(worker: ProbeWorker, batch: DataProto) -> None:
-    with pytest.raises(AssertionError, match="PolicyForward lacks some of .*values"):
+    with pytest.raises(AssertionError, match="PolicyForward has no .*values"):
         worker.measured(batch, ["log_probs", "values"])
+    worker.actor.forward.reference = worker.actor.forward.attention = None
+    with pytest.raises(AssertionError, match="no reference"):
+        worker.measured(batch, ["kl"])
+    with pytest.raises(AssertionError, match="need an AttentionSource"):
+        worker.measured(batch, ["attention_keys"])
 
 
 def test_from_the_remote_call_to_a_log_prob_a_reader_opens_few_files(

@@ -41,7 +41,7 @@ def make_batch():
 def test_data_metrics_are_sums_per_sequence_and_values_per_response_token():
     """Scores sum to 1 and 0.5, rewards to 0.8 and 0.25. The five response tokens have advantages 1, 1, 1, 1, -2, mean
     2/5, and returns 2, 2, 2, 2, -3, mean 1."""
-    metrics = compute_data_metrics(make_batch())
+    metrics = compute_data_metrics(make_batch(), has_critic=False)
     expected = {
         "critic/score/mean": 0.75,
         "critic/score/max": 1.0,
@@ -73,12 +73,12 @@ def test_values_are_told_of_response_tokens_with_the_share_of_the_returns_that_t
     mean 1/5 and variance (3 * 1/25 + 81/25 + 36/25) / 4 = 4.8/4."""
     batch = make_batch()
     batch.batch["values"] = torch.tensor([[2.0, 2.0, 0.0, 2.0], [-2.0, 9.0, 9.0, 9.0]])
-    metrics = compute_data_metrics(batch)
+    metrics = compute_data_metrics(batch, has_critic=True)
     expected = {"mean": 0.8, "max": 2.0, "min": -2.0}
     assert {name: metrics[f"critic/values/{name}"] for name in expected} == pytest.approx(expected)
     assert metrics["critic/vf_explained_var"] == pytest.approx(1 - 4.8 / 20)
     batch.batch["returns"][:] = 0.1
-    assert "critic/vf_explained_var" not in compute_data_metrics(batch)
+    assert "critic/vf_explained_var" not in compute_data_metrics(batch, has_critic=True)
 
 
 def test_of_the_workers_the_largest_value_counts():
@@ -114,11 +114,11 @@ def test_throughput_is_per_device():
 
 def test_metrics_do_not_depend_on_the_order_of_rows_or_on_padding():
     batch = make_batch()
-    expected = compute_data_metrics(batch)
+    expected = compute_data_metrics(batch, has_critic=False)
     batch.reorder(torch.tensor([1, 0]))
     for name in ("token_level_scores", "token_level_rewards", "advantages", "returns"):
         batch.batch[name] = batch.batch[name] * batch.batch["response_mask"]
-    assert compute_data_metrics(batch) == pytest.approx(expected)
+    assert compute_data_metrics(batch, has_critic=False) == pytest.approx(expected)
 
 
 def test_lists_are_averaged_and_an_empty_one_is_an_error_that_names_it():

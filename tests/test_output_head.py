@@ -19,6 +19,10 @@ def qwen(**extra) -> transformers.PreTrainedModel:
     return make_model("Qwen2ForCausalLM", transformers.Qwen2Config(**TEXT_CONFIG, **extra))
 
 
+def keep_all(states: torch.Tensor) -> torch.Tensor:
+    return states
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("keep", [3, torch.tensor([1, 4])])
 def test_it_sees_the_hidden_states_of_the_positions_to_keep_and_the_weight(tied: bool, keep) -> None:
@@ -26,8 +30,8 @@ def test_it_sees_the_hidden_states_of_the_positions_to_keep_and_the_weight(tied:
     inputs = {"input_ids": IDS, "logits_to_keep": keep}
     with torch.no_grad():
         expected = model(**inputs).logits
-        found = forward_with_head(model, lambda logits: logits.states @ logits.weight.T, inputs)
-        shape = forward_with_head(model, lambda logits: logits.states.new_zeros(7), inputs).shape
+        found = forward_with_head(model, lambda logits: logits.states @ logits.weight.T, inputs, keep_all)
+        shape = forward_with_head(model, lambda logits: logits.states.new_zeros(7), inputs, keep_all).shape
     torch.testing.assert_close(found, expected)
     assert shape == (7,)
 
@@ -35,9 +39,9 @@ def test_it_sees_the_hidden_states_of_the_positions_to_keep_and_the_weight(tied:
 def test_afterwards_the_head_is_itself_again() -> None:
     model = qwen()
     before = model(input_ids=IDS).logits
-    forward_with_head(model, lambda logits: logits.states, {"input_ids": IDS})
+    forward_with_head(model, lambda logits: logits.states, {"input_ids": IDS}, keep_all)
     with pytest.raises(ZeroDivisionError):
-        forward_with_head(model, lambda logits: 1 / 0, {"input_ids": IDS})
+        forward_with_head(model, lambda logits: 1 / 0, {"input_ids": IDS}, keep_all)
     assert torch.equal(model(input_ids=IDS).logits, before)
 
 
@@ -62,14 +66,16 @@ def test_a_model_that_makes_its_logits_itself_gives_those() -> None:
     for model in (gemma, ValueModel(qwen())):
         with torch.no_grad():
             expected = model(input_ids=IDS).logits
-            assert torch.equal(forward_with_head(model, lambda logits: logits.states, {"input_ids": IDS}), expected)
+            assert torch.equal(
+                forward_with_head(model, lambda logits: logits.states, {"input_ids": IDS}, keep_all), expected
+            )
 
 
 def test_captured_logits_outlive_the_forward_and_changes_of_the_head() -> None:
     model, select = qwen(), lambda states: states[0, -2:]
     inputs = {"input_ids": IDS}
     expected = model(**inputs).logits[0, -2:]
-    captured = capture_logits(model, select, inputs)
+    captured = capture_logits(model, inputs, select)
     with torch.no_grad():
         model.lm_head.weight.zero_()
     torch.testing.assert_close(captured.states @ captured.weight.T, expected)
@@ -82,4 +88,4 @@ def test_a_model_that_changes_its_logits_without_a_word_is_refused(monkeypatch: 
     config = transformers.Gemma2Config(**TEXT_CONFIG, query_pre_attn_scalar=16)
     model = make_model("Gemma2ForCausalLM", config)
     with pytest.raises(RuntimeError, match="Gemma2ForCausalLM gives other logits than its output head does"):
-        forward_with_head(model, lambda logits: logits.states, {"input_ids": IDS})
+        forward_with_head(model, lambda logits: logits.states, {"input_ids": IDS}, keep_all)

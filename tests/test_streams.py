@@ -2,13 +2,16 @@
 # python -m pytest tests/test_streams.py
 """The table of streams against what a step does: one step of each kind, each phase given only what it reads."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.batches import answer_at_random, make_prompts
 from tests.pool import run_shared
-from tests.probe import WITH_CRITIC
+from tests.probe import RESPONSE_LENGTH, WITH_CRITIC, make_config, start_alone
 from tests.test_training_run import arguments, data_files  # noqa: F401
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig, load_config
@@ -28,7 +31,6 @@ KINDS = {
     "weights by nothing": ["algorithm.enable_token_weights=true"],
 }
 REORDERS = "balance_across_ranks"
-READS_NOTHING_HERE = ("rollout",)
 
 
 def keys_of(batch: DataProto) -> set[str]:
@@ -92,10 +94,11 @@ class Watch:
         tensors, objects = reads
         for name in (*tensors, *objects):
             less = batch.select([key for key in tensors if key != name], [key for key in objects if key != name])
-            again = [StepRecord(one.step) if isinstance(one, StepRecord) else one for one in rest]
+            again = [copy.deepcopy(one) if isinstance(one, StepRecord) else one for one in rest]
             try:
                 method(trainer, less, *again)
-            except KeyError:
+            except KeyError as error:
+                assert name in str(error)
                 continue
             self.needless.setdefault(phase, []).append(name)
 
@@ -117,6 +120,28 @@ def test_a_step_adds_and_reads_what_the_table_says(
     run_shared(config)
     assert watch.seen == list(PHASES)
     assert watch.needless == {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_workers_need_every_stream_that_they_are_sent(
+    kind: str, tiny_model_path: str, tmp_path: Path, lone_process_group
+) -> None:
+    """A worker in this process, since one that fails elsewhere ends its group."""
+    base = ["algorithm.use_kl_loss=true", "algorithm.kl_penalty=low_var_kl", "worker.rollout.n=2"]
+    config = make_config(tiny_model_path, *base, *KINDS[kind])
+    worker = start_alone(config)
+    batch = answer_at_random(make_prompts(tiny_model_path, tmp_path), 2, RESPONSE_LENGTH)
+    for stream in streams_of(config):
+        if stream.shape == "N R" and stream.name not in batch.batch.keys():
+            batch.batch[stream.name] = torch.rand(len(batch), RESPONSE_LENGTH) * batch.batch["response_mask"]
+    for phase in ("compute_values", "update_critic", "update_actor"):
+        tensors, objects = streams_read_by(phase, config)
+        for name in (*tensors, *objects):
+            less = batch.select([key for key in tensors if key != name], [key for key in objects if key != name])
+            with pytest.raises(KeyError, match=name):
+                getattr(worker, phase)(less)
+        if tensors:
+            getattr(worker, phase)(batch.select(tensors, objects))
 
 
 def test_every_row_of_the_table_is_met_by_a_kind_of_run(tmp_path: Path) -> None:

@@ -192,6 +192,24 @@ def test_importance_weights_are_as_advantages_times_them_and_leave_the_kl_loss_a
     assert metrics_of_product["actor/kl_loss"] != pytest.approx(plain_metrics["actor/kl_loss"], rel=1e-2)
 
 
+def test_the_switches_decide_whether_weights_take_part(
+    tiny_model_path: str, batch: DataProto, lone_process_group
+) -> None:
+    """Importance weights of a half halve the policy loss where the cap is set; weights that are off are refused."""
+    still = ("worker.actor.optim.lr=0", "worker.actor.optim.weight_decay=0")
+    plain = with_weights(batch, None)
+    halved = with_stream(plain, "importance_weights", torch.full((8, RESPONSE_LENGTH), 0.5))
+    losses = [
+        start_alone(make_config(tiny_model_path, *still, *settings)).update_actor(rows)["actor/pg_loss"]
+        for rows, settings in ((plain, ()), (halved, ("worker.rollout.importance_cap=2.0",)))
+    ]
+    assert losses[1] == pytest.approx(losses[0] / 2, rel=1e-6)
+    worker = start_alone(make_config(tiny_model_path))
+    for rows, switch in ((halved, "worker.rollout.importance_cap"), (batch, "algorithm.enable_token_weights=true")):
+        with pytest.raises(ValueError, match=f"which take no part in the loss without {switch}"):
+            worker.update_actor(rows)
+
+
 def with_stream(rows: DataProto, name: str, values: torch.Tensor) -> DataProto:
     copy = rows[list(range(len(rows)))]
     copy.batch[name] = values

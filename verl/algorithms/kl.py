@@ -51,7 +51,7 @@ def apply_kl_penalty(
 ) -> tuple[torch.Tensor, float]:
     """Take the KL to the reference out of the reward, token by token (RLHF; arXiv 1909.08593, eq. 2).
 
-    token_level_scores, kl, response_mask: (N, R); `kl` from `compute_kl` on the rollout policy's log-probs.
+    token_level_scores, kl, response_mask: (N, R); `kl` from `compute_kl` on the old log-probs.
 
     Returns token_level_rewards (N, R) = scores - kl_coef * kl on response tokens, and the mean KL: over rows, of each
     row's mean over its response tokens.

@@ -10,7 +10,7 @@ import logging
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -58,6 +58,22 @@ ROWS_PER_PROCESS = 1000
 """Below this a further process takes longer to start than to work, and nobody needs a progress bar."""
 
 MISMATCHES_SHOWN = 10
+
+OPTIONS = (
+    "prompt_key",
+    "answer_key",
+    "image_key",
+    "video_key",
+    "image_dir",
+    "video_fps",
+    "max_prompt_length",
+    "format_prompt",
+    "min_pixels",
+    "max_pixels",
+    "filter_overlong_prompts",
+    "filter_overlong_prompts_workers",
+)
+"""Fields of the section `data` that a dataset reads."""
 
 
 def load_rows(data_path: str) -> Dataset:
@@ -168,10 +184,9 @@ def _read_format_prompt(path: str) -> str:
 
 def _with_options(config: DataConfig | None, options: dict[str, Any]) -> DataConfig:
     """The section with `options` over its fields; without one, over the defaults of EasyR1's class."""
-    known = [field.name for field in fields(DataConfig)]
     for name in options:
-        if name not in known:
-            raise ValueError(f"{name} is no field of the section data{did_you_mean(name, known)}")
+        if name not in OPTIONS:
+            raise ValueError(f"RLHFDataset takes no {name}{did_you_mean(name, OPTIONS)}")
     defaults = {"max_prompt_length": 1024, "min_pixels": None, "max_pixels": None}
     try:
         return DataConfig(**{**defaults, **options}) if config is None else replace(config, **options)
@@ -193,14 +208,13 @@ class RLHFDataset(torch.utils.data.Dataset):
         data_path: see `load_rows`.
         tokenizer: pads on the left.
         processor: None for a model of text alone.
-        config: the section `data`. Read are the four column names, `image_dir`, `video_fps`, `max_prompt_length` (P),
-            `format_prompt`, `min_pixels`, `max_pixels`, `filter_overlong_prompts` and its `_workers`. Images and
-            videos are a list in each row, null or empty for none; every `<image>` and `<video>` in the prompt stands
-            for one of them, in order. A video is a file (path or bytes) or the list of its frames.
+        config: the section `data`, of which the fields in `OPTIONS` are read. Images and videos are a list in each
+            row, null or empty for none; every `<image>` and `<video>` in the prompt stands for one of them, in order.
+            A video is a file (path or bytes) or the list of its frames.
         model_config: the model's config; read from where the tokenizer came from if None and there is a processor.
         truncation: "error" alone: a prompt cut short would lose the opening of the answer, or its question.
-        options: fields of `config` by their names, as EasyR1's callers give them; they go before it. Without a config
-            prompts have at most 1024 tokens, and images stay as large as they are.
+        options: any of `OPTIONS`, as EasyR1's callers give them; they override `config`. Without a config prompts have
+            at most 1024 tokens, and images stay as large as they are.
 
     Raises:
         ValueError: when loading, for an option that is none or cannot be taken, a column that is not there, a prompt
@@ -215,6 +229,7 @@ class RLHFDataset(torch.utils.data.Dataset):
         data_path: str,
         tokenizer: PreTrainedTokenizerBase,
         processor: ProcessorMixin | None,
+        *,
         config: DataConfig | None = None,
         model_config: PretrainedConfig | None = None,
         truncation: str = "error",

@@ -219,4 +219,4 @@ def _dataset(
 ) -> RLHFDataset:
     if not data_path:
         raise ValueError(f"{key} is empty; name a data file, a folder or a dataset id of the hub")
-    return RLHFDataset(data_path, tokenizer, processor, config, model_config)
+    return RLHFDataset(data_path, tokenizer, processor, config=config, model_config=model_config)

@@ -34,7 +34,10 @@ def has_plain_head(model: nn.Module) -> bool:
 
 
 def forward_with_head(
-    model: nn.Module, compute: Callable[[LazyLogits], torch.Tensor], inputs: dict[str, Any]
+    model: nn.Module,
+    compute: Callable[[LazyLogits], torch.Tensor],
+    inputs: dict[str, Any],
+    select: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """One forward of `model`, in which `compute` takes the place of its output head; returns what that returned.
 
@@ -42,20 +45,20 @@ def forward_with_head(
 
     Args:
         model: a Hugging Face model or a `ValueModel`, also sharded or with adapters.
-        compute: from the logits of the positions that `logits_to_keep` names, states (..., H) with the head's whole
-            weight (V, H), to any tensor.
+        compute: from logits, states (..., H) with the head's whole weight (V, H), to any tensor.
         inputs: keywords of the forward.
+        select: from the states of the positions that `logits_to_keep` names, to those whose logits are wanted.
 
     Raises:
         RuntimeError: the model went on to change what it took for its logits.
     """
     if not has_plain_head(model):
-        return compute(LazyLogits(model(**inputs).logits))
+        return compute(LazyLogits(select(model(**inputs).logits)))
     head = model.get_output_embeddings()
     results: list[torch.Tensor] = []
 
     def in_place_of_head(hidden_states: torch.Tensor) -> torch.Tensor:
-        results.append(compute(LazyLogits(hidden_states, head.weight, head.bias)))
+        results.append(compute(LazyLogits(select(hidden_states), head.weight, head.bias)))
         return results[-1]
 
     head.forward = in_place_of_head
@@ -73,23 +76,21 @@ def forward_with_head(
 
 @torch.no_grad()
 def capture_logits(
-    model: nn.Module, select: Callable[[torch.Tensor], torch.Tensor], inputs: dict[str, Any]
+    model: nn.Module, inputs: dict[str, Any], select: Callable[[torch.Tensor], torch.Tensor]
 ) -> LazyLogits:
     """The logits of one forward, to be used after it: hidden states and a copy of the head.
 
     The copy (V, H) is far smaller than the logits of a batch of long responses.
 
     Args:
-        model: as in `forward_with_head`.
-        select: from the states of the positions that `logits_to_keep` names, to the states to keep.
-        inputs: keywords of the forward.
+        model, inputs, select: as in `forward_with_head`.
     """
     captured: list[LazyLogits] = []
 
     def capture(logits: LazyLogits) -> torch.Tensor:
         head = (None if tensor is None else tensor.clone() for tensor in (logits.weight, logits.bias))
-        captured.append(LazyLogits(select(logits.states), *head))
+        captured.append(LazyLogits(logits.states, *head))
         return logits.states
 
-    forward_with_head(model, capture, inputs)
+    forward_with_head(model, capture, inputs, select)
     return captured[0]

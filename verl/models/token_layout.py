@@ -71,11 +71,9 @@ class TokenLayout:
         zeros = at_labels.new_zeros(mask.shape)  # (N, R)
         return {name: zeros.masked_scatter(mask, column) for name, column in zip(names, columns, strict=True)}
 
-    def as_wide(self, values: torch.Tensor) -> torch.Tensor:
-        """(N, R, ...) from (N, length, ...), zero beyond the longest response."""
-        wide = values.new_zeros(*self.response_mask.shape, *values.shape[2:])
-        wide[:, : self.length] = values
-        return wide
+    def as_wide(self, masses: torch.Tensor) -> torch.Tensor:
+        """(N, R, 2), zero outside `response_mask`, from the (N, length, 2) of the recorder."""
+        raise NotImplementedError
 
     def record_attention(
         self, model: nn.Module, key_kinds: torch.Tensor, last_k_layers: int | None
@@ -117,6 +115,12 @@ class PaddedLayout(TokenLayout):
     def at_labels(self, kept: torch.Tensor) -> torch.Tensor:
         # What stands at a position is about the token after it: drop the last, keep the one before the response.
         return kept[:, :-1][self.is_label.to(kept.device)]
+
+    def as_wide(self, masses: torch.Tensor) -> torch.Tensor:
+        wide = masses.new_zeros(*self.response_mask.shape, masses.shape[2])
+        is_label = self.is_label.to(masses.device)
+        wide[:, : self.length][is_label] = masses[is_label]
+        return wide
 
     def record_attention(
         self, model: nn.Module, key_kinds: torch.Tensor, last_k_layers: int | None
@@ -180,6 +184,14 @@ class PackedLayout(TokenLayout):
 
     def at_labels(self, kept: torch.Tensor) -> torch.Tensor:
         return kept[0]
+
+    def as_wide(self, masses: torch.Tensor) -> torch.Tensor:
+        # The recorder counts a packed response's tokens from column 0 on, whatever columns they had.
+        mask = self.response_mask.to(masses.device)
+        is_token = torch.arange(self.length, device=masses.device) < mask.sum(dim=1, keepdim=True)  # (N, length)
+        wide = masses.new_zeros(*mask.shape, masses.shape[2])
+        wide[mask] = masses[is_token]
+        return wide
 
     def of_all_ranks(self, at_labels: torch.Tensor) -> torch.Tensor:
         if self.group is None:

@@ -22,7 +22,7 @@ PHASES_PER_TOKEN = ("old", "ref", "values", "adv", "update_critic", "update_acto
 """Phases that read prompts and responses alike."""
 
 
-def compute_data_metrics(batch: DataProto) -> dict[str, float]:
+def compute_data_metrics(batch: DataProto, has_critic: bool) -> dict[str, float]:
     """Mean, maximum and minimum of scores, rewards, advantages, returns and values, and the lengths.
 
     `critic/score` and `critic/rewards` are sums per sequence (rewards are scores less the KL penalty, where it is
@@ -30,8 +30,8 @@ def compute_data_metrics(batch: DataProto) -> dict[str, float]:
     response token. `critic/vf_explained_var` is 1 - var(returns - values) / var(returns): 1 for a critic that is
     right, 0 for one that knows the mean; left out where all returns are equal and there is nothing to explain.
 
-    Reads: `responses`, `response_mask`, `token_level_scores`, `token_level_rewards`, `advantages`, `returns` (N, R),
-    `values` (N, R) if there are any, `attention_mask` (N, S).
+    Reads: `response_mask`, `token_level_scores`, `token_level_rewards`, `advantages`, `returns` (N, R), with a critic
+    `values` (N, R), `attention_mask` (N, S).
     """
     tensors = batch.batch
     response_mask = tensors["response_mask"].bool()  # (N, R)
@@ -42,7 +42,7 @@ def compute_data_metrics(batch: DataProto) -> dict[str, float]:
         "critic/returns": tensors["returns"][response_mask],  # (response tokens,)
     }
     metrics = compute_length_metrics(batch)
-    if "values" in tensors.keys():
+    if has_critic:
         returns = values["critic/returns"]
         values["critic/values"] = tensors["values"][response_mask]  # (response tokens,)
         if (returns != returns[0]).any():

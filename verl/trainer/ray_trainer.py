@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop: one controller that drives the workers, step by step.
 
-Shapes: B prompts, n responses each, N = B * n rows, R response length, W workers. DataProto batches hold the streams;
-each phase says which it reads and which it adds.
+Shapes: B prompts, n responses each, N = B * n rows, R response length, W workers. A DataProto batch holds the streams
+of `verl/trainer/streams.py`; each phase says which it reads and which it adds.
 """
 
 import logging
@@ -91,7 +91,6 @@ class RayDAPOTrainer:
         self.tracker = tracker
         self.resume_point = resume_point
         self.state = RunState(config)
-        self.estimate_advantages = ADVANTAGE_ESTIMATORS.find(config.algorithm.adv_estimator)
         self.workers: WorkerGroup | None = None
         self.rewards: RewardClient | None = None
         self.rollouts: Rollouts | None = None
@@ -192,7 +191,7 @@ class RayDAPOTrainer:
         return None if is_scored else self.rewards.send(batch, self.state.global_step)
 
     def _compute_log_probs(self, batch: DataProto, record: StepRecord) -> DataProto:
-        """Reads: sequence tensors, media, `rollout_log_probs`. Adds: `old_log_probs`; `attention_mass` and
+        """Reads: `MODEL_INPUTS`, `rollout_log_probs`. Adds: `old_log_probs`; `attention_mass` and
         `attention_keys` if they are collected; unless KL is off `ref_log_probs`, or, of a full KL, `ref_kl` if it is
         for the reward; `importance_weights` if asked for."""
         algorithm = self.config.algorithm
@@ -216,14 +215,14 @@ class RayDAPOTrainer:
         return batch
 
     def _compute_values(self, batch: DataProto, record: StepRecord) -> DataProto:
-        """Reads: sequence tensors, media. Adds: `values`, where there is a critic."""
+        """Reads: `MODEL_INPUTS`. Adds: `values`, where there is a critic."""
         if self.plan.critic is None:
             return batch
         with record.timed("values"):
             return batch.union(self.workers.compute_values(self._streams_for("compute_values", batch)))
 
     def _await_rewards(self, batch: DataProto, rewards: ray.ObjectRef | None, record: StepRecord) -> DataProto:
-        """Adds: what `RewardClient.receive` adds, unless the batch has it already."""
+        """Reads: `response_mask`. Adds: what `RewardClient.receive` adds, unless the batch has it already."""
         return batch if rewards is None else self.rewards.receive(batch, rewards, record)
 
     def _attach_token_weights(self, batch: DataProto, record: StepRecord) -> DataProto:
@@ -240,7 +239,7 @@ class RayDAPOTrainer:
     def _maybe_compute_token_weights(
         self, batch: DataProto, reward_metrics: dict[str, list[Any]]
     ) -> torch.Tensor | None:
-        """Weights (N, R) float32 for the actor's loss, zero outside the responses; None to train without.
+        """Weights (N, R) float32 for the actor's loss, zero outside the responses; None where nothing gives any.
 
         What the reward function returned under `token_weights` comes first; samples without it take VGR weights from
         the collected attention, and weigh 1 where there is none either.
@@ -292,7 +291,8 @@ class RayDAPOTrainer:
                 values=streams["values"] if algorithm.needs_critic else None,
                 reward_baselines=streams["reward_baselines"] if algorithm.needs_baselines else None,
             )
-            streams["advantages"], streams["returns"] = self.estimate_advantages(inputs)
+            estimate = ADVANTAGE_ESTIMATORS.find(algorithm.adv_estimator)
+            streams["advantages"], streams["returns"] = estimate(inputs)
         return batch
 
     def _take_kl_off_the_rewards(self, batch: DataProto, adapts: bool) -> dict[str, float]:
@@ -314,7 +314,7 @@ class RayDAPOTrainer:
         return {"actor/kl_penalty": mean_kl, "actor/kl_coef": kl_coef}
 
     def _update_critic(self, batch: DataProto, record: StepRecord) -> None:
-        """Reads: sequence tensors, media, `values`, `returns`."""
+        """Reads: `MODEL_INPUTS`, `values`, `returns`."""
         if self.plan.critic is None:
             return
         with record.timed("update_critic"):
@@ -324,7 +324,8 @@ class RayDAPOTrainer:
         return step >= self.config.trainer.critic_warmup
 
     def _update_actor(self, batch: DataProto, record: StepRecord) -> None:
-        """Reads: sequence tensors, media, and all the (N, R) streams of the loss."""
+        """Reads: `MODEL_INPUTS`, `old_log_probs`, `advantages`; `ref_log_probs`, `token_weights` and
+        `importance_weights` in runs that have them."""
         if not self._actor_learns(record.step):
             return
         with record.timed("update_actor"):
@@ -341,7 +342,9 @@ class RayDAPOTrainer:
                 self.state.save(self.workers, self.train_loader)
 
     def _log(self, batch: DataProto, record: StepRecord) -> None:
-        record.add(compute_data_metrics(batch))
+        """Reads: `attention_mask`, `response_mask`, `token_level_scores`, `token_level_rewards`, `advantages`,
+        `returns`, and `values` where there is a critic."""
+        record.add(compute_data_metrics(batch, has_critic=self.plan.critic is not None))
         record.add(compute_timing_metrics(batch, record.timings))
         record.add(compute_throughput_metrics(batch, record.timings, self.plan.world_size))
         record.add(largest_of_workers(self.workers.memory_metrics()))

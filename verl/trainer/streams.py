@@ -2,7 +2,8 @@
 """The streams of a training step's batch, in one table: what each is, who writes it, who reads it, and in which runs.
 
 A stream is on the batch in every step of a run, or in none. The configuration decides: no phase asks whether a stream
-is there. Phases are the methods of `RayDAPOTrainer` that `fit` lists, here without their underscore.
+is there. Phases are the methods of `RayDAPOTrainer` that `fit` lists, here without their underscore. What the workers
+are sent is selected by this table; a test holds everything else in it against what the phases do.
 
 Shapes: N rows, P prompt length, R response length, S = P + R. `position_ids` are (N, 4, S) under multimodal rope.
 """
@@ -31,7 +32,7 @@ class Stream:
     writer: str
     """The phase that adds it."""
     readers: tuple[str, ...]
-    """The phases that read it, in the runs in which they act (see `PHASES`)."""
+    """Later phases that read it, in the runs in which they act (see `PHASES`)."""
     present: Condition
     """The runs that have it. A name may have several rows, of which a run has one at most."""
 
@@ -82,7 +83,7 @@ def full_kl_in_reward(config: PPOConfig) -> bool:
 
 
 def importance(config: PPOConfig) -> bool:
-    """The policy loss is corrected for what the rollout engine computes otherwise."""
+    """The policy loss is corrected for different probabilities in rollout engine and trainer."""
     return config.worker.rollout.importance_cap is not None
 
 

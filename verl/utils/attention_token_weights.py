@@ -76,9 +76,8 @@ def build_token_vgr_weights_for_batch(
     vgr = vgr_from_mass(mass, keys)  # (N, R)
     weights = token_weights_from_vgr(vgr, response_mask, clip_range, smooth_sigma)
     streams = {"weights": weights, "vgr_token": vgr, "p_text": mass[..., 0], "p_vision": mass[..., 1]}
-    lengths = response_mask.sum(dim=1).tolist()
     lists = {
-        name: [row[:length].tolist() for row, length in zip(values, lengths, strict=True)]
+        name: [row[is_token].tolist() for row, is_token in zip(values, response_mask.bool(), strict=True)]
         for name, values in streams.items()
     }
     return lists.pop("weights"), lists
@@ -174,10 +173,10 @@ def token_weights_from_lists(lists: Sequence[Any], response_mask: torch.Tensor) 
         raise ValueError(f"token_weights has {len(lists)} entries for {len(response_mask)} samples; give one for each")
     weights = response_mask.float()  # (N, R)
     is_given = torch.zeros(len(lists), dtype=torch.bool, device=weights.device)
-    lengths = response_mask.sum(dim=1).tolist()
-    for index, (given, length) in enumerate(zip(lists, lengths, strict=True)):
-        numbers = [] if given is None else _checked_weights(given, index, length)
-        weights[index, : len(numbers)] = torch.tensor(numbers, dtype=torch.float32, device=weights.device)
+    for index, (given, is_token) in enumerate(zip(lists, response_mask.bool(), strict=True)):
+        columns = is_token.nonzero()[:, 0]
+        numbers = [] if given is None else _checked_weights(given, index, len(columns))
+        weights[index, columns[: len(numbers)]] = torch.tensor(numbers, device=weights.device)
         is_given[index] = bool(numbers)
     return weights, is_given
 

@@ -22,10 +22,13 @@ POSITIONS_AT_ONCE = 512  # at a vocabulary of 152k this is 311 MB a temporary, o
 
 @dataclass(frozen=True)
 class LazyLogits:
-    """Logits that need not have been made: hidden states and the linear head that turns them into logits."""
+    """Logits that need not have been made: hidden states and the linear head that turns them into logits.
+
+    Without a head the states are the logits, or whatever else a model gives in their place.
+    """
 
     states: torch.Tensor
-    """(..., H); without a head (..., V), the logits themselves."""
+    """(..., H); without a head (..., V)."""
     weight: torch.Tensor | None = None
     """(V, H) of the head."""
     bias: torch.Tensor | None = None
@@ -98,7 +101,7 @@ def _flat_parts(
 
 
 class _Statistics(torch.autograd.Function):
-    """Keeps what came and one number a token; the backward pass makes logits and softmax again, by pieces.
+    """Saves its inputs and one number per token; the backward pass makes logits and softmax again, by pieces.
 
     Its inputs are flat: states (L, V) or (L, H), labels (L,).
 

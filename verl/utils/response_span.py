@@ -2,7 +2,7 @@
 """Where responses begin and end in a batch: the one definition that all readers share.
 
 A row has S = P + R columns: a left-padded prompt in the first P, then the columns of its response. Column P + r is
-response token r wherever `response_mask` (N, R) is 1. Readers find tokens by the mask, never by counting its ones.
+response token r wherever `response_mask` (N, R) is 1, which may have gaps. Readers find tokens by the mask.
 
 Shapes: N sequences, P prompt length, R response length, S = P + R.
 """

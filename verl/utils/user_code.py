@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import sys
 import uuid
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+_modules: dict[tuple[str, int], ModuleType] = {}
+"""The files that ran in this process, by path and time of change."""
 
 
 class UserFunction:
@@ -30,8 +34,7 @@ class UserFunction:
         self.reference = reference
         self.key = key
         path, name = reference.rsplit(":", maxsplit=1)
-        self.module = load_module(path, key)
-        self._function = find_function(self.module, name, key)
+        self._function = find_function(load_module(path, key), name, key)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(*args, **kwargs)
@@ -41,7 +44,7 @@ class UserFunction:
 
 
 def load_module(path: str, key: str) -> ModuleType:
-    """Runs a Python file as a module of a name of its own, so that two files never share one.
+    """Runs a Python file as a module of a name of its own, so that two files never share one; a file runs once.
 
     Args:
         key: of the configuration that names the file, for messages.
@@ -49,6 +52,9 @@ def load_module(path: str, key: str) -> ModuleType:
     Raises:
         ValueError: it is no Python file, or raised while it ran.
     """
+    version = (path, os.stat(path).st_mtime_ns)
+    if version in _modules:
+        return _modules[version]
     name = f"user_code_{uuid.uuid4().hex}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None:
@@ -59,6 +65,7 @@ def load_module(path: str, key: str) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         raise ValueError(f"{key}: {path} raised {type(error).__name__}: {error}") from error
+    _modules[version] = module
     return module
 
 

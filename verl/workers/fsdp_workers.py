@@ -80,7 +80,7 @@ class FSDPWorker(Worker):
         self.processor = get_processor(*source, trust_remote_code=actor.model.trust_remote_code)
 
         self.actor_group = join_sequence_group(actor.ulysses_size)
-        # A frozen weight is only computed with: digits beyond those of the computation would be dead memory.
+        # A frozen weight is only computed with: more precision than the computation has would waste memory.
         policy_dtype = actor.fsdp.mp_param_dtype if actor.model.lora.rank > 0 else "fp32"
         policy = self._load_sharded(load_model, actor.model, actor.fsdp, policy_dtype, self.actor_group)
         algorithm = self.config.algorithm

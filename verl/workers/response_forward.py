@@ -72,7 +72,7 @@ class ResponseForward:
         self.fills_by_tokens = config.dynamic_batching
         self.counter = FlopCounter(model, vision_tower(model))
         self.work = Work()
-        """Operations of all forwards since someone last set it to none."""
+        """Operations of all forwards since the last reset."""
         if self.packs:
             extend_attention()
 
@@ -80,19 +80,21 @@ class ResponseForward:
         """The wanted streams of a micro-batch, from one forward, with gradient where autograd is on.
 
         Args:
-            rows: `input_ids`, `attention_mask` (N, S), `position_ids` (N, S) or (N, 4, S), `responses`,
-                `response_mask` (N, R); non-tensor `multi_modal_data` for image-text models.
+            rows: `input_ids`, `attention_mask` (N, S), `position_ids` (N, S) or (N, 4, S), `response_mask` (N, R);
+                non-tensor `multi_modal_data` for image-text models.
             wanted: names out of `head_streams` and `tap_streams`.
 
         Returns:
             By name (N, R) float32, zero outside `response_mask`; a subclass says where a shape differs.
         """
+        self._require_known(wanted)
+        names = [name for name in self.head_streams if name in wanted]
         layout = PackedLayout(rows, self.group) if self.packs else PaddedLayout(rows)
         inputs = self._inputs(rows, layout)
-        head = self._head(layout, inputs, self._from_head(wanted))
+        head = self._head(layout, inputs, names)
         with self._tap(rows, layout, wanted) as observed:
-            columns = self._run(head, inputs)  # (L, K)
-        return layout.as_streams(self._from_head(wanted), columns) | observed
+            columns = self._run(head, inputs, layout)  # (L, K)
+        return layout.as_streams(names, columns) | observed
 
     @torch.no_grad()
     def measure_all(self, data: DataProto, wanted: Collection[str], micro_batch_size: int) -> dict[str, torch.Tensor]:
@@ -114,9 +116,9 @@ class ResponseForward:
         places = [range(start, min(start + size, len(data))) for start in range(0, len(data), size)]
         return [data[rows.start : rows.stop] for rows in places], places
 
-    def _from_head(self, wanted: Collection[str]) -> list[str]:
-        assert set(wanted) <= {*self.head_streams, *self.tap_streams}, f"{type(self).__name__} lacks some of {wanted}"
-        return [name for name in self.head_streams if name in wanted]
+    def _require_known(self, wanted: Collection[str]) -> None:
+        known = {*self.head_streams, *self.tap_streams}
+        assert set(wanted) <= known, f"{type(self).__name__} has no {sorted(set(wanted) - known)}"
 
     def _inputs(self, rows: DataProto, layout: TokenLayout) -> dict[str, Any]:
         """All keywords of the model's forward, on the device; the forward counts as work done."""
@@ -134,7 +136,10 @@ class ResponseForward:
     def _head(
         self, layout: TokenLayout, inputs: dict[str, Any], names: Sequence[str]
     ) -> Callable[[LazyLogits], torch.Tensor]:
-        """Takes the place of the output head: from the logits of the kept positions to (L, K), a column a name."""
+        """Takes the place of the output head: from the logits that predict the labels to (L, K), a column a name.
+
+        What else has to run for it (a reference) runs here, before the tap, since it may share the model's layers.
+        """
         raise NotImplementedError
 
     @contextmanager
@@ -142,6 +147,8 @@ class ResponseForward:
         """A context around the forward; the streams that it observed are in the mapping afterwards."""
         yield {}
 
-    def _run(self, head: Callable[[LazyLogits], torch.Tensor], inputs: dict[str, Any]) -> torch.Tensor:
+    def _run(
+        self, head: Callable[[LazyLogits], torch.Tensor], inputs: dict[str, Any], layout: TokenLayout
+    ) -> torch.Tensor:
         """(L, K), what `head` returned in one forward of the model."""
-        return forward_with_head(self.model, head, inputs)
+        return forward_with_head(self.model, head, inputs, layout.at_labels)

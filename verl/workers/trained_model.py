@@ -95,8 +95,8 @@ class TrainedModel:
         """One pass of optimizer steps over this rank's rows, `ppo_epochs` times; the schedule then advances once.
 
         The rows are cut, in order, into `plan.mini_batches` mini-batches; row i of every rank's k-th piece belongs to
-        the same optimizer step. Ranks that share rows have those that each would have alone, one rank's after the
-        other's, and cut each rank's so. Losses are sums over tokens (or rows) divided by the counts of the whole
+        the same optimizer step. Ranks that share rows hold the rows of all of them, one member's after the other's,
+        and cut each member's part for itself. Losses are sums over tokens (or rows) divided by the counts of the whole
         mini-batch over all ranks, so the result depends neither on micro-batches nor on the number of ranks.
 
         Returns metrics, the same on every rank: the objective's own, `grad_norm` before clipping, averaged over the

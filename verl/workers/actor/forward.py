@@ -41,10 +41,10 @@ class PolicyForward(ResponseForward):
     """Streams of one policy, under the temperature and the support that sampling used.
 
     - `log_probs`: of the response tokens; tokens that cannot be sampled have probability zero.
-    - `entropy`: of the distribution, in nats; no gradient flows through it.
+    - `entropy`: of the distribution, in nats, without gradient.
     - `kl`: KL(policy || reference) over the whole vocabulary, in nats, from one further forward of the reference.
     - `attention_mass` (N, R, 2): each token's attention on the prompt's text and on its images, without gradient.
-    - `attention_keys` (N, 2) int64: how many tokens each of the two has; comes with `attention_mass` alone.
+    - `attention_keys` (N, 2) int64: how many tokens each of the two has.
 
     Where the model has a plain output head, its logits are never made whole: see `verl/utils/logprobs.py`.
 
@@ -79,10 +79,21 @@ class PolicyForward(ResponseForward):
         self.reference = reference
         self.attention = attention
 
+    def measure(self, rows: DataProto, wanted: Collection[str]) -> dict[str, torch.Tensor]:
+        """`ResponseForward.measure` of the streams above."""
+        streams = super().measure(rows, wanted)
+        return streams | {name: streams[name].detach() for name in ("entropy",) if name in streams}
+
     def logits_at_labels(self, layout: TokenLayout, inputs: dict[str, Any]) -> LazyLogits:
         """Logits (L, V) of the positions that predict `layout.labels()`, without gradient, to be used later."""
         with self._adapters():
-            return capture_logits(self.model, layout.at_labels, inputs)
+            return capture_logits(self.model, inputs, layout.at_labels)
+
+    def _require_known(self, wanted: Collection[str]) -> None:
+        super()._require_known(wanted)
+        assert self.reference is not None or "kl" not in wanted, "there is no reference to measure kl from"
+        has_tap = bool(set(self.tap_streams) & set(wanted))
+        assert self.attention is not None or not has_tap, f"{wanted} need an AttentionSource"
 
     def _head(
         self, layout: TokenLayout, inputs: dict[str, Any], names: Sequence[str]
@@ -93,16 +104,16 @@ class PolicyForward(ResponseForward):
     def _statistics(
         self, layout: TokenLayout, names: Sequence[str], ref_logits: LazyLogits | None, logits: LazyLogits
     ) -> torch.Tensor:
-        at_labels = LazyLogits(layout.at_labels(logits.states), logits.weight, logits.bias)
-        labels = layout.labels().to(self.device)
+        labels = layout.labels().to(self.device)  # (L,)
         sampling = (self.temperature, self.banned_token_ids)
-        statistics = token_statistics(at_labels, labels, *sampling, ref_logits, with_entropy="entropy" in names)
-        return torch.stack([getattr(statistics, name) for name in names], dim=-1)  # (L, K)
+        statistics = token_statistics(logits, labels, *sampling, ref_logits, with_entropy="entropy" in names)
+        columns = [getattr(statistics, name) for name in names]
+        return torch.stack(columns, dim=-1) if columns else labels.new_empty(len(labels), 0)  # (L, K)
 
     @contextmanager
     def _tap(self, rows: DataProto, layout: TokenLayout, wanted: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
         observed: dict[str, torch.Tensor] = {}
-        if "attention_mass" not in wanted:
+        if not set(self.tap_streams) & set(wanted):
             yield observed
             return
         batch, source = rows.batch, self.attention
@@ -111,12 +122,17 @@ class PolicyForward(ResponseForward):
         )  # (N, S)
         with layout.record_attention(self.model, key_kinds, source.last_k_layers) as recorder:
             yield observed
-        observed["attention_mass"] = layout.as_wide(recorder.mass())  # (N, R, 2)
-        observed["attention_keys"] = count_keys(key_kinds)  # (N, 2)
+        measured = {
+            "attention_mass": layout.as_wide(recorder.mass()),  # (N, R, 2)
+            "attention_keys": count_keys(key_kinds),  # (N, 2)
+        }
+        observed.update({name: stream for name, stream in measured.items() if name in wanted})
 
-    def _run(self, head: Callable[[LazyLogits], torch.Tensor], inputs: dict[str, Any]) -> torch.Tensor:
+    def _run(
+        self, head: Callable[[LazyLogits], torch.Tensor], inputs: dict[str, Any], layout: TokenLayout
+    ) -> torch.Tensor:
         with self._adapters():
-            return super()._run(head, inputs)
+            return super()._run(head, inputs, layout)
 
     def _adapters(self) -> AbstractContextManager:
         return without_adapters(self.model) if self.is_base else nullcontext()

@@ -37,15 +37,22 @@ class PolicyObjective:
     def __call__(
         self, rows: DataProto, num_tokens: torch.Tensor, num_sequences: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Reads of `rows` what `DataParallelPPOActor.update_policy` does."""
+        """Reads of `rows`: the model's inputs, `response_mask`, `old_log_probs`, `advantages`; `token_weights`,
+        `importance_weights` and `ref_log_probs` (N, R) in runs that have them."""
+        self._require_no_idle_weights(rows)
         given = rows.select(None, []).to(self.forward.device).batch
         response_mask, old_log_probs = given["response_mask"], given["old_log_probs"]  # (N, R)
         loss_weights = response_mask
         if self.algorithm.enable_token_weights:
             loss_weights = response_mask * align_token_weights(given["token_weights"], response_mask)  # (N, R)
-        counts = (num_tokens.to(self.forward.device), num_sequences)
-        mean = partial(_share, response_mask, response_mask, "token", counts)
-        mean_loss = partial(_share, loss_weights, response_mask, self.config.loss_avg_mode, counts)
+        share = partial(
+            aggregate_loss,
+            response_mask=response_mask,
+            num_tokens=num_tokens.to(self.forward.device),
+            num_sequences=num_sequences,
+        )
+        share_of_mean = partial(share, weights=response_mask, mode="token")
+        share_of_loss = partial(share, weights=loss_weights, mode=self.config.loss_avg_mode)
 
         measured = self.forward.measure(rows, self.wanted)  # (N, R) each
         policy_loss, per_token_metrics = self.policy_loss(
@@ -53,28 +60,28 @@ class PolicyObjective:
         )
         if self.has_importance_weights:
             policy_loss = policy_loss * given["importance_weights"]
-        loss = mean_loss(policy_loss)
+        loss = share_of_loss(policy_loss)
         metrics = {
             "pg_loss": loss,
-            "ppo_kl": mean(old_log_probs - measured["log_probs"]),
-            "entropy_loss": mean(measured["entropy"]),
+            "ppo_kl": share_of_mean(old_log_probs - measured["log_probs"]),
+            "entropy_loss": share_of_mean(measured["entropy"]),
         }
-        metrics.update({name: mean(values) for name, values in per_token_metrics.items()})
+        metrics.update({name: share_of_mean(values) for name, values in per_token_metrics.items()})
         if self.algorithm.kl_in_loss:
             if self.algorithm.full_kl_in_loss:
                 kl = measured["kl"]
             else:
                 kl = compute_kl(measured["log_probs"], given["ref_log_probs"], self.algorithm.kl_penalty)
-            metrics["kl_loss"] = mean_loss(kl)
+            metrics["kl_loss"] = share_of_loss(kl)
             loss = loss + self.algorithm.kl_coef * metrics["kl_loss"]
         return loss, metrics
 
-
-def _share(
-    weights: torch.Tensor,
-    response_mask: torch.Tensor,
-    mode: str,
-    counts: tuple[torch.Tensor, int],
-    per_token: torch.Tensor,
-) -> torch.Tensor:
-    return aggregate_loss(per_token, weights, response_mask, mode, *counts)
+    def _require_no_idle_weights(self, rows: DataProto) -> None:
+        """Weights that came along though they are switched off would be lost without a word."""
+        switches = {
+            "token_weights": ("algorithm.enable_token_weights=true", self.algorithm.enable_token_weights),
+            "importance_weights": ("worker.rollout.importance_cap", self.has_importance_weights),
+        }
+        for name, (switch, is_on) in switches.items():
+            if name in rows.batch.keys() and not is_on:
+                raise ValueError(f"the batch has {name}, which take no part in the loss without {switch}")

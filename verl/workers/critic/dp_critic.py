@@ -42,8 +42,8 @@ class DataParallelPPOCritic(TrainedModel):
         """`TrainedModel.update` on the critic's objective.
 
         Args:
-            data: `input_ids`, `attention_mask`, `position_ids`, `responses`, `response_mask`, the `values` from before
-                the update and the `returns` to fit; non-tensor `multi_modal_data`.
+            data: `input_ids`, `attention_mask`, `position_ids`, `response_mask`, the `values` from before the update
+                and the `returns` to fit; non-tensor `multi_modal_data`.
 
         Returns:
             `critic/*` metrics, the same on every rank: means over the mini-batch's real response tokens (`vf_loss` as

@@ -22,4 +22,4 @@ class ValueForward(ResponseForward):
     def _head(
         self, layout: TokenLayout, inputs: dict[str, Any], names: Sequence[str]
     ) -> Callable[[LazyLogits], torch.Tensor]:
-        return lambda values: layout.at_labels(values.states)  # (L, 1)
+        return lambda values: values.states  # (L, 1)
