@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What VGR costs: a log-prob pass alone, one with attention measured in it, one that returns eager attention maps.
+"""What token signals cost: a log-prob pass alone, one for each signal, and one that returns eager attention maps.
 
     OMP_NUM_THREADS=1 python scripts/bench_vgr.py                  # the small model, on CPU: minutes
     python scripts/bench_vgr.py --shape 7b --lengths 8192          # the shape of Qwen2.5-VL-7B, on a GPU
@@ -34,7 +34,7 @@ from verl.protocol import DataProto
 from verl.utils.attention_metrics import KeyVocabulary
 from verl.utils.logprobs import log_probs_from_logits
 from verl.workers.actor.config import ActorConfig
-from verl.workers.actor.forward import AttentionSource, PolicyForward
+from verl.workers.actor.forward import PolicyForward, SignalSettings
 
 MEBIBYTE = 2**20
 IMAGE, VISION_START, VISION_END = 1, 2, 3
@@ -107,11 +107,14 @@ def variants_of(
     vocabulary = KeyVocabulary((IMAGE,), {"vision_start": VISION_START, "vision_end": VISION_END}, ())
     num_layers = model.config.text_config.num_hidden_layers
     plain = PolicyForward(model, None, device, ActorConfig())
-    variants: dict[str, Callable[[], object]] = {"plain": lambda: plain.measure(rows, ["log_probs"])}
+    variants: dict[str, Callable[[], object]] = {"plain": partial(plain.measure, rows, ["log_probs"])}
     for count in sorted({1, min(4, num_layers), num_layers}):
-        forward = PolicyForward(model, None, device, ActorConfig(), attention=AttentionSource(vocabulary, count))
-        wanted = [*forward.tap_streams, "log_probs"]
-        variants[f"VGR, {count} of {num_layers} layers"] = partial(forward.measure, rows, wanted)
+        settings = SignalSettings(vocabulary, f"last:{count}")
+        forward = PolicyForward(model, None, device, ActorConfig(), signals=settings)
+        wanted = ["log_probs", "attention_mass", "attention_keys"]
+        variants[f"vgr, {count} of {num_layers} layers"] = partial(forward.measure, rows, wanted)
+    for name in ("entropy", "hidden_cosine", "image_kl"):
+        variants[name] = partial(forward.measure, rows, ["log_probs", name])
     variants[EAGER] = lambda: eager_pass(model, rows, device)
     return variants
 
@@ -210,16 +213,20 @@ def peak_in_a_fresh_process(arguments: argparse.Namespace, length: int, name: st
 
 
 def table_of(results: dict[int, dict[str, dict[str, float]]]) -> str:
-    """Markdown: a row for each T, a column of each kind for each variant."""
-    names = list(next(iter(results.values())))
-    head = ["T", "plain", *(f"{name}: time" for name in names[1:]), *(f"{name}: peak" for name in names)]
+    """Markdown: a row for each pass, a column for each T with time and peak memory."""
+    head = ["pass", *(f"T={length}" for length in results)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for length, by_variant in results.items():
-        cells = [str(length), f"{by_variant['plain']['seconds']:.3g} s"]
-        cells += [ratio_text(by_variant[name]["ratio"]) for name in names[1:]]
-        cells += [f"{by_variant[name]['peak']:.0f} MiB" for name in names]
-        lines.append("| " + " | ".join(cells) + " |")
+    for name in next(iter(results.values())):
+        cells = [cell_text(name, by_variant.get(name)) for by_variant in results.values()]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines)
+
+
+def cell_text(name: str, figures: dict[str, float] | None) -> str:
+    if figures is None:
+        return ""
+    time = f"{figures['seconds']:.2f} s" if name == "plain" else ratio_text(figures["ratio"])
+    return f"{time}, {figures['peak']:.0f} MiB"
 
 
 def ratio_text(ratio: float) -> str:

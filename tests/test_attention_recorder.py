@@ -36,11 +36,11 @@ from tests.vlm_zoo import (
 )
 from verl.models.attention_recorder import record_attention_mass, record_packed_attention_mass
 from verl.models.position_ids import extend_position_ids, prompt_position_ids
-from verl.utils.attention_metrics import KeyKind, count_keys, mass_from_attentions
+from verl.utils.attention_metrics import KeyKind, count_keys, mass_from_attentions, vgr_from_mass
 from verl.utils.attention_token_weights import (
     build_token_vgr_weights_for_batch,
-    choose_token_weights,
     token_weights_from_lists,
+    token_weights_from_vgr,
 )
 from verl.workers.actor.config import FSDPConfig
 from verl.workers.fsdp2 import build_mesh, shard_model
@@ -239,9 +239,8 @@ def test_the_notebooks_weights_are_trainings_where_layers_with_a_window_are_none
     case = answered("Gemma 3")
     keys = count_keys(case.kinds)
     response_mask = (case.kinds[:, -RESPONSE_LENGTH:] == KeyKind.RESPONSE).long()
-    in_training = choose_token_weights(
-        None, record(case.model, case.inputs, case.kinds, last_k_layers), keys, response_mask, (0.2, 3.0), 0.0
-    )
+    mass = record(case.model, case.inputs, case.kinds, last_k_layers)
+    in_training = token_weights_from_vgr(vgr_from_mass(mass, keys), response_mask, (0.2, 3.0))
     tokenizer = SimpleNamespace(
         convert_tokens_to_ids={}.get, pad_token_id=PAD, all_special_tokens=["special"], all_special_ids=[SPECIAL]
     )
@@ -291,7 +290,7 @@ def test_samples_packed_into_one_row_give_the_masses_and_weights_of_padded_ones(
         torch.testing.assert_close(recorder.mass(), expected, **TOLERANCE)
         response_mask = kinds[:, -RESPONSE_LENGTH:] == KeyKind.RESPONSE
         weights, expected_weights = (
-            choose_token_weights(None, mass, count_keys(kinds), response_mask, (0.0, math.inf), 0.0)
+            token_weights_from_vgr(vgr_from_mass(mass, count_keys(kinds)), response_mask, (0.0, math.inf))
             for mass in (recorder.mass(), expected)
         )
         torch.testing.assert_close(weights, expected_weights, atol=1e-6, rtol=0)
@@ -394,7 +393,7 @@ def test_a_window_has_to_hold_prompt_and_response():
     with pytest.raises(RuntimeError, match=r"layer 0 of MistralForCausalLM with attn_implementation='sdpa'.* 22 tok"):
         record(narrow.model, narrow.inputs, narrow.kinds)
     with pytest.raises(RuntimeError, match="layer 2 of MistralForCausalLM.*collect_attentions=false"):
-        record(narrow.model, narrow.inputs, narrow.kinds, last_k_layers=1)
+        record(narrow.model, narrow.inputs, narrow.kinds, 1)
 
 
 def test_a_window_that_only_the_models_mask_has_is_seen_too():
@@ -518,7 +517,7 @@ def test_each_tower_gets_its_own_eager_function(qwen: Case):
 def test_contexts_may_be_nested(qwen: Case, plain_table):
     before = state_of_the_table()
     with torch.no_grad(), record_attention_mass(qwen.model, qwen.kinds, RESPONSE_LENGTH) as outer:
-        with record_attention_mass(qwen.model, qwen.kinds, RESPONSE_LENGTH, last_k_layers=1) as inner:
+        with record_attention_mass(qwen.model, qwen.kinds, RESPONSE_LENGTH, layers=1) as inner:
             qwen.model(**qwen.inputs)
     assert torch.equal(outer.mass(), record(qwen.model, qwen.inputs, qwen.kinds))
     assert torch.equal(inner.mass(), record(qwen.model, qwen.inputs, qwen.kinds, 1))
@@ -536,9 +535,9 @@ def test_a_layer_that_was_not_seen_is_named(qwen: Case, monkeypatch: pytest.Monk
 
     skipped = qwen.model.get_decoder().layers[1].self_attn
     monkeypatch.setattr(skipped, "forward", lambda hidden_states, **kwargs: (hidden_states, None))
-    with pytest.raises(RuntimeError, match=r"no attention of layers \[1\], of \[0, 1, 2\].*last_k_layers"):
+    with pytest.raises(RuntimeError, match=r"no attention of layers \[1\], of \[0, 1, 2\].*token_weight_layers"):
         record(qwen.model, qwen.inputs, qwen.kinds)
-    assert record(qwen.model, qwen.inputs, qwen.kinds, last_k_layers=1).any()
+    assert record(qwen.model, qwen.inputs, qwen.kinds, 1).any()
 
 
 def test_a_model_with_a_table_of_its_own_is_refused():
@@ -562,7 +561,7 @@ def test_a_layer_whose_type_nobody_tells_is_refused():
 
 @pytest.mark.parametrize("last_k_layers", [0, -1])
 def test_there_is_no_last_zero_layers(qwen: Case, last_k_layers: int):
-    with pytest.raises(ValueError, match=f"last_k_layers={last_k_layers}"):
+    with pytest.raises(ValueError, match=f"layers={last_k_layers} is no number"):
         record(qwen.model, qwen.inputs, qwen.kinds, last_k_layers)
 
 

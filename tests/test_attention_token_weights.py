@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.batches import random_image
+from verl.algorithms.token_weights import compute_token_weights, inverse_vgr
+from verl.trainer.config import AlgorithmConfig
 from verl.utils.attention_metrics import (
     KeyVocabulary,
     compute_attention_metrics_for_batch,
@@ -21,12 +23,26 @@ from verl.utils.attention_metrics import (
 from verl.utils.attention_token_weights import (
     align_token_weights,
     build_token_vgr_weights_for_batch,
-    choose_token_weights,
     token_weights_from_lists,
     token_weights_from_vgr,
 )
 
 UNCLIPPED = (0.0, math.inf)
+
+
+def choose(
+    lists: list | None,
+    mass: torch.Tensor | None,
+    keys: torch.Tensor | None,
+    mask: torch.Tensor,
+    clip_range: tuple[float, float],
+    smooth_sigma: float,
+) -> torch.Tensor | None:
+    """What the trainer makes of VGR and of the reward function's lists."""
+    clip_range = (clip_range[0], min(clip_range[1], 1e30))  # the configuration takes no infinity
+    algorithm = AlgorithmConfig(token_weight_clip=clip_range, token_weight_smooth_sigma=smooth_sigma)
+    importance = None if mass is None else inverse_vgr(mass, keys)
+    return compute_token_weights(importance, lists, None, mask, algorithm, step=1)
 
 
 def weights_of(vgr: list[float], **options) -> list[float]:
@@ -271,21 +287,21 @@ def test_the_reward_functions_weights_come_before_attention_and_attention_before
     keys, mask = torch.tensor([[2, 4], [2, 4], [2, 4], [2, 0]]), torch.tensor([[1, 1], [1, 1], [1, 0], [1, 1]])
     lists = [None, [9.0], None, None]
 
-    both = choose_token_weights(lists, mass, keys, mask, (0.2, 3.0), 0.0)
+    both = choose(lists, mass, keys, mask, (0.2, 3.0), 0.0)
     torch.testing.assert_close(both, torch.tensor([[1.6, 0.4], [9.0, 1.0], [1.0, 0.0], [1.0, 1.0]]))
     no_lists = [[], [9.0], np.array([]), torch.tensor([])]
-    assert torch.equal(choose_token_weights(no_lists, mass, keys, mask, (0.2, 3.0), 0.0), both)
-    attention = choose_token_weights(None, mass, keys, mask, (0.2, 3.0), 0.0)
+    assert torch.equal(choose(no_lists, mass, keys, mask, (0.2, 3.0), 0.0), both)
+    attention = choose(None, mass, keys, mask, (0.2, 3.0), 0.0)
     torch.testing.assert_close(attention[:2], torch.tensor([[1.6, 0.4]] * 2))
-    given = choose_token_weights(lists, None, None, mask, (0.2, 3.0), 0.0)
+    given = choose(lists, None, None, mask, (0.2, 3.0), 0.0)
     assert given.tolist() == [[1.0, 1.0], [9.0, 1.0], [1.0, 0.0], [1.0, 1.0]]
-    assert choose_token_weights(None, None, None, mask, (0.2, 3.0), 0.0) is None
+    assert choose(None, None, None, mask, (0.2, 3.0), 0.0) is None
     for nothing in ([None] * 4, [[]] * 4):
-        assert torch.equal(choose_token_weights(nothing, mass, keys, mask, (0.2, 3.0), 0.0), attention)
-        assert choose_token_weights(nothing, None, None, mask, (0.2, 3.0), 0.0) is None
-    clipped = choose_token_weights(None, mass, keys, mask, (0.5, 1.5), 0.0)
+        assert torch.equal(choose(nothing, mass, keys, mask, (0.2, 3.0), 0.0), attention)
+        assert choose(nothing, None, None, mask, (0.2, 3.0), 0.0) is None
+    clipped = choose(None, mass, keys, mask, (0.5, 1.5), 0.0)
     torch.testing.assert_close(clipped[0], torch.tensor([1.5, 0.5]))
-    smooth = choose_token_weights(None, mass, keys, mask, (0.2, 3.0), 1.0)
+    smooth = choose(None, mass, keys, mask, (0.2, 3.0), 1.0)
     assert smooth[0, 0] < attention[0, 0]
 
 
@@ -452,7 +468,7 @@ def test_the_list_form_differs_from_the_tensor_form_in_nothing(generated):
     for name, values in tensors.items():
         for row, (of_row, length) in enumerate(zip(debug[name], generated.lengths, strict=True)):
             torch.testing.assert_close(torch.tensor(of_row), values[row, :length], rtol=0, atol=0, equal_nan=True)
-    chosen = choose_token_weights(None, mass, keys, response_mask, (0.5, 2.0), 0.7)
+    chosen = choose(None, mass, keys, response_mask, (0.5, 2.0), 0.7)
     assert torch.equal(chosen, weights)
 
 
@@ -465,7 +481,7 @@ def test_four_arguments_give_the_weights_of_training_whatever_the_vgr_and_the_nu
         share = vgr * text / (vgr * text + vision)  # of the text
         mass = torch.stack([share, 1 - share], dim=1)[None].float()
         mask = torch.ones(1, 33)
-        in_training = choose_token_weights(None, mass, keys, mask, UNCLIPPED, sigma)
+        in_training = choose(None, mass, keys, mask, UNCLIPPED, sigma)
         measured = vgr_from_mass(mass, keys)
         assert torch.equal(token_weights_from_vgr(measured, mask, UNCLIPPED, sigma), in_training)
         if sigma == 0:

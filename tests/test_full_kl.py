@@ -123,7 +123,14 @@ def test_a_policy_that_has_not_moved_yet_has_none(tiny_model_path: str, batch: D
 def test_a_kl_loss_brings_a_policy_that_moved_away_back_to_its_reference(
     tiny_model_path: str, batch: DataProto, lone_process_group
 ) -> None:
-    worker = start_away(full_kl(tiny_model_path, "algorithm.kl_coef=10", "worker.actor.optim.lr=1e-3"))
+    worker = start_away(
+        full_kl(
+            tiny_model_path,
+            "algorithm.kl_coef=10",
+            "worker.actor.optim.lr=1e-3",
+            "algorithm.enable_token_weights=true",
+        )
+    )
     rows = batch[list(range(8))]
     rows.batch["advantages"] = torch.zeros(8, RESPONSE_LENGTH)
     losses = [worker.update_actor(rows)["actor/kl_loss"] for _ in range(5)]

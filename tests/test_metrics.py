@@ -182,6 +182,7 @@ def test_token_weight_metrics_show_what_the_weights_do():
             "token_weights/clipped_high": 0.2,
             "token_weights/ess": 0.6862745,
             "token_weights/weighted_rows": 0.5,
+            "token_weights/top10_share": 3 / 7,
         }
     )
 

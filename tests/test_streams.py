@@ -19,6 +19,7 @@ from verl.trainer.ray_trainer import RayDAPOTrainer
 from verl.trainer.step_record import StepRecord
 from verl.trainer.streams import PHASES, STREAMS, streams_of, streams_read_by, streams_written_by
 
+SURPRISE = f"{Path(__file__).parent}/signals.py:surprise"
 COLLECT = "worker.rollout.collect_attentions=true"
 KINDS = {
     "filtering": ["algorithm.online_filtering=true", "algorithm.filter_low=-1", "algorithm.filter_high=2"],
@@ -28,6 +29,14 @@ KINDS = {
     "full kl in reward": ["algorithm.use_kl_loss=false", "algorithm.kl_penalty=full"],
     "vgr": [COLLECT, "algorithm.enable_token_weights=true", "worker.rollout.importance_cap=2.0"],
     "attention alone": [COLLECT],
+    "signals": [
+        "algorithm.enable_token_weights=true",
+        "algorithm.token_weight_signal=entropy",
+        "algorithm.token_weight_control=shuffled",
+        "algorithm.token_signals_to_log=[image_kl,hidden_cosine]",
+        COLLECT,
+    ],
+    "signals that weigh nothing": [f"algorithm.token_signals_to_log=[{SURPRISE},vgr,uniform]", COLLECT],
     "weights by nothing": ["algorithm.enable_token_weights=true"],
 }
 REORDERS = "balance_across_ranks"
@@ -157,5 +166,6 @@ def test_a_run_has_a_stream_once_and_known_phases_write_and_read_it() -> None:
         assert len(names) == len(set(names))
     for stream in STREAMS:
         order = list(PHASES)
-        assert {stream.writer, *stream.readers} <= set(order)
-        assert all(order.index(stream.writer) < order.index(reader) for reader in stream.readers)
+        readers = {reader if isinstance(reader, str) else reader[0] for reader in stream.readers}
+        assert {stream.writer, *readers} <= set(order)
+        assert all(order.index(stream.writer) < order.index(reader) for reader in readers)

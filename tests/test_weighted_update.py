@@ -301,12 +301,12 @@ def test_only_the_last_layers_that_are_asked_for_are_measured(
 
     rows = repadded(batch, 0)
     response_length = int(rows.batch["response_mask"].sum(dim=1).max())
-    kinds = worker.attention.vocabulary.classify(
+    kinds = worker.actor.forward.signals.vocabulary.classify(
         rows.batch["input_ids"], rows.batch["attention_mask"], RESPONSE_LENGTH
     )
     kinds = kinds[:, : kinds.shape[1] - (RESPONSE_LENGTH - response_length)]  # the forward cuts common padding off
     model = worker.actor.model
-    with torch.no_grad(), record_attention_mass(model, kinds, response_length, last_k_layers=1) as recorder:
+    with torch.no_grad(), record_attention_mass(model, kinds, response_length, layers=1) as recorder:
         worker.actor.forward.measure(rows, ["log_probs"])
     torch.testing.assert_close(last[:, :response_length], recorder.mass(), atol=1e-6, rtol=0)
 

@@ -98,15 +98,23 @@ class ConfigSection:
             default: the function of a value that is a path alone; None asks for its name.
         """
         value = getattr(self, key)
-        if value is None or (default is None and not names_a_file(value)):
-            return
+        if value is not None:
+            self.settle(key, self._settled_function(key, value, default))
+
+    def settle_functions(self, key: str) -> None:
+        """`settle_function` for each item of the list under `key`."""
+        self.settle(key, [self._settled_function(key, value, None) for value in getattr(self, key)])
+
+    def _settled_function(self, key: str, value: str, default: str | None) -> str:
+        if default is None and not names_a_file(value):
+            return value
         path, colon, function = value.rpartition(":")
         if not colon:
             path, function = value, default
         self.require(bool(function), key, "names no function; write path.py:function")
         path = absolute(path)
         self.require(os.path.isfile(path), key, f"names no file (looked for {path})")
-        self.settle(key, f"{path}:{function}")
+        return f"{path}:{function}"
 
 
 def names_a_file(value: str) -> bool:

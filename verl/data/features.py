@@ -6,9 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional
 
+from verl.data.image_noise import ImageNoise
 from verl.data.vision import MediaHandle
 
 if TYPE_CHECKING:
@@ -19,13 +22,16 @@ TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_i
 
 
 def featurize(
-    media: Sequence[Sequence[MediaHandle] | None], processor: ProcessorMixin | None
+    media: Sequence[Sequence[MediaHandle] | None],
+    processor: ProcessorMixin | None,
+    noise: ImageNoise | None = None,
 ) -> dict[str, torch.Tensor]:
     """Make the model's media inputs for a micro-batch: features of all its images and videos, in row order.
 
     Args:
         media: the images and videos of each row; None or empty for a row without.
         processor: that of the model, with the settings the dataset counted tokens with; None for text models.
+        noise: spoils the images and frames first; None leaves them as they are.
 
     Returns:
         What the processor makes of images (for Qwen-VL `pixel_values` (patches, patch size) float32 and
@@ -36,7 +42,7 @@ def featurize(
     handles = [handle for row in media if row is not None for handle in row]
     if processor is None or not handles:
         return {}
-    features = {handle: _features_of(handle, processor) for handle in dict.fromkeys(handles)}
+    features = {handle: _features_of(handle, processor, noise) for handle in dict.fromkeys(handles)}
     joined: dict[str, list[torch.Tensor]] = {}
     for handle in handles:
         for name, value in features[handle].items():
@@ -44,19 +50,22 @@ def featurize(
     return {name: _join(values) for name, values in joined.items()}
 
 
-def _features_of(handle: MediaHandle, processor: ProcessorMixin) -> dict[str, torch.Tensor]:
+def _features_of(handle: MediaHandle, processor: ProcessorMixin, noise: ImageNoise | None) -> dict[str, torch.Tensor]:
     """What the processor adds to a prompt of nothing but this medium's placeholder."""
     medium = handle.load()
     if handle.is_video:
+        # What the store hands out is read-only, of which PyTorch warns.
+        frames = medium.frames.copy() if noise is None else noise.spoil(medium.frames)
         inputs = processor(
             text=[processor.video_token],
-            videos=[medium.frames.copy()],  # what the store hands out is read-only, of which PyTorch warns
+            videos=[frames],
             video_metadata=[medium.outline.metadata],
             do_sample_frames=False,
             return_tensors="pt",
         )
     else:
-        inputs = processor(text=[processor.image_token], images=[medium], return_tensors="pt")
+        image = medium if noise is None else Image.fromarray(noise.spoil(np.asarray(medium)))
+        inputs = processor(text=[processor.image_token], images=[image], return_tensors="pt")
     return {name: value for name, value in inputs.items() if name not in TEXT_INPUTS}
 
 

@@ -20,6 +20,7 @@ from torch.utils.module_tracker import ModuleTracker
 from verl.models.attention_table import tapped_attention, window_of_layer
 from verl.models.kernels.attention_mass import BACKENDS, KeyPlan, default_backend, normalised_layer_mean
 from verl.models.sequence_parallel import SequenceGroup
+from verl.trainer.config import LayerChoice
 
 WRAPPERS = ("_orig_mod", "module")
 """Where torch.compile keeps the model it wraps, and where DDP and FSDP1 do."""
@@ -37,12 +38,12 @@ class AttentionMassRecorder:
         model: a Hugging Face model.
         plan: which queries and keys to look at.
         shape: of the tokens that `plan` was made of, batch rows and columns.
-        last_k_layers: of the language model's full-attention layers; None for all.
+        layers: of the language model's full-attention layers; see `choose_layers`.
         backend: one of `BACKENDS`; None for the default of the device.
         group: the ranks that share the heads with this one; None for all heads here.
 
     Raises:
-        ValueError: `last_k_layers` is below 1.
+        ValueError: `layers` is no choice of layers.
         RuntimeError: no layer has full attention.
     """
 
@@ -51,14 +52,14 @@ class AttentionMassRecorder:
         model: nn.Module,
         plan: KeyPlan,
         shape: tuple[int, int],
-        last_k_layers: int | None,
+        layers: LayerChoice | int | None,
         backend: str | None,
         group: SequenceGroup | None = None,
     ) -> None:
         inner = _unwrapped(model)
         implementation = inner.config.get_text_config()._attn_implementation
         self._model_name = f"{type(inner).__name__} with attn_implementation={implementation!r}"
-        self._layer_of, self.layers = _layers_to_measure(inner, last_k_layers)
+        self._layer_of, self.layers = _layers_to_measure(inner, layers)
         self._plan = plan
         self._shape = shape
         self._reach = _longest_reach(plan)
@@ -81,7 +82,7 @@ class AttentionMassRecorder:
             raise RuntimeError(
                 f"{self._model_name} showed no attention of layers {missing}, of {self.layers} to be measured: either "
                 "no forward ran, or these layers do not take their attention function from transformers' common "
-                f"table; set algorithm.token_weight_last_k_layers to layers that do, or {REMEDY}"
+                f"table; set algorithm.token_weight_layers to layers that do, or {REMEDY}"
             )
         masses = torch.stack([self._masses[layer] for layer in self.layers])  # (L, N, R, 3)
         return normalised_layer_mean(masses if self._group is None else self._group.mean(masses))
@@ -150,7 +151,7 @@ def record_attention_mass(
     model: nn.Module,
     key_kinds: torch.Tensor,
     response_length: int,
-    last_k_layers: int | None = None,
+    layers: LayerChoice | int | None = None,
     backend: str | None = None,
 ) -> Iterator[AttentionMassRecorder]:
     """Around one forward of `model` on a padded batch; afterwards the recorder's `mass()` has the result.
@@ -162,18 +163,17 @@ def record_attention_mass(
         model: a Hugging Face model, also sharded, compiled or with adapters.
         key_kinds: (N, S) `KeyKind` of the batch's tokens.
         response_length: R, the last columns.
-        last_k_layers: measure this many of the last full-attention layers of the language model, or all if there are
-            fewer; None measures all.
+        layers: which of the language model's full-attention layers to measure; see `choose_layers`.
         backend: one of `BACKENDS`; None takes the default of the device.
 
     Raises:
-        ValueError: `last_k_layers` is below 1.
+        ValueError: `layers` is no choice of layers.
         RuntimeError: the model has no layer of full attention; from the forward, where the attention of a layer to be
             measured goes through a window shorter than a sample, or otherwise not over all earlier tokens, where the
             forward's shape is not that of `key_kinds`, and where it is the context's second.
     """
     plan = KeyPlan.from_kinds(key_kinds, response_length)
-    recorder = AttentionMassRecorder(model, plan, tuple(key_kinds.shape), last_k_layers, backend)
+    recorder = AttentionMassRecorder(model, plan, tuple(key_kinds.shape), layers, backend)
     with tapped_attention(recorder.observe):
         yield recorder
 
@@ -184,7 +184,7 @@ def record_packed_attention_mass(
     key_kinds: torch.Tensor,
     cumulative_lengths: torch.Tensor | Sequence[int],
     response_length: int,
-    last_k_layers: int | None = None,
+    layers: LayerChoice | int | None = None,
     backend: str | None = None,
     group: SequenceGroup | None = None,
 ) -> Iterator[AttentionMassRecorder]:
@@ -197,19 +197,47 @@ def record_packed_attention_mass(
         group: the ranks that share the row with this one; its ranks all get the same result.
     """
     plan = KeyPlan.from_packed_kinds(key_kinds, cumulative_lengths, response_length)
-    recorder = AttentionMassRecorder(model, plan, (1, len(key_kinds)), last_k_layers, backend, group)
+    recorder = AttentionMassRecorder(model, plan, (1, len(key_kinds)), layers, backend, group)
     with tapped_attention(recorder.observe):
         yield recorder
 
 
-def _layers_to_measure(model: nn.Module, last_k_layers: int | None) -> tuple[dict[int, int], list[int]]:
+def choose_layers(full: Sequence[int], choice: LayerChoice | int | None) -> list[int]:
+    """Out of the numbers of a model's full-attention layers, those that `choice` names.
+
+    Args:
+        full: ascending.
+        choice: `all` or None; `middle`, the middle third, at least one; `last:K` or the number K, the last K or all if
+            there are fewer; or layer numbers.
+
+    Raises:
+        ValueError: `choice` is none of these, or names a layer that is not in `full`.
+    """
+    if choice is None or choice == "all":
+        return list(full)
+    if choice == "middle":
+        third = len(full) // 3
+        return list(full[third : len(full) - third])
+    if isinstance(choice, tuple):
+        others = sorted(set(choice) - set(full))
+        if others:
+            raise ValueError(
+                f"algorithm.token_weight_layers={list(choice)}: {others} are no full-attention layers of this model, "
+                f"which has {list(full)}"
+            )
+        return sorted(choice)
+    count = int(choice.removeprefix("last:")) if isinstance(choice, str) else choice
+    if count < 1:
+        raise ValueError(f"layers={choice} is no number of layers; give 1 or more, or None for all")
+    return list(full[-count:])
+
+
+def _layers_to_measure(model: nn.Module, layers: LayerChoice | int | None) -> tuple[dict[int, int], list[int]]:
     """Layer number by identity of the decoder's modules that have one, and the numbers to measure.
 
     Vision towers lie outside the decoder, and their modules have no layer number. Hybrid models and those with sliding
     windows say in `layer_types` which layers attend to everything.
     """
-    if last_k_layers is not None and last_k_layers < 1:
-        raise ValueError(f"last_k_layers={last_k_layers} is no number of layers; give 1 or more, or None for all")
     decoder = model.get_decoder()
     numbers = {
         id(part): part.layer_idx for part in decoder.modules() if isinstance(getattr(part, "layer_idx", None), int)
@@ -226,7 +254,7 @@ def _layers_to_measure(model: nn.Module, last_k_layers: int | None) -> tuple[dic
         raise RuntimeError(
             f"{type(model).__name__} has no layer of full attention to measure (layer_types={types}); {REMEDY}"
         )
-    chosen = full if last_k_layers is None else full[-last_k_layers:]
+    chosen = choose_layers(full, layers)
     return {module: number for module, number in numbers.items() if number in chosen}, chosen
 
 

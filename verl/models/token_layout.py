@@ -26,6 +26,7 @@ from verl.models.attention_table import NOT_A_MASK, PACKING_IMPLEMENTATIONS, SAM
 from verl.models.registry import packs
 from verl.models.sequence_parallel import SequenceGroup
 from verl.protocol import DataProto
+from verl.trainer.config import LayerChoice
 from verl.utils.response_span import response_columns, response_ends, response_tokens
 
 KEEPS_SAMPLES_APART = {"full_attention", "sliding_attention"}
@@ -71,18 +72,40 @@ class TokenLayout:
         zeros = at_labels.new_zeros(mask.shape)  # (N, R)
         return {name: zeros.masked_scatter(mask, column) for name, column in zip(names, columns, strict=True)}
 
+    def label_states(self, states: torch.Tensor) -> torch.Tensor:
+        """(L, H), the state that predicts each of this rank's `labels`.
+
+        Args:
+            states: of all of this rank's positions, as the decoder gives them.
+        """
+        keep = self.model_inputs()["logits_to_keep"]
+        return self.at_labels(states[:, slice(-keep, None) if isinstance(keep, int) else keep.to(states.device)])
+
+    def label_rows(self) -> torch.Tensor:
+        """(L,) the row of each of this rank's `labels`."""
+        raise NotImplementedError
+
+    def row_means(self, states: torch.Tensor, is_chosen: torch.Tensor) -> torch.Tensor:
+        """(N, H) float32, the mean state of each row's chosen tokens; NaN for a row without any.
+
+        Args:
+            states: of all of this rank's positions, as the decoder gives them.
+            is_chosen: (N, S) bool.
+        """
+        raise NotImplementedError
+
     def as_wide(self, masses: torch.Tensor) -> torch.Tensor:
         """(N, R, 2), zero outside `response_mask`, from the (N, length, 2) of the recorder."""
         raise NotImplementedError
 
     def record_attention(
-        self, model: nn.Module, key_kinds: torch.Tensor, last_k_layers: int | None
+        self, model: nn.Module, key_kinds: torch.Tensor, layers: LayerChoice | int | None
     ) -> Iterator[AttentionMassRecorder]:
         """A context around the model's forward; its recorder's mass is (N, length, 2).
 
         Args:
             key_kinds: (N, S) `KeyKind` of the rows' tokens.
-            last_k_layers: as in `record_attention_mass`.
+            layers: as in `record_attention_mass`.
         """
         raise NotImplementedError
 
@@ -122,10 +145,17 @@ class PaddedLayout(TokenLayout):
         wide[:, : self.length][is_label] = masses[is_label]
         return wide
 
+    def label_rows(self) -> torch.Tensor:
+        return self.response_mask.nonzero()[:, 0]
+
+    def row_means(self, states: torch.Tensor, is_chosen: torch.Tensor) -> torch.Tensor:
+        chosen = is_chosen[:, self.columns].to(states.device, torch.float32)  # (N, s)
+        return torch.einsum("ns,nsh->nh", chosen, states.float()) / chosen.sum(dim=1, keepdim=True)
+
     def record_attention(
-        self, model: nn.Module, key_kinds: torch.Tensor, last_k_layers: int | None
+        self, model: nn.Module, key_kinds: torch.Tensor, layers: LayerChoice | int | None
     ) -> Iterator[AttentionMassRecorder]:
-        return record_attention_mass(model, key_kinds[:, self.columns], self.length, last_k_layers)
+        return record_attention_mass(model, key_kinds[:, self.columns], self.length, layers)
 
 
 class PackedLayout(TokenLayout):
@@ -152,8 +182,8 @@ class PackedLayout(TokenLayout):
         if group is not None:
             self._fill_up_to_a_multiple(group.size)
             own = group.own_slice(len(self.input_ids))
-            is_own = (self.predictors >= own.start) & (self.predictors < own.stop)  # (L,)
-            self.own_predictors = self.predictors[is_own]
+            self.is_own = (self.predictors >= own.start) & (self.predictors < own.stop)  # (L,)
+            self.own_predictors = self.predictors[self.is_own]
             self.first = own.start
 
     def _packed(self, of_tokens: torch.Tensor) -> torch.Tensor:
@@ -193,6 +223,23 @@ class PackedLayout(TokenLayout):
         wide[mask] = masses[is_token]
         return wide
 
+    def label_rows(self) -> torch.Tensor:
+        rows = self.response_mask.nonzero()[:, 0]
+        return rows if self.group is None else rows[self.is_own]
+
+    def row_means(self, states: torch.Tensor, is_chosen: torch.Tensor) -> torch.Tensor:
+        num_rows = len(is_chosen)
+        rows = torch.where(is_chosen, torch.arange(num_rows)[:, None], num_rows)  # tokens not chosen: one row more
+        of_tokens = nn.functional.pad(self._packed(rows), (0, len(self.input_ids) - self.borders[-1]), value=num_rows)
+        if self.group is not None:
+            of_tokens = of_tokens[self.group.own_slice(len(self.input_ids))]
+        of_tokens = of_tokens.to(states.device)  # (T,) or (T / W,)
+        sums = states.new_zeros(num_rows + 1, states.shape[-1], dtype=torch.float32)
+        sums.index_add_(0, of_tokens, states[0].float())
+        if self.group is not None:
+            sums = self.group.mean(sums) * self.group.size
+        return sums[:-1] / is_chosen.sum(dim=1, keepdim=True).to(states.device)
+
     def of_all_ranks(self, at_labels: torch.Tensor) -> torch.Tensor:
         if self.group is None:
             return at_labels
@@ -203,11 +250,11 @@ class PackedLayout(TokenLayout):
         return self.group.gather(at_positions)[self.predictors.to(at_labels.device)]
 
     def record_attention(
-        self, model: nn.Module, key_kinds: torch.Tensor, last_k_layers: int | None
+        self, model: nn.Module, key_kinds: torch.Tensor, layers: LayerChoice | int | None
     ) -> Iterator[AttentionMassRecorder]:
         packed = self._packed(key_kinds)
         packed = nn.functional.pad(packed, (0, len(self.input_ids) - len(packed)))
-        return record_packed_attention_mass(model, packed, self.borders, self.length, last_k_layers, group=self.group)
+        return record_packed_attention_mass(model, packed, self.borders, self.length, layers, group=self.group)
 
 
 def why_not_packed(model: nn.Module) -> str | None:

@@ -5,16 +5,23 @@ Keys, defaults and merge order are EasyR1's, so that its YAML files and command 
 """
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from verl.config import ConfigSection, RetiredKey, absolute, looks_local
+from verl.config import ConfigSection, ConfigValueError, RetiredKey, absolute, looks_local
 from verl.workers.actor.config import TrainedModelConfig
 from verl.workers.config import WorkerConfig
 
+TOKEN_SIGNALS = ("vgr", "vision_density", "entropy", "image_kl", "hidden_cosine", "uniform")
+"""The names that `verl/algorithms/token_weights.py` registers, here to be known without torch."""
+
 ADV_ESTIMATORS = ("grpo", "grpo_passk", "rloo", "reinforce_plus_plus", "remax", "gae")
 """The names that `verl/algorithms/advantages.py` registers, here to be known without torch."""
+
+LayerChoice = str | tuple[int, ...]
+"""`all`, `middle`, `last:K`, or numbers of layers."""
 
 DATA_SUFFIXES = (".parquet", ".json", ".jsonl", ".arrow", ".csv")
 
@@ -128,17 +135,39 @@ class AlgorithmConfig(ConfigSection):
     filter_high: float = 0.99
     """Upper bound."""
     enable_token_weights: bool = False
-    """Weigh the tokens in the actor's loss: by the `token_weights` that the reward function returns, else by VGR."""
+    """Weigh the tokens in the actor's loss: by the `token_weights` of the reward function, else by a signal."""
+    token_weight_signal: str = "vgr"
+    """What makes a token important, by its name in `verl/algorithms/token_weights.py`: `vgr`, `vision_density`,
+    `entropy`, `image_kl`, `hidden_cosine`, `uniform`. Or a function of your own, `path.py:function`."""
     token_weight_clip: tuple[float, float] = (0.2, 3.0)
-    """Bounds of a VGR weight; a response's weights have mean one before they are clipped."""
+    """Bounds of a signal's weight; a response's weights have mean one before they are clipped."""
     token_weight_smooth_sigma: float = 0.0
-    """Width in tokens of a gaussian along the response that smooths VGR weights; 0 leaves them as they are."""
+    """Width in tokens of a gaussian along the response that smooths importance; 0 leaves it as it is."""
+    token_weight_top_share: float | None = None
+    """Weigh this share of each response's tokens, the most important, 1 and the others 0; null weighs all."""
+    token_weight_conserve_mean: bool = False
+    """Bring each response's mean weight back to one after clipping, or after the choice of the top share."""
+    token_weight_warmup_steps: int = 0
+    """Steps over which weights go from 1 to what the signal says; the reward function's are not warmed up."""
     token_weight_last_k_layers: int | None = None
     """Take attention from this many of the last full-attention layers; null takes it from all."""
+    token_weight_layers: Any = None
+    """The same said otherwise: `last:K`, `middle` (the middle third), `all`, or a list of layer numbers from 0 on."""
+    token_weight_image_noise: Literal["blank", "patches", "gaussian"] = "patches"
+    """How `image_kl` spoils images: all black, black squares of 14 pixels, or noise."""
+    token_weight_image_noise_share: float = 0.5
+    """Share of the squares that are black, or of the variance that is noise."""
+    token_weight_control: Literal["none", "shuffled", "inverse", "random"] = "none"
+    """A control in place of the weights: shuffled within each response, by reciprocal importance, or log-normal
+    numbers of the same mean and variance."""
+    token_signals_to_log: list[str] = field(default_factory=list)
+    """Further signals to measure and log, by the same names; they weigh nothing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.settle_function("adv_estimator")
+        self.settle_function("token_weight_signal")
+        self.settle_functions("token_signals_to_log")
         self.require_between(0, 1, "gamma", "lam")
         self.require_at_least(0, "kl_coef")
         if self.kl_type == "adaptive":  # existing configurations with a fixed coefficient hold 0 here
@@ -150,6 +179,32 @@ class AlgorithmConfig(ConfigSection):
         self.require(are_bounds, "token_weight_clip", "is not [low, high] with 0 <= low <= 1 <= high")
         self.require_at_least(0, "token_weight_smooth_sigma")
         self.require_at_least(1, "token_weight_last_k_layers")
+        self.require_at_least(0, "token_weight_warmup_steps")
+        share = self.token_weight_top_share
+        self.require(share is None or 0 < share <= 1, "token_weight_top_share", "is not above 0 and at most 1")
+        self.require_between(0, 1, "token_weight_image_noise_share")
+        self._settle_layers()
+
+    def _settle_layers(self) -> None:
+        """A list becomes a tuple of numbers; the older key for the last layers says the same as `last:K`."""
+        layers = self.token_weight_layers
+        if layers is not None and self.token_weight_last_k_layers is not None:
+            problem = f"is given beside token_weight_last_k_layers={self.token_weight_last_k_layers}; use one of them"
+            raise ConfigValueError("token_weight_layers", layers, problem)
+        if isinstance(layers, (list, tuple)):
+            are_numbers = bool(layers) and all(type(number) is int and number >= 0 for number in layers)
+            self.require(are_numbers, "token_weight_layers", "is not a list of layer numbers from 0 on")
+            self.settle("token_weight_layers", tuple(sorted(set(layers))))
+        elif layers is not None:
+            is_known = layers in ("middle", "all") or bool(re.fullmatch(r"last:[1-9]\d*", str(layers)))
+            self.require(is_known, "token_weight_layers", "is not last:K, middle, all or a list of layer numbers")
+
+    @property
+    def attention_layers(self) -> LayerChoice:
+        """The layers that attention is taken from, however they were given."""
+        if self.token_weight_last_k_layers is not None:
+            return f"last:{self.token_weight_last_k_layers}"
+        return self.token_weight_layers or "all"
 
     @property
     def needs_critic(self) -> bool:

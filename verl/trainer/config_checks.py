@@ -13,7 +13,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 
 from verl.config import ConfigValueError
-from verl.trainer.config import ADV_ESTIMATORS, PPOConfig
+from verl.trainer.config import ADV_ESTIMATORS, TOKEN_SIGNALS, PPOConfig
 from verl.workers.actor.config import LOSS_TYPES, FSDPConfig, OffloadConfig
 
 # ---- refused when built ----
@@ -82,11 +82,24 @@ def whole_critic(config: PPOConfig) -> Iterator[str]:
         yield f"worker.critic.model.lora.rank={rank} asks for adapters on the critic, which trains whole; use 0"
 
 
+def attention_for_signals(config: PPOConfig) -> Iterator[str]:
+    if config.worker.rollout.collect_attentions:
+        return
+    algorithm, by_attention = config.algorithm, ("vgr", "vision_density")
+    used = algorithm.token_weight_signal if algorithm.enable_token_weights else None
+    if used == "vision_density":  # vgr, the default, leaves the weights to the reward function and warns in training
+        yield f"algorithm.token_weight_signal={used} needs worker.rollout.collect_attentions=true"
+    for name in algorithm.token_signals_to_log:
+        if name in by_attention:
+            yield f"algorithm.token_signals_to_log has {name}, which needs worker.rollout.collect_attentions=true"
+
+
 UNAVAILABLE: tuple[Callable[[PPOConfig], Iterator[str]], ...] = (
     required_keys,
     installed_engine,
     engine_inside_the_workers,
     whole_critic,
+    attention_for_signals,
 )
 
 # ---- taken with a warning ----
@@ -180,5 +193,11 @@ def effect_notes(config: PPOConfig) -> list[str]:
 
 
 def has_built_in_algorithms(config: PPOConfig) -> bool:
-    """Whether estimator and loss are the package's own, so that their names need no look into the registries."""
-    return config.algorithm.adv_estimator in ADV_ESTIMATORS and config.worker.actor.loss_type in LOSS_TYPES
+    """Whether estimator, loss and token signals are the package's own, so that no registry has to be asked."""
+    algorithm = config.algorithm
+    signals = {algorithm.token_weight_signal, *algorithm.token_signals_to_log}
+    return (
+        algorithm.adv_estimator in ADV_ESTIMATORS
+        and config.worker.actor.loss_type in LOSS_TYPES
+        and signals <= set(TOKEN_SIGNALS)
+    )

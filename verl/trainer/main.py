@@ -138,14 +138,16 @@ def _require_algorithms(config: PPOConfig) -> None:
     # The registries load torch, so every other mistake is told first.
     from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS
     from verl.algorithms.policy_loss import POLICY_LOSSES
+    from verl.algorithms.token_weights import find_signal
 
-    problems = []
-    for registry, name in (
-        (ADVANTAGE_ESTIMATORS, config.algorithm.adv_estimator),
-        (POLICY_LOSSES, config.worker.actor.loss_type),
+    algorithm, problems = config.algorithm, []
+    for find, name in (
+        (ADVANTAGE_ESTIMATORS.find, algorithm.adv_estimator),
+        (POLICY_LOSSES.find, config.worker.actor.loss_type),
+        *((find_signal, name) for name in (algorithm.token_weight_signal, *algorithm.token_signals_to_log)),
     ):
         try:
-            registry.find(name)
+            find(name)
         except ValueError as error:
             problems.append(str(error))
     if problems:

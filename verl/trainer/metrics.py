@@ -7,12 +7,15 @@ is the area of scores and advantages even where no critic is trained.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import numpy as np
 import torch
 
 from verl.protocol import DataProto
+from verl.trainer.token_kinds import TokenKind, TokenKinds
 from verl.utils.attention_metrics import attention_metrics_from_mass, vgr_from_mass
 from verl.utils.response_span import prompt_lengths, response_lengths
 
@@ -162,14 +165,18 @@ def compute_attention_metrics(batch: DataProto) -> dict[str, float]:
     return metrics
 
 
-def compute_token_weight_metrics(batch: DataProto, clip_range: tuple[float, float]) -> dict[str, float]:
+def compute_token_weight_metrics(
+    batch: DataProto, clip_range: tuple[float, float], kinds: TokenKinds | None = None
+) -> dict[str, float]:
     """`token_weights/*`: what the weights really do to the loss, so that weights that do nothing show.
 
     Over response tokens: `mean`, `std`, `min`, `max`; `clipped_low` and `clipped_high`, the shares at or beyond the
     bounds; `ess`, the effective sample size as a share of the tokens, (sum w)^2 / (n sum w^2), 1 where all weigh
-    alike. `weighted_rows` is the share of responses in which any token's weight is not 1.
+    alike. `weighted_rows` is the share of responses in which any token's weight is not 1. Shares of all weight:
+    `top10_share`, on the ten percent of tokens with most; with `kinds` also `digit_share`, `word_share` and
+    `markup_share` (`TokenKind`), and the tokens' own shares as `digit_tokens`, `word_tokens` and `markup_tokens`.
 
-    Reads: `response_mask`, `token_weights` (N, R).
+    Reads: `response_mask`, `token_weights`, with `kinds` `responses` (N, R).
     """
     tensors = batch.batch
     is_response = tensors["response_mask"].bool()
@@ -186,8 +193,45 @@ def compute_token_weight_metrics(batch: DataProto, clip_range: tuple[float, floa
         "clipped_high": (weights >= high).float().mean(),
         "ess": weights.sum() ** 2 / (weights.numel() * weights.square().sum()).clamp(min=1e-12),
         "weighted_rows": weighted_rows.float().mean(),
+        "top10_share": _share(weights.topk(math.ceil(weights.numel() / 10)).values, weights),
     }
+    if kinds is not None:
+        of_tokens = kinds.of(tensors["responses"][is_response])  # (response tokens,)
+        for kind in TokenKind:
+            is_kind = of_tokens == kind
+            values[f"{kind.name.lower()}_share"] = _share(weights[is_kind], weights)
+            values[f"{kind.name.lower()}_tokens"] = is_kind.float().mean()
     return {f"token_weights/{name}": value.item() for name, value in values.items()}
+
+
+def compute_signal_metrics(importance: Mapping[str, torch.Tensor], response_mask: torch.Tensor) -> dict[str, float]:
+    """What token signals say, and how far they agree.
+
+    `signals/<name>/{mean,std,p10,p90}` over the response tokens for which a signal is defined.
+    `signals/spearman/<a>_<b>`: the rank correlation of two signals over the tokens of a response, averaged over the
+    responses in which both are defined and neither is constant. What is defined nowhere is left out.
+
+    Args:
+        importance: (N, R) by the signal's name; NaN where it is undefined.
+        response_mask: (N, R).
+    """
+    import pandas as pd  # comes with datasets; only runs that log signals wait for it
+
+    rows, columns = response_mask.nonzero(as_tuple=True)
+    table = pd.DataFrame({name: values[rows, columns].numpy() for name, values in importance.items()})
+    table = table.where(np.isfinite(table))
+    metrics = {}
+    for name, values in table.items():
+        if values.notna().any():
+            spread = {"mean": values.mean(), "std": values.std(ddof=0)}
+            spread |= {"p10": values.quantile(0.1), "p90": values.quantile(0.9)}
+            metrics |= {f"signals/{name}/{statistic}": float(value) for statistic, value in spread.items()}
+    correlations = table.groupby(rows.numpy()).corr(method="spearman")  # (responses x signals, signals)
+    for one, other in combinations(importance, 2):
+        of_responses = correlations.xs(one, level=1)[other]
+        if of_responses.notna().any():
+            metrics[f"signals/spearman/{one}_{other}"] = float(of_responses.mean())
+    return metrics
 
 
 def reduce_metrics(metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -205,6 +249,10 @@ def reduce_metrics(metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
 def largest_of_workers(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The largest value of each metric, from one mapping per worker, all with the same names."""
     return {name: max(of_worker[name] for of_worker in metrics) for name in metrics[0]}
+
+
+def _share(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    return part.sum() / whole.sum().clamp(min=1e-12)
 
 
 def _spread(name: str, values: torch.Tensor) -> dict[str, float]:

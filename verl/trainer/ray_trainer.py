@@ -28,7 +28,6 @@ from verl.trainer.metrics import (
     compute_rollout_metrics,
     compute_throughput_metrics,
     compute_timing_metrics,
-    compute_token_weight_metrics,
     largest_of_workers,
 )
 from verl.trainer.rewards import RewardClient
@@ -36,13 +35,13 @@ from verl.trainer.rollouts import Rollouts
 from verl.trainer.run_state import RunState
 from verl.trainer.step_record import StepRecord
 from verl.trainer.streams import MODEL_INPUTS, streams_read_by
+from verl.trainer.token_weigher import TokenWeigher
 from verl.trainer.tracking import Tracker
 from verl.trainer.validator import ValidationResult, Validator
-from verl.utils.attention_token_weights import choose_token_weights
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.checkpoint import ResumePoint
 from verl.utils.seqlen_balancing import balanced_order, seqlen_metrics
-from verl.workers.reward.user_function import TOKEN_WEIGHTS, TextDecoder, values_by_key
+from verl.workers.reward.user_function import TextDecoder, values_by_key
 
 logger = logging.getLogger(__name__)
 
@@ -91,11 +90,11 @@ class RayDAPOTrainer:
         self.tracker = tracker
         self.resume_point = resume_point
         self.state = RunState(config)
+        self.weigher = TokenWeigher(config, tokenizer)
         self.workers: WorkerGroup | None = None
         self.rewards: RewardClient | None = None
         self.rollouts: Rollouts | None = None
         self.validator: Validator | None = None
-        self._has_warned_of_no_weights = False
 
     # ---- life ----
 
@@ -191,9 +190,9 @@ class RayDAPOTrainer:
         return None if is_scored else self.rewards.send(batch, self.state.global_step)
 
     def _compute_log_probs(self, batch: DataProto, record: StepRecord) -> DataProto:
-        """Reads: `MODEL_INPUTS`, `rollout_log_probs`. Adds: `old_log_probs`; `attention_mass` and
-        `attention_keys` if they are collected; unless KL is off `ref_log_probs`, or, of a full KL, `ref_kl` if it is
-        for the reward; `importance_weights` if asked for."""
+        """Reads: `MODEL_INPUTS`, `rollout_log_probs`. Adds: `old_log_probs`; what the run's token signals want
+        measured, and `attention_mass` and `attention_keys` if they are collected; unless KL is off `ref_log_probs`,
+        or, of a full KL, `ref_kl` if it is for the reward; `importance_weights` if asked for."""
         algorithm = self.config.algorithm
         sequences = batch.select(*MODEL_INPUTS, [])
         with record.timed("old"):
@@ -226,14 +225,14 @@ class RayDAPOTrainer:
         return batch if rewards is None else self.rewards.receive(batch, rewards, record)
 
     def _attach_token_weights(self, batch: DataProto, record: StepRecord) -> DataProto:
-        """Reads: `response_mask`, `reward_results`, and `attention_mass`, `attention_keys` if they were collected.
-        Adds: `token_weights`, if they are enabled; all tokens weigh 1 where there is nothing to weigh by."""
-        algorithm, streams = self.config.algorithm, batch.batch
-        if algorithm.enable_token_weights:
+        """Reads: `response_mask`, what the run's token signals ask for, and of weighted runs `responses` and
+        `reward_results`. Adds: `token_weights`, if they are enabled; all weigh 1 where nothing gives weights."""
+        streams = batch.batch
+        if self.config.algorithm.enable_token_weights:
             reward_values = values_by_key(batch.non_tensor_batch["reward_results"])
             token_weights = self._maybe_compute_token_weights(batch, reward_values)
             streams["token_weights"] = streams["response_mask"].float() if token_weights is None else token_weights
-            record.add(compute_token_weight_metrics(batch, algorithm.token_weight_clip))
+        record.add(self.weigher.metrics(batch))
         return batch
 
     def _maybe_compute_token_weights(
@@ -241,37 +240,19 @@ class RayDAPOTrainer:
     ) -> torch.Tensor | None:
         """Weights (N, R) float32 for the actor's loss, zero outside the responses; None where nothing gives any.
 
-        What the reward function returned under `token_weights` comes first; samples without it take VGR weights from
-        the collected attention, and weigh 1 where there is none either.
-
-        Reads: `response_mask`, and `attention_mass`, `attention_keys` if they were collected.
+        What the reward function returned under `token_weights` comes first; samples without it take the weights of the
+        run's token signal, and weigh 1 where it could not be measured.
 
         Args:
             reward_metrics: values per sample of every key that the reward function returned.
 
         Raises:
-            ValueError: the reward function's weights are not finite, negative, or more than the response's tokens.
+            ValueError: the reward function's weights are not finite, negative, or more than the response's tokens; a
+                signal returned another shape or an importance below 0.
         """
-        algorithm, streams = self.config.algorithm, batch.batch
-        if not algorithm.enable_token_weights:
+        if not self.config.algorithm.enable_token_weights:
             return None
-        is_measured = self.config.worker.rollout.collect_attentions
-        token_weights = choose_token_weights(
-            reward_metrics.get(TOKEN_WEIGHTS),
-            streams["attention_mass"] if is_measured else None,
-            streams["attention_keys"] if is_measured else None,
-            streams["response_mask"],
-            algorithm.token_weight_clip,
-            algorithm.token_weight_smooth_sigma,
-        )
-        if token_weights is None and not self._has_warned_of_no_weights:
-            self._has_warned_of_no_weights = True
-            logger.warning(
-                "algorithm.enable_token_weights=true, but there is nothing to weigh tokens by, so training goes on "
-                "unweighted: set worker.rollout.collect_attentions=true, or let the reward function return %r",
-                TOKEN_WEIGHTS,
-            )
-        return token_weights
+        return self.weigher.weights(batch, reward_metrics, self.state.global_step)
 
     def _compute_advantages(self, batch: DataProto, record: StepRecord) -> DataProto:
         """Reads: `token_level_scores`, `response_mask`, `uid`; for KL in the reward `ref_kl`, or `old_log_probs` and

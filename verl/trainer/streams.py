@@ -15,9 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
+from verl.algorithms.token_weights import measured_streams, signals_of
 from verl.trainer.config import PPOConfig
 
 Condition = Callable[[PPOConfig], bool]
+Reader = str | tuple[str, Condition]
+"""A phase, or a phase and the runs in which it reads the stream."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,17 @@ class Stream:
     """`object` for a column of objects."""
     writer: str
     """The phase that adds it."""
-    readers: tuple[str, ...]
+    readers: tuple[Reader, ...]
     """Later phases that read it, in the runs in which they act (see `PHASES`)."""
     present: Condition
     """The runs that have it. A name may have several rows, of which a run has one at most."""
+
+    def is_read_by(self, phase: str, config: PPOConfig) -> bool:
+        """Whether a phase reads the stream in this run."""
+        if not PHASES[phase](config):
+            return False
+        readers = [(reader, always) if isinstance(reader, str) else reader for reader in self.readers]
+        return any(name == phase and condition(config) for name, condition in readers)
 
 
 def always(config: PPOConfig) -> bool:
@@ -62,6 +72,11 @@ def critic(config: PPOConfig) -> bool:
     return config.algorithm.needs_critic
 
 
+def estimates_kl(config: PPOConfig) -> bool:
+    """The KL is estimated from sampled tokens."""
+    return config.algorithm.estimates_kl
+
+
 def estimates_kl_in_reward(config: PPOConfig) -> bool:
     """The KL is estimated from sampled tokens and taken off the reward."""
     return config.algorithm.estimates_kl and config.algorithm.kl_in_reward
@@ -70,11 +85,6 @@ def estimates_kl_in_reward(config: PPOConfig) -> bool:
 def estimates_kl_in_loss(config: PPOConfig) -> bool:
     """The KL is estimated from sampled tokens and part of the loss."""
     return config.algorithm.estimates_kl and config.algorithm.kl_in_loss
-
-
-def no_estimate_in_reward(config: PPOConfig) -> bool:
-    """The reverse of `estimates_kl_in_reward`."""
-    return not estimates_kl_in_reward(config)
 
 
 def full_kl_in_reward(config: PPOConfig) -> bool:
@@ -97,6 +107,26 @@ def token_weights(config: PPOConfig) -> bool:
     return config.algorithm.enable_token_weights
 
 
+def signals(config: PPOConfig) -> bool:
+    """There are token signals, to weigh by or to log."""
+    return config.algorithm.enable_token_weights or bool(config.algorithm.token_signals_to_log)
+
+
+def measures(name: str) -> Condition:
+    """The log-prob pass measures the stream `name`, for a signal or because attention is collected."""
+    return lambda config: name in measured_streams(config.algorithm, attention(config))
+
+
+def asks_for(name: str) -> Condition:
+    """A token signal of the run asks for the stream `name`."""
+    return lambda config: any(name in signal.streams for signal in signals_of(config.algorithm).values())
+
+
+def weighs_or_asks_for(name: str) -> Condition:
+    """Tokens are weighted, or a token signal asks for the stream `name`."""
+    return lambda config: token_weights(config) or asks_for(name)(config)
+
+
 PHASES: dict[str, Condition] = {
     "rollout": always,
     "balance_across_ranks": always,
@@ -104,7 +134,7 @@ PHASES: dict[str, Condition] = {
     "compute_log_probs": always,
     "compute_values": critic,
     "await_rewards": scores_later,
-    "attach_token_weights": token_weights,
+    "attach_token_weights": signals,
     "compute_advantages": always,
     "update_critic": critic,
     "update_actor": always,
@@ -117,17 +147,20 @@ MODEL_INPUTS = (["input_ids", "attention_mask", "position_ids", "response_mask"]
 
 _PASSES = ("compute_log_probs", "compute_values", "update_critic", "update_actor")
 _INT, _FLOAT = torch.int64, torch.float32
+_WEIGHTS = "attach_token_weights"
 
 # fmt: off
 STREAMS = (
     Stream("prompts", "N P", _INT, "rollout", (), always),
-    Stream("responses", "N R", _INT, "rollout", ("start_rewards",), always),
+    Stream("responses", "N R", _INT, "rollout", (
+        "start_rewards", (_WEIGHTS, weighs_or_asks_for("responses"))), always),
     Stream("input_ids", "N S", _INT, "rollout", _PASSES, always),
     Stream("attention_mask", "N S", _INT, "rollout", ("balance_across_ranks", *_PASSES, "log"), always),
     Stream("position_ids", "N S", _INT, "rollout", _PASSES, always),
     Stream("response_mask", "N R", _INT, "rollout", (
-        "start_rewards", *_PASSES, "await_rewards", "attach_token_weights", "compute_advantages", "log"), always),
-    Stream("rollout_log_probs", "N R", _FLOAT, "rollout", ("compute_log_probs",), always),
+        "start_rewards", *_PASSES, "await_rewards", _WEIGHTS, "compute_advantages", "log"), always),
+    Stream("rollout_log_probs", "N R", _FLOAT, "rollout", (
+        "compute_log_probs", (_WEIGHTS, asks_for("rollout_log_probs"))), always),
     Stream("multi_modal_data", "N", object, "rollout", ("start_rewards", *_PASSES), always),
     Stream("uid", "N", object, "rollout", ("start_rewards", "compute_advantages"), always),
     Stream("prompt_text", "N", object, "rollout", ("start_rewards",), always),
@@ -135,21 +168,26 @@ STREAMS = (
     Stream("extra", "N", object, "rollout", ("start_rewards",), always),
     Stream("raw_prompt_ids", "N", object, "rollout", (), always),
     Stream("token_level_scores", "N R", _FLOAT, "rollout", ("compute_advantages", "log"), filters),
-    Stream("reward_results", "N", object, "rollout", ("attach_token_weights",), filters),
+    Stream("reward_results", "N", object, "rollout", ((_WEIGHTS, token_weights),), filters),
     Stream("reward_baselines", "N", _FLOAT, "rollout", ("compute_advantages",), baselines),
     Stream("old_log_probs", "N R", _FLOAT, "compute_log_probs", (
-        "compute_advantages", "update_actor"), estimates_kl_in_reward),
-    Stream("old_log_probs", "N R", _FLOAT, "compute_log_probs", ("update_actor",), no_estimate_in_reward),
-    Stream("ref_log_probs", "N R", _FLOAT, "compute_log_probs", ("compute_advantages",), estimates_kl_in_reward),
-    Stream("ref_log_probs", "N R", _FLOAT, "compute_log_probs", ("update_actor",), estimates_kl_in_loss),
+        (_WEIGHTS, asks_for("old_log_probs")), ("compute_advantages", estimates_kl_in_reward), "update_actor",
+    ), always),
+    Stream("ref_log_probs", "N R", _FLOAT, "compute_log_probs", (
+        ("compute_advantages", estimates_kl_in_reward), ("update_actor", estimates_kl_in_loss)), estimates_kl),
     Stream("ref_kl", "N R", _FLOAT, "compute_log_probs", ("compute_advantages",), full_kl_in_reward),
     Stream("importance_weights", "N R", _FLOAT, "compute_log_probs", ("update_actor",), importance),
-    Stream("attention_mass", "N R 2", _FLOAT, "compute_log_probs", ("attach_token_weights",), attention),
-    Stream("attention_keys", "N 2", _INT, "compute_log_probs", ("attach_token_weights",), attention),
+    Stream("entropy", "N R", _FLOAT, "compute_log_probs", (_WEIGHTS,), measures("entropy")),
+    Stream("image_kl", "N R", _FLOAT, "compute_log_probs", (_WEIGHTS,), measures("image_kl")),
+    Stream("hidden_cosine", "N R", _FLOAT, "compute_log_probs", (_WEIGHTS,), measures("hidden_cosine")),
+    Stream("attention_mass", "N R 2", _FLOAT, "compute_log_probs", (
+        (_WEIGHTS, asks_for("attention_mass")),), measures("attention_mass")),
+    Stream("attention_keys", "N 2", _INT, "compute_log_probs", (
+        (_WEIGHTS, asks_for("attention_keys")),), measures("attention_keys")),
     Stream("values", "N R", _FLOAT, "compute_values", ("compute_advantages", "update_critic", "log"), critic),
     Stream("token_level_scores", "N R", _FLOAT, "await_rewards", ("compute_advantages", "log"), scores_later),
-    Stream("reward_results", "N", object, "await_rewards", ("attach_token_weights",), scores_later),
-    Stream("token_weights", "N R", _FLOAT, "attach_token_weights", ("update_actor",), token_weights),
+    Stream("reward_results", "N", object, "await_rewards", ((_WEIGHTS, token_weights),), scores_later),
+    Stream("token_weights", "N R", _FLOAT, _WEIGHTS, ("update_actor",), token_weights),
     Stream("token_level_rewards", "N R", _FLOAT, "compute_advantages", ("log",), always),
     Stream("advantages", "N R", _FLOAT, "compute_advantages", ("update_actor", "log"), always),
     Stream("returns", "N R", _FLOAT, "compute_advantages", ("update_critic", "log"), always),
@@ -165,7 +203,7 @@ def streams_of(config: PPOConfig) -> list[Stream]:
 
 def streams_read_by(phase: str, config: PPOConfig) -> tuple[list[str], list[str]]:
     """Names of the tensors and of the object columns that a phase reads in this run."""
-    read = [stream for stream in streams_of(config) if phase in stream.readers and PHASES[phase](config)]
+    read = [stream for stream in streams_of(config) if stream.is_read_by(phase, config)]
     return (
         [stream.name for stream in read if stream.dtype is not object],
         [stream.name for stream in read if stream.dtype is object],

@@ -24,6 +24,9 @@ from verl.utils.attention_metrics import (
     vgr_from_mass,
 )
 
+BISECTIONS = 50
+"""Of the logarithm of the factor that brings a mean back to one: beyond what float32 can tell for any importance."""
+
 EPSILON = 1e-12
 """Keeps the inverse of a VGR of zero finite. VGR has no unit, so no number of keys enters, and beside any VGR above
 1e-5 it is less than float32 can tell."""
@@ -83,39 +86,6 @@ def build_token_vgr_weights_for_batch(
     return lists.pop("weights"), lists
 
 
-def choose_token_weights(
-    lists: Sequence[Any] | None,
-    attention_mass: torch.Tensor | None,
-    attention_keys: torch.Tensor | None,
-    response_mask: torch.Tensor,
-    clip_range: tuple[float, float],
-    smooth_sigma: float,
-) -> torch.Tensor | None:
-    """A batch's weights from what there is: (N, R) float32, or None where there is nothing to weigh by.
-
-    Weights that the reward function gave go first, sample by sample; samples without them take VGR weights from the
-    attention, and weigh 1 where none was collected.
-
-    Args:
-        lists: what the reward function returned, as `token_weights_from_lists` takes it; None if it returned nothing.
-        attention_mass, attention_keys: (N, R, 2) and (N, 2); None if they were not collected.
-        response_mask: (N, R), 1 on response tokens.
-        clip_range, smooth_sigma: of VGR weights; the reward function's are used as they are.
-
-    Raises:
-        ValueError: as `token_weights_from_lists`.
-    """
-    weights = None
-    if attention_mass is not None:
-        vgr = vgr_from_mass(attention_mass, attention_keys)
-        weights = token_weights_from_vgr(vgr, response_mask, clip_range, smooth_sigma)
-    if lists is not None:
-        given, is_given = token_weights_from_lists(lists, response_mask)
-        if is_given.any():
-            weights = given if weights is None else torch.where(is_given[:, None], given, weights)
-    return weights
-
-
 def token_weights_from_vgr(
     vgr: torch.Tensor,
     response_mask: torch.Tensor,
@@ -139,20 +109,65 @@ def token_weights_from_vgr(
     Raises:
         ValueError: `clip_range` is not 0 <= low <= 1 <= high, or `smooth_sigma` is below 0.
     """
+    return weights_from_importance(importance_from_vgr(vgr), response_mask, clip_range, smooth_sigma)
+
+
+def importance_from_vgr(vgr: torch.Tensor) -> torch.Tensor:
+    """1 / (VGR + `EPSILON`), (N, R) float64: how much a token looks at the images; NaN where VGR is not finite."""
+    # In double precision equal weights come out as exactly 1, and padding cannot show in the order of a sum.
+    return torch.where(vgr.isfinite(), 1 / (vgr.double() + EPSILON), torch.nan)
+
+
+def weights_from_importance(
+    importance: torch.Tensor,
+    response_mask: torch.Tensor,
+    clip_range: tuple[float, float] = (0.2, 3.0),
+    smooth_sigma: float = 0.0,
+    conserve_mean: bool = False,
+    top_share: float | None = None,
+) -> torch.Tensor:
+    """Weights in proportion to importance: (N, R) float32, 0 outside the responses.
+
+    Importance is smoothed along the response if asked for, divided by its mean over the response, and clipped. Tokens
+    whose importance is not finite take no part in smoothing and mean and weigh exactly 1. Where the importance of all
+    tokens is 0, all weigh 1.
+
+    Args:
+        importance: (N, R), 0 or above where it is finite.
+        response_mask: (N, R), 1 on response tokens.
+        clip_range: lowest and highest weight.
+        smooth_sigma: width of the gaussian, in tokens; 0 leaves the importance as it is.
+        conserve_mean: rescale before clipping so that the mean of each response is one after it: its weights are
+            clip(c w), with the c for which their mean is one.
+        top_share: instead of clipping, weigh this share of each response's tokens, the most important ones, 1 and the
+            others 0 (VPPO, arXiv 2510.09285, its gradient filter). The share counts the tokens that take part and is
+            rounded up; among equals the earlier are chosen. With `conserve_mean` the chosen share the weight of all.
+
+    Raises:
+        ValueError: `clip_range` is not 0 <= low <= 1 <= high, `smooth_sigma` is below 0, `top_share` is not above 0
+            and at most 1, or an importance is negative.
+    """
     low, high = clip_range
     if not 0 <= low <= 1 <= high:
         raise ValueError(f"clip_range={tuple(clip_range)} is not (low, high) with 0 <= low <= 1 <= high")
     if not 0 <= smooth_sigma < math.inf:
         raise ValueError(f"smooth_sigma={smooth_sigma} is not 0 or a number above it")
+    if top_share is not None and not 0 < top_share <= 1:
+        raise ValueError(f"top_share={top_share} is not above 0 and at most 1")
     is_response = response_mask.bool()
-    takes_part = is_response & vgr.isfinite()
-    # In double precision equal weights come out as exactly 1, and padding cannot show in the order of a sum.
-    weights = torch.where(takes_part, 1 / (vgr.double() + EPSILON), 0)
+    takes_part = is_response & importance.isfinite()
+    weights = torch.where(takes_part, importance.double(), 0)
+    if (weights < 0).any():
+        row, column = (weights < 0).nonzero()[0].tolist()
+        raise ValueError(f"token {column} of response {row} has importance {weights[row, column].item()}, below 0")
+    takes_part &= weights.sum(dim=1, keepdim=True) > 0
     if smooth_sigma > 0 and takes_part.any():
         weights = _smooth(weights, takes_part, smooth_sigma)
-    mean = weights.sum(dim=1, keepdim=True) / takes_part.sum(dim=1, keepdim=True)  # (N, 1)
-    weights = torch.where(takes_part, (weights / mean).clamp(low, high), 1)
-    return torch.where(is_response, weights, 0).float()
+    if top_share is None:
+        weights = _clip(weights / _mean(weights, takes_part), takes_part, clip_range, conserve_mean)
+    else:
+        weights = _choose_top(weights, takes_part, top_share, conserve_mean)
+    return torch.where(is_response, torch.where(takes_part, weights, 1), 0).float()
 
 
 def token_weights_from_lists(lists: Sequence[Any], response_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,6 +205,39 @@ def align_token_weights(token_weights: torch.Tensor, response_mask: torch.Tensor
     missing = response_mask.shape[1] - token_weights.shape[1]  # a negative pad cuts
     aligned = functional.pad(token_weights.float(), (0, missing), value=1.0)
     return aligned.to(response_mask.device)
+
+
+def _mean(weights: torch.Tensor, takes_part: torch.Tensor) -> torch.Tensor:
+    """(N, 1), over the tokens of each response that take part; NaN where none does."""
+    return torch.where(takes_part, weights, 0).sum(dim=1, keepdim=True) / takes_part.sum(dim=1, keepdim=True)
+
+
+def _clip(
+    weights: torch.Tensor, takes_part: torch.Tensor, clip_range: tuple[float, float], conserve_mean: bool
+) -> torch.Tensor:
+    """Weights of mean one, clipped; with `conserve_mean` rescaled first, so that their mean is one afterwards."""
+    if not conserve_mean:
+        return weights.clamp(*clip_range)
+    positive = takes_part & (weights > 0)
+    largest = torch.where(positive, weights, 0).amax(dim=1, keepdim=True)  # (N, 1)
+    smallest = torch.where(positive, weights, torch.inf).amin(dim=1, keepdim=True)  # (N, 1)
+    # With the first factor no weight is above one, with the second none but zeros is below the upper bound.
+    log_low, log_high = -largest.log(), math.log(clip_range[1]) - smallest.log()
+    for _ in range(BISECTIONS):
+        middle = (log_low + log_high) / 2
+        is_too_small = _mean((middle.exp() * weights).clamp(*clip_range), takes_part) < 1
+        log_low, log_high = torch.where(is_too_small, middle, log_low), torch.where(is_too_small, log_high, middle)
+    return (log_high.exp() * weights).clamp(*clip_range)
+
+
+def _choose_top(
+    importance: torch.Tensor, takes_part: torch.Tensor, top_share: float, conserve_mean: bool
+) -> torch.Tensor:
+    counts = takes_part.sum(dim=1, keepdim=True)  # (N, 1)
+    chosen_counts = (counts.double() * top_share - 1e-9).ceil()  # (N, 1); 0.1 x 30 is not to give 4
+    order = torch.where(takes_part, importance, -1).argsort(dim=1, descending=True, stable=True)
+    chosen = (order.argsort(dim=1) < chosen_counts) & takes_part
+    return chosen * (counts / chosen_counts if conserve_mean else 1.0)
 
 
 def _smooth(weights: torch.Tensor, takes_part: torch.Tensor, sigma: float) -> torch.Tensor:

@@ -12,6 +12,7 @@ import os
 import sys
 import uuid
 from collections.abc import Callable
+from functools import update_wrapper
 from types import ModuleType
 from typing import Any
 
@@ -35,6 +36,7 @@ class UserFunction:
         self.key = key
         path, name = reference.rsplit(":", maxsplit=1)
         self._function = find_function(load_module(path, key), name, key)
+        update_wrapper(self, self._function)  # its name and signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(*args, **kwargs)

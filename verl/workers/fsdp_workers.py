@@ -17,6 +17,8 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from verl.algorithms.policy_loss import PolicyLoss
+from verl.algorithms.token_weights import measured_streams
+from verl.data.image_noise import ImageNoise
 from verl.models.attention_table import SAMPLES
 from verl.models.loader import DTYPES, keep_vision_tower_in_step, load_model, load_value_model
 from verl.models.sequence_parallel import SequenceGroup, join_sequence_group, share_rows
@@ -30,7 +32,7 @@ from verl.utils.batch_plan import BatchPlan
 from verl.utils.tokenizer import get_processor, get_tokenizer
 from verl.workers.actor.config import FSDPConfig, ModelConfig
 from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.actor.forward import AttentionSource, PolicyForward
+from verl.workers.actor.forward import PolicyForward, SignalSettings
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
 from verl.workers.critic.forward import ValueForward
 from verl.workers.fsdp2 import build_mesh, fill_from_rank0, resident, shard_model, whole_tensors
@@ -94,15 +96,17 @@ class FSDPWorker(Worker):
         self.reference: PolicyForward | None = None
         if not algorithm.disable_kl:
             self.reference = self._forward_of(self.ref_model, is_base=not self.config.needs_reference_model)
-        self.attention: AttentionSource | None = None
-        if self.config.worker.rollout.collect_attentions:
+        self.signal_streams = measured_streams(algorithm, self.config.worker.rollout.collect_attentions)
+        signals: SignalSettings | None = None
+        if self.signal_streams:
+            noise = ImageNoise(algorithm.token_weight_image_noise, algorithm.token_weight_image_noise_share)
             vocabulary = KeyVocabulary.of(policy.config, self.processor or self.tokenizer)
-            self.attention = AttentionSource(vocabulary, algorithm.token_weight_last_k_layers)
+            signals = SignalSettings(vocabulary, algorithm.attention_layers, noise)
         described_by = [policy.config, policy.generation_config, self.processor or self.tokenizer]
         self.actor = DataParallelPPOActor(
             self.config,
             self.plan,
-            self._forward_of(policy, reference=self.reference, attention=self.attention),
+            self._forward_of(policy, reference=self.reference, signals=signals),
             self.policy_loss,
             self.training_steps,
             described_by,
@@ -199,13 +203,11 @@ class FSDPWorker(Worker):
     def compute_log_probs(self, data: DataProto) -> DataProto:
         """Adds `old_log_probs` (N, R): the current policy's, before this step's update.
 
-        With `worker.rollout.collect_attentions` also, from the same passes, `attention_mass` (N, R, 2): each response
-        token's attention on the prompt's text and on its images; and `attention_keys` (N, 2): how many tokens each of
-        the two has.
+        From the same passes also the streams that the run's token signals ask for (`measured_streams`): see
+        `PolicyForward`.
         """
-        wanted = ["log_probs"] + ([] if self.attention is None else ["attention_mass", "attention_keys"])
         with self.actor.resident():
-            streams = self._measure_all(self.actor.forward, data, wanted)
+            streams = self._measure_all(self.actor.forward, data, ["log_probs", *self.signal_streams])
         return DataProto.from_dict({"old_log_probs": streams.pop("log_probs"), **streams})
 
     @register(DP_COMPUTE_PROTO, shared_by="actor")

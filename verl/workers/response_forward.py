@@ -15,6 +15,7 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from verl.data.features import featurize
+from verl.data.image_noise import ImageNoise
 from verl.models.attention_table import extend_attention
 from verl.models.flops import FlopCounter, Work
 from verl.models.output_head import forward_with_head
@@ -91,7 +92,7 @@ class ResponseForward:
         names = [name for name in self.head_streams if name in wanted]
         layout = PackedLayout(rows, self.group) if self.packs else PaddedLayout(rows)
         inputs = self._inputs(rows, layout)
-        head = self._head(layout, inputs, names)
+        head = self._head(rows, layout, inputs, names)
         with self._tap(rows, layout, wanted) as observed:
             columns = self._run(head, inputs, layout)  # (L, K)
         return layout.as_streams(names, columns) | observed
@@ -122,19 +123,26 @@ class ResponseForward:
 
     def _inputs(self, rows: DataProto, layout: TokenLayout) -> dict[str, Any]:
         """All keywords of the model's forward, on the device; the forward counts as work done."""
-        media = {}
-        if self.processor is not None:
-            media = featurize(rows.non_tensor_batch["multi_modal_data"], self.processor)
+        media = self._media(rows)
         lengths = rows.batch["attention_mask"].sum(dim=1).tolist()
         self.work += self.counter.count(lengths, int(layout.response_mask.sum()), media)
         inputs = {**layout.model_inputs(), **media, "use_cache": False}
         inputs |= media_token_types(self.model.config, inputs["input_ids"])
+        return self._on_device(inputs)
+
+    def _media(self, rows: DataProto, noise: ImageNoise | None = None) -> dict[str, torch.Tensor]:
+        """Features of the images and videos, spoilt by `noise` if there is any."""
+        if self.processor is None:
+            return {}
+        return featurize(rows.non_tensor_batch["multi_modal_data"], self.processor, noise)
+
+    def _on_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {
             name: value.to(self.device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
         }
 
     def _head(
-        self, layout: TokenLayout, inputs: dict[str, Any], names: Sequence[str]
+        self, rows: DataProto, layout: TokenLayout, inputs: dict[str, Any], names: Sequence[str]
     ) -> Callable[[LazyLogits], torch.Tensor]:
         """Takes the place of the output head: from the logits that predict the labels to (L, K), a column a name.
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from verl.models.token_layout import TokenLayout
+from verl.protocol import DataProto
 from verl.utils.logprobs import LazyLogits
 from verl.workers.response_forward import ResponseForward
 
@@ -20,6 +21,6 @@ class ValueForward(ResponseForward):
     head_streams = ("values",)
 
     def _head(
-        self, layout: TokenLayout, inputs: dict[str, Any], names: Sequence[str]
+        self, rows: DataProto, layout: TokenLayout, inputs: dict[str, Any], names: Sequence[str]
     ) -> Callable[[LazyLogits], torch.Tensor]:
         return lambda values: values.states  # (L, 1)

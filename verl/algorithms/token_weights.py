@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token weights: which signal says how important a token is, how importance becomes a weight, and the controls.
+
+A signal is a function in `TOKEN_SIGNALS`, found by `algorithm.token_weight_signal`. The names of its arguments are the
+streams that it needs; it returns the raw importance (N, R) of each response token, 0 or above, NaN where it is
+undefined. Smoothing, mean one and clipping are the same for all signals (`verl/utils/attention_token_weights.py`).
+
+Shapes: N sequences, R response length.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from verl.algorithms.registry import Registry
+from verl.trainer.config import AlgorithmConfig
+from verl.utils.attention_metrics import vgr_from_mass
+from verl.utils.attention_token_weights import (
+    EPSILON,
+    importance_from_vgr,
+    token_weights_from_lists,
+    weights_from_importance,
+)
+
+MEASURED_STREAMS = ("entropy", "image_kl", "hidden_cosine", "attention_mass", "attention_keys")
+"""What the log-prob pass measures for the signals that ask for it."""
+
+PRESENT_STREAMS = ("responses", "response_mask", "old_log_probs", "rollout_log_probs")
+"""What a signal may ask for beside: it is there in every run."""
+
+TokenSignal = Callable[..., torch.Tensor]
+
+TOKEN_SIGNALS: Registry[TokenSignal] = Registry("token signal", "algorithm.token_weight_signal")
+register_token_signal = TOKEN_SIGNALS.register
+
+
+@register_token_signal("vgr")
+def inverse_vgr(attention_mass: torch.Tensor, attention_keys: torch.Tensor) -> torch.Tensor:
+    """The attention density on the image over the one on the text: 1 / VGR (`vgr_from_mass`, which names the source).
+
+    Undefined for responses whose prompt has no text or no image.
+    """
+    return importance_from_vgr(vgr_from_mass(attention_mass, attention_keys))
+
+
+@register_token_signal("vision_density")
+def vision_density(attention_mass: torch.Tensor, attention_keys: torch.Tensor) -> torch.Tensor:
+    """The numerator of `vgr` alone: attention on the image per image token, whatever the text gets.
+
+    Undefined for responses whose prompt has no image.
+    """
+    count = attention_keys[:, 1:].to(attention_mass.device)  # (N, 1)
+    return torch.where(count > 0, attention_mass[..., 1].double() / count.clamp(min=1), torch.nan)
+
+
+@register_token_signal("entropy")
+def policy_entropy(entropy: torch.Tensor) -> torch.Tensor:
+    """Entropy of the policy where it drew the token, in nats ("Beyond the 80/20 Rule", arXiv 2506.01939, section 3).
+
+    Our delta: at the sampler's temperature and over the tokens that it can draw.
+    """
+    return entropy
+
+
+@register_token_signal("image_kl")
+def image_divergence(image_kl: torch.Tensor) -> torch.Tensor:
+    """KL of the policy from itself with the image spoilt, in nats (VPPO, arXiv 2510.09285; PAPO, arXiv 2507.06448).
+
+    Our deltas:
+
+    1. Over the whole vocabulary instead of an estimate from the drawn token.
+    2. How images are spoilt: `verl/data/image_noise.py`. Each copy of an image is spoilt alike in every step.
+
+    0 for responses whose prompt has no image, so that their tokens weigh 1. Costs a pass without gradient.
+    """
+    return image_kl.clamp(min=0)  # rounding leaves some of the smallest below
+
+
+@register_token_signal("hidden_cosine")
+def image_similarity(hidden_cosine: torch.Tensor) -> torch.Tensor:
+    """(1 + c) / 2, c the cosine of the token's last hidden state and the mean state of the prompt's image tokens.
+
+    Source: VGPO, arXiv 2604.09349; PEPO, arXiv 2603.22847.
+
+    Our deltas:
+
+    1. The state is the one that predicts the token, as for its log-probability.
+    2. (1 + c) / 2 is an importance: 0 or above. The papers gate or rescale the cosine further.
+
+    Undefined for responses whose prompt has no image.
+    """
+    return (1 + hidden_cosine) / 2
+
+
+@register_token_signal("uniform")
+def uniform(response_mask: torch.Tensor) -> torch.Tensor:
+    """All tokens alike: every weight is exactly 1."""
+    return torch.ones(response_mask.shape)
+
+
+# ---- which signals a run has ----
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A signal as a run uses it."""
+
+    name: str
+    """In metrics: the registered name, or the function's in a user's file."""
+    function: TokenSignal
+    streams: tuple[str, ...]
+    """What it needs."""
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether `worker.rollout.collect_attentions` has to measure for it."""
+        return any(name.startswith("attention_") for name in self.streams)
+
+    def importance(self, streams: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """(N, R) float64, the raw importance; NaN where it is undefined.
+
+        Raises:
+            ValueError: the function returned another shape than the response mask's.
+        """
+        values = self.function(**{name: streams[name] for name in self.streams})
+        shape = tuple(streams["response_mask"].shape)
+        if not isinstance(values, torch.Tensor) or tuple(values.shape) != shape:
+            found = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+            raise ValueError(f"the token signal {self.name} returned {found}; it must return a tensor {shape}")
+        return values.double()
+
+
+@lru_cache
+def find_signal(reference: str) -> Signal:
+    """The signal of a name out of `TOKEN_SIGNALS` or of a `path.py:function`.
+
+    Raises:
+        ValueError: there is none, or it asks for a stream that no run has.
+    """
+    function = TOKEN_SIGNALS.find(reference)
+    name = reference.rpartition(":")[2]
+    parameters = inspect.signature(function).parameters.values()
+    known = (*MEASURED_STREAMS, *PRESENT_STREAMS)
+    wanted = [one.name for one in parameters if one.default is one.empty or one.name in known]
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise ValueError(
+            f"the token signal {reference} asks for {', '.join(unknown)}; it may ask for {', '.join(known)}"
+        )
+    return Signal(name, function, tuple(wanted))
+
+
+def signals_of(algorithm: AlgorithmConfig) -> dict[str, Signal]:
+    """The signals of a run by their names in metrics: the one that weighs tokens, then those that are only logged."""
+    used = [algorithm.token_weight_signal] if algorithm.enable_token_weights else []
+    signals: dict[str, Signal] = {}
+    for signal in map(find_signal, (*used, *algorithm.token_signals_to_log)):
+        if signals.setdefault(signal.name, signal) is not signal:
+            raise ValueError(f"two token signals are named {signal.name}; rename the function of one")
+    return signals
+
+
+def measured_streams(algorithm: AlgorithmConfig, collects_attention: bool) -> list[str]:
+    """The streams out of `MEASURED_STREAMS` that a run's log-prob pass measures."""
+    needed = {name for signal in signals_of(algorithm).values() for name in signal.streams}
+    attention = {"attention_mass", "attention_keys"}
+    needed = needed | attention if collects_attention else needed - attention
+    return [name for name in MEASURED_STREAMS if name in needed]
+
+
+# ---- from importance to weights ----
+
+
+def compute_token_weights(
+    importance: torch.Tensor | None,
+    lists: Sequence[Any] | None,
+    responses: torch.Tensor | None,
+    response_mask: torch.Tensor,
+    algorithm: AlgorithmConfig,
+    step: int,
+) -> torch.Tensor | None:
+    """A batch's weights: (N, R) float32, 0 outside the responses, or None where there is nothing to weigh by.
+
+    Weights that the reward function gave go first, sample by sample, as they are. Samples without them take weights
+    from the signal's importance, and weigh 1 where there is none. The control comes last.
+
+    Args:
+        importance: (N, R) of the run's signal; None where it could not be measured.
+        lists: what the reward function returned, as `token_weights_from_lists` takes it; None if it returned nothing.
+        responses: (N, R) token ids, which seed the control of each response; None where there is none in `CONTROLS`.
+        response_mask: (N, R), 1 on response tokens.
+        algorithm: the keys `token_weight_*`.
+        step: of the training, from 1 on.
+
+    Raises:
+        ValueError: as `token_weights_from_lists` and `weights_from_importance`.
+    """
+    given, is_given = None, torch.zeros(len(response_mask), dtype=torch.bool)
+    if lists is not None:
+        given, is_given = token_weights_from_lists(lists, response_mask)
+    if importance is None and not is_given.any():
+        return None
+    weights = response_mask.float() if importance is None else _shape(importance, response_mask, algorithm, step)
+    if is_given.any():
+        if algorithm.token_weight_control == "inverse":
+            given = _inverse_of_given(given, response_mask, algorithm)
+        weights = torch.where(is_given[:, None], given, weights)
+    control = CONTROLS.get(algorithm.token_weight_control)
+    if control is None:
+        return weights
+    for row, (ids, is_token) in enumerate(zip(responses, response_mask.bool(), strict=True)):
+        weights[row, is_token] = control(weights[row, is_token], _generator_of(ids[is_token], step))
+    return weights
+
+
+def _shape(
+    importance: torch.Tensor, response_mask: torch.Tensor, algorithm: AlgorithmConfig, step: int
+) -> torch.Tensor:
+    """Weights of a signal, warmed up: 1 + s (w - 1), where s goes from 0 in the first step to 1."""
+    if algorithm.token_weight_control == "inverse":
+        importance = 1 / (importance + EPSILON)
+    weights = weights_from_importance(
+        importance,
+        response_mask,
+        algorithm.token_weight_clip,
+        algorithm.token_weight_smooth_sigma,
+        algorithm.token_weight_conserve_mean,
+        algorithm.token_weight_top_share,
+    )
+    warmup_steps = algorithm.token_weight_warmup_steps
+    if warmup_steps == 0 or step > warmup_steps:
+        return weights
+    return torch.lerp(response_mask.float(), weights, (step - 1) / warmup_steps)
+
+
+def _inverse_of_given(given: torch.Tensor, response_mask: torch.Tensor, algorithm: AlgorithmConfig) -> torch.Tensor:
+    importance = 1 / (given.double() + EPSILON)
+    return weights_from_importance(importance, response_mask, algorithm.token_weight_clip)
+
+
+def _generator_of(ids: torch.Tensor, step: int) -> torch.Generator:
+    """One for each response of a step: the same after a resume, on any number of workers and in any order of rows."""
+    seed = zlib.crc32(ids.contiguous().numpy().tobytes(), step)
+    return torch.Generator().manual_seed(seed)
+
+
+def _shuffled(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The same weights, each on a token that does not know why: what a signal gains beyond this, it gains by where."""
+    return weights[torch.randperm(len(weights), generator=generator)]
+
+
+def _random(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Log-normal numbers of the weights' mean and variance: expected, not of each draw."""
+    mean, variance = weights.double().mean(), weights.double().var(correction=0)
+    if variance == 0 or mean == 0:
+        return weights
+    log_variance = torch.log1p(variance / mean**2)
+    normal = torch.randn(len(weights), generator=generator, dtype=torch.float64)
+    return torch.exp(math.log(mean) - log_variance / 2 + log_variance.sqrt() * normal).float()
+
+
+CONTROLS: dict[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor]] = {
+    "shuffled": _shuffled,
+    "random": _random,
+}
+"""What is done with a response's weights (tokens,) at the end; `inverse` acts on the importance instead."""

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer's side of token weights: the run's signals, their weights for a batch, and what is logged of both.
+
+Shapes: N rows, R response length.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from verl.algorithms.token_weights import CONTROLS, compute_token_weights, signals_of
+from verl.protocol import DataProto
+from verl.trainer.config import PPOConfig
+from verl.trainer.metrics import compute_signal_metrics, compute_token_weight_metrics
+from verl.trainer.token_kinds import TokenKinds
+from verl.workers.reward.user_function import TOKEN_WEIGHTS
+
+logger = logging.getLogger(__name__)
+
+
+class TokenWeigher:
+    """Weighs the tokens of a run's batches.
+
+    Args:
+        config: of the run.
+        tokenizer: tells which tokens are digits, words or markup; None leaves that out of the metrics.
+    """
+
+    def __init__(self, config: PPOConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.algorithm = config.algorithm
+        is_measured = config.worker.rollout.collect_attentions
+        self.signals = {
+            name: signal
+            for name, signal in signals_of(config.algorithm).items()
+            if is_measured or not signal.needs_attention
+        }
+        self.kinds = None if tokenizer is None else TokenKinds(tokenizer)
+        self._has_warned = False
+
+    def weights(self, batch: DataProto, reward_values: dict[str, list[Any]], step: int) -> torch.Tensor | None:
+        """Weights (N, R) float32, as `compute_token_weights` makes them; None and one warning where nothing gives any.
+
+        Reads: `response_mask`, what the signal asks for, `responses` for a control.
+
+        Args:
+            reward_values: values per sample of every key that the reward function returned.
+            step: of the training.
+        """
+        streams, name = batch.batch, self._name_of_used
+        weights = compute_token_weights(
+            self.signals[name].importance(streams) if name in self.signals else None,
+            reward_values.get(TOKEN_WEIGHTS),
+            streams["responses"] if self.algorithm.token_weight_control in CONTROLS else None,
+            streams["response_mask"],
+            self.algorithm,
+            step,
+        )
+        if weights is None and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "algorithm.enable_token_weights=true, but there is nothing to weigh tokens by, so training goes on "
+                "unweighted: set worker.rollout.collect_attentions=true, or let the reward function return %r",
+                TOKEN_WEIGHTS,
+            )
+        return weights
+
+    def metrics(self, batch: DataProto) -> dict[str, float]:
+        """`token_weights/*` of weighted runs, `signals/*` of runs that log signals.
+
+        Reads: `response_mask`, what the signals ask for; of weighted runs `token_weights` and `responses`.
+        """
+        metrics: dict[str, float] = {}
+        if self.algorithm.enable_token_weights:
+            metrics |= compute_token_weight_metrics(batch, self.algorithm.token_weight_clip, self.kinds)
+        if self.algorithm.token_signals_to_log:
+            importance = {name: signal.importance(batch.batch) for name, signal in self.signals.items()}
+            metrics |= compute_signal_metrics(importance, batch.batch["response_mask"])
+        return metrics
+
+    @property
+    def _name_of_used(self) -> str:
+        return self.algorithm.token_weight_signal.rpartition(":")[2]
