@@ -24,7 +24,9 @@ from packaging.specifiers import SpecifierSet
 
 from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS
 from verl.algorithms.policy_loss import POLICY_LOSSES
+from verl.algorithms.token_weights import TOKEN_SIGNALS
 from verl.config import ConfigSection
+from verl.trainer import config
 from verl.trainer.config import (
     ADV_ESTIMATORS,
     AlgorithmConfig,
@@ -868,6 +870,12 @@ def test_what_does_less_than_its_name_promises_is_told():
     assert effect_notes(load_config(["trainer.critic_warmup=2", "algorithm.adv_estimator=gae"])) == []
     (note,) = effect_notes(load_config(["trainer.critic_warmup=2"]))
     assert note.startswith("trainer.critic_warmup=2 leaves the policy as it is until step 2")
+    control = ["algorithm.token_weight_control=shuffled", "algorithm.token_weight_top_share=0.4"]
+    assert effect_notes(load_config(["algorithm.enable_token_weights=true", *control])) == []
+    assert effect_notes(load_config(control)) == [
+        "algorithm.token_weight_top_share=0.4 has no effect while algorithm.enable_token_weights=false",
+        "algorithm.token_weight_control=shuffled has no effect while algorithm.enable_token_weights=false",
+    ]
     filtering = "algorithm.online_filtering=true"
     assert effect_notes(load_config([filtering, "worker.rollout.n=2"])) == []
     (note,) = effect_notes(load_config([filtering, "worker.rollout.n=1"]))
@@ -915,6 +923,7 @@ def test_the_names_known_without_torch_are_those_that_the_algorithms_register() 
     for names, table, module in (
         (ADV_ESTIMATORS, ADVANTAGE_ESTIMATORS, "verl.algorithms.advantages"),
         (LOSS_TYPES, POLICY_LOSSES, "verl.algorithms.policy_loss"),
+        (config.TOKEN_SIGNALS, TOKEN_SIGNALS, "verl.algorithms.token_weights"),
     ):
         assert set(names) == {name for name, function in table.items() if function.__module__ == module}
 

@@ -36,6 +36,7 @@ KINDS = {
         "algorithm.token_signals_to_log=[image_kl,hidden_cosine]",
         COLLECT,
     ],
+    "own signal": ["algorithm.enable_token_weights=true", f"algorithm.token_weight_signal={SURPRISE}"],
     "signals that weigh nothing": [f"algorithm.token_signals_to_log=[{SURPRISE},vgr,uniform]", COLLECT],
     "weights by nothing": ["algorithm.enable_token_weights=true"],
 }

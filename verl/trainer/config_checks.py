@@ -12,8 +12,8 @@ estimators and losses are the registries' (`verl/algorithms/registry.py`).
 import importlib.util
 from collections.abc import Callable, Iterator
 
-from verl.config import ConfigValueError
-from verl.trainer.config import ADV_ESTIMATORS, TOKEN_SIGNALS, PPOConfig
+from verl.config import ConfigValueError, as_yaml
+from verl.trainer.config import ADV_ESTIMATORS, TOKEN_SIGNALS, AlgorithmConfig, PPOConfig
 from verl.workers.actor.config import LOSS_TYPES, FSDPConfig, OffloadConfig
 
 # ---- refused when built ----
@@ -146,6 +146,17 @@ def reference_of_adapters(config: PPOConfig) -> Iterator[str]:
         )
 
 
+def idle_token_weights(config: PPOConfig) -> Iterator[str]:
+    algorithm, defaults = config.algorithm, AlgorithmConfig()
+    keys = ("signal", "top_share", "conserve_mean", "warmup_steps", "control")
+    if algorithm.enable_token_weights:
+        return
+    for key in (f"token_weight_{name}" for name in keys):
+        value = getattr(algorithm, key)
+        if value != getattr(defaults, key):
+            yield f"algorithm.{key}={as_yaml(value)} has no effect while algorithm.enable_token_weights=false"
+
+
 def filtered_groups_of_one(config: PPOConfig) -> Iterator[str]:
     if config.algorithm.online_filtering and config.worker.rollout.n == 1:
         yield (
@@ -160,6 +171,7 @@ NOTES: tuple[Callable[[PPOConfig], Iterator[str]], ...] = (
     bf16_weights_under_plain_adamw,
     warmup_of_no_critic,
     reference_of_adapters,
+    idle_token_weights,
     filtered_groups_of_one,
 )
 
