@@ -120,3 +120,14 @@ def test_rewards_are_the_scores_where_the_kl_is_in_the_loss_or_off(place: str, b
     assert torch.equal(result.batch["token_level_rewards"], batch.batch["token_level_scores"])
     assert metrics == {}
     assert trainer.state.kl_coef == 0.1
+
+
+def test_with_the_kl_in_the_reward_groups_of_equal_scores_have_no_advantage(batch: DataProto) -> None:
+    """Gradient norm 1.35 at reward 0 everywhere was what KL's rounding came to; in the loss it has a weight."""
+    batch.batch["token_level_scores"] = torch.zeros(8, 4)
+    for place, has_advantages in (("reward", False), ("loss", False)):
+        trainer = trainer_with(f"algorithm.use_kl_loss={str(place == 'loss').lower()}")
+        assert compute(trainer, batch)[0].batch["advantages"].any() == has_advantages
+    result, metrics = compute(trainer_with(), batch)
+    assert metrics["actor/kl_penalty"] != 0
+    assert result.batch["token_level_rewards"].any()

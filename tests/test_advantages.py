@@ -139,6 +139,19 @@ def test_gae_by_hand():
     torch.testing.assert_close(advantages, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["grpo", "grpo_passk", "reinforce_plus_plus"])
+def test_scores_decide_which_groups_have_nothing_to_compare_where_a_kl_was_taken_off(name: str) -> None:
+    """Equal scores less KLs of 0.001 and 0.003 are not equal, and would be divided by a deviation of 0.001."""
+    kl = torch.tensor([[0.001, 0.0], [0.003, 0.0], [0.0, 0.0], [0.002, 0.0]])
+    inputs = on_last_token([0.0] * 4, [2] * 4, ["a", "a", "b", "b"], width=2)
+    inputs = replace(inputs, token_level_rewards=inputs.token_level_rewards - kl)
+    assert ADVANTAGE_ESTIMATORS[name](inputs)[0].abs().max() > 0.3
+    advantages, _ = ADVANTAGE_ESTIMATORS[name](replace(inputs, scores=torch.zeros(4)))
+    assert (advantages == 0).all()
+    unequal = replace(inputs, scores=torch.tensor([0.0, 0.0, 1.0, 0.0]))
+    assert ADVANTAGE_ESTIMATORS[name](unequal)[0].any()
+
+
 # ---- against the definition ----
 
 

@@ -858,40 +858,87 @@ def test_every_loss_is_available(name, runnable):
     prepare(load_config([*runnable, "worker.rollout.n=8", f"worker.actor.loss_type={name}"]))
 
 
+NO_KL_WEIGHT = "algorithm.kl_coef=0"
+
+
 def test_what_does_less_than_its_name_promises_is_told():
     adaptive = "algorithm.kl_type=adaptive"
-    assert effect_notes(load_config([adaptive])) == []
-    (note,) = effect_notes(load_config([adaptive, "algorithm.use_kl_loss=true"]))
+    assert effect_notes(load_config([NO_KL_WEIGHT, adaptive])) == []
+    (note,) = effect_notes(load_config([NO_KL_WEIGHT, adaptive, "algorithm.use_kl_loss=true"]))
     assert note.startswith("algorithm.kl_type=adaptive with algorithm.use_kl_loss=true")
     weighted = "algorithm.enable_token_weights=true"
     for loss_type, count in (("gspo", 1), ("gspo_token", 0), ("default", 0)):
-        assert len(effect_notes(load_config([weighted, f"worker.actor.loss_type={loss_type}"]))) == count
-    assert effect_notes(load_config(["trainer.critic_warmup=1"])) == []
-    assert effect_notes(load_config(["trainer.critic_warmup=2", "algorithm.adv_estimator=gae"])) == []
-    (note,) = effect_notes(load_config(["trainer.critic_warmup=2"]))
+        assert len(effect_notes(load_config([NO_KL_WEIGHT, weighted, f"worker.actor.loss_type={loss_type}"]))) == count
+    assert effect_notes(load_config([NO_KL_WEIGHT, "trainer.critic_warmup=1"])) == []
+    assert effect_notes(load_config([NO_KL_WEIGHT, "trainer.critic_warmup=2", "algorithm.adv_estimator=gae"])) == []
+    (note,) = effect_notes(load_config([NO_KL_WEIGHT, "trainer.critic_warmup=2"]))
     assert note.startswith("trainer.critic_warmup=2 leaves the policy as it is until step 2")
     control = ["algorithm.token_weight_control=shuffled", "algorithm.token_weight_top_share=0.4"]
-    assert effect_notes(load_config(["algorithm.enable_token_weights=true", *control])) == []
-    assert effect_notes(load_config(control)) == [
+    assert effect_notes(load_config([NO_KL_WEIGHT, "algorithm.enable_token_weights=true", *control])) == []
+    assert effect_notes(load_config([NO_KL_WEIGHT, *control])) == [
         "algorithm.token_weight_top_share=0.4 has no effect while algorithm.enable_token_weights=false",
         "algorithm.token_weight_control=shuffled has no effect while algorithm.enable_token_weights=false",
     ]
     filtering = "algorithm.online_filtering=true"
-    assert effect_notes(load_config([filtering, "worker.rollout.n=2"])) == []
-    (note,) = effect_notes(load_config([filtering, "worker.rollout.n=1"]))
+    assert effect_notes(load_config([NO_KL_WEIGHT, filtering, "worker.rollout.n=2"])) == []
+    (note,) = effect_notes(load_config([NO_KL_WEIGHT, filtering, "worker.rollout.n=1"]))
     assert note.startswith("algorithm.online_filtering=true with worker.rollout.n=1 can hardly keep a group")
     adapters, no_kl = "worker.actor.model.lora.rank=8", "algorithm.disable_kl=true"
-    assert effect_notes(load_config([adapters])) == []
+    assert effect_notes(load_config([NO_KL_WEIGHT, adapters])) == []
     for setting in ("worker.ref.fsdp.torch_dtype=fp32", "worker.ref.offload.offload_params=true"):
-        assert effect_notes(load_config([setting])) == effect_notes(load_config([adapters, no_kl, setting])) == []
-        (note,) = effect_notes(load_config([adapters, setting]))
+        assert effect_notes(load_config([NO_KL_WEIGHT, setting])) == []
+        assert effect_notes(load_config([NO_KL_WEIGHT, adapters, no_kl, setting])) == []
+        (note,) = effect_notes(load_config([NO_KL_WEIGHT, adapters, setting]))
         assert note.startswith(f"{adapters} makes the policy without its adapters the reference")
     in_bf16 = "worker.actor.fsdp.torch_dtype=bf16"
-    assert effect_notes(load_config([in_bf16, "worker.actor.optim.strategy=adamw_bf16"])) == []
+    assert effect_notes(load_config([NO_KL_WEIGHT, in_bf16, "worker.actor.optim.strategy=adamw_bf16"])) == []
     adapters = ["worker.actor.model.lora.rank=8", "algorithm.disable_kl=true"]
-    assert effect_notes(load_config([in_bf16, *adapters])) == []
-    (note,) = effect_notes(load_config([in_bf16]))
+    assert effect_notes(load_config([NO_KL_WEIGHT, in_bf16, *adapters])) == []
+    (note,) = effect_notes(load_config([NO_KL_WEIGHT, in_bf16]))
     assert note.startswith("worker.actor.fsdp.torch_dtype=bf16 with worker.actor.optim.strategy=adamw rounds most")
+    for estimator in ("grpo", "grpo_passk", "reinforce_plus_plus"):
+        in_reward = [f"algorithm.adv_estimator={estimator}", "worker.rollout.n=8"]
+        (note,) = effect_notes(load_config(in_reward))
+        assert note.startswith(
+            f"algorithm.use_kl_loss=false takes the KL off rewards that algorithm.adv_estimator={estimator}"
+        )
+        assert effect_notes(load_config([*in_reward, "algorithm.use_kl_loss=true"])) == []
+    assert effect_notes(load_config(["algorithm.adv_estimator=rloo"])) == []
+
+
+@pytest.mark.parametrize("text", ["1.10", "20241101_153000", "12:30", "010", "off", "1e3", "0x1f", "2024-01-02", "~x"])
+def test_a_text_takes_what_was_written(text: str, write_yaml) -> None:
+    """Each of them is something else to YAML."""
+    assert load_config([f"trainer.experiment_name={text}"]).trainer.experiment_name == text
+    assert load_config([write_yaml(f"trainer:\n  experiment_name: {text}\n")]).trainer.experiment_name == text
+    quoted = load_config([f"trainer.experiment_name='{text}'"]).trainer
+    assert quoted.experiment_name == text
+    assert load_config(["worker.actor.model.model_path=null"]).worker.actor.model.model_path is None
+    assert (
+        load_config(
+            [f"trainer.project_name={text}", "trainer.experiment_name=${trainer.project_name}"]
+        ).trainer.experiment_name
+        == text
+    )
+
+
+def test_a_mapping_of_the_file_is_emptied_replaced_or_loses_an_entry(write_yaml) -> None:
+    file = write_yaml("worker: {reward: {reward_function_kwargs: {a: 1, b: {c: 2}}}, rollout: {n: 4}}")
+    key = "worker.reward.reward_function_kwargs"
+
+    def kwargs(*arguments: str) -> dict:
+        return load_config([file, *arguments]).worker.reward.reward_function_kwargs
+
+    assert kwargs() == {"a": 1, "b": {"c": 2}}
+    assert kwargs(f"{key}.d=3") == kwargs(f"{key}={{d: 3}}") == {"a": 1, "b": {"c": 2}, "d": 3}
+    assert kwargs(f"{key}={{}}") == kwargs(f"~{key}") == {}
+    assert kwargs(f"~{key}", f"{key}={{d: 3}}") == kwargs(f"{key}={{}}", f"{key}.d=3") == {"d": 3}
+    assert kwargs(f"~{key}.a") == {"b": {"c": 2}}
+    assert load_config([file, "~worker.rollout.n"]).worker.rollout.n == 1
+    with pytest.raises(ValueError, match=rf"'~{key}.x' takes away what is not there: {key} has \['a', 'b'\]"):
+        kwargs(f"~{key}.x")
+    with pytest.raises(ValueError, match="unknown key 'worker.rollout.m'"):
+        load_config(["~worker.rollout.m"])
 
 
 def test_where_the_kl_goes():

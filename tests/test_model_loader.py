@@ -4,19 +4,27 @@
 
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, Qwen3Config, Qwen3ForCausalLM
 
 from tests.batches import random_image
 from tests.family_models import FAMILY_MODELS, IMAGE_TEXT_MODELS, make_family_model
 from tests.tiny import make_tiny_model
-from verl.models.loader import keep_vision_tower_in_step, load_model, load_model_config, load_value_model
+from verl.models.loader import (
+    keep_vision_tower_in_step,
+    load_model,
+    load_model_config,
+    load_value_model,
+    require_room_for_tokens,
+)
 from verl.models.position_ids import prompt_position_ids
 from verl.models.registry import media_token_types
-from verl.utils.tokenizer import get_processor
+from verl.utils.tokenizer import get_processor, get_tokenizer
 from verl.workers.actor.config import ModelConfig
 
 
@@ -206,3 +214,63 @@ def test_a_batch_with_an_image_runs_the_tower_once_on_that_image(tiny_model_path
     ids = torch.tensor([[20, *[model.config.image_token_id] * 4, 21]])
     model(input_ids=ids, position_ids=torch.arange(6).expand(4, 1, 6), **media)
     assert patches == [16]
+
+
+# ---- weights that do not fit ----
+
+
+def with_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> ModelConfig:
+    """A text model whose file of weights is changed after it was written."""
+    path = write_text_model(folder)
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return ModelConfig(model_path=path)
+
+
+HEAD = "lm_head.weight"
+LAYER = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("load", [load_model, load_value_model])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda weights: {f"module.{name}": value for name, value in weights.items()},
+            "lack .* module.lm_head.weight",
+        ),
+        (
+            lambda weights: {name: value for name, value in weights.items() if "mlp" not in name},
+            "lack 3 of the 14 .*mlp",
+        ),
+        (lambda weights: {**weights, LAYER: weights[LAYER][:4].clone()}, r"q_proj.weight: \(4, 32\), not \(32, 32\)"),
+    ],
+)
+def test_weights_that_are_missing_or_of_another_shape_are_refused_by_name(load, change, message, tmp_path) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(with_weights(tmp_path, change), torch.float32, torch.float32)
+
+
+def test_a_missing_head_is_a_matter_of_the_policy_alone(tmp_path) -> None:
+    config = with_weights(tmp_path, lambda weights: {name: weights[name] for name in weights if name != HEAD})
+    load_value_model(config, torch.float32, torch.float32)
+    with pytest.raises(ValueError, match=f"lack 1 of the 14 weights of Qwen3ForCausalLM: {HEAD}"):
+        load_model(config, torch.float32, torch.float32)
+
+
+def test_weights_that_nobody_uses_are_told_once(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+    config = with_weights(tmp_path, lambda weights: {**weights, "extra.a": torch.ones(1), "extra.b": torch.ones(1)})
+    load_model(config, torch.float32, torch.float32)
+    (record,) = [record for record in caplog.records if record.name == "verl.models.loader"]
+    assert record.getMessage().endswith("has weights that Qwen3ForCausalLM does not use: extra.a, extra.b")
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused_with_both_numbers(tiny_model_path: str) -> None:
+    tokenizer, config = get_tokenizer(tiny_model_path), load_model_config(ModelConfig(model_path=tiny_model_path))
+    require_room_for_tokens(tokenizer, config, "t", "m")
+    last = max(tokenizer.get_vocab().values())
+    config.text_config.vocab_size = last
+    with pytest.raises(
+        ValueError, match=f"the tokenizer of t has tokens up to id {last}, but m has embeddings for {last};"
+    ):
+        require_room_for_tokens(tokenizer, config, "t", "m")

@@ -6,12 +6,20 @@ import pickle
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import LlamaConfig, Qwen2_5_VLProcessor
 
 from tests.tiny import CORPUS, build_tokenizer
-from verl.utils.tokenizer import check_torchvision, get_processor, get_tokenizer, text_decoder
+from verl.utils.tokenizer import (
+    check_torchvision,
+    eos_token_ids_of,
+    get_processor,
+    get_tokenizer,
+    text_decoder,
+    warn_of_other_turn_ends,
+)
 
 TEMPLATE = "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -93,3 +101,35 @@ def test_a_text_decoder_decodes_as_its_tokenizer_does(tiny_model_path: str, clea
     for ids in rows:
         for skips in (True, False):
             assert decoder.decode(ids, skip_special_tokens=skips) == tokenizer.decode(ids, skip_special_tokens=skips)
+
+
+# ---- where responses end ----
+
+
+def test_both_the_generation_configs_and_the_tokenizers_end_token_end_a_response(tiny_model_path: str) -> None:
+    tokenizer = get_tokenizer(tiny_model_path)
+    own = tokenizer.eos_token_id
+    for named, expected in ((None, [own]), (7, [7, own]), ([7, own], [7, own]), ([8, 7], [8, 7, own])):
+        assert eos_token_ids_of(SimpleNamespace(eos_token_id=named), tokenizer) == expected
+    tokenizer.eos_token = None
+    assert eos_token_ids_of(SimpleNamespace(eos_token_id=7), tokenizer) == [7]
+
+
+@pytest.mark.parametrize(
+    ("turn_end", "eos", "is_told"),
+    [("<|im_end|>", "<|im_end|>", False), ("<|im_end|>", "<|endoftext|>", True), ("", "<|endoftext|>", False)],
+)
+def test_a_template_whose_turn_ends_in_no_end_token_is_told(
+    turn_end: str, eos: str, is_told: bool, tiny_model_path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = get_tokenizer(tiny_model_path)
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}TURN{% endfor %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("TURN", turn_end)
+    warn_of_other_turn_ends(tokenizer, [tokenizer.convert_tokens_to_ids(eos)])
+    messages = [record.getMessage() for record in caplog.records]
+    assert bool(messages) == is_told
+    if is_told:
+        assert messages[0].startswith(
+            "the chat template ends the assistant's turn with '<|im_end|>', which does not end"
+        )
+        assert "responses end with '<|endoftext|>'" in messages[0]

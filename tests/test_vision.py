@@ -105,6 +105,61 @@ def test_every_mode_becomes_rgb_of_the_size_foretold(mode: str) -> None:
     assert image.size == target_size(60, 40, 28 * 28, 600)
 
 
+def reopened(image: Image.Image, file_format: str, **options) -> Image.Image:
+    """The image as it comes out of a file."""
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return Image.open(io.BytesIO(file.getvalue()))
+
+
+def pixel(image: Image.Image, x: int) -> tuple[int, int, int]:
+    return process_image(image, None, None).getpixel((x, 0))
+
+
+def test_ink_on_a_transparent_background_stays_ink_on_white() -> None:
+    """Black with full, half and no opacity; a palette or a colour can be transparent as well."""
+    rgba = Image.new("RGBA", (3, 1))
+    for x, alpha in enumerate((255, 128, 0)):
+        rgba.putpixel((x, 0), (0, 0, 0, alpha))
+    for image in (
+        rgba,
+        reopened(rgba, "PNG"),
+        reopened(rgba.convert("LA"), "PNG"),
+        reopened(rgba, "WEBP", lossless=True),
+    ):
+        assert [pixel(image, x)[0] for x in (0, 2)] == [0, 255]
+        assert pixel(image, 1)[0] == pytest.approx(127, abs=1)
+
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.putpixel((1, 0), 1)
+    assert [pixel(reopened(palette, "PNG", transparency=0), x) for x in (0, 1)] == [(255, 255, 255), (10, 20, 30)]
+    palette.putalpha(Image.new("L", (2, 1), 0))
+    assert palette.mode == "PA"
+    assert pixel(palette, 1) == (255, 255, 255)
+    grey = Image.new("L", (2, 1), 7)
+    grey.putpixel((1, 0), 200)
+    assert [pixel(reopened(grey, "PNG", transparency=7), x)[0] for x in (0, 1)] == [255, 200]
+    coloured = Image.new("RGB", (2, 1), (1, 2, 3))
+    coloured.putpixel((1, 0), (4, 5, 6))
+    transparent = reopened(coloured, "PNG", transparency=(1, 2, 3))
+    assert [pixel(transparent, x) for x in (0, 1)] == [(255, 255, 255), (4, 5, 6)]
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_by_their_range(file_format: str) -> None:
+    """0, a quarter, a half and all of 65535."""
+    image = reopened(Image.fromarray(np.array([[0, 16384, 32768, 65535]], dtype=np.uint16)), file_format)
+    assert [pixel(image, x) for x in range(4)] == [(grey,) * 3 for grey in (0, 64, 128, 255)]
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("F", "floats"), ("I", "32-bit integers")])
+def test_numbers_without_a_range_are_refused_by_name(mode: str, kind: str) -> None:
+    image = reopened(Image.new(mode, (2, 1), 1), "TIFF")
+    with pytest.raises(ValueError, match=rf"image mode {mode} \({kind}\) does not say what black and white are"):
+        process_image(image, None, None)
+
+
 def test_a_handle_is_equal_to_its_copies_and_to_no_other_handle_of_the_same_image() -> None:
     image = make_image(30, 20)
     handle, other = MediaHandle.put(image), MediaHandle.put(image)

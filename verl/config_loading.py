@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 Section = TypeVar("Section")
 
+REMOVED = object()
+"""In the place of a value that `~key` takes away."""
+
 USAGE = "write key=value, as in worker.rollout.n=8"
 
 
@@ -33,8 +37,10 @@ def load_sections(
     """Build `config_class`, a frozen dataclass of sections, from `config=FILE` and `key=value` arguments.
 
     Values merge in the order dataclass default < YAML < command line; mappings merge into mappings and
-    `${other.key}` interpolates, whole sections too. A bare word for a list is a list of one, an empty section `{}`
-    says nothing. A section left null is refused on purpose: it reads like keys that got lost.
+    `${other.key}` interpolates, whole sections too. A text takes what was written, also where YAML would read a
+    number, a switch or a time (`1.10`, `off`, `12:30`). A bare word for a list is a list of one, an empty section `{}`
+    says nothing. An empty mapping `{}` empties a key that holds a mapping; `~key` takes away what was said of a key so
+    far, or one entry of its mapping. A section left null is refused on purpose: it reads like keys that got lost.
 
     Raises:
         ValueError: one line for every argument that is not `key=value`, unknown key and value of the wrong type; or,
@@ -50,9 +56,12 @@ def load_sections(
     warnings: dict[str, str] = {}
     names: dict[tuple[bool, str], str] = {}
 
-    for values, text_of in _read_sources(argv, problems):
+    for values, text_of, is_typed in _read_sources(argv, problems):
         for key, value in _flatten(values, leaves, retired_keys):
-            name, text = key, text_of.get(key, as_yaml(value))
+            name, text = key, text_of.get(key) or as_yaml(value)
+            if value is REMOVED:
+                problems.extend(_remove(tree, key, leaves))
+                continue
             if key in retired_keys:
                 old = retired_keys[key]
                 if old.allowed and value not in old.allowed:
@@ -65,14 +74,16 @@ def load_sections(
                 problems.append(_unknown(key, text, list(leaves)))
                 continue
             # The command line overrides the file under either name; within one of them, neither name overrides.
-            other = names.setdefault((bool(text_of), key), name)
+            other = names.setdefault((is_typed, key), name)
             if other != name:
                 problems.append(f"{name}={text} and {other} are two names of {key}; keep one")
             texts[key] = text
             if get_origin(leaves[key].type) is list and isinstance(value, str) and not value.startswith("${"):
                 value = [value]
+            if _is_text(leaves[key].type) and value is not None and not isinstance(value, (str, list, dict)):
+                value = text
             try:
-                OmegaConf.update(tree, key, value, merge=True)
+                OmegaConf.update(tree, key, value, merge=value != {})
             except OmegaConfBaseException:
                 problems.append(f"{key}={text} {expectation(leaves[key].type, value)}")
 
@@ -94,16 +105,41 @@ def load_sections(
     return config
 
 
-def _read_sources(argv: Sequence[str], problems: list[str]) -> list[tuple[Mapping[str, Any], Mapping[str, str]]]:
-    """Read the YAML file named by `config=`, then each argument, in the order in which they override.
+def _is_text(expected: Any) -> bool:
+    """Whether a field of this type holds a text, or null."""
+    return expected is str or (str in get_args(expected) and set(get_args(expected)) <= {str, NoneType})
 
-    Each comes as its values and, where the user typed them, the words of a key's value.
-    """
-    files: list[tuple[Mapping[str, Any], Mapping[str, str]]] = []
-    overrides: list[tuple[Mapping[str, Any], Mapping[str, str]]] = []
+
+def _remove(tree: DictConfig, key: str, leaves: Mapping[str, Any]) -> list[str]:
+    """Set a key back to its field's default, or take an entry out of its mapping; returns what is wrong with that."""
+    if key in leaves:
+        field = leaves[key]
+        default = field.default if field.default is not MISSING else field.default_factory()
+        OmegaConf.update(tree, key, default, merge=False)
+        return []
+    parent, _, entry = key.rpartition(".")
+    if parent not in leaves:
+        return [_unknown(key, "", list(leaves))]
+    mapping = OmegaConf.select(tree, parent)
+    if not isinstance(mapping, DictConfig) or entry not in mapping:
+        return [f"'~{key}' takes away what is not there: {parent} has {sorted(mapping or {})}"]
+    del mapping[entry]
+    return []
+
+
+Source = tuple[Mapping[str, Any], Mapping[str, str], bool]
+"""Values, the words in which they were written, and whether they were typed on the command line."""
+
+
+def _read_sources(argv: Sequence[str], problems: list[str]) -> list[Source]:
+    """Read the YAML file named by `config=`, then each argument, in the order in which they override."""
+    files: list[Source] = []
+    overrides: list[Source] = []
     for argument in argv:
         key, equals, text = argument.partition("=")
-        if argument[:1] in ("-", "+", "~"):
+        if argument[:1] == "~" and not equals and len(argument) > 1:
+            overrides.append(({argument[1:]: REMOVED}, {argument[1:]: argument}, True))
+        elif argument[:1] in ("-", "+", "~"):
             bare = argument.lstrip("-+~")
             remedy = f"write {bare}" if equals else USAGE
             problems.append(f"{argument!r} starts with {argument[0]!r}, but keys take no prefix; {remedy}")
@@ -112,14 +148,14 @@ def _read_sources(argv: Sequence[str], problems: list[str]) -> list[tuple[Mappin
         elif key == "config" and files:
             problems.append(f"{argument!r} names a second file; give one config=FILE and override single keys")
         elif key == "config":
-            files.append((_read_yaml(text), {}))
+            files.append((*_read_yaml(text), False))
         else:
             try:
                 values = OmegaConf.to_container(OmegaConf.from_dotlist([argument]), resolve=False)
             except (OmegaConfBaseException, yaml.YAMLError) as error:
                 problems.append(f"{argument!r} cannot be read as a YAML value: {str(error).splitlines()[0]}")
             else:
-                overrides.append((values, {key: text}))
+                overrides.append((values, {key: text}, True))
     return files + overrides
 
 
@@ -141,7 +177,8 @@ def _flatten(
             yield key, value
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The file's values, and by full key its scalars as they are written."""
     if not os.path.isfile(path):
         folder = Path(path).parent
         nearest = get_close_matches(Path(path).name, sorted(p.name for p in folder.glob("*.y*ml")), n=1)
@@ -153,7 +190,17 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise ValueError(f"config={path} is not valid YAML: {error}") from None
     if not isinstance(tree, DictConfig):
         raise ValueError(f"config={path} holds no mapping of keys such as data:, algorithm:, worker:, trainer:")
-    return OmegaConf.to_container(tree, resolve=False)
+    written = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    return OmegaConf.to_container(tree, resolve=False), dict(_scalars(written))
+
+
+def _scalars(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (full key, text) of every scalar in mappings of mappings."""
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            yield from _scalars(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, str):
+        yield key, values
 
 
 def _reset(tree: DictConfig, config_class: type) -> None:

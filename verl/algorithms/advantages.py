@@ -31,6 +31,8 @@ class AdvantageInputs:
     """(N,) objects, equal for responses to the same prompt."""
     config: AlgorithmConfig
     """The section `algorithm`: the knobs of every estimator."""
+    scores: torch.Tensor | None = None
+    """(N,): each response's reward before any KL was taken off; None where none was."""
     values: torch.Tensor | None = None
     """(N, R): a critic's estimate, before each token, of the discounted rewards from that token on; for `gae` only."""
     reward_baselines: torch.Tensor | None = None
@@ -51,7 +53,9 @@ def compute_grpo_advantages(inputs: AdvantageInputs, eps: float = 1e-6) -> tuple
     2402.03300, sec. 4.1.2). Our deltas:
 
     1. The standard deviation is the unbiased one (n - 1), and eps keeps it from zero.
-    2. A group of one, or whose rewards are all equal, has nothing to compare: advantage exactly 0.
+    2. A group of one, or whose scores are all equal, has nothing to compare: advantage exactly 0. Where a KL was taken
+       off the rewards, the scores before it decide: divided by their tiny deviation, differences of KL alone would
+       weigh as much as right and wrong.
 
     Returns the same for advantages and returns.
     """
@@ -59,7 +63,7 @@ def compute_grpo_advantages(inputs: AdvantageInputs, eps: float = 1e-6) -> tuple
     def compare(rewards: torch.Tensor) -> torch.Tensor:
         return (rewards - rewards.mean()) / (rewards.std() + eps)
 
-    return _compare_responses(inputs, compare)
+    return _compare_responses(inputs, compare, _scores_of(inputs))
 
 
 @register_adv_estimator("grpo_passk")
@@ -71,7 +75,7 @@ def compute_grpo_passk_advantages(inputs: AdvantageInputs, eps: float = 1e-6) ->
     where two share the best reward neither is missed. Our deltas:
 
     1. Divided by the group's std + eps, as in GRPO.
-    2. A group of one has advantage exactly 0.
+    2. A group of one, or whose scores are all equal, has advantage exactly 0, as in `grpo`.
 
     Returns the same for advantages and returns.
     """
@@ -80,7 +84,7 @@ def compute_grpo_passk_advantages(inputs: AdvantageInputs, eps: float = 1e-6) ->
         best, second = rewards.topk(2).values
         return torch.where(rewards == best, (best - second) / (rewards.std() + eps), 0)
 
-    return _compare_responses(inputs, compare)
+    return _compare_responses(inputs, compare, _scores_of(inputs))
 
 
 @register_adv_estimator("rloo")
@@ -97,7 +101,7 @@ def compute_rloo_advantages(inputs: AdvantageInputs) -> tuple[torch.Tensor, torc
     def compare(rewards: torch.Tensor) -> torch.Tensor:
         return rewards - (rewards.sum() - rewards) / (len(rewards) - 1)
 
-    return _compare_responses(inputs, compare)
+    return _compare_responses(inputs, compare, inputs.token_level_rewards.sum(-1))
 
 
 @register_adv_estimator("reinforce_plus_plus")
@@ -107,7 +111,7 @@ def compute_reinforce_plus_plus_advantages(inputs: AdvantageInputs) -> tuple[tor
     REINFORCE++ (arXiv 2501.03262, its global advantage normalisation). Our deltas:
 
     1. Normalised as `masked_whiten` does: over all response tokens, by the unbiased variance plus 1e-8. A batch whose
-       tokens all have the same return has advantage exactly 0.
+       tokens all have the same return, or whose responses all have the same score, has advantage exactly 0.
     2. The KL is part of the rewards where the configuration puts it there, not always.
 
     Returns the whitened returns as advantages, and the returns themselves.
@@ -115,6 +119,9 @@ def compute_reinforce_plus_plus_advantages(inputs: AdvantageInputs) -> tuple[tor
     no_values = torch.zeros_like(inputs.token_level_rewards)  # (N, R)
     gamma = inputs.config.gamma
     to_go = _discounted_errors(inputs.token_level_rewards, no_values, inputs.response_mask, gamma, lam=1.0)
+    scores = _scores_of(inputs)
+    if inputs.scores is not None and (scores == scores[0]).all():
+        return torch.zeros_like(to_go), to_go  # nothing but KL, which whitening would blow up
     return masked_whiten(to_go, inputs.response_mask), to_go
 
 
@@ -154,12 +161,16 @@ def compute_gae_advantages(inputs: AdvantageInputs) -> tuple[torch.Tensor, torch
     return masked_whiten(advantages, inputs.response_mask), advantages + values
 
 
+def _scores_of(inputs: AdvantageInputs) -> torch.Tensor:
+    return inputs.token_level_rewards.sum(-1) if inputs.scores is None else inputs.scores  # (N,)
+
+
 def _compare_responses(
-    inputs: AdvantageInputs, compare: Callable[[torch.Tensor], torch.Tensor]
+    inputs: AdvantageInputs, compare: Callable[[torch.Tensor], torch.Tensor], deciding: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Every token gets what `compare` makes of its response's reward among those to the same prompt, (n,) to (n,).
 
-    A group of one, or with equal rewards, is not compared but gets 0.
+    A group of one, or with equal `deciding` values (N,), is not compared but gets 0.
     """
     rewards = inputs.token_level_rewards.sum(-1)  # (N,)
     advantages = torch.zeros_like(rewards)  # (N,)
@@ -167,7 +178,7 @@ def _compare_responses(
     for group in range(group_of_row.max() + 1):
         rows = torch.from_numpy(np.flatnonzero(group_of_row == group)).to(rewards.device)
         # Asked here, not left to an eps: rounding in the mean of equal rewards would be blown up by 1 / eps.
-        if (rewards[rows] != rewards[rows[0]]).any():
+        if (deciding[rows] != deciding[rows[0]]).any():
             advantages[rows] = compare(rewards[rows])
     return _on_every_token(advantages, inputs)
 

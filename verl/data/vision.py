@@ -76,9 +76,36 @@ def target_size(width: int, height: int, min_pixels: int | None, max_pixels: int
     return width, height
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decode an image to 8-bit RGB, as one sees it.
+
+    - Transparency (RGBA, LA, PA, and palettes, greys or RGB with a transparent colour) is laid on white.
+    - 16-bit greys (I;16, and PNG's in mode I) are scaled from 0..65535 to 0..255.
+    - Other 32-bit integers (I) and floats (F) do not say what black and white are, and are refused.
+    - What Pillow converts without loss of meaning (1, L, P, CMYK, YCbCr, HSV) is converted by it.
+
+    Raises:
+        ValueError: the mode cannot be converted; the message names it.
+    """
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        on_white = Image.new("RGBA", rgba.size, "white")
+        on_white.alpha_composite(rgba)
+        return on_white.convert("RGB")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        grey = np.asarray(image).astype(np.float64) * (255 / 65535)
+        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floats"
+        raise ValueError(
+            f"image mode {image.mode} ({kind}) does not say what black and white are; save it as 8 or 16 bit"
+        )
+    return image.convert("RGB")
+
+
 def process_image(image: Image.Image, min_pixels: int | None, max_pixels: int | None) -> Image.Image:
-    """Decode an image, make it RGB and bring its area within `min_pixels` and `max_pixels`; None sets no bound."""
-    image = image.convert("RGB")
+    """Decode an image (`to_rgb`) and bring its area within `min_pixels` and `max_pixels`; None sets no bound."""
+    image = to_rgb(image)
     size = target_size(*image.size, min_pixels, max_pixels)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 

@@ -1,18 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads a Hugging Face model as the trainer wants it: the right auto class, attention and rope, no silent default."""
 
+import logging
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PretrainedConfig,
+)
 from transformers.utils import is_flash_attn_2_available
 
 from verl.models.registry import family_of
 from verl.models.value_model import ValueModel
 from verl.workers.actor.config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {
     "fp32": torch.float32,
@@ -46,6 +56,14 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     return model_config
 
 
+def load_generation_config(path: str, model_config: PretrainedConfig) -> GenerationConfig:
+    """The checkpoint's, as transformers' models find theirs."""
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:  # a checkpoint without one
+        return GenerationConfig.from_model_config(model_config)
+
+
 def policy_class(model_config: PretrainedConfig) -> type[AutoModelForImageTextToText] | type[AutoModelForCausalLM]:
     """The auto class of a policy: image-text wherever transformers has one for this config, else causal."""
     is_image_text = type(model_config) in AutoModelForImageTextToText._model_mapping
@@ -69,7 +87,14 @@ def load_model(
 
     Raises:
         OSError: `model_path` is neither a folder with a model nor a reachable hub id (transformers says which).
+        ValueError: its files lack weights of the model, or hold some of another shape.
     """
+    return _load(config, dtype, compute_dtype, with_weights, needs_head=True)
+
+
+def _load(
+    config: ModelConfig, dtype: torch.dtype, compute_dtype: torch.dtype, with_weights: bool, needs_head: bool
+) -> nn.Module:
     model_config = load_model_config(config)
     is_half = compute_dtype in (torch.float16, torch.bfloat16)
     can_flash = is_half and is_flash_attn_2_available() and not family_of(model_config).attends_both_ways
@@ -81,7 +106,15 @@ def load_model(
         trust_remote_code=config.trust_remote_code,
     )
     if with_weights:
-        return auto_class.from_pretrained(config.model_path, config=model_config, **settings)
+        model, report = auto_class.from_pretrained(
+            config.model_path,
+            config=model_config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported all the same, and refused below by name
+            **settings,
+        )
+        _require_all_weights(model, report, config.model_path, needs_head)
+        return model
     with torch.device("meta"):
         return auto_class.from_config(model_config, **settings).eval()  # as `from_pretrained` leaves it
 
@@ -93,7 +126,55 @@ def load_value_model(
 
     Read as the policy that it is on disk, since only then does transformers know every name its weights may have.
     """
-    return ValueModel(load_model(config, dtype, compute_dtype, with_weights))
+    return ValueModel(_load(config, dtype, compute_dtype, with_weights, needs_head=False))
+
+
+def _require_all_weights(model: nn.Module, report: dict[str, Any], path: str, needs_head: bool) -> None:
+    """Refuses a model of which transformers had to make up weights, and tells once of weights that it has no use for.
+
+    Args:
+        report: what `from_pretrained` says of the names; ties and what a class declares as optional are not in it.
+        needs_head: False where the output head is not used and may be missing.
+    """
+    head = model.get_output_embeddings()
+    of_head = set() if head is None or needs_head else {id(parameter) for parameter in head.parameters()}
+    unused = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in of_head}
+    missing, unexpected = sorted(set(report["missing_keys"]) - unused), sorted(report["unexpected_keys"])
+    if report["mismatched_keys"]:
+        name, in_files, in_model = sorted(report["mismatched_keys"])[0]
+        count = len(report["mismatched_keys"])
+        raise ValueError(
+            f"{count} weights in the files of {path} have another shape than the model's, such as {name}: "
+            f"{tuple(in_files)}, not {tuple(in_model)}; config and weights are of different models"
+        )
+    if missing:
+        others = f"; its files have {_some(unexpected)}, which the model does not" if unexpected else ""
+        raise ValueError(
+            f"the files of {path} lack {len(missing)} of the {len(list(model.parameters()))} weights of "
+            f"{type(model).__name__}: {_some(missing)}{others}. Save the model whole, under these names"
+        )
+    if unexpected:
+        logger.warning("%s has weights that %s does not use: %s", path, type(model).__name__, _some(unexpected))
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def require_room_for_tokens(tokenizer: Any, model_config: PretrainedConfig, tokenizer_path: str, path: str) -> None:
+    """Raise unless the model has an embedding for every token.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    last = max(tokenizer.get_vocab().values())
+    rows = model_config.get_text_config().vocab_size
+    if last >= rows:
+        raise ValueError(
+            f"the tokenizer of {tokenizer_path} has tokens up to id {last}, but {path} has embeddings for {rows}; use "
+            "the model's own tokenizer, or resize the embeddings (model.resize_token_embeddings) and save the model"
+        )
 
 
 def keep_vision_tower_in_step(model: nn.Module) -> None:

@@ -110,6 +110,17 @@ def adaptive_kl_in_the_loss(config: PPOConfig) -> Iterator[str]:
         yield "algorithm.kl_type=adaptive with algorithm.use_kl_loss=true leaves the coefficient as it is"
 
 
+def kl_lost_in_equal_groups(config: PPOConfig) -> Iterator[str]:
+    algorithm = config.algorithm
+    normalises = algorithm.adv_estimator in ("grpo", "grpo_passk", "reinforce_plus_plus")
+    if algorithm.kl_in_reward and algorithm.kl_coef > 0 and normalises:
+        yield (
+            "algorithm.use_kl_loss=false takes the KL off rewards that algorithm.adv_estimator="
+            f"{algorithm.adv_estimator} normalises: its weight then depends on the spread of the scores, and where all "
+            "scores are equal it has none. algorithm.use_kl_loss=true puts it into the loss"
+        )
+
+
 def token_weights_under_one_ratio(config: PPOConfig) -> Iterator[str]:
     if config.algorithm.enable_token_weights and config.worker.actor.loss_type == "gspo":
         yield (
@@ -167,6 +178,7 @@ def filtered_groups_of_one(config: PPOConfig) -> Iterator[str]:
 
 NOTES: tuple[Callable[[PPOConfig], Iterator[str]], ...] = (
     adaptive_kl_in_the_loss,
+    kl_lost_in_equal_groups,
     token_weights_under_one_ratio,
     bf16_weights_under_plain_adamw,
     warmup_of_no_critic,

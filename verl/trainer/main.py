@@ -201,11 +201,17 @@ def check_videos(config: PPOConfig, *datasets: "RLHFDataset") -> None:
 def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> None:
     logger.info("loading the tokenizer and the data")
     from verl.data.loader import create_dataloader
-    from verl.models.loader import load_model_config
+    from verl.models.loader import load_generation_config, load_model_config, require_room_for_tokens
     from verl.trainer.ray_trainer import RayDAPOTrainer
     from verl.utils.batch_plan import training_steps
     from verl.utils.checkpoint import find_resume_point
-    from verl.utils.tokenizer import get_processor, get_tokenizer, text_decoder
+    from verl.utils.tokenizer import (
+        eos_token_ids_of,
+        get_processor,
+        get_tokenizer,
+        text_decoder,
+        warn_of_other_turn_ends,
+    )
     from verl.workers.reward.user_function import RewardFunction
 
     logger.info("running on %s: %d worker(s)", processes.device, plan.world_size)
@@ -220,7 +226,11 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> 
     processor = get_processor(*source, trust_remote_code=model.trust_remote_code)
     decoder = text_decoder(tokenizer)
     RewardFunction(config.worker.reward, decoder)  # a mistake in the user's file is told before any model is loaded
-    train_loader, val_loader = create_dataloader(config.data, tokenizer, processor, load_model_config(model))
+    model_config = load_model_config(model)
+    require_room_for_tokens(tokenizer, model_config, model.tokenizer_path, model.model_path)
+    generation_config = load_generation_config(model.model_path, model_config)
+    warn_of_other_turn_ends(tokenizer, eos_token_ids_of(generation_config, tokenizer))
+    train_loader, val_loader = create_dataloader(config.data, tokenizer, processor, model_config)
     check_videos(config, train_loader.dataset, val_loader.dataset)
     steps = training_steps(config, len(train_loader.dataset))
     resume_point = find_resume_point(

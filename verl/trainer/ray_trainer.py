@@ -269,6 +269,7 @@ class RayDAPOTrainer:
                 streams["response_mask"],
                 batch.non_tensor_batch["uid"],
                 algorithm,
+                scores=streams["token_level_scores"].sum(-1) if algorithm.kl_in_reward else None,
                 values=streams["values"] if algorithm.needs_critic else None,
                 reward_baselines=streams["reward_baselines"] if algorithm.needs_baselines else None,
             )

@@ -4,14 +4,19 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TokenizersBackend
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import ProcessorMixin
+
+logger = logging.getLogger(__name__)
 
 
 def check_torchvision() -> None:
@@ -83,6 +88,45 @@ def _chat_template(file_or_template: str) -> str:
         raise ValueError(f"data.override_chat_template={file_or_template} is not a file; give a jinja chat template")
     with open(file_or_template, encoding="utf-8") as file:
         return file.read()
+
+
+def eos_token_ids_of(generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a response: what the model's generation config names, and the tokenizer's own end token.
+
+    Checkpoints of base models name end-of-text alone, where the chats that they are trained on end their turns in
+    another token; a response would run on past its turn.
+    """
+    named = generation_config.eos_token_id
+    named = [] if named is None else [named] if isinstance(named, int) else list(named)
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys([*named, *own]))
+
+
+def warn_of_other_turn_ends(tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]) -> None:
+    """One warning if the assistant's turn in the chat template ends in a special token that ends no response."""
+    end = _turn_end(tokenizer)
+    if end is not None and end not in eos_token_ids:
+        logger.warning(
+            "the chat template ends the assistant's turn with %r, which does not end a response; responses end with "
+            "%s. Set eos_token in tokenizer_config.json, or eos_token_id in generation_config.json",
+            tokenizer.decode([end]),
+            " or ".join(repr(tokenizer.decode([token_id])) for token_id in eos_token_ids) or "nothing",
+        )
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The first special token after an assistant's answer, as the chat template writes it; None without one."""
+    if tokenizer.chat_template is None:
+        return None
+    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}
+    try:
+        text = tokenizer.apply_chat_template([question, answer], tokenize=False)
+    except (TypeError, jinja2.TemplateError):  # a template that wants its contents in another form
+        return None
+    after = text.rpartition("ANSWER")[2]
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    ids = tokenizer.encode(after, add_special_tokens=False)
+    return next((token_id for token_id in ids if token_id in special), None)
 
 
 def text_decoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | PreTrainedTokenizerBase:

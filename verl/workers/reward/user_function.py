@@ -27,6 +27,9 @@ KEY = "worker.reward.reward_function"
 TOKEN_WEIGHTS = "token_weights"
 """The one key of a result that is no metric: a list of one weight per response token, or None."""
 
+LARGEST_NUMBER = 1e15
+"""Beyond it the variance of a batch of rewards may not fit into float32, in which advantages are computed."""
+
 IF_SEQUENTIAL = 'If the function takes one sample at a time, put REWARD_TYPE = "sequential" in its file'
 
 
@@ -175,12 +178,14 @@ class RewardFunction:
     def _number(self, key: str, value: Any, index: int, sample: dict[str, Any]) -> float:
         try:
             number = math.nan if isinstance(value, str) else float(value)
+        except OverflowError:  # an integer beyond any float
+            number = math.inf
         except (TypeError, ValueError, RuntimeError):  # the last by tensors of several elements
             number = math.nan
-        if not math.isfinite(number):
+        if not abs(number) <= LARGEST_NUMBER:
             raise ValueError(
                 f"{self._function_label} returned {key!r}: {_shorten(value)} for {_describe(index, sample)}; "
-                f"every value but {TOKEN_WEIGHTS!r} must be a finite number"
+                f"every value but {TOKEN_WEIGHTS!r} must be a number between -1e15 and 1e15"
             )
         return number
 

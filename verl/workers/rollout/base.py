@@ -7,7 +7,6 @@ Shapes: B prompts, n responses each, N = B * n, P prompt length, R response leng
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -165,14 +164,6 @@ def assemble_batch(
 def draw_seed(*parts: int) -> int:
     """One 31-bit seed from several numbers (run seed, step, rank, ...): different parts, unrelated draws."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0] >> 1)
-
-
-def eos_token_ids_of(generation_config: Any, tokenizer: Any) -> list[int]:
-    """The ids that end a response: the model's generation config where it names any, else the tokenizer's."""
-    ids = generation_config.eos_token_id
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    return list(ids) if isinstance(ids, (list, tuple)) else [ids]
 
 
 def copy_weights(target: Mapping[str, torch.Tensor], weights: Iterable[tuple[str, torch.Tensor]]) -> None:

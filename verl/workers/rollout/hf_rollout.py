@@ -26,13 +26,13 @@ from verl.models.loader import DTYPES, load_model
 from verl.models.registry import media_token_ids, media_token_types
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
+from verl.utils.tokenizer import eos_token_ids_of
 from verl.workers.rollout.base import (
     Rollout,
     Sampling,
     assemble_batch,
     copy_weights,
     draw_seed,
-    eos_token_ids_of,
     mask_responses,
 )
 from verl.workers.rollout.config import RolloutConfig

@@ -28,20 +28,20 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from vllm import LLM, RequestOutput, SamplingParams
 
 from verl.data.vision import MediaHandle
-from verl.models.loader import DTYPES, load_model_config
+from verl.models.loader import DTYPES, load_generation_config, load_model_config
 from verl.models.registry import checkpoint_name, family_of, media_token_ids
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
+from verl.utils.tokenizer import eos_token_ids_of
 from verl.workers.rollout.base import (
     Rollout,
     Sampling,
     assemble_batch,
     draw_seed,
-    eos_token_ids_of,
     mask_responses,
 )
 from verl.workers.rollout.config import RolloutConfig
@@ -156,7 +156,7 @@ class VLLMRollout(Rollout):
             llm,
             rollout,
             config.data.max_response_length,
-            eos_token_ids_of(_generation_config(model.model_path, model_config), tokenizer),
+            eos_token_ids_of(load_generation_config(model.model_path, model_config), tokenizer),
             tokenizer.pad_token_id,
             media_token_ids(model_config),
             model_config,
@@ -280,14 +280,6 @@ def _has_head(model: nn.Module) -> bool:
     """Whether the model has an output layer of its own by name, though its values may be tied to the embeddings."""
     names = (name for name, _ in model.named_parameters(remove_duplicate=False))
     return any(name.endswith("lm_head.weight") for name in names)
-
-
-def _generation_config(model_path: str, model_config: PretrainedConfig) -> GenerationConfig:
-    """The checkpoint's, as transformers' models find theirs."""
-    try:
-        return GenerationConfig.from_pretrained(model_path)
-    except OSError:  # a checkpoint without one
-        return GenerationConfig.from_model_config(model_config)
 
 
 def _media_options(model_config: PretrainedConfig, rollout: RolloutConfig, device: torch.device) -> dict[str, Any]:
