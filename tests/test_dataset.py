@@ -475,6 +475,50 @@ def test_a_long_row_is_named_with_both_lengths(make: Callable) -> None:
         dataset[1]
 
 
+# ---- answers as the file holds them ----
+
+
+def answers_of(path: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[Any]:
+    dataset = RLHFDataset(path, tokenizer, None, max_prompt_length=P, **options)
+    return [dataset[index]["ground_truth"] for index in range(len(dataset))]
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_json_texts_stay_texts_and_numbers_stay_whole(
+    lines: bool, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """A text that looks like a date, a whole number beside a fraction, a number beside a text."""
+    for number, answers in enumerate(
+        (["2023-05-17", "12:30"], ["2023-05-17", "2024-01-02"], [1, 2.5], [1, "x"], [0.5])
+    ):
+        rows = [{"prompt": "a", "answer": answer, "kept": {"since": "2023-05-17"}} for answer in answers]
+        path = tmp_path / f"{number}.json{'l' * lines}"
+        path.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows))
+        found = answers_of(str(path), tokenizer)
+        assert (found, list(map(type, found))) == (answers, list(map(type, answers)))
+        extra = RLHFDataset(str(path), tokenizer, None, max_prompt_length=P)[0]["extra"]
+        assert extra == {"kept": {"since": "2023-05-17"}}
+
+
+def test_csv_cells_are_the_texts_that_they_are(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("prompt,answer,note\na,007,\nb,NA,x\nc,1.50,2023-05-17\nd,True,null\n")
+    assert answers_of(str(tmp_path / "d.csv"), tokenizer) == ["007", "NA", "1.50", "True"]
+    dataset = RLHFDataset(str(tmp_path / "d.csv"), tokenizer, None, max_prompt_length=P)
+    assert [dataset[index]["extra"]["note"] for index in range(4)] == [None, "x", "2023-05-17", "null"]
+
+
+def test_class_labels_give_their_names(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    features = datasets.Features(
+        prompt=datasets.Value("string"),
+        answer=datasets.ClassLabel(names=["cat", "dog"]),
+        answer2=datasets.Value("int8"),
+    )
+    columns = {"prompt": ["a", "b", "c"], "answer": [1, 0, None], "answer2": [1, 0, 1]}
+    path = as_saved_folder(datasets.Dataset.from_dict(columns, features), tmp_path)
+    assert answers_of(path, tokenizer) == ["dog", "cat", None]
+    assert answers_of(path, tokenizer, answer_key="answer2") == [1, 0, 1]
+
+
 # ---- what is wrong with a row ----
 
 

@@ -171,3 +171,20 @@ def test_dapo_grades_what_follows_the_last_answer_or_is_boxed(response: str, is_
 def test_dapo_finds_the_answer_where_its_format_prompt_asks_for_it() -> None:
     template = (EXAMPLES.parent / "format_prompt" / "dapo.jinja").read_text()
     assert 'a line of its own that reads "Answer:" followed by the result' in template
+
+
+@pytest.mark.parametrize("truth", [12, 12.0, "12"])
+@pytest.mark.parametrize("name", ["math.py", "dapo.py", "r1v.py", "weighted_answer.py", "digits.py"])
+def test_answers_that_are_numbers_are_graded_as_their_texts(name: str, truth: object) -> None:
+    """JSON and parquet files may hold them so."""
+    scores = []
+    for answer in ("12", "13"):
+        response = f"<think>hm</think> <answer>{answer}</answer> Answer: {answer} \\boxed{{{answer}}}"
+        sample = {"response": response, "ground_truth": truth, "response_tokens": [response], "response_length": 1}
+        batched = name in ("math.py", "dapo.py", "digits.py")
+        lengths = dict(max_response_length=8, overlong_buffer_length=4, overlong_penalty_factor=1.0)
+        function = load(name, **(lengths if name == "dapo.py" else {}))
+        kwargs = lengths if name == "dapo.py" else {}
+        result = function([sample], **kwargs)[0] if batched else function(sample)
+        scores.append(result["overall"])
+    assert scores[0] > scores[1]

@@ -8,6 +8,7 @@ import torch
 from verl.protocol import DataProto
 from verl.trainer.metrics import (
     compute_attention_metrics,
+    compute_cancelled_share,
     compute_data_metrics,
     compute_length_metrics,
     compute_throughput_metrics,
@@ -185,6 +186,24 @@ def test_token_weight_metrics_show_what_the_weights_do():
             "token_weights/top10_share": 3 / 7,
         }
     )
+
+
+def test_the_cancelled_share_by_hand():
+    """Group a: 5 6 and 5 7 with weighted advantages 1, 1 and -1, -1: the shared 5 cancels, 2 of 4. Alike in both, 5
+    and 8 of group b have 3, 1 and -1, -1: of 3 - 1 and 1 - 1, 2 is left, 4 of 6 cancel. The padding counts nowhere.
+    Together 6 of 10. The 5 of another group is another token."""
+    batch = DataProto.from_dict(
+        {
+            "responses": torch.tensor([[5, 6, 0], [5, 8, 0], [5, 7, 0], [5, 8, 0]]),
+            "response_mask": torch.tensor([[1, 1, 0]] * 4),
+            "token_weights": torch.tensor([[1.0, 1.0, 9.0], [3.0, 1.0, 9.0], [1.0, 1.0, 9.0], [1.0, 1.0, 9.0]]),
+            "advantages": torch.tensor([[1.0] * 3, [1.0] * 3, [-1.0] * 3, [-1.0] * 3]),
+        },
+        {"uid": np.array(["a", "b", "a", "b"], dtype=object)},
+    )
+    assert compute_cancelled_share(batch) == pytest.approx(0.6)
+    batch.batch["responses"][:, 0] = torch.tensor([1, 2, 3, 4])
+    assert compute_cancelled_share(batch) == 0
 
 
 def test_weights_that_do_nothing_show_as_such():

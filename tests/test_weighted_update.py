@@ -439,6 +439,22 @@ def test_nothing_to_weigh_by_is_one_warning_that_says_what_to_switch_on(
     assert "token_weights" in record.getMessage()
 
 
+def test_weights_that_do_nothing_or_take_weight_away_are_told_once(
+    measured: DataProto, caplog: pytest.LogCaptureFixture
+) -> None:
+    ones = {"token_weights": [[1.0, 1.0, 1.0], [1.0, 1.0], [1.0]]}
+    low = {"token_weights": [[0.5, 0.5, 0.5], [0.5, 0.5], [0.5]]}
+    for values, message in ((ones, "every token of step 1 weighs 1"), (low, "token_weights/mean is 0.50 in step 1")):
+        trainer = weigher()
+        trainer.state.global_step = 1
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            for _ in range(2):
+                trainer._maybe_compute_token_weights(measured, values)
+        (record,) = caplog.records
+        assert message in record.getMessage()
+
+
 @pytest.mark.parametrize("weights", [[math.nan], [-0.1], [1.0, 1.0, 1.0, 1.0]])
 def test_weights_that_cannot_be_are_refused_with_their_sample(weights: list[float], measured: DataProto) -> None:
     with pytest.raises(ValueError, match="token_weights.*sample 0"):

@@ -28,7 +28,7 @@ def compute_score(
     """
     scores = []
     for sample in reward_inputs:
-        accuracy = 1.0 if grade_answer(answer_in(sample["response"]), sample["ground_truth"]) else -1.0
+        accuracy = 1.0 if grade_answer(answer_in(sample["response"]), str(sample["ground_truth"])) else -1.0
         overlong = overlong_penalty(sample["response_length"], max_response_length, overlong_buffer_length)
         scores.append(
             {

@@ -21,7 +21,7 @@ def compute_score(reward_inputs: list[dict[str, Any]], format_weight: float = 0.
     for sample in reward_inputs:
         response = sample["response"]
         form = float(FORM.fullmatch(response) is not None)
-        accuracy = float(grade_answer(extract_boxed_content(response), sample["ground_truth"]))
+        accuracy = float(grade_answer(extract_boxed_content(response), str(sample["ground_truth"])))
         overall = (1 - format_weight) * accuracy + format_weight * form
         scores.append({"overall": overall, "format": form, "accuracy": accuracy})
     return scores

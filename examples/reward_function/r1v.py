@@ -22,7 +22,7 @@ def compute_score(reward_input: dict[str, Any], format_weight: float = 0.5) -> d
     form = float(FORM.fullmatch(response) is not None)
     answer = ANSWER.search(response)
     given = answer.group(1) if answer else response
-    accuracy = float(grade_answer(given.strip(), reward_input["ground_truth"].strip()))
+    accuracy = float(grade_answer(given.strip(), str(reward_input["ground_truth"]).strip()))
     return {
         "overall": (1 - format_weight) * accuracy + format_weight * form,
         "format": form,

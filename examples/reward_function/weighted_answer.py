@@ -19,7 +19,7 @@ BOXED = re.compile(r"\\boxed\{.*\}")
 
 def compute_score(reward_input: dict[str, Any], answer_weight: float = 2.0) -> dict[str, Any]:
     """Score one response by its boxed answer, 0 or 1, and weigh its tokens."""
-    accuracy = float(grade_answer(extract_boxed_content(reward_input["response"]), reward_input["ground_truth"]))
+    accuracy = float(grade_answer(extract_boxed_content(reward_input["response"]), str(reward_input["ground_truth"])))
     weights = weights_of_tokens(reward_input["response_tokens"], answer_weight)
     return {"overall": accuracy, "accuracy": accuracy, "token_weights": weights}
 

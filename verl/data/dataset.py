@@ -21,8 +21,11 @@ import pyarrow as pa
 import pyarrow.compute
 import torch
 from datasets import (
+    ClassLabel,
     Dataset,
     DatasetDict,
+    Features,
+    Json,
     LargeList,
     List,
     Value,
@@ -130,7 +133,42 @@ def _load_files(files: Mapping[str, Sequence[Path]], split: str) -> Dataset:
     if empty:
         raise ValueError(f"{', '.join(empty)} is empty")
     builder = suffixes.pop().removeprefix(".")
-    return load_dataset(builder, data_files={name: list(map(str, files[name])) for name in files}, split=split)
+    data_files = {name: list(map(str, files[name])) for name in files}
+    if builder == "csv":
+        return _load_csv(data_files, split)
+    rows = load_dataset(builder, data_files=data_files, split=split)
+    return _as_written(rows, data_files, split) if builder == "json" else rows
+
+
+def _load_csv(data_files: Mapping[str, Sequence[str]], split: str) -> Dataset:
+    """All columns as the texts that they are in the file, null where a cell is empty.
+
+    Left to guess types, pandas makes 7.0 of `007` and null of `NA`.
+    """
+    guessed = load_dataset("csv", data_files=dict(data_files), split=split)
+    texts = Features({column: Value("string") for column in guessed.column_names})
+    options = dict(features=texts, keep_default_na=False, na_values=[""])
+    return load_dataset("csv", data_files=dict(data_files), split=split, **options)
+
+
+def _as_written(rows: Dataset, data_files: Mapping[str, Sequence[str]], split: str) -> Dataset:
+    """The rows of JSON files with the columns read anew that pyarrow does not leave as they were written.
+
+    It makes moments of texts that look like dates, and floats of whole numbers beside others.
+    """
+    changed = {column: Json() for column, feature in rows.features.items() if _is_changed(feature)}
+    if not changed:
+        return rows
+    features = Features({**rows.features, **changed})
+    return load_dataset("json", data_files=dict(data_files), split=split, features=features)
+
+
+def _is_changed(feature: Any) -> bool:
+    if isinstance(feature, Mapping):
+        return any(map(_is_changed, feature.values()))
+    if isinstance(feature, (List, LargeList)):
+        return _is_changed(feature.feature)
+    return isinstance(feature, Value) and feature.dtype.startswith(("timestamp", "date", "time", "duration", "float"))
 
 
 def _load_folder(folder: Path, split: str) -> Dataset:
@@ -279,7 +317,7 @@ class RLHFDataset(torch.utils.data.Dataset):
         return "video" in self._media_keys and _has_any(self._media, self._media_keys["video"])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self._rows[index]
+        row = self._labelled(self._rows[index])
         prompt_text = self._prompt_text(row.pop(self.config.prompt_key))
         images = self._read(index, "image", self._load_image)
         videos = self._read(index, "video", self._load_video)
@@ -306,6 +344,14 @@ class RLHFDataset(torch.utils.data.Dataset):
         }
 
     # ---- one row ----
+
+    def _labelled(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row with the names of class labels in the place of their numbers."""
+        labels = {name: kind for name, kind in self._rows.features.items() if isinstance(kind, ClassLabel)}
+        return {
+            name: labels[name].int2str(value) if name in labels and value is not None else value
+            for name, value in row.items()
+        }
 
     def _prompt_text(self, prompt: str) -> str:
         return prompt if self.format_prompt is None else _template(self.format_prompt).render(content=prompt)

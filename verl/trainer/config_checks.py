@@ -116,8 +116,8 @@ def kl_lost_in_equal_groups(config: PPOConfig) -> Iterator[str]:
     if algorithm.kl_in_reward and algorithm.kl_coef > 0 and normalises:
         yield (
             "algorithm.use_kl_loss=false takes the KL off rewards that algorithm.adv_estimator="
-            f"{algorithm.adv_estimator} normalises: its weight then depends on the spread of the scores, and where all "
-            "scores are equal it has none. algorithm.use_kl_loss=true puts it into the loss"
+            f"{algorithm.adv_estimator} normalises: its weight then depends on the spread of the scores, and it has "
+            "none where all scores are equal. algorithm.use_kl_loss=true puts it into the loss"
         )
 
 

@@ -19,6 +19,8 @@ from verl.trainer.token_kinds import TokenKind, TokenKinds
 from verl.utils.attention_metrics import attention_metrics_from_mass, vgr_from_mass
 from verl.utils.response_span import prompt_lengths, response_lengths
 
+PREFIX_HASH = np.uint64(0x9E3779B97F4A7C15)  # an odd number without structure (2^64 / golden ratio)
+
 PHASES_PER_RESPONSE_TOKEN = ("gen", "reward")
 """Phases whose cost grows with what is generated."""
 PHASES_PER_TOKEN = ("old", "ref", "values", "adv", "update_critic", "update_actor")
@@ -204,6 +206,29 @@ def compute_token_weight_metrics(
     return {f"token_weights/{name}": value.item() for name, value in values.items()}
 
 
+def compute_cancelled_share(batch: DataProto) -> float:
+    """The share of the weighted advantages that cancels between responses of a group which begin alike.
+
+    Responses to one prompt with the same tokens up to t share the gradient of log pi at t, which enters the loss times
+    the sum of w A over them. 1 - (sum over those sums of |sum of w A|) / (sum over tokens of |w A|): 0 where every
+    response goes its own way from its first token on, 1 where nothing is left. On short, templated answers most
+    tokens are shared, and weights change little.
+
+    Reads: `responses`, `response_mask`, `token_weights`, `advantages` (N, R), `uid`.
+    """
+    tensors = batch.batch
+    is_response = tensors["response_mask"].bool().numpy()  # (N, R)
+    pulls = (tensors["token_weights"] * tensors["advantages"]).double().numpy()  # (N, R)
+    _, groups = np.unique(batch.non_tensor_batch["uid"].astype(str), return_inverse=True)
+    prefixes = np.zeros(is_response.shape, dtype=np.uint64)  # (N, R), a rolling hash of uid and tokens
+    running = _mixed(groups.astype(np.uint64))
+    for column, ids in enumerate(tensors["responses"].numpy().astype(np.uint64).T):
+        running = prefixes[:, column] = _mixed(running + ids)
+    _, nodes = np.unique(prefixes[is_response], return_inverse=True)
+    left = np.abs(np.bincount(nodes, weights=pulls[is_response])).sum()
+    return float(1 - left / max(np.abs(pulls[is_response]).sum(), 1e-12))
+
+
 def compute_signal_metrics(importance: Mapping[str, torch.Tensor], response_mask: torch.Tensor) -> dict[str, float]:
     """What token signals say, and how far they agree.
 
@@ -249,6 +274,13 @@ def reduce_metrics(metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
 def largest_of_workers(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The largest value of each metric, from one mapping per worker, all with the same names."""
     return {name: max(of_worker[name] for of_worker in metrics) for name in metrics[0]}
+
+
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """uint64 to uint64: neighbours become numbers far apart."""
+    numbers = (numbers + np.uint64(1)) * PREFIX_HASH
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * PREFIX_HASH
+    return numbers ^ (numbers >> np.uint64(27))
 
 
 def _share(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from verl.single_controller.worker_processes import WorkerProcesses
 from verl.trainer.config import PPOConfig
 from verl.trainer.metrics import (
     compute_attention_metrics,
+    compute_cancelled_share,
     compute_data_metrics,
     compute_rollout_metrics,
     compute_throughput_metrics,
@@ -325,8 +326,10 @@ class RayDAPOTrainer:
 
     def _log(self, batch: DataProto, record: StepRecord) -> None:
         """Reads: `attention_mask`, `response_mask`, `token_level_scores`, `token_level_rewards`, `advantages`,
-        `returns`, and `values` where there is a critic."""
+        `returns`, `values` where there is a critic, and of weighted runs `responses`, `uid`, `token_weights`."""
         record.add(compute_data_metrics(batch, has_critic=self.plan.critic is not None))
+        if self.config.algorithm.enable_token_weights:
+            record.add({"token_weights/cancelled_share": compute_cancelled_share(batch)})
         record.add(compute_timing_metrics(batch, record.timings))
         record.add(compute_throughput_metrics(batch, record.timings, self.plan.world_size))
         record.add(largest_of_workers(self.workers.memory_metrics()))

@@ -153,7 +153,7 @@ _WEIGHTS = "attach_token_weights"
 STREAMS = (
     Stream("prompts", "N P", _INT, "rollout", (), always),
     Stream("responses", "N R", _INT, "rollout", (
-        "start_rewards", (_WEIGHTS, weighs_or_asks_for("responses"))), always),
+        "start_rewards", (_WEIGHTS, weighs_or_asks_for("responses")), ("log", token_weights)), always),
     Stream("input_ids", "N S", _INT, "rollout", _PASSES, always),
     Stream("attention_mask", "N S", _INT, "rollout", ("balance_across_ranks", *_PASSES, "log"), always),
     Stream("position_ids", "N S", _INT, "rollout", _PASSES, always),
@@ -162,7 +162,7 @@ STREAMS = (
     Stream("rollout_log_probs", "N R", _FLOAT, "rollout", (
         "compute_log_probs", (_WEIGHTS, asks_for("rollout_log_probs"))), always),
     Stream("multi_modal_data", "N", object, "rollout", ("start_rewards", *_PASSES), always),
-    Stream("uid", "N", object, "rollout", ("start_rewards", "compute_advantages"), always),
+    Stream("uid", "N", object, "rollout", ("start_rewards", "compute_advantages", ("log", token_weights)), always),
     Stream("prompt_text", "N", object, "rollout", ("start_rewards",), always),
     Stream("ground_truth", "N", object, "rollout", ("start_rewards",), always),
     Stream("extra", "N", object, "rollout", ("start_rewards",), always),
@@ -187,7 +187,7 @@ STREAMS = (
     Stream("values", "N R", _FLOAT, "compute_values", ("compute_advantages", "update_critic", "log"), critic),
     Stream("token_level_scores", "N R", _FLOAT, "await_rewards", ("compute_advantages", "log"), scores_later),
     Stream("reward_results", "N", object, "await_rewards", ((_WEIGHTS, token_weights),), scores_later),
-    Stream("token_weights", "N R", _FLOAT, _WEIGHTS, ("update_actor",), token_weights),
+    Stream("token_weights", "N R", _FLOAT, _WEIGHTS, ("update_actor", "log"), token_weights),
     Stream("token_level_rewards", "N R", _FLOAT, "compute_advantages", ("log",), always),
     Stream("advantages", "N R", _FLOAT, "compute_advantages", ("update_actor", "log"), always),
     Stream("returns", "N R", _FLOAT, "compute_advantages", ("update_critic", "log"), always),

@@ -19,6 +19,9 @@ from verl.workers.reward.user_function import TOKEN_WEIGHTS
 
 logger = logging.getLogger(__name__)
 
+LOWEST_MEAN, HIGHEST_MEAN = 0.8, 1.1
+"""Of a step's weights; outside, the size of the update is no longer that of an unweighted one."""
+
 
 class TokenWeigher:
     """Weighs the tokens of a run's batches.
@@ -37,7 +40,7 @@ class TokenWeigher:
             if is_measured or not signal.needs_attention
         }
         self.kinds = None if tokenizer is None else TokenKinds(tokenizer)
-        self._has_warned = False
+        self._told: set[str] = set()
 
     def weights(self, batch: DataProto, reward_values: dict[str, list[Any]], step: int) -> torch.Tensor | None:
         """Weights (N, R) float32, as `compute_token_weights` makes them; None and one warning where nothing gives any.
@@ -57,14 +60,38 @@ class TokenWeigher:
             self.algorithm,
             step,
         )
-        if weights is None and not self._has_warned:
-            self._has_warned = True
-            logger.warning(
+        if weights is None:
+            self._warn_once(
+                "nothing",
                 "algorithm.enable_token_weights=true, but there is nothing to weigh tokens by, so training goes on "
-                "unweighted: set worker.rollout.collect_attentions=true, or let the reward function return %r",
-                TOKEN_WEIGHTS,
+                "unweighted: set worker.rollout.collect_attentions=true, or let the reward function return "
+                f"{TOKEN_WEIGHTS!r}",
             )
+        elif name != "uniform" and step > self.algorithm.token_weight_warmup_steps:
+            self._warn_of_idle_weights(weights[streams["response_mask"].bool()], step)
         return weights
+
+    def _warn_of_idle_weights(self, weights: torch.Tensor, step: int) -> None:
+        """weights: (response tokens,)."""
+        if (weights == 1).all():
+            self._warn_once(
+                "ones",
+                f"algorithm.enable_token_weights=true, but every token of step {step} weighs 1: its prompts have no "
+                "image or no text to weigh by, and weights do nothing for a model or for data of text alone",
+            )
+        mean = weights.mean().item()
+        if not LOWEST_MEAN <= mean <= HIGHEST_MEAN:
+            self._warn_once(
+                "mean",
+                f"token_weights/mean is {mean:.2f} in step {step}, so that weighted rows count less or more than rows of "
+                "weight 1, as clipping changes their mean: algorithm.token_weight_conserve_mean=true brings it back to "
+                "one; wider bounds in algorithm.token_weight_clip, or more layers, change it less",
+            )
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._told:
+            self._told.add(kind)
+            logger.warning(message)
 
     def metrics(self, batch: DataProto) -> dict[str, float]:
         """`token_weights/*` of weighted runs, `signals/*` of runs that log signals.
