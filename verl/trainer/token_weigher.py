@@ -83,9 +83,9 @@ class TokenWeigher:
         if not LOWEST_MEAN <= mean <= HIGHEST_MEAN:
             self._warn_once(
                 "mean",
-                f"token_weights/mean is {mean:.2f} in step {step}, so that weighted rows count less or more than rows of "
-                "weight 1, as clipping changes their mean: algorithm.token_weight_conserve_mean=true brings it back to "
-                "one; wider bounds in algorithm.token_weight_clip, or more layers, change it less",
+                f"token_weights/mean is {mean:.2f} in step {step}: clipping changes the mean, and weighted rows count less "
+                "or more than rows of weight 1. algorithm.token_weight_conserve_mean=true brings it back to one; wider "
+                "bounds in algorithm.token_weight_clip, or more layers, change it less",
             )
 
     def _warn_once(self, kind: str, message: str) -> None:
