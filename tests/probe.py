@@ -11,6 +11,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from tests.pool import shared_processes
 from verl.algorithms.policy_loss import POLICY_LOSSES
+from verl.algorithms.token_weights import measured_streams
 from verl.data.features import featurize
 from verl.models.loader import load_model, load_value_model
 from verl.protocol import DataProto
@@ -83,6 +84,7 @@ class ProbeWorker(FSDPWorker):
     def restart(self, config: PPOConfig) -> None:
         """Builds everything anew, for a run with another configuration on the same ranks."""
         self.config, self.plan = config, BatchPlan.from_config(config, self.world_size)
+        self.signal_streams = measured_streams(config.algorithm, config.worker.rollout.collect_attentions)
         self.init_model()
 
     @register(ONE_TO_ALL)
@@ -221,7 +223,14 @@ def start_alone(config: PPOConfig) -> ProbeWorker:
 def run_of(config: PPOConfig, num_workers: int) -> dict[str, Any]:
     """What a worker is told of its run."""
     plan, policy_loss = BatchPlan.from_config(config, num_workers), POLICY_LOSSES[config.worker.actor.loss_type]
-    return {"config": config, "plan": plan, "policy_loss": policy_loss, "training_steps": 10}
+    measured = measured_streams(config.algorithm, config.worker.rollout.collect_attentions)
+    return {
+        "config": config,
+        "plan": plan,
+        "policy_loss": policy_loss,
+        "signal_streams": measured,
+        "training_steps": 10,
+    }
 
 
 def start_two(config: PPOConfig) -> WorkerGroup:

@@ -970,7 +970,7 @@ def test_the_names_known_without_torch_are_those_that_the_algorithms_register() 
     for names, table, module in (
         (ADV_ESTIMATORS, ADVANTAGE_ESTIMATORS, "verl.algorithms.advantages"),
         (LOSS_TYPES, POLICY_LOSSES, "verl.algorithms.policy_loss"),
-        (config.TOKEN_SIGNALS, TOKEN_SIGNALS, "verl.algorithms.token_weights"),
+        (config.TOKEN_SIGNAL_NAMES, TOKEN_SIGNALS, "verl.algorithms.token_weights"),
     ):
         assert set(names) == {name for name, function in table.items() if function.__module__ == module}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.distributions import Categorical
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
 
 from tests.batches import answer_at_random, make_prompts, response_logits
 from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, ProbeWorker, make_config, start_alone, start_two
@@ -25,18 +25,20 @@ from verl.algorithms.token_weights import (
 )
 from verl.data.image_noise import ImageNoise
 from verl.data.vision import MediaHandle
-from verl.models.attention_recorder import choose_layers
+from verl.models.attention_recorder import choose_layers, require_layers
 from verl.protocol import DataProto
 from verl.trainer.config import AlgorithmConfig, load_config
 from verl.trainer.main import prepare
 from verl.trainer.metrics import compute_signal_metrics, compute_token_weight_metrics
 from verl.trainer.token_kinds import TokenKind, TokenKinds
+from verl.trainer.token_weigher import TokenWeigher
 from verl.utils.attention_token_weights import weights_from_importance
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG_ALL = "algorithm.token_signals_to_log=[vgr,vision_density,entropy,image_kl,hidden_cosine,uniform]"
 COLLECT = "worker.rollout.collect_attentions=true"
 NOISE = ImageNoise("patches", 0.5)
+ATTENDS = f"{ROOT}/tests/signals.py:attends"
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +199,8 @@ def test_streams_do_not_depend_on_padding_micro_batches_order_or_ranks(
 
 def shaped(importance: list[float], **options) -> list[float]:
     """Of one response without padding."""
-    return weights_from_importance(torch.tensor([importance]), torch.ones(1, len(importance)), **options)[0].tolist()
+    given = torch.tensor([importance], dtype=torch.float64)
+    return weights_from_importance(given, torch.ones(1, len(importance)), **options)[0].tolist()
 
 
 def test_the_top_share_weighs_one_and_the_rest_nothing_or_all_of_the_mean() -> None:
@@ -236,7 +239,8 @@ def test_the_conserved_mean_is_one_and_keeps_the_order_however_the_importance_sp
 @pytest.mark.parametrize(
     ("importance", "options", "message"),
     [
-        ([1.0, -2.0], {}, "token 1 of response 0 has importance -2.0, below 0"),
+        ([1.0, -2.0], {}, "token 1 of response 0 has importance -2.0, not between 0 and 1e100"),
+        ([1e308, 1.0], {}, "token 0 of response 0 has importance 1e.308, not between 0 and 1e100"),
         ([1.0], {"top_share": 0.0}, "top_share=0.0 is not above 0"),
         ([1.0], {"top_share": 1.5}, "top_share=1.5 is not above 0"),
     ],
@@ -288,13 +292,22 @@ def test_a_control_is_drawn_anew_in_each_step_and_knows_rows_by_their_tokens(con
 
 
 def test_inverse_weights_have_the_reciprocal_importance_and_are_shaped_alike() -> None:
-    """1/1 and 1/3 have mean 2/3: weights 1.5 and 0.5. Given weights of 2 and 4 become 4/3 and 2/3."""
+    """1/1 and 1/3 have mean 2/3: weights 1.5 and 0.5. Given weights of 2 and 4 become 4 and 2, of mean 3 as before."""
     inverse = weigh(token_weight_control="inverse")
     torch.testing.assert_close(inverse[2, :2], torch.tensor([1.5, 0.5]))
     assert (inverse[0].diff() < 0).all()
     given = weigh(lists=[None, None, [2.0, 4.0]], token_weight_control="inverse")
-    torch.testing.assert_close(given[2, :2], torch.tensor([4 / 3, 2 / 3]))
+    torch.testing.assert_close(given[2, :2], torch.tensor([4.0, 2.0]))
     assert torch.equal(given[:2], inverse[:2])
+
+
+def test_the_reciprocal_of_next_to_nothing_does_not_outweigh_the_rest() -> None:
+    """0 counts as a hundredth of the largest, 4: 25 beside 0.25 and 0.5. What is undefined stays so and weighs 1."""
+    importance = torch.tensor([[4.0, 2.0, 0.0, math.nan, math.inf]], dtype=torch.float64)
+    config = AlgorithmConfig(token_weight_control="inverse", token_weight_clip=(0.0, 100.0))
+    weights = compute_token_weights(importance, None, torch.ones(1, 5), torch.ones(1, 5), config, 1)
+    mean = (0.25 + 0.5 + 25) / 3
+    torch.testing.assert_close(weights, torch.tensor([[0.25 / mean, 0.5 / mean, 25 / mean, 1.0, 1.0]]))
 
 
 def test_random_weights_have_the_mean_and_the_variance_of_the_real_ones() -> None:
@@ -307,7 +320,7 @@ def test_random_weights_have_the_mean_and_the_variance_of_the_real_ones() -> Non
         compute_token_weights(importance, None, responses, mask, AlgorithmConfig(token_weight_control=control), 1)
         for control in ("none", "random")
     )
-    assert drawn.mean().item() == pytest.approx(real.mean().item(), rel=0.01)
+    torch.testing.assert_close(drawn.mean(1), real.mean(1), atol=1e-5, rtol=0)
     of_rows = [weights.var(dim=1, correction=0).mean().item() for weights in (real, drawn)]
     assert of_rows[1] == pytest.approx(of_rows[0], rel=0.05)
     assert (drawn > 0).all()
@@ -344,6 +357,43 @@ def test_a_signal_that_asks_for_the_unknown_or_returns_another_shape_is_refused(
     both = [f"{tmp_path}/s.py:b", f"{tmp_path}/t.py:b"]
     with pytest.raises(ValueError, match="two token signals are named b"):
         signals_of(AlgorithmConfig(token_signals_to_log=both))
+    (tmp_path / "u.py").write_text(
+        "import numpy as np\nf = np.exp\ndef g(entropy, /):\n    return entropy\n"
+        "def h(entropy):\n    return -entropy\ndef k(entropy):\n    raise KeyError('oops')\n"
+    )
+    for name, message in (("f", "does not say what its arguments are"), ("g", "takes arguments by position")):
+        with pytest.raises(ValueError, match=f"u.py:{name} {message}"):
+            find_signal(f"{tmp_path}/u.py:{name}")
+    with pytest.raises(ValueError, match="h gives token 0 of response 0 the importance -1; it must be 0 or above"):
+        find_signal(f"{tmp_path}/u.py:h").importance(streams)
+    with pytest.raises(RuntimeError, match="the token signal k raised KeyError: 'oops'"):
+        find_signal(f"{tmp_path}/u.py:k").importance(streams)
+
+
+def test_a_signal_that_writes_into_what_it_is_given_changes_nothing_and_runs_once_a_step(tmp_path: Path) -> None:
+    (tmp_path / "s.py").write_text(
+        "calls = []\ndef spoiler(old_log_probs):\n    calls.append(1)\n    return old_log_probs.neg_() + len(calls)\n"
+    )
+    name = f"{tmp_path}/s.py:spoiler"
+    config = load_config(
+        [
+            "algorithm.enable_token_weights=true",
+            f"algorithm.token_weight_signal={name}",
+            LOG_ALL.replace("vgr,vision_density,", ""),
+        ]
+    )
+    weigher = TokenWeigher(config, None)
+    log_probs = -torch.rand(3, 6)
+    streams = {"old_log_probs": log_probs.clone(), "response_mask": MASK, "responses": RESPONSES}
+    streams |= dict.fromkeys(("entropy", "image_kl", "hidden_cosine"), torch.rand(3, 6))
+    batch = DataProto.from_dict(streams)
+    for step in (1, 2):
+        batch.batch["token_weights"] = weigher.weights(batch, {}, step)
+        expected = weights_from_importance(-log_probs + step, MASK)
+        torch.testing.assert_close(batch.batch["token_weights"], expected)
+        mean = (step - log_probs)[MASK.bool()].mean().item()
+        assert weigher.metrics(batch)["signals/spoiler/mean"] == pytest.approx(mean, rel=1e-5)
+    assert torch.equal(batch.batch["old_log_probs"], log_probs)
 
 
 # ---- the configuration ----
@@ -356,6 +406,15 @@ def test_a_signal_that_asks_for_the_unknown_or_returns_another_shape_is_refused(
         ("algorithm.token_signals_to_log=[entropie]", "entropie is not one of vgr, .*; did you mean entropy"),
         ("algorithm.token_signals_to_log=[vgr]", "token_signals_to_log has vgr, which needs worker.rollout.collect"),
         (f"algorithm.token_signals_to_log=[{ROOT}/tests/no.py:f]", "token_signals_to_log=.* names no file"),
+        (
+            f"algorithm.token_signals_to_log=[{ATTENDS}]",
+            "to_log=.*:attends needs worker.rollout.collect",
+        ),
+        (f"algorithm.token_weight_signal={ATTENDS}", "signal=.*:attends needs worker.rollout.collect"),
+        (
+            "algorithm.token_weight_control=random",
+            "random draws log-normal numbers for token_weight_top_share",
+        ),
     ],
 )
 def test_signals_that_a_run_cannot_have_are_refused_before_it_starts(
@@ -366,9 +425,10 @@ def test_signals_that_a_run_cannot_have_are_refused_before_it_starts(
     reward = f"worker.reward.reward_function={ROOT}/tests/rewards.py:compute_score"
     sizes = ["trainer.n_gpus_per_node=1", "worker.rollout.n=8", "worker.rollout.name=hf", "trainer.logger=[file]"]
     model = f"worker.actor.model.model_path={tiny_model_path}"
-    prepare(load_config([*files, reward, model, *sizes]))
+    on = ["algorithm.enable_token_weights=true", "algorithm.token_weight_top_share=0.4"]
+    prepare(load_config([*files, reward, model, *sizes, *on]))
     with pytest.raises(ValueError, match=message):
-        prepare(load_config([*files, reward, model, *sizes, argument]))
+        prepare(load_config([*files, reward, model, *sizes, *on, argument]))
 
 
 def test_layers_are_chosen_in_every_form() -> None:
@@ -401,6 +461,10 @@ def test_layers_in_the_configuration() -> None:
     for wrong in ("last:0", "first", [], [-1], ["2"], 3):
         with pytest.raises(ValueError, match="token_weight_layers=.* is not"):
             AlgorithmConfig(token_weight_layers=wrong)
+    config = PretrainedConfig(num_hidden_layers=2)
+    require_layers(config, (0, 1))
+    with pytest.raises(ValueError, match=r"\[99\] are no full-attention layers of this model, which has \[0, 1\]"):
+        require_layers(config, (1, 99))
     with pytest.raises(ValueError, match="is given beside token_weight_last_k_layers=2; use one of them"):
         AlgorithmConfig(token_weight_layers="all", token_weight_last_k_layers=2)
 

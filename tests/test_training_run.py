@@ -22,6 +22,7 @@ from tests.probe import WITH_CRITIC
 from tests.rewards import wait_for, weights_by_length
 from tests.tiny import make_tiny_model
 from verl.algorithms.policy_loss import POLICY_LOSSES, PolicyLossInputs
+from verl.algorithms.token_weights import TOKEN_SIGNALS
 from verl.protocol import DataProto
 from verl.trainer.config import load_config
 from verl.trainer.main import run
@@ -398,6 +399,20 @@ def test_a_loss_that_only_the_users_own_program_registers_trains_in_the_workers(
     assert record["actor"]["grad_norm"] > 0
 
 
+def test_a_signal_that_only_the_users_own_program_registers_weighs_tokens(
+    tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workers are told what to measure for it, and need not know it."""
+    monkeypatch.setitem(TOKEN_SIGNALS, "mine", lambda entropy, response_mask: entropy * response_mask)
+    settings = ["algorithm.enable_token_weights=true", "algorithm.token_weight_signal=mine", "trainer.max_steps=1"]
+    run_shared(
+        load_config(arguments(tiny_model_path, data_files, tmp_path, *settings, "trainer.val_before_train=false"))
+    )
+    (record,) = (record for record in lines_of(tmp_path / "experiment_log.jsonl") if "actor" in record)
+    assert record["token_weights"]["std"] > 0
+    assert record["token_weights"]["weighted_rows"] > 0.5
+
+
 @dataclass(frozen=True)
 class ActorWithAKnob(ActorConfig):
     floor: float = -1.0
@@ -582,11 +597,10 @@ def test_steps_before_critic_warmup_leave_the_actor_alone(planned_run: list[str]
     assert is_changed(weights_at(folder, 4), initial)
 
 
-def test_kl_in_the_reward_is_taken_off_every_score_and_reaches_the_advantages(planned_run: list[str]) -> None:
+def test_kl_in_the_reward_is_taken_off_every_score_and_makes_no_advantage_of_equal_ones(planned_run: list[str]) -> None:
     """All responses have 10 tokens, so the mean reward is the mean score less kl_coef * 10 * the mean KL of a token.
 
-    Before the first update policy and reference are the same. In step 4 all scores are equal: without the KL all
-    advantages would be zero.
+    Before the first update policy and reference are the same. In step 4 all scores are equal, and the rewards are not.
     """
     records = lines_of(output_of(planned_run) / "experiment_log.jsonl")
     for record in records:
@@ -596,7 +610,8 @@ def test_kl_in_the_reward_is_taken_off_every_score_and_reaches_the_advantages(pl
         assert record["critic"]["rewards"]["mean"] == pytest.approx(expected, abs=1e-5)
         assert abs(kl) < 1e-5 if record["step"] <= 3 else kl > 1e-3
     assert records[3]["critic"]["score"]["min"] == records[3]["critic"]["score"]["max"] == 1
-    assert records[3]["critic"]["advantages"]["max"] > 0.1
+    assert records[3]["critic"]["rewards"]["min"] < records[3]["critic"]["rewards"]["max"] - 1e-3
+    assert records[3]["critic"]["advantages"] == {"mean": 0, "max": 0, "min": 0}
 
 
 def test_the_best_checkpoint_is_kept_and_known_to_a_run_that_goes_on_from_a_later_one(

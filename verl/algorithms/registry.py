@@ -41,8 +41,11 @@ class Registry(dict[str, Function]):
 
         return add
 
-    def find(self, name: str) -> Function:
+    def find(self, name: str, key: str | None = None) -> Function:
         """The function that the configuration names: a registered one, or one in a file of the user's.
+
+        Args:
+            key: of the configuration, where it is not the registry's own.
 
         Raises:
             ValueError: nothing of that name is registered, or the file has no such function.
@@ -50,6 +53,6 @@ class Registry(dict[str, Function]):
         if name in self:
             return self[name]
         if names_a_file(name):
-            return UserFunction(name, self.key)
+            return UserFunction(name, key or self.key)
         remedy = self.remedies.get(name) or did_you_mean(name, list(self))
-        raise ValueError(f"{self.key}={name} is not one of {', '.join(self)}, or path.py:function{remedy}")
+        raise ValueError(f"{key or self.key}={name} is not one of {', '.join(self)}, or path.py:function{remedy}")

@@ -11,7 +11,6 @@ Shapes: N sequences, R response length.
 from __future__ import annotations
 
 import inspect
-import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from verl.algorithms.registry import Registry
 from verl.trainer.config import AlgorithmConfig
 from verl.utils.attention_metrics import vgr_from_mass
 from verl.utils.attention_token_weights import (
-    EPSILON,
     importance_from_vgr,
     token_weights_from_lists,
     weights_from_importance,
@@ -35,6 +33,11 @@ MEASURED_STREAMS = ("entropy", "image_kl", "hidden_cosine", "attention_mass", "a
 
 PRESENT_STREAMS = ("responses", "response_mask", "old_log_probs", "rollout_log_probs")
 """What a signal may ask for beside: it is there in every run."""
+
+DEFAULT_SIGNAL = AlgorithmConfig().token_weight_signal
+"""Without attention it leaves the weights to the reward function, and one warning says so."""
+
+LOG_KEY = "algorithm.token_signals_to_log"
 
 TokenSignal = Callable[..., torch.Tensor]
 
@@ -53,7 +56,7 @@ def inverse_vgr(attention_mass: torch.Tensor, attention_keys: torch.Tensor) -> t
 
 @register_token_signal("vision_density")
 def vision_density(attention_mass: torch.Tensor, attention_keys: torch.Tensor) -> torch.Tensor:
-    """The numerator of `vgr` alone: attention on the image per image token, whatever the text gets.
+    """The numerator of 1 / VGR alone: attention on the image per image token, whatever the text gets.
 
     Undefined for responses whose prompt has no image.
     """
@@ -127,27 +130,53 @@ class Signal:
     def importance(self, streams: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(N, R) float64, the raw importance; NaN where it is undefined.
 
+        The function is given copies, so that nothing it writes into them reaches the batch.
+
         Raises:
-            ValueError: the function returned another shape than the response mask's.
+            RuntimeError: the function raised.
+            ValueError: it returned another shape than the response mask's, or an importance below 0.
         """
-        values = self.function(**{name: streams[name] for name in self.streams})
+        given = {name: streams[name].clone() for name in self.streams}
+        try:
+            values = self.function(**given)
+        except Exception as error:
+            raise RuntimeError(f"the token signal {self.name} raised {type(error).__name__}: {error}") from error
         shape = tuple(streams["response_mask"].shape)
         if not isinstance(values, torch.Tensor) or tuple(values.shape) != shape:
             found = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
             raise ValueError(f"the token signal {self.name} returned {found}; it must return a tensor {shape}")
-        return values.double()
+        values = values.double()
+        below = ((values < 0) & streams["response_mask"].bool()).nonzero().tolist()
+        if below:
+            row, column = below[0]
+            raise ValueError(
+                f"the token signal {self.name} gives token {column} of response {row} the importance "
+                f"{values[row, column].item():g}; it must be 0 or above, or NaN where there is none"
+            )
+        return values
 
 
-@lru_cache
-def find_signal(reference: str) -> Signal:
+def find_signal(reference: str, key: str = TOKEN_SIGNALS.key) -> Signal:
     """The signal of a name out of `TOKEN_SIGNALS` or of a `path.py:function`.
+
+    Args:
+        key: of the configuration that names it, for messages.
 
     Raises:
         ValueError: there is none, or it asks for a stream that no run has.
     """
-    function = TOKEN_SIGNALS.find(reference)
+    return _signal(reference, TOKEN_SIGNALS.find(reference, key))
+
+
+@lru_cache
+def _signal(reference: str, function: TokenSignal) -> Signal:
     name = reference.rpartition(":")[2]
-    parameters = inspect.signature(function).parameters.values()
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the token signal {reference} does not say what its arguments are: {error}") from error
+    if any(one.kind is one.POSITIONAL_ONLY for one in parameters):
+        raise ValueError(f"the token signal {reference} takes arguments by position; it is given streams by name")
     known = (*MEASURED_STREAMS, *PRESENT_STREAMS)
     wanted = [one.name for one in parameters if one.default is one.empty or one.name in known]
     unknown = [name for name in wanted if name not in known]
@@ -162,10 +191,28 @@ def signals_of(algorithm: AlgorithmConfig) -> dict[str, Signal]:
     """The signals of a run by their names in metrics: the one that weighs tokens, then those that are only logged."""
     used = [algorithm.token_weight_signal] if algorithm.enable_token_weights else []
     signals: dict[str, Signal] = {}
-    for signal in map(find_signal, (*used, *algorithm.token_signals_to_log)):
+    named = [find_signal(reference) for reference in used]
+    named += [find_signal(reference, LOG_KEY) for reference in algorithm.token_signals_to_log]
+    for signal in named:
         if signals.setdefault(signal.name, signal) is not signal:
             raise ValueError(f"two token signals are named {signal.name}; rename the function of one")
     return signals
+
+
+def require_signals(algorithm: AlgorithmConfig, collects_attention: bool) -> None:
+    """Raise unless the run's signals are there and can be measured.
+
+    Raises:
+        ValueError: naming the key; see `find_signal`. Or a signal, other than the default, needs attention that the
+            run does not collect.
+    """
+    find_signal(algorithm.token_weight_signal)
+    signals_of(algorithm)
+    named = [(TOKEN_SIGNALS.key, algorithm.token_weight_signal)] if algorithm.enable_token_weights else []
+    named = [(key, name) for key, name in named if name != DEFAULT_SIGNAL]
+    for key, name in (*named, *((LOG_KEY, name) for name in algorithm.token_signals_to_log)):
+        if find_signal(name).needs_attention and not collects_attention:
+            raise ValueError(f"{key}={name} needs worker.rollout.collect_attentions=true")
 
 
 def measured_streams(algorithm: AlgorithmConfig, collects_attention: bool) -> list[str]:
@@ -211,7 +258,7 @@ def compute_token_weights(
     weights = response_mask.float() if importance is None else _shape(importance, response_mask, algorithm, step)
     if is_given.any():
         if algorithm.token_weight_control == "inverse":
-            given = _inverse_of_given(given, response_mask, algorithm)
+            given = _inverse_of_given(given, response_mask)
         weights = torch.where(is_given[:, None], given, weights)
     control = CONTROLS.get(algorithm.token_weight_control)
     if control is None:
@@ -226,7 +273,7 @@ def _shape(
 ) -> torch.Tensor:
     """Weights of a signal, warmed up: 1 + s (w - 1), where s goes from 0 in the first step to 1."""
     if algorithm.token_weight_control == "inverse":
-        importance = 1 / (importance + EPSILON)
+        importance = _reciprocal(importance, response_mask)
     weights = weights_from_importance(
         importance,
         response_mask,
@@ -241,9 +288,18 @@ def _shape(
     return torch.lerp(response_mask.float(), weights, (step - 1) / warmup_steps)
 
 
-def _inverse_of_given(given: torch.Tensor, response_mask: torch.Tensor, algorithm: AlgorithmConfig) -> torch.Tensor:
-    importance = 1 / (given.double() + EPSILON)
-    return weights_from_importance(importance, response_mask, algorithm.token_weight_clip)
+def _reciprocal(importance: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+    """1 / importance; what is below a hundredth of a response's largest counts as that, lest it outweigh the rest."""
+    is_defined = response_mask.bool() & importance.isfinite()
+    largest = torch.where(is_defined, importance, 0).amax(dim=1, keepdim=True)  # (N, 1)
+    return torch.where(is_defined & (largest > 0), 1 / torch.maximum(importance, largest / 100), torch.nan)
+
+
+def _inverse_of_given(given: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+    """Reciprocals of the reward function's weights; each response keeps its mean, and nothing is clipped."""
+    reciprocal = _reciprocal(given.double(), response_mask).nan_to_num(0.0)  # (N, R)
+    scale = given.double().sum(dim=1, keepdim=True) / reciprocal.sum(dim=1, keepdim=True).clamp(min=1e-300)
+    return (reciprocal * scale).float()
 
 
 def _generator_of(ids: torch.Tensor, step: int) -> torch.Generator:
@@ -258,13 +314,14 @@ def _shuffled(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor
 
 
 def _random(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Log-normal numbers of the weights' mean and variance: expected, not of each draw."""
+    """Log-normal numbers of the weights' mean, and of their variance as far as a draw goes; they are not clipped."""
     mean, variance = weights.double().mean(), weights.double().var(correction=0)
     if variance == 0 or mean == 0:
         return weights
     log_variance = torch.log1p(variance / mean**2)
     normal = torch.randn(len(weights), generator=generator, dtype=torch.float64)
-    return torch.exp(math.log(mean) - log_variance / 2 + log_variance.sqrt() * normal).float()
+    drawn = torch.exp(log_variance.sqrt() * normal)
+    return (drawn * (mean / drawn.mean())).float()
 
 
 CONTROLS: dict[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor]] = {

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.module_tracker import ModuleTracker
+from transformers import PretrainedConfig
 
 from verl.models.attention_table import tapped_attention, window_of_layer
 from verl.models.kernels.attention_mass import BACKENDS, KeyPlan, default_backend, normalised_layer_mean
@@ -200,6 +201,17 @@ def record_packed_attention_mass(
     recorder = AttentionMassRecorder(model, plan, (1, len(key_kinds)), layers, backend, group)
     with tapped_attention(recorder.observe):
         yield recorder
+
+
+def require_layers(model_config: PretrainedConfig, choice: LayerChoice) -> None:
+    """Raise unless a model with this config has the layers that `choice` names.
+
+    Raises:
+        ValueError: as `choose_layers`.
+    """
+    config = model_config.get_text_config()
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    choose_layers([number for number, kind in enumerate(types) if kind == "full_attention"], choice)
 
 
 def choose_layers(full: Sequence[int], choice: LayerChoice | int | None) -> list[int]:

@@ -14,7 +14,7 @@ from verl.config import ConfigSection, ConfigValueError, RetiredKey, absolute, l
 from verl.workers.actor.config import TrainedModelConfig
 from verl.workers.config import WorkerConfig
 
-TOKEN_SIGNALS = ("vgr", "vision_density", "entropy", "image_kl", "hidden_cosine", "uniform")
+TOKEN_SIGNAL_NAMES = ("vgr", "vision_density", "entropy", "image_kl", "hidden_cosine", "uniform")
 """The names that `verl/algorithms/token_weights.py` registers, here to be known without torch."""
 
 ADV_ESTIMATORS = ("grpo", "grpo_passk", "rloo", "reinforce_plus_plus", "remax", "gae")
@@ -183,6 +183,9 @@ class AlgorithmConfig(ConfigSection):
         share = self.token_weight_top_share
         self.require(share is None or 0 < share <= 1, "token_weight_top_share", "is not above 0 and at most 1")
         self.require_between(0, 1, "token_weight_image_noise_share")
+        is_binary = share is not None and self.token_weight_control == "random"
+        choice = "draws log-normal numbers for token_weight_top_share, whose weights are 0 or 1; use shuffled"
+        self.require(not is_binary, "token_weight_control", choice)
         self._settle_layers()
 
     def _settle_layers(self) -> None:

@@ -13,7 +13,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 
 from verl.config import ConfigValueError, as_yaml
-from verl.trainer.config import ADV_ESTIMATORS, TOKEN_SIGNALS, AlgorithmConfig, PPOConfig
+from verl.trainer.config import ADV_ESTIMATORS, TOKEN_SIGNAL_NAMES, AlgorithmConfig, PPOConfig
 from verl.workers.actor.config import LOSS_TYPES, FSDPConfig, OffloadConfig
 
 # ---- refused when built ----
@@ -168,6 +168,24 @@ def idle_token_weights(config: PPOConfig) -> Iterator[str]:
             yield f"algorithm.{key}={as_yaml(value)} has no effect while algorithm.enable_token_weights=false"
 
 
+def idle_signal_settings(config: PPOConfig) -> Iterator[str]:
+    algorithm, defaults = config.algorithm, AlgorithmConfig()
+    used = [algorithm.token_weight_signal] if algorithm.enable_token_weights else []
+    signals = {*used, *algorithm.token_signals_to_log}
+    if signals <= set(TOKEN_SIGNAL_NAMES) and "image_kl" not in signals:  # a function of the user's may ask for it
+        for key in ("token_weight_image_noise", "token_weight_image_noise_share"):
+            if getattr(algorithm, key) != getattr(defaults, key):
+                yield f"algorithm.{key}={getattr(algorithm, key)} has no effect: no token signal is image_kl"
+    if algorithm.attention_layers != "all" and not config.worker.rollout.collect_attentions:
+        layers = as_yaml(algorithm.attention_layers)
+        yield f"algorithm.token_weight_layers={layers} has no effect while worker.rollout.collect_attentions=false"
+    if algorithm.token_weight_top_share is not None and algorithm.token_weight_clip != defaults.token_weight_clip:
+        yield (
+            f"algorithm.token_weight_clip={as_yaml(algorithm.token_weight_clip)} has no effect beside "
+            f"algorithm.token_weight_top_share={algorithm.token_weight_top_share}, whose weights are not clipped"
+        )
+
+
 def filtered_groups_of_one(config: PPOConfig) -> Iterator[str]:
     if config.algorithm.online_filtering and config.worker.rollout.n == 1:
         yield (
@@ -184,6 +202,7 @@ NOTES: tuple[Callable[[PPOConfig], Iterator[str]], ...] = (
     warmup_of_no_critic,
     reference_of_adapters,
     idle_token_weights,
+    idle_signal_settings,
     filtered_groups_of_one,
 )
 
@@ -223,5 +242,5 @@ def has_built_in_algorithms(config: PPOConfig) -> bool:
     return (
         algorithm.adv_estimator in ADV_ESTIMATORS
         and config.worker.actor.loss_type in LOSS_TYPES
-        and signals <= set(TOKEN_SIGNALS)
+        and signals <= set(TOKEN_SIGNAL_NAMES)
     )

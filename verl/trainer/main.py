@@ -138,16 +138,17 @@ def _require_algorithms(config: PPOConfig) -> None:
     # The registries load torch, so every other mistake is told first.
     from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS
     from verl.algorithms.policy_loss import POLICY_LOSSES
-    from verl.algorithms.token_weights import find_signal
+    from verl.algorithms.token_weights import require_signals
 
-    algorithm, problems = config.algorithm, []
-    for find, name in (
-        (ADVANTAGE_ESTIMATORS.find, algorithm.adv_estimator),
-        (POLICY_LOSSES.find, config.worker.actor.loss_type),
-        *((find_signal, name) for name in (algorithm.token_weight_signal, *algorithm.token_signals_to_log)),
-    ):
+    checks = (
+        lambda: ADVANTAGE_ESTIMATORS.find(config.algorithm.adv_estimator),
+        lambda: POLICY_LOSSES.find(config.worker.actor.loss_type),
+        lambda: require_signals(config.algorithm, config.worker.rollout.collect_attentions),
+    )
+    problems = []
+    for check in checks:
         try:
-            find(name)
+            check()
         except ValueError as error:
             problems.append(str(error))
     if problems:
@@ -201,6 +202,7 @@ def check_videos(config: PPOConfig, *datasets: "RLHFDataset") -> None:
 def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> None:
     logger.info("loading the tokenizer and the data")
     from verl.data.loader import create_dataloader
+    from verl.models.attention_recorder import require_layers
     from verl.models.loader import load_generation_config, load_model_config, require_room_for_tokens
     from verl.trainer.ray_trainer import RayDAPOTrainer
     from verl.utils.batch_plan import training_steps
@@ -228,6 +230,8 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> 
     RewardFunction(config.worker.reward, decoder)  # a mistake in the user's file is told before any model is loaded
     model_config = load_model_config(model)
     require_room_for_tokens(tokenizer, model_config, model.tokenizer_path, model.model_path)
+    if config.worker.rollout.collect_attentions:
+        require_layers(model_config, config.algorithm.attention_layers)
     generation_config = load_generation_config(model.model_path, model_config)
     warn_of_other_turn_ends(tokenizer, eos_token_ids_of(generation_config, tokenizer))
     train_loader, val_loader = create_dataloader(config.data, tokenizer, processor, model_config)

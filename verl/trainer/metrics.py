@@ -168,15 +168,15 @@ def compute_attention_metrics(batch: DataProto) -> dict[str, float]:
 
 
 def compute_token_weight_metrics(
-    batch: DataProto, clip_range: tuple[float, float], kinds: TokenKinds | None = None
+    batch: DataProto, clip_range: tuple[float, float] | None, kinds: TokenKinds | None = None
 ) -> dict[str, float]:
     """`token_weights/*`: what the weights really do to the loss, so that weights that do nothing show.
 
-    Over response tokens: `mean`, `std`, `min`, `max`; `clipped_low` and `clipped_high`, the shares at or beyond the
-    bounds; `ess`, the effective sample size as a share of the tokens, (sum w)^2 / (n sum w^2), 1 where all weigh
-    alike. `weighted_rows` is the share of responses in which any token's weight is not 1. Shares of all weight:
-    `top10_share`, on the ten percent of tokens with most; with `kinds` also `digit_share`, `word_share` and
-    `markup_share` (`TokenKind`), and the tokens' own shares as `digit_tokens`, `word_tokens` and `markup_tokens`.
+    Over response tokens: `mean`, `std`, `min`, `max`; where weights are clipped `clipped_low` and `clipped_high`, the
+    shares at or beyond the bounds; `ess`, the effective sample size as a share of the tokens, (sum w)^2 / (n sum w^2),
+    1 where all weigh alike. `weighted_rows` is the share of responses in which any token's weight is not 1. Shares of
+    all weight: `top10_share`, on the ten percent of tokens with most; with `kinds` also `digit_share`, `word_share`
+    and `markup_share` (`TokenKind`), and the tokens' own shares as `digit_tokens`, `word_tokens`, `markup_tokens`.
 
     Reads: `response_mask`, `token_weights`, with `kinds` `responses` (N, R).
     """
@@ -184,19 +184,20 @@ def compute_token_weight_metrics(
     is_response = tensors["response_mask"].bool()
     token_weights = tensors["token_weights"]
     weights = token_weights[is_response]  # (response tokens,)
-    low, high = torch.tensor(clip_range, dtype=weights.dtype)
     weighted_rows = ((token_weights != 1) & is_response).any(-1)  # (N,)
     values = {
         "mean": weights.mean(),
         "std": weights.std(correction=0),
         "min": weights.min(),
         "max": weights.max(),
-        "clipped_low": (weights <= low).float().mean(),
-        "clipped_high": (weights >= high).float().mean(),
         "ess": weights.sum() ** 2 / (weights.numel() * weights.square().sum()).clamp(min=1e-12),
         "weighted_rows": weighted_rows.float().mean(),
         "top10_share": _share(weights.topk(math.ceil(weights.numel() / 10)).values, weights),
     }
+    if clip_range is not None:
+        low, high = torch.tensor(clip_range, dtype=weights.dtype)
+        values["clipped_low"] = (weights <= low).float().mean()
+        values["clipped_high"] = (weights >= high).float().mean()
     if kinds is not None:
         of_tokens = kinds.of(tensors["responses"][is_response])  # (response tokens,)
         for kind in TokenKind:

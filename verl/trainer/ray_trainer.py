@@ -17,6 +17,7 @@ from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS, AdvantageInputs
 from verl.algorithms.importance import truncated_importance_weights
 from verl.algorithms.kl import adapt_kl_coef, apply_kl_penalty, compute_kl
 from verl.algorithms.policy_loss import POLICY_LOSSES
+from verl.algorithms.token_weights import measured_streams
 from verl.data.loader import BatchLoader, PromptLoader
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
@@ -110,6 +111,7 @@ class RayDAPOTrainer:
             config=self.config,
             plan=self.plan,
             policy_loss=POLICY_LOSSES.find(self.config.worker.actor.loss_type),
+            signal_streams=measured_streams(self.config.algorithm, self.config.worker.rollout.collect_attentions),
             training_steps=self.training_steps,
         )
         self.workers.init_model()

@@ -40,6 +40,7 @@ class TokenWeigher:
             if is_measured or not signal.needs_attention
         }
         self.kinds = None if tokenizer is None else TokenKinds(tokenizer)
+        self._weighed_by: dict[str, torch.Tensor] = {}
         self._told: set[str] = set()
 
     def weights(self, batch: DataProto, reward_values: dict[str, list[Any]], step: int) -> torch.Tensor | None:
@@ -52,8 +53,9 @@ class TokenWeigher:
             step: of the training.
         """
         streams, name = batch.batch, self._name_of_used
+        self._weighed_by = {name: self.signals[name].importance(streams)} if name in self.signals else {}
         weights = compute_token_weights(
-            self.signals[name].importance(streams) if name in self.signals else None,
+            self._weighed_by.get(name),
             reward_values.get(TOKEN_WEIGHTS),
             streams["responses"] if self.algorithm.token_weight_control in CONTROLS else None,
             streams["response_mask"],
@@ -83,9 +85,9 @@ class TokenWeigher:
         if not LOWEST_MEAN <= mean <= HIGHEST_MEAN:
             self._warn_once(
                 "mean",
-                f"token_weights/mean is {mean:.2f} in step {step}: clipping changes the mean, and weighted rows count less "
-                "or more than rows of weight 1. algorithm.token_weight_conserve_mean=true brings it back to one; wider "
-                "bounds in algorithm.token_weight_clip, or more layers, change it less",
+                f"token_weights/mean is {mean:.2f} in step {step}: clipping changes the mean, and weighted rows count "
+                "less or more than rows of weight 1. algorithm.token_weight_conserve_mean=true brings it back to one; "
+                "wider bounds in algorithm.token_weight_clip, or more layers, change it less",
             )
 
     def _warn_once(self, kind: str, message: str) -> None:
@@ -100,9 +102,14 @@ class TokenWeigher:
         """
         metrics: dict[str, float] = {}
         if self.algorithm.enable_token_weights:
-            metrics |= compute_token_weight_metrics(batch, self.algorithm.token_weight_clip, self.kinds)
+            clip = None if self.algorithm.token_weight_top_share is not None else self.algorithm.token_weight_clip
+            metrics |= compute_token_weight_metrics(batch, clip, self.kinds)
         if self.algorithm.token_signals_to_log:
-            importance = {name: signal.importance(batch.batch) for name, signal in self.signals.items()}
+            # What weighed is not computed once more: a signal that draws would log something else.
+            importance = dict(self._weighed_by) if self.algorithm.enable_token_weights else {}
+            for name, signal in self.signals.items():
+                if name not in importance:
+                    importance[name] = signal.importance(batch.batch)
             metrics |= compute_signal_metrics(importance, batch.batch["response_mask"])
         return metrics
 

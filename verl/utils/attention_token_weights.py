@@ -27,6 +27,9 @@ from verl.utils.attention_metrics import (
 BISECTIONS = 50
 """Of the logarithm of the factor that brings a mean back to one: beyond what float32 can tell for any importance."""
 
+LARGEST_IMPORTANCE = 1e100
+"""Sums of it are finite."""
+
 EPSILON = 1e-12
 """Keeps the inverse of a VGR of zero finite. VGR has no unit, so no number of keys enters, and beside any VGR above
 1e-5 it is less than float32 can tell."""
@@ -138,7 +141,8 @@ def weights_from_importance(
         clip_range: lowest and highest weight.
         smooth_sigma: width of the gaussian, in tokens; 0 leaves the importance as it is.
         conserve_mean: rescale before clipping so that the mean of each response is one after it: its weights are
-            clip(c w), with the c for which their mean is one.
+            clip(c w), with the c for which their mean is one; or nearest to one where the bounds keep it away, as with
+            a high bound of 3 where less than a third of the tokens have any importance.
         top_share: instead of clipping, weigh this share of each response's tokens, the most important ones, 1 and the
             others 0 (VPPO, arXiv 2510.09285, its gradient filter). The share counts the tokens that take part and is
             rounded up; among equals the earlier are chosen. With `conserve_mean` the chosen share the weight of all.
@@ -157,9 +161,11 @@ def weights_from_importance(
     is_response = response_mask.bool()
     takes_part = is_response & importance.isfinite()
     weights = torch.where(takes_part, importance.double(), 0)
-    if (weights < 0).any():
-        row, column = (weights < 0).nonzero()[0].tolist()
-        raise ValueError(f"token {column} of response {row} has importance {weights[row, column].item()}, below 0")
+    is_outside = (weights < 0) | (weights > LARGEST_IMPORTANCE)
+    if is_outside.any():
+        row, column = is_outside.nonzero()[0].tolist()
+        value = weights[row, column].item()
+        raise ValueError(f"token {column} of response {row} has importance {value}, not between 0 and 1e100")
     takes_part &= weights.sum(dim=1, keepdim=True) > 0
     if smooth_sigma > 0 and takes_part.any():
         weights = _smooth(weights, takes_part, smooth_sigma)
@@ -186,7 +192,7 @@ def token_weights_from_lists(lists: Sequence[Any], response_mask: torch.Tensor) 
     """
     if len(lists) != len(response_mask):
         raise ValueError(f"token_weights has {len(lists)} entries for {len(response_mask)} samples; give one for each")
-    weights = response_mask.float()  # (N, R)
+    weights = response_mask.to(torch.float32, copy=True)  # (N, R)
     is_given = torch.zeros(len(lists), dtype=torch.bool, device=weights.device)
     for index, (given, is_token) in enumerate(zip(lists, response_mask.bool(), strict=True)):
         columns = is_token.nonzero()[:, 0]

@@ -23,6 +23,8 @@ _modules: dict[tuple[str, int], ModuleType] = {}
 class UserFunction:
     """A function in a user's file. It travels to other processes as its name; each loads the file for itself.
 
+    Two of the same function are equal.
+
     Args:
         reference: `path.py:function`, the path absolute.
         key: of the configuration that names it, for messages.
@@ -40,6 +42,12 @@ class UserFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, UserFunction) and self._function is other._function
+
+    def __hash__(self) -> int:
+        return hash(self._function)
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return UserFunction, (self.reference, self.key)

@@ -6,7 +6,7 @@ Shapes: N sequences over all ranks, R response length. Batches arrive as this ra
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -17,7 +17,6 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from verl.algorithms.policy_loss import PolicyLoss
-from verl.algorithms.token_weights import measured_streams
 from verl.data.image_noise import ImageNoise
 from verl.models.attention_table import SAMPLES
 from verl.models.loader import DTYPES, keep_vision_tower_in_step, load_model, load_value_model
@@ -53,17 +52,25 @@ class FSDPWorker(Worker):
         plan: its batch numbers.
         policy_loss: the one that `worker.actor.loss_type` names. The controller finds it, since a loss that the
             user's own program registers is not registered in this process.
+        signal_streams: what the run's token signals have the log-prob pass measure; found there for the same reason.
         training_steps: length of the run, for the learning-rate schedule.
         **place: rank, world_size, local_rank, device.
     """
 
     def __init__(
-        self, config: PPOConfig, plan: BatchPlan, policy_loss: PolicyLoss, training_steps: int, **place
+        self,
+        config: PPOConfig,
+        plan: BatchPlan,
+        policy_loss: PolicyLoss,
+        signal_streams: Sequence[str],
+        training_steps: int,
+        **place,
     ) -> None:
         super().__init__(**place)
         self.config = config
         self.plan = plan
         self.policy_loss = policy_loss
+        self.signal_streams = signal_streams
         self.training_steps = training_steps
         self.mesh_of_size = cache(lambda fsdp_size: build_mesh(self.device, fsdp_size))
         transformers_logging.set_verbosity_error()
@@ -96,7 +103,6 @@ class FSDPWorker(Worker):
         self.reference: PolicyForward | None = None
         if not algorithm.disable_kl:
             self.reference = self._forward_of(self.ref_model, is_base=not self.config.needs_reference_model)
-        self.signal_streams = measured_streams(algorithm, self.config.worker.rollout.collect_attentions)
         signals: SignalSettings | None = None
         if self.signal_streams:
             noise = ImageNoise(algorithm.token_weight_image_noise, algorithm.token_weight_image_noise_share)
@@ -203,8 +209,7 @@ class FSDPWorker(Worker):
     def compute_log_probs(self, data: DataProto) -> DataProto:
         """Adds `old_log_probs` (N, R): the current policy's, before this step's update.
 
-        From the same passes also the streams that the run's token signals ask for (`measured_streams`): see
-        `PolicyForward`.
+        From the same passes also the run's `signal_streams`: see `PolicyForward`.
         """
         with self.actor.resident():
             streams = self._measure_all(self.actor.forward, data, ["log_probs", *self.signal_streams])
