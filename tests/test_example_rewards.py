@@ -188,3 +188,21 @@ def test_answers_that_are_numbers_are_graded_as_their_texts(name: str, truth: ob
         result = function([sample], **kwargs)[0] if batched else function(sample)
         scores.append(result["overall"])
     assert scores[0] > scores[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "rest"),
+    [
+        ("math.py", r"hm</think> \boxed{12}"),
+        ("r1v.py", "hm</think> <answer>12</answer>"),
+        ("digits.py", r"hm</think> \boxed{12}"),
+    ],
+)
+def test_the_form_counts_what_the_template_wrote_before_the_response(name: str, rest: str) -> None:
+    """Templates of thinking models open the thought themselves."""
+    forms = []
+    for prefix, response in (("", rest), ("<think>\n", rest), ("", f"<think>\n{rest}")):
+        sample = {"response": response, "prefix": prefix, "ground_truth": "12"}
+        result = load(name)(sample) if name == "r1v.py" else load(name)([sample])[0]
+        forms.append(result["format"])
+    assert forms == [0, 1, 1]

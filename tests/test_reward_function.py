@@ -111,6 +111,7 @@ def test_the_function_sees_the_whole_sample(make_manager, tokenizer):
     assert "".join(tokens) == TEXTS[0] + "<|im_end|>"
     assert seen[0] == {
         "response": TEXTS[0],
+        "prefix": "",
         "response_length": batch.batch["response_mask"][0].sum().item(),
         "ground_truth": "12",
         "prompt": "p0",

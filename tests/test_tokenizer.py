@@ -17,6 +17,7 @@ from verl.utils.tokenizer import (
     eos_token_ids_of,
     get_processor,
     get_tokenizer,
+    prefilled_text,
     text_decoder,
     warn_of_other_turn_ends,
 )
@@ -133,3 +134,25 @@ def test_a_template_whose_turn_ends_in_no_end_token_is_told(
             "the chat template ends the assistant's turn with '<|im_end|>', which does not end"
         )
         assert "responses end with '<|endoftext|>'" in messages[0]
+
+
+# ---- what a template has written of the answer ----
+
+
+@pytest.mark.parametrize(
+    ("opening", "prefix"),
+    [
+        ("<|im_start|>assistant\n", ""),
+        ("<|im_start|>assistant\n<think>\n", "<think>\n"),
+        ("<|im_start|><think>\n", "<think>\n"),
+        ("<|im_start|>assistant\n<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"),
+        ("<|im_start|>", ""),
+        ("[/INST]", ""),
+    ],
+)
+def test_the_prefix_is_what_the_template_writes_of_the_answer(opening: str, prefix: str, tiny_model_path: str) -> None:
+    for owner in (get_tokenizer(tiny_model_path), get_processor(tiny_model_path)):
+        turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+        owner.chat_template = turns + "{% if add_generation_prompt %}" + opening + "{% endif %}"
+        assert prefilled_text(owner) == prefix
+    assert prefilled_text(SimpleNamespace(chat_template=None)) == ""

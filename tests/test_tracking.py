@@ -153,10 +153,12 @@ def test_a_server_that_is_gone_costs_its_own_reports_and_nothing_else(tmp_path, 
 
 def test_a_logger_without_a_server_fails_with_the_run(tmp_path, more_sinks):
     with (
-        pytest.raises(ValueError, match="rename one of the two"),
+        pytest.raises(IsADirectoryError),
         make_tracker(tmp_path, "listening", "file") as tracker,
     ):
-        tracker.log({"a": 1, "a/b": 1}, step=1)
+        (tmp_path / "run" / "experiment_log.jsonl").unlink()
+        (tmp_path / "run" / "experiment_log.jsonl").mkdir()
+        tracker.log({"a": 1}, step=1)
     assert ListeningSink.heard[-1] == ("closed", True)
 
 
@@ -222,10 +224,12 @@ def test_a_resumed_run_appends_and_a_fresh_one_begins_anew(tmp_path):
         assert len(read_lines(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a")])
-def test_a_name_that_is_metric_and_area_at_once_is_an_error(names):
-    with pytest.raises(ValueError, match=f"'{names[1]}'.*rename"):
-        nested(dict.fromkeys(names, 1.0))
+def test_no_metric_is_lost_whatever_the_names_nest_in():
+    """A reward function that returns `acc` beside `acc/easy` must not end the run."""
+    metrics = {"reward/acc/easy": 1.0, "reward/acc": 2.0, "reward/acc/hard/er": 3.0, "a": 4.0, "a/b/c": 5.0, "/x": 6.0}
+    expected = {"reward": {"acc/easy": 1.0, "acc": 2.0, "acc/hard/er": 3.0}, "a": 4.0, "a/b/c": 5.0, "": {"x": 6.0}}
+    assert nested(metrics) == expected
+    assert nested(dict(reversed(metrics.items()))) == expected
 
 
 def test_libraries_are_imported_only_when_they_are_asked_for(tmp_path):

@@ -597,7 +597,9 @@ def test_steps_before_critic_warmup_leave_the_actor_alone(planned_run: list[str]
     assert is_changed(weights_at(folder, 4), initial)
 
 
-def test_kl_in_the_reward_is_taken_off_every_score_and_makes_no_advantage_of_equal_ones(planned_run: list[str]) -> None:
+def test_kl_in_the_reward_is_taken_off_every_score_and_makes_no_advantage_alone(
+    planned_run: list[str],
+) -> None:
     """All responses have 10 tokens, so the mean reward is the mean score less kl_coef * 10 * the mean KL of a token.
 
     Before the first update policy and reference are the same. In step 4 all scores are equal, and the rewards are not.

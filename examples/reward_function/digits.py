@@ -21,7 +21,7 @@ def compute_score(reward_inputs: list[dict[str, Any]], format_weight: float = 0.
     """
     scores = []
     for reward_input in reward_inputs:
-        response = reward_input["response"].strip()
+        response = (reward_input.get("prefix", "") + reward_input["response"]).strip()
         boxed = BOXED.findall(response)
         accuracy = float(bool(boxed) and int(boxed[-1]) == int(reward_input["ground_truth"]))
         in_form = float(FORM.fullmatch(response) is not None)

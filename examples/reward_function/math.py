@@ -19,7 +19,7 @@ def compute_score(reward_inputs: list[dict[str, Any]], format_weight: float = 0.
     """Score each response; `overall` is `format_weight` of form and the rest of accuracy, all within [0, 1]."""
     scores = []
     for sample in reward_inputs:
-        response = sample["response"]
+        response = sample.get("prefix", "") + sample["response"]
         form = float(FORM.fullmatch(response) is not None)
         accuracy = float(grade_answer(extract_boxed_content(response), str(sample["ground_truth"])))
         overall = (1 - format_weight) * accuracy + format_weight * form

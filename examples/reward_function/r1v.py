@@ -18,7 +18,7 @@ ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 def compute_score(reward_input: dict[str, Any], format_weight: float = 0.5) -> dict[str, float]:
     """Score one response; `overall` is `format_weight` of form and the rest of accuracy, all within [0, 1]."""
-    response = reward_input["response"]
+    response = reward_input.get("prefix", "") + reward_input["response"]
     form = float(FORM.fullmatch(response) is not None)
     answer = ANSWER.search(response)
     given = answer.group(1) if answer else response

@@ -43,6 +43,7 @@ from verl.trainer.validator import ValidationResult, Validator
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.checkpoint import ResumePoint
 from verl.utils.seqlen_balancing import balanced_order, seqlen_metrics
+from verl.utils.tokenizer import prefilled_text
 from verl.workers.reward.user_function import TextDecoder, values_by_key
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class RayDAPOTrainer:
 
     def init_workers(self) -> None:
         """Starts the reward actor, and loads the policy into one worker per device."""
-        self.rewards = RewardClient(self.config.worker.reward, self.decoder)
+        self.rewards = RewardClient(self.config.worker.reward, self.decoder, prefilled_text(self.tokenizer))
         self.tracker.phase("load", "loading the model")
         self.workers = WorkerGroup(
             self.processes,

@@ -23,10 +23,11 @@ class RewardClient:
     Args:
         config: the function, and how many CPUs its process takes.
         decoder: turns token ids into text there.
+        prefix: what the chat template writes of every answer.
     """
 
-    def __init__(self, config: RewardConfig, decoder: TextDecoder) -> None:
-        self._actor = ray.remote(num_cpus=config.num_cpus)(RewardFunction).remote(config, decoder)
+    def __init__(self, config: RewardConfig, decoder: TextDecoder, prefix: str = "") -> None:
+        self._actor = ray.remote(num_cpus=config.num_cpus)(RewardFunction).remote(config, decoder, prefix)
         self._node = node_of(self._actor)
 
     def send(self, batch: DataProto, step: int) -> ray.ObjectRef:

@@ -182,18 +182,15 @@ class FileSink(Sink):
 def nested(metrics: Mapping[str, float | None]) -> dict[str, Any]:
     """`{"a/b": 1, "a/c": 2}` as `{"a": {"b": 1, "c": 2}}`.
 
-    Raises:
-        ValueError: a name is both a metric and an area, as "a" and "a/b" are.
+    Below a name that is a metric itself nothing opens: `a/b` beside `a/b/c` are `{"a": {"b": 1, "b/c": 2}}`.
     """
     tree: dict[str, Any] = {}
     for name, value in metrics.items():
-        *areas, leaf = name.split("/")
+        parts = name.split("/")
+        depths = range(1, len(parts))
+        depth = next((depth for depth in depths if "/".join(parts[:depth]) in metrics), len(parts)) - 1
         branch = tree
-        for area in areas:
+        for area in parts[:depth]:
             branch = branch.setdefault(area, {})
-            if not isinstance(branch, dict):
-                raise ValueError(f"metric {name!r} lies below another metric's name; rename one of the two")
-        if leaf in branch:
-            raise ValueError(f"metric {name!r} is also the area of other metrics; rename one of the two")
-        branch[leaf] = value
+        branch["/".join(parts[depth:])] = value
     return tree

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +128,29 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     ids = tokenizer.encode(after, add_special_tokens=False)
     return next((token_id for token_id in ids if token_id in special), None)
+
+
+def prefilled_text(owner: PreTrainedTokenizerBase | ProcessorMixin) -> str:
+    """What the chat template has already written of the answer, such as `<think>` and a line break; usually nothing.
+
+    It is the tags, other than special tokens, that end what the template opens the assistant's turn with.
+    """
+    if owner.chat_template is None:
+        return ""
+    question = [{"role": "user", "content": "question"}]
+    try:
+        closed, opened = (
+            owner.apply_chat_template(question, add_generation_prompt=is_open, tokenize=False)
+            for is_open in (False, True)
+        )
+    except (TypeError, jinja2.TemplateError):  # a template that wants its contents in another form
+        return ""
+    tokenizer = getattr(owner, "tokenizer", owner)
+    tags = re.search(r"(?:<[^<>]*>\s*)+$", opened.removeprefix(closed))
+    kept = "" if tags is None else tags.group()
+    for token in sorted(tokenizer.all_special_tokens, key=len, reverse=True):
+        kept = kept.rpartition(token)[2]
+    return kept.lstrip()
 
 
 def text_decoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | PreTrainedTokenizerBase:

@@ -45,13 +45,14 @@ class RewardFunction:
     Args:
         config: `reward_function` is `path.py:name`; `reward_function_kwargs` are handed to every call.
         decoder: turns the responses' token ids into text; None where nothing will be scored.
+        prefix: what the chat template wrote of every answer before the policy went on (`prefilled_text`).
 
     Raises:
         ValueError: there is no such function, the keyword arguments do not fit it, or the module's `REWARD_TYPE` is
             neither `batch` nor `sequential`.
     """
 
-    def __init__(self, config: RewardConfig, decoder: TextDecoder | None) -> None:
+    def __init__(self, config: RewardConfig, decoder: TextDecoder | None, prefix: str = "") -> None:
         if config.reward_function is None:
             raise ValueError(
                 "worker.reward.reward_function is not set; name a function as path/to/file.py:function, "
@@ -59,6 +60,7 @@ class RewardFunction:
             )
         self.config = config
         self.decoder = decoder
+        self.prefix = prefix
         path, function_name = config.reward_function.rsplit(":", maxsplit=1)
         module = load_module(path, KEY)
         self._function = find_function(module, function_name, KEY)
@@ -77,9 +79,9 @@ class RewardFunction:
         A sample has `response_ids` (one-dimensional, its tokens) and what else the function gets beside the response's
         texts and length: `ground_truth`, `prompt` (text), `uid` (the same for all responses to one prompt), `images`
         and `videos` (handles; `.load()` gives the PIL image, or an object with `frames` (T, H, W, 3)), `extra` (the
-        dataset row's other columns), `step`, `split` (`train` or `val`). To these come `response` (text),
-        `response_length` (tokens) and `response_tokens` (the text of each token; a character that several tokens share
-        shows as a replacement character in each).
+        dataset row's other columns), `step`, `split` (`train` or `val`). To these come `response` (text), `prefix`
+        (what the chat template wrote before it, such as `<think>`), `response_length` (tokens) and `response_tokens`
+        (the text of each token; a character that several tokens share shows as a replacement character in each).
 
         The function returns a dict of numbers a sample: `overall` is the reward; all become metrics, and those other
         than `overall` may be left out where they do not apply. One more key, `token_weights`, may hold a list of one
@@ -103,6 +105,7 @@ class RewardFunction:
         ids = sample["response_ids"].tolist()
         return {
             "response": self.decoder.decode(ids, skip_special_tokens=self.config.skip_special_tokens),
+            "prefix": self.prefix,
             "response_length": len(ids),
             "response_tokens": [self._text_of_token(token_id) for token_id in ids],
             **{key: value for key, value in sample.items() if key != "response_ids"},
