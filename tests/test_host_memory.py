@@ -51,7 +51,7 @@ def host_memory(workers: list[int]) -> dict[str, int]:
     memory["driver"] = _private(driver)
     for process in driver.children(recursive=True):
         name = process.cmdline()[0] if process.cmdline() else ""
-        if process.pid in workers or name.startswith("ray::RewardFunction"):
+        if process.pid in workers or name.startswith("ray::RewardProcess"):
             memory[f"{name} {process.pid}"] = _private(process)
     return memory
 

@@ -366,7 +366,7 @@ def weigher(*overrides: str) -> RayDAPOTrainer:
         tokenizer=None,
         train_loader=None,
         val_loader=(),
-        decoder=None,
+        rewards=None,
         processes=None,
         tracker=None,
         resume_point=None,

@@ -19,6 +19,8 @@ from verl.utils.lean_imports import frozen_objects, import_modules
 from verl.workers.rollout.config import ENGINES
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
     from verl.data.dataset import RLHFDataset
     from verl.single_controller.worker_processes import WorkerProcesses
 
@@ -202,19 +204,11 @@ def check_videos(config: PPOConfig, *datasets: "RLHFDataset") -> None:
 def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> None:
     logger.info("loading the tokenizer and the data")
     from verl.data.loader import create_dataloader
-    from verl.models.attention_recorder import require_layers
-    from verl.models.loader import load_generation_config, load_model_config, require_room_for_tokens
     from verl.trainer.ray_trainer import RayDAPOTrainer
+    from verl.trainer.rewards import RewardClient
     from verl.utils.batch_plan import training_steps
     from verl.utils.checkpoint import find_resume_point
-    from verl.utils.tokenizer import (
-        eos_token_ids_of,
-        get_processor,
-        get_tokenizer,
-        text_decoder,
-        warn_of_other_turn_ends,
-    )
-    from verl.workers.reward.user_function import RewardFunction
+    from verl.utils.tokenizer import get_processor, get_tokenizer, prefilled_text, text_decoder
 
     logger.info("running on %s: %d worker(s)", processes.device, plan.world_size)
     for line in plan.describe():
@@ -224,39 +218,57 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> 
 
     model, trainer_config = config.worker.actor.model, config.trainer
     source = (model.tokenizer_path, config.data.override_chat_template)
-    tokenizer = get_tokenizer(*source, trust_remote_code=model.trust_remote_code)
-    processor = get_processor(*source, trust_remote_code=model.trust_remote_code)
-    decoder = text_decoder(tokenizer)
-    RewardFunction(config.worker.reward, decoder)  # a mistake in the user's file is told before any model is loaded
+    with RewardClient(config.worker.reward) as rewards:
+        tokenizer = get_tokenizer(*source, trust_remote_code=model.trust_remote_code)
+        processor = get_processor(*source, trust_remote_code=model.trust_remote_code)
+        model_config = _fitting_model_config(config, tokenizer)
+        # A mistake in the user's file is told before any data or model is loaded.
+        rewards.load(text_decoder(tokenizer), prefilled_text(tokenizer))
+        train_loader, val_loader = create_dataloader(config.data, tokenizer, processor, model_config)
+        check_videos(config, train_loader.dataset, val_loader.dataset)
+        steps = training_steps(config, len(train_loader.dataset))
+        resume_point = find_resume_point(
+            trainer_config.save_checkpoint_path,
+            trainer_config.load_checkpoint_path,
+            trainer_config.find_last_checkpoint,
+        )
+        with Tracker(
+            trainer_config.logger,
+            config.to_dict(),
+            trainer_config.project_name,
+            trainer_config.experiment_name,
+            trainer_config.save_checkpoint_path,
+            total_steps=steps,
+            resume_point=resume_point,
+        ) as tracker:
+            trainer = RayDAPOTrainer(
+                config, plan, steps, tokenizer, train_loader, val_loader, rewards, processes, tracker, resume_point
+            )
+            try:
+                trainer.init_workers()
+                trainer.fit()
+            finally:
+                trainer.shutdown()
+
+
+def _fitting_model_config(config: PPOConfig, tokenizer: "PreTrainedTokenizerBase") -> "PretrainedConfig":
+    """The policy's, once tokenizer and run are known to fit it.
+
+    Raises:
+        ValueError: they do not.
+    """
+    from verl.models.attention_recorder import require_layers
+    from verl.models.loader import load_generation_config, load_model_config, require_room_for_tokens
+    from verl.utils.tokenizer import eos_token_ids_of, warn_of_other_turn_ends
+
+    model = config.worker.actor.model
     model_config = load_model_config(model)
     require_room_for_tokens(tokenizer, model_config, model.tokenizer_path, model.model_path)
     if config.worker.rollout.collect_attentions:
         require_layers(model_config, config.algorithm.attention_layers)
     generation_config = load_generation_config(model.model_path, model_config)
     warn_of_other_turn_ends(tokenizer, eos_token_ids_of(generation_config, tokenizer))
-    train_loader, val_loader = create_dataloader(config.data, tokenizer, processor, model_config)
-    check_videos(config, train_loader.dataset, val_loader.dataset)
-    steps = training_steps(config, len(train_loader.dataset))
-    resume_point = find_resume_point(
-        trainer_config.save_checkpoint_path, trainer_config.load_checkpoint_path, trainer_config.find_last_checkpoint
-    )
-    with Tracker(
-        trainer_config.logger,
-        config.to_dict(),
-        trainer_config.project_name,
-        trainer_config.experiment_name,
-        trainer_config.save_checkpoint_path,
-        total_steps=steps,
-        resume_point=resume_point,
-    ) as tracker:
-        trainer = RayDAPOTrainer(
-            config, plan, steps, tokenizer, train_loader, val_loader, decoder, processes, tracker, resume_point
-        )
-        try:
-            trainer.init_workers()
-            trainer.fit()
-        finally:
-            trainer.shutdown()
+    return model_config
 
 
 USAGE = """\

@@ -43,8 +43,7 @@ from verl.trainer.validator import ValidationResult, Validator
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.checkpoint import ResumePoint
 from verl.utils.seqlen_balancing import balanced_order, seqlen_metrics
-from verl.utils.tokenizer import prefilled_text
-from verl.workers.reward.user_function import TextDecoder, values_by_key
+from verl.workers.reward.user_function import values_by_key
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ class RayDAPOTrainer:
         tokenizer: of the policy.
         train_loader: endless source of prompts, with a state that a checkpoint keeps.
         val_loader: the held-out set, in batches.
-        decoder: makes text of token ids for the reward function, which runs in a process of its own.
+        rewards: the reward function's process; it stays its owner's to end.
         processes: where the workers live; they stay their owner's to end.
         tracker: where metrics go.
         resume_point: the checkpoint to go on from; None starts from the model's own weights.
@@ -77,7 +76,7 @@ class RayDAPOTrainer:
         tokenizer: PreTrainedTokenizerBase,
         train_loader: PromptLoader,
         val_loader: BatchLoader,
-        decoder: TextDecoder,
+        rewards: RewardClient,
         processes: WorkerProcesses,
         tracker: Tracker,
         resume_point: ResumePoint | None,
@@ -88,22 +87,20 @@ class RayDAPOTrainer:
         self.tokenizer = tokenizer
         self.train_loader = train_loader
         self.val_loader = val_loader
-        self.decoder = decoder
+        self.rewards = rewards
         self.processes = processes
         self.tracker = tracker
         self.resume_point = resume_point
         self.state = RunState(config)
         self.weigher = TokenWeigher(config, tokenizer)
         self.workers: WorkerGroup | None = None
-        self.rewards: RewardClient | None = None
         self.rollouts: Rollouts | None = None
         self.validator: Validator | None = None
 
     # ---- life ----
 
     def init_workers(self) -> None:
-        """Starts the reward actor, and loads the policy into one worker per device."""
-        self.rewards = RewardClient(self.config.worker.reward, self.decoder, prefilled_text(self.tokenizer))
+        """Loads the policy into one worker per device."""
         self.tracker.phase("load", "loading the model")
         self.workers = WorkerGroup(
             self.processes,
@@ -125,11 +122,9 @@ class RayDAPOTrainer:
         )
 
     def shutdown(self) -> None:
-        """Ends the reward actor and frees the workers."""
+        """Frees the workers."""
         if self.workers is not None:
             self.workers.release()
-        if self.rewards is not None:
-            self.rewards.shutdown()
 
     # ---- the loop ----
 

@@ -4,7 +4,8 @@
 Shapes: N rows, R response length.
 """
 
-from typing import Any
+import os
+from typing import Any, Self
 
 import ray
 import torch
@@ -14,21 +15,46 @@ from verl.single_controller.lost_processes import PROCESS_LOST, node_of, run_end
 from verl.trainer.step_record import StepRecord
 from verl.workers.reward.config import RewardConfig
 from verl.workers.reward.function import place_scores, reward_samples
-from verl.workers.reward.user_function import TOKEN_WEIGHTS, RewardFunction, TextDecoder, values_by_key
+from verl.workers.reward.process import RewardProcess, variables_of_run
+from verl.workers.reward.user_function import TOKEN_WEIGHTS, TextDecoder, values_by_key
 
 
 class RewardClient:
-    """Has batches scored in a process of their own, which it starts. Requests are answered in their order.
+    """Has batches scored in a process of their own. Requests are answered in their order.
+
+    A context manager: the process starts with it, and ends with it. `load` comes first.
 
     Args:
         config: the function, and how many CPUs its process takes.
-        decoder: turns token ids into text there.
-        prefix: what the chat template writes of every answer.
     """
 
-    def __init__(self, config: RewardConfig, decoder: TextDecoder, prefix: str = "") -> None:
-        self._actor = ray.remote(num_cpus=config.num_cpus)(RewardFunction).remote(config, decoder, prefix)
+    def __init__(self, config: RewardConfig) -> None:
+        self._config = config
+        self._actor = ray.remote(num_cpus=config.num_cpus)(RewardProcess).remote()
         self._node = node_of(self._actor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        ray.kill(self._actor)
+
+    def load(self, decoder: TextDecoder, prefix: str = "") -> None:
+        """Has the process run the user's file, with the variables and in the folder of this one.
+
+        Args:
+            decoder: turns token ids into text there.
+            prefix: what the chat template writes of every answer.
+
+        Raises:
+            ValueError: the file or the function is not what it has to be, or the folder is not there.
+            RuntimeError: the process or its node is gone.
+        """
+        run = (variables_of_run(), os.getcwd())
+        try:
+            self._get(self._actor.load.remote(self._config, decoder, prefix, *run))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
 
     def send(self, batch: DataProto, step: int) -> ray.ObjectRef:
         """Starts scoring a batch of training; reads what `reward_samples` reads."""
@@ -67,15 +93,14 @@ class RewardClient:
         return _totals(results).tolist(), _without_token_weights(values_by_key(results))
 
     def _answer(self, request: ray.ObjectRef) -> list[dict[str, Any]]:
+        return self._get(request)
+
+    def _get(self, request: ray.ObjectRef) -> Any:
         try:
             return ray.get(request)
         except PROCESS_LOST as error:
             name = "the reward function's process"
             raise run_ended_by({name: error}, {name: ray.get(self._node)}) from error
-
-    def shutdown(self) -> None:
-        """Ends the process."""
-        ray.kill(self._actor)
 
 
 def numbers_by_key(batch: DataProto) -> dict[str, list[float]]:

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reward function in a process of its own, which stands where the run was started: its variables, its folder.
+
+The reward process runs this file, which therefore loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from verl.workers.reward.config import RewardConfig
+from verl.workers.reward.user_function import RewardFunction, TextDecoder
+
+OF_THE_PROCESS = {"CUDA_VISIBLE_DEVICES", "PWD", "OLDPWD", "SHLVL", "_"}
+"""Variables that belong to a process and do not follow a run; nor do Ray's own, which begin with RAY_."""
+
+
+class RewardProcess:
+    """What the Ray actor is: nothing until `load`."""
+
+    def load(
+        self, config: RewardConfig, decoder: TextDecoder, prefix: str, variables: Mapping[str, str], folder: str
+    ) -> None:
+        """Takes the driver's place and runs the user's file.
+
+        A process of a cluster that the run only joins has the variables and the folder of whoever started the
+        cluster: a function that reads a judge's address or a file beside it would do something else there.
+
+        Args:
+            config, decoder, prefix: as in `RewardFunction`.
+            variables: as `variables_of_run` gives them.
+            folder: the driver's working folder.
+
+        Raises:
+            ValueError: there is no such folder on this machine; or as `RewardFunction` does.
+        """
+        os.environ.update(variables)
+        try:
+            os.chdir(folder)
+        except OSError as error:
+            raise ValueError(
+                f"the reward function's process, on {os.uname().nodename}, cannot work in the run's folder {folder}: "
+                f"{error.strerror}; start the run in a folder that all machines see"
+            ) from error
+        if folder not in sys.path:
+            sys.path.append(folder)
+        self._function = RewardFunction(config, decoder, prefix)
+
+    def score(self, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """As `RewardFunction.score`."""
+        return self._function.score(samples)
+
+
+def variables_of_run() -> dict[str, str]:
+    """This process's environment, without what belongs to a process alone."""
+    return {
+        name: value for name, value in os.environ.items() if name not in OF_THE_PROCESS and not name.startswith("RAY_")
+    }
