@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 # python -m pytest tests/test_reward_function.py
 
+import os
 import re
+import shutil
 from textwrap import dedent
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from verl.data.vision import MediaHandle
 from verl.protocol import DataProto
+from verl.trainer.rewards import RewardClient
+from verl.utils.tokenizer import text_decoder
 from verl.workers.reward.config import RewardConfig
 from verl.workers.reward.function import AutoRewardManager
 from verl.workers.reward.user_function import values_by_key
@@ -381,3 +386,42 @@ def test_a_file_that_does_not_load_is_an_error_with_its_cause(make_manager):
 def test_no_reward_function_is_an_error_that_shows_one(tokenizer):
     with pytest.raises(ValueError, match="worker.reward.reward_function is not set.*:compute_score"):
         AutoRewardManager(RewardConfig(), tokenizer)
+
+
+# ---- its process ----
+
+
+@pytest.fixture
+def client(tmp_path, monkeypatch, ray_cluster):
+    """The client of a function that reads a variable and a file of the run's, in a cluster that knows neither."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "scale.txt").write_text("3")
+    (tmp_path / "judged.py").write_text(
+        "import os\n"
+        "open('ran.txt', 'a').write('.')\n"
+        "def main(samples):\n"
+        "    scale = float(open('scale.txt').read())\n"
+        "    return [{'overall': scale * float(os.environ['JUDGE_SCALE'])} for _ in samples]\n"
+    )
+    monkeypatch.chdir(tmp_path / "run")
+    monkeypatch.setenv("JUDGE_SCALE", "2")
+    with RewardClient(RewardConfig(reward_function=f"{tmp_path}/judged.py")) as client:
+        yield client
+
+
+def test_the_process_has_the_runs_variables_and_folder_and_runs_the_file_once(client, tokenizer, tmp_path) -> None:
+    client.load(text_decoder(tokenizer))
+    scores, _ = client.validate(make_batch(tokenizer), step=1)
+    assert scores == [6.0] * len(TEXTS)
+    assert (tmp_path / "run" / "ran.txt").read_text() == "."
+
+
+def test_a_folder_that_is_not_there_and_a_mistake_in_the_file_are_told_by_load(client, tokenizer, tmp_path) -> None:
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(ValueError, match="cannot work in the run's folder .*: No such file or directory"):
+        ray.get(client._actor.load.remote(client._config, None, "", {}, f"{tmp_path}/run"))
+    (tmp_path / "judged.py").write_text("def other(samples):\n    return 1\n")
+    os.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"names the function 'main', but .*judged.py has \['other'\]") as caught:
+        client.load(text_decoder(tokenizer))
+    assert "ray::" not in str(caught.value)
