@@ -475,6 +475,24 @@ def test_a_long_row_is_named_with_both_lengths(make: Callable) -> None:
         dataset[1]
 
 
+@pytest.mark.parametrize("name", ["a[1]", "a*b?", "me@home", "x@y@z"])
+def test_any_name_of_a_folder_or_a_file_is_taken_as_it_is(
+    name: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    for split, answer in (("train", "1"), ("test", "2")):
+        write_json(folder / f"{split}.jsonl", [{"prompt": "a", "answer": answer}])
+        (folder / f"{split}{name}.csv").write_text(f"prompt,answer\na,{answer}\n")
+        assert answers_of(DataConfig(train_files=f"{folder}/{split}{name}.csv").train_files, tokenizer) == [answer]
+    for csv in folder.glob("*.csv"):
+        csv.unlink()
+    assert answers_of(DataConfig(train_files=str(folder)).train_files, tokenizer) == ["1"]
+    assert answers_of(DataConfig(train_files=f"{folder}@test").train_files, tokenizer) == ["2"]
+    with pytest.raises(ValueError, match="does not exist|has not the form"):
+        DataConfig(train_files=f"{folder}x@test")
+
+
 # ---- answers as the file holds them ----
 
 

@@ -2,6 +2,7 @@
 # python -m pytest tests/test_vision.py
 """One image, whatever its form, is one set of pixels: in the dataset, on the wire and as model features."""
 
+import base64
 import io
 import pickle
 from pathlib import Path
@@ -73,6 +74,30 @@ def test_opening_decodes_no_pixels(file_format: str) -> None:
     assert half.size == (100, 100)
     with pytest.raises(OSError, match="truncated"):
         process_image(half, None, None)
+
+
+def test_uris_and_dicts_open_as_their_files_do(tmp_path: Path) -> None:
+    make_image(6, 4).save(tmp_path / "a b[1].png")
+    path, content = str(tmp_path / "a b[1].png"), (tmp_path / "a b[1].png").read_bytes()
+    expected = process_image(open_image(path), None, None)
+    uri = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    for source in (uri, Path(path).as_uri(), {"image": path}, {"image": content}, {"path": Path(path).as_uri()}):
+        assert process_image(open_image(source), None, None) == expected
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("https://example.org/a.png", "images are read from files, not fetched: download 'https://example.org/a.png"),
+        ("S3://bucket/a.png", "images are read from files, not fetched"),
+        ("data:image/png,abc", "a data URI has to be base64"),
+        ("data:image/png;base64,a", "the base64 of .* is damaged"),
+    ],
+)
+def test_uris_that_cannot_be_read_are_refused_in_one_short_line(uri: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        open_image(uri + "x" * 1000)
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("source", [None, 3, {"bytes": None, "path": None}])

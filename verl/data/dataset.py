@@ -6,6 +6,7 @@ Shapes: B prompts, P prompt length (`data.max_prompt_length`).
 
 from __future__ import annotations
 
+import glob
 import logging
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,7 +49,7 @@ from verl.data.video import Video, VideoLimits, VideoOutline, VideoSource, load_
 from verl.data.vision import UNREADABLE_IMAGE, ImageSource, open_image, process_image, target_size
 from verl.models.position_ids import prompt_position_ids
 from verl.models.registry import MODEL_FAMILIES, family_of
-from verl.trainer.config import DATA_SUFFIXES, DataConfig
+from verl.trainer.config import DATA_SUFFIXES, DataConfig, split_data_path
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -91,7 +92,7 @@ def load_rows(data_path: str) -> Dataset:
     Raises:
         ValueError: nothing is there, or it has no such split or no rows.
     """
-    path, _, split = data_path.partition("@")
+    path, split = split_data_path(data_path)
     split = split or "train"
     local = Path(path).expanduser()
     try:
@@ -133,7 +134,8 @@ def _load_files(files: Mapping[str, Sequence[Path]], split: str) -> Dataset:
     if empty:
         raise ValueError(f"{', '.join(empty)} is empty")
     builder = suffixes.pop().removeprefix(".")
-    data_files = {name: list(map(str, files[name])) for name in files}
+    # The library takes `[`, `*` and `?` for patterns.
+    data_files = {name: [glob.escape(str(path)) for path in files[name]] for name in files}
     if builder == "csv":
         return _load_csv(data_files, split)
     rows = load_dataset(builder, data_files=data_files, split=split)
@@ -182,7 +184,7 @@ def _load_folder(folder: Path, split: str) -> Dataset:
             raise ValueError(f"no split {split!r} in it; its splits are {', '.join(splits)}")
         return splits[split]
 
-    base_path = folder.resolve().as_posix()
+    base_path = glob.escape(folder.resolve().as_posix())
     found = DataFilesDict.from_patterns(get_data_patterns(base_path), base_path=base_path)
     # Left out are the media that rows refer to; the library already passed over what the hub keeps beside the data.
     files = {name: [Path(path) for path in paths if path.endswith(DATA_SUFFIXES)] for name, paths in found.items()}

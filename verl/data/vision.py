@@ -8,12 +8,17 @@ process has handles too, so that this file does not load torch.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 import math
 import os
+import re
 import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import ray
@@ -38,7 +43,8 @@ def open_image(source: ImageSource, image_dir: str | os.PathLike | None = None) 
     Pixels are decoded later, on first use, except where the image has to be turned.
 
     Args:
-        source: a PIL image, the bytes of an image file, a path, or a dict with either under `bytes` or `path`.
+        source: a PIL image, the bytes of an image file, a path, a `data:` or `file://` URI, or a dict with one of
+            these under `bytes`, `path` or `image`.
         image_dir: the folder that relative paths start from; None for the working directory.
 
     Raises:
@@ -46,7 +52,9 @@ def open_image(source: ImageSource, image_dir: str | os.PathLike | None = None) 
         OSError: no such file, or not an image.
     """
     if isinstance(source, Mapping):
-        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+        source = next((source[key] for key in ("bytes", "path", "image") if source.get(key) is not None), None)
+    if isinstance(source, str) and (scheme := re.match(r"(data:|[a-z][a-z0-9+.-]*://)", source, re.IGNORECASE)):
+        source = _opened_uri(source, scheme.group().lower())
     if isinstance(source, Image.Image):
         image = source
     elif isinstance(source, bytes):
@@ -62,6 +70,21 @@ def open_image(source: ImageSource, image_dir: str | os.PathLike | None = None) 
     if may_be_turned and image.getexif().get(ExifTags.Base.Orientation, UPRIGHT) != UPRIGHT:
         image = ImageOps.exif_transpose(image)
     return image
+
+
+def _opened_uri(uri: str, scheme: str) -> bytes | str:
+    """The bytes of a `data:` URI, or the path of a `file://` one."""
+    if scheme == "data:":
+        head, _, body = uri.partition(",")
+        if not head.endswith(";base64"):
+            raise ValueError(f"a data URI has to be base64, as in data:image/png;base64,..., not {uri!r:.80}")
+        try:
+            return base64.b64decode(body, validate=True)
+        except binascii.Error as error:
+            raise ValueError(f"the base64 of {uri!r:.80} is damaged: {error}") from error
+    if scheme == "file://":
+        return url2pathname(urlsplit(uri).path)
+    raise ValueError(f"images are read from files, not fetched: download {uri!r:.200} and give its path")
 
 
 def target_size(width: int, height: int, min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:

@@ -26,6 +26,17 @@ LayerChoice = str | tuple[int, ...]
 DATA_SUFFIXES = (".parquet", ".json", ".jsonl", ".arrow", ".csv")
 
 
+def split_data_path(value: str) -> tuple[str, str]:
+    """Path and split of `PATH` or `PATH@split`; the split is empty where none is given.
+
+    A path that is there as a whole may have an `@` of its own.
+    """
+    if os.path.exists(os.path.expanduser(value)):
+        return value, ""
+    path, at, split = value.rpartition("@")
+    return (path, split) if at and split else (value, "")
+
+
 @dataclass(frozen=True)
 class DataConfig(ConfigSection):
     """Which data, which columns, and how many rows at a time."""
@@ -91,8 +102,10 @@ class DataConfig(ConfigSection):
 
     def _settle_data_path(self, key: str) -> None:
         """Make a local path absolute and leave a hub id as it is, `@split` kept on both."""
-        path, at, split = getattr(self, key).partition("@")
-        self.require("@" not in split and bool(split) == bool(at), key, "has not the form PATH or PATH@split")
+        path, split = split_data_path(getattr(self, key))
+        at = "@" if split else ""
+        is_form = not path.endswith("@") and ("@" not in path or os.path.exists(os.path.expanduser(path)))
+        self.require(is_form, key, "has not the form PATH or PATH@split")
         if path and (looks_local(path, DATA_SUFFIXES) or os.path.exists(path)):
             path = absolute(path)
             self.require(os.path.exists(path), key, f"does not exist (looked for {path})")
