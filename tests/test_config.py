@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import re
+import socket
 import subprocess
 import sys
 import textwrap
@@ -36,7 +37,7 @@ from verl.trainer.config import (
     load_config,
 )
 from verl.trainer.config_checks import effect_notes, require_available
-from verl.trainer.main import main, prepare
+from verl.trainer.main import _start_ray, main, prepare
 from verl.workers.actor.config import LOSS_TYPES, ActorConfig, LoraConfig, OptimConfig
 from verl.workers.reward.config import RewardConfig
 from verl.workers.rollout.config import RolloutConfig
@@ -856,6 +857,38 @@ def test_estimators_that_need_no_other_model_are_available(name, runnable):
 @pytest.mark.parametrize("name", ["default", "gspo", "gspo_token", "cispo", "sapo"])
 def test_every_loss_is_available(name, runnable):
     prepare(load_config([*runnable, "worker.rollout.n=8", f"worker.actor.loss_type={name}"]))
+
+
+@pytest.mark.parametrize("by", ["RAY_ADDRESS", "note"])
+def test_a_cluster_that_is_gone_is_told_with_what_named_it(by: str, runnable, monkeypatch, tmp_path) -> None:
+    """Ray would try for minutes. The port was free a moment ago; one that listens is let through."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = f"127.0.0.1:{listener.getsockname()[1]}"
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if by == "note":
+        (tmp_path / "note").write_text(f"{address}\n")
+        monkeypatch.setattr("verl.trainer.main.RAY_START_NOTE", tmp_path / "note")
+    else:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    config = load_config([*runnable, "worker.rollout.n=8"])
+    prepare(config)
+    listener.close()
+    source = str(tmp_path / "note") if by == "note" else "RAY_ADDRESS"
+    with pytest.raises(ValueError, match=f"{source} names a Ray cluster at {address}, where nothing answers"):
+        prepare(config)
+    if by == "RAY_ADDRESS":
+        monkeypatch.setenv("RAY_ADDRESS", "auto")
+        prepare(config)
+
+
+def test_a_folder_too_long_for_rays_sockets_is_told_with_the_remedy(monkeypatch) -> None:
+    def init(*args, **kwargs):
+        raise OSError("validate_socket_filename failed: AF_UNIX path length cannot exceed 107 bytes")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "x" * 90)
+    with pytest.raises(ValueError, match="below /tmp/xxx.* too long .*set RAY_TMPDIR to a short folder, such as /tmp"):
+        _start_ray(num_cpus=1)
 
 
 NO_KL_WEIGHT = "algorithm.kl_coef=0"

@@ -64,6 +64,17 @@ def test_new_weights_are_used_and_an_incomplete_stream_is_refused(
         rollout.update_weights(list(other.model.state_dict().items())[1:])
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, RANDOM], ids=["greedy", "sampled"])
+def test_weights_that_are_not_numbers_are_told_alike_however_tokens_are_drawn(
+    sampling: Sampling, tiny_model_path: str, prompts: DataProto
+) -> None:
+    rollout = build(tiny_model_path)
+    with torch.no_grad():
+        rollout.model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="drew token 0 of response 0 .*weights.* are not finite"):
+        rollout.generate(prompts, sampling, seed=0)
+
+
 def test_a_model_sharded_over_two_ranks_generates_as_the_whole_one_does(
     tiny_model_path: str, prompts: DataProto, two_ranks: WorkerGroup
 ) -> None:

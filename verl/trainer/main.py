@@ -3,13 +3,14 @@
 
 import logging
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from verl.trainer.config import PPOConfig, load_config
 from verl.trainer.config_checks import effect_notes, has_built_in_algorithms, require_available
@@ -77,7 +78,7 @@ def ray_session(config: PPOConfig) -> Iterator[None]:
         workers = config.trainer.nnodes * config.trainer.n_gpus_per_node
         # Workers mostly wait for each other and may share cores: the count is of processes, not of cores.
         num_cpus = max(os.cpu_count() or 1, workers + config.worker.reward.num_cpus)
-        ray.init("local", num_cpus=num_cpus, include_dashboard=False, logging_level="ERROR")
+        _start_ray(num_cpus=num_cpus)
     try:
         yield
     finally:
@@ -85,6 +86,46 @@ def ray_session(config: PPOConfig) -> Iterator[None]:
             ray.timeline(config.trainer.ray_timeline)
         if not is_callers:
             ray.shutdown()
+
+
+def require_cluster() -> None:
+    """Raise unless something answers at the Ray cluster that the run is to join; Ray itself would wait for minutes.
+
+    Raises:
+        ValueError: saying what named the cluster, and what to do.
+    """
+    if address := os.environ.get("RAY_ADDRESS"):
+        source, remedy = "RAY_ADDRESS", "unset it to start a cluster for the run, or start that one"
+    elif RAY_START_NOTE.exists():
+        address, source = RAY_START_NOTE.read_text(encoding="utf-8").strip(), str(RAY_START_NOTE)
+        remedy = "it was left by `ray start`: run `ray stop`, which takes it away, or start the cluster again"
+    else:
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # such as `auto` and `local`, which Ray resolves by itself
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise ValueError(
+            f"{source} names a Ray cluster at {address}, where nothing answers ({reason}); {remedy}"
+        ) from error
+
+
+def _start_ray(**options: Any) -> None:
+    import ray
+
+    try:
+        ray.init("local", include_dashboard=False, logging_level="ERROR", **options)
+    except OSError as error:
+        if "AF_UNIX" not in str(error):
+            raise
+        folder = os.environ.get("RAY_TMPDIR", tempfile.gettempdir())
+        raise ValueError(
+            f"Ray cannot make its sockets below {folder}, whose name is too long ({error}); set RAY_TMPDIR to a short "
+            "folder, such as /tmp"
+        ) from error
 
 
 def run(config: PPOConfig, processes: "WorkerProcesses | None" = None) -> None:
@@ -129,6 +170,7 @@ def _require_fit(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses
 def prepare(config: PPOConfig) -> BatchPlan:
     """The run's batch numbers; everything that can be refused without starting a process is refused here."""
     require_available(config)
+    require_cluster()
     require_loggers(config.trainer.logger)
     plan = BatchPlan.from_config(config, config.trainer.nnodes * config.trainer.n_gpus_per_node)
     if not has_built_in_algorithms(config):

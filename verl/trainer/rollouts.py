@@ -4,6 +4,7 @@
 Shapes: B prompts, n responses each, N = B * n rows, the rows of a prompt side by side; P prompt length.
 """
 
+import logging
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from verl.trainer.rewards import RewardClient, numbers_by_key
 from verl.trainer.step_record import StepRecord
 from verl.utils.batch_plan import BatchPlan
 from verl.workers.rollout.base import Sampling
+
+logger = logging.getLogger(__name__)
 
 TRAIN, VAL = 0, 1
 """First part of every rollout seed, so that validation never repeats training's draws."""
@@ -74,6 +77,7 @@ class Rollouts:
             prompts = self._prompts_from(self.loader.draw())
             draw = self._generate(prompts, sampling, seed_parts=(TRAIN, record.step, len(draws)))
             draws.append(self._keep_informative(draw, record))
+            self._tell_of_draw(draws, record)
         if self.config.algorithm.online_filtering:
             kept_share = self._groups_in(draws) / (len(draws) * self.plan.prompts_per_draw)
             record.add({"filter/draws": len(draws), "filter/kept_share": kept_share})
@@ -140,6 +144,19 @@ class Rollouts:
         return draw[
             informative_rows(numbers_by_key(draw), draw.non_tensor_batch["uid"], algorithm.filter_key, *bounds)
         ]
+
+    def _tell_of_draw(self, draws: list[DataProto], record: StepRecord) -> None:
+        """A step that filters may draw many times: each draw is a line."""
+        if self.config.algorithm.online_filtering:
+            logger.info(
+                "step %d, draw %d: %d of %d groups carry signal, %d of %d are there",
+                record.step,
+                len(draws),
+                self._groups_in(draws[-1:]),
+                self.plan.prompts_per_draw,
+                self._groups_in(draws),
+                self.plan.prompts_per_step,
+            )
 
     def _groups_in(self, draws: list[DataProto]) -> int:
         return sum(len(draw) for draw in draws) // self.plan.responses_per_prompt

@@ -136,11 +136,7 @@ def assemble_batch(
     rollout_log_probs = rollout_log_probs.masked_fill(response_mask == 0, 0.0)
     if not rollout_log_probs.isfinite().all():
         row, column = (~rollout_log_probs.isfinite()).nonzero()[0].tolist()
-        raise RuntimeError(
-            f"the rollout engine drew token {column} of response {row} with log-probability "
-            f"{rollout_log_probs[row, column].item()}: the policy's weights, or its logits in worker.rollout.dtype, "
-            "are not finite"
-        )
+        raise draw_not_finite(row, column, rollout_log_probs[row, column].item())
     prompt = {key: prompts.batch[key].repeat_interleave(n, dim=0) for key in prompts.batch.keys()}  # (N, ...)
     position_ids = torch.cat(
         [prompt["position_ids"], extend_position_ids(prompt["position_ids"], responses.shape[1])], dim=-1
@@ -158,6 +154,14 @@ def assemble_batch(
             },
             batch_size=[responses.shape[0]],
         )
+    )
+
+
+def draw_not_finite(row: int, column: int, log_prob: float) -> RuntimeError:
+    """The error of a token that was drawn, or was to be drawn, without a finite log-probability."""
+    return RuntimeError(
+        f"the rollout engine drew token {column} of response {row} with log-probability {log_prob}: the policy's "
+        "weights, or its logits in worker.rollout.dtype, are not finite"
     )
 
 

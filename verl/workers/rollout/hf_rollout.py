@@ -32,6 +32,7 @@ from verl.workers.rollout.base import (
     Sampling,
     assemble_batch,
     copy_weights,
+    draw_not_finite,
     draw_seed,
     mask_responses,
 )
@@ -177,6 +178,10 @@ class _LogProbsOfDraws(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self._take_draws(input_ids)
+        largest = scores.amax(dim=-1)  # (rows,)
+        if not largest.isfinite().all():  # sampling would fail on the device, and greedy decoding take any token
+            row = int((~largest.isfinite()).nonzero()[0])
+            raise draw_not_finite(row, len(self._of_steps), float("nan"))
         self._last = scores.log_softmax(dim=-1)  # (rows, V)
         return scores
 
