@@ -255,7 +255,8 @@ def compute_token_weights(
         given, is_given = token_weights_from_lists(lists, response_mask)
     if importance is None and not is_given.any():
         return None
-    weights = response_mask.float() if importance is None else _shape(importance, response_mask, algorithm, step)
+    ones = response_mask.to(torch.float32, copy=True)
+    weights = ones if importance is None else _shape(importance, response_mask, algorithm, step)
     if is_given.any():
         if algorithm.token_weight_control == "inverse":
             given = _inverse_of_given(given, response_mask)
