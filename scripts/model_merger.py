@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from verl.models.loader import DTYPES, policy_class
 from verl.models.registry import MODEL_FAMILIES
+from verl.models.saved_files import add_legacy_rope
 from verl.models.value_model import ValueModel
 from verl.utils.checkpoint import model_file
 
@@ -274,6 +275,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
         turned = {name: value.transpose(-1, -2) if name.endswith(transposed) else value for name, value in state}
         options = dict(state_dict=turned, save_original_format=False)
     save_pretrained_with_generation_config(model, folder, kept, **options)
+    add_legacy_rope(folder)
 
 
 def upload(folder: Path, repo: str, public: bool) -> str:

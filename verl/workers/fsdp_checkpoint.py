@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from verl.models.saved_files import add_legacy_rope
 from verl.models.trainable import ADAPTER, adapter_config
 from verl.utils.checkpoint import extra_state_file, model_file, optim_file
 from verl.workers.adamw_bf16 import settle_compensation
@@ -100,6 +101,7 @@ class FSDPCheckpoint:
         if self.rank == 0:
             for description in self.described_by:
                 description.save_pretrained(root / "huggingface")
+            add_legacy_rope(root / "huggingface")
         dist.barrier()
 
     def load(self, folder: str, model_only: bool) -> None:

@@ -20,6 +20,7 @@ from verl.algorithms.policy_loss import PolicyLoss
 from verl.data.image_noise import ImageNoise
 from verl.models.attention_table import SAMPLES
 from verl.models.loader import DTYPES, keep_vision_tower_in_step, load_model, load_value_model
+from verl.models.saved_files import OriginalFiles
 from verl.models.sequence_parallel import SequenceGroup, join_sequence_group, share_rows
 from verl.models.trainable import choose_trainable
 from verl.protocol import DataProto
@@ -35,6 +36,7 @@ from verl.workers.actor.forward import PolicyForward, SignalSettings
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
 from verl.workers.critic.forward import ValueForward
 from verl.workers.fsdp2 import build_mesh, fill_from_rank0, resident, shard_model, whole_tensors
+from verl.workers.fsdp_checkpoint import SavesPretrained
 from verl.workers.rollout.base import Sampling, draw_seed, engine_class
 from verl.workers.trained_model import TrainedModel
 from verl.workers.weight_sync import stream_weights
@@ -108,7 +110,7 @@ class FSDPWorker(Worker):
             noise = ImageNoise(algorithm.token_weight_image_noise, algorithm.token_weight_image_noise_share)
             vocabulary = KeyVocabulary.of(policy.config, self.processor or self.tokenizer)
             signals = SignalSettings(vocabulary, algorithm.attention_layers, noise)
-        described_by = [policy.config, policy.generation_config, self.processor or self.tokenizer]
+        described_by = [policy.config, policy.generation_config, self._tokenizer_files()]
         self.actor = DataParallelPPOActor(
             self.config,
             self.plan,
@@ -164,8 +166,15 @@ class FSDPWorker(Worker):
             self.plan.critic,
             ValueForward(model, self.processor, self.device, critic, group),
             self.training_steps,
-            described_by=[model.config, self.processor or self.tokenizer],
+            described_by=[model.config, self._tokenizer_files()],
         )
+
+    def _tokenizer_files(self) -> SavesPretrained:
+        """What checkpoints keep of tokenizer and processor: the model's own, unless the template was replaced."""
+        loaded = self.processor or self.tokenizer
+        if self.config.data.override_chat_template is not None:
+            return loaded
+        return OriginalFiles(self.config.worker.actor.model.tokenizer_path, loaded)
 
     def _forward_of(self, model: nn.Module, **roles: Any) -> PolicyForward:
         config = self.config.worker

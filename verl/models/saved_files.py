@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files beside a checkpoint's weights, such that older transformers and other engines read them rightly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import cached_file
+
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+"""What tokenizers and processors are made of."""
+
+
+class OriginalFiles:
+    """A model's own tokenizer and processor files, which a checkpoint keeps as they are.
+
+    What transformers 5 writes of a tokenizer names classes that older versions and some engines do not know.
+
+    Args:
+        path: folder or hub id that tokenizer and processor came from.
+        loaded: writes what it can where there are no files to keep.
+    """
+
+    def __init__(self, path: str, loaded: PreTrainedTokenizerBase | ProcessorMixin) -> None:
+        self.path = path
+        self.loaded = loaded
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Copies the files into `folder`."""
+        found = [file for file in map(self._file, TOKENIZER_FILES) if file is not None]
+        if not any(Path(file).name.startswith(("tokenizer", "vocab")) for file in found):
+            self.loaded.save_pretrained(folder)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for file in found:
+            shutil.copyfile(file, Path(folder) / Path(file).name)
+
+    def _file(self, name: str) -> str | None:
+        return cached_file(
+            self.path,
+            name,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+
+
+def add_legacy_rope(folder: str | Path) -> None:
+    """Writes into the `config.json` of `folder` the rope fields of transformers 4 beside those of transformers 5.
+
+    Without them transformers 4 reads such a config with the default base frequency, and says nothing.
+    """
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(with_legacy_rope(config), indent=2) + "\n", encoding="utf-8")
+
+
+def with_legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The config and its `text_config`; fields that are there already stay. Vision towers had no such fields."""
+    if isinstance(config.get("text_config"), dict):
+        config = {**config, "text_config": with_legacy_rope(config["text_config"])}
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping):
+        return config
+    legacy: dict[str, Any] = {}
+    if "full_attention" in rope:  # one entry for each kind of layer, as Gemma 3 has them
+        legacy |= {"rope_local_base_freq": rope.get("sliding_attention", {}).get("rope_theta")}
+        rope = rope["full_attention"]
+    scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    legacy |= {
+        "rope_theta": rope.get("rope_theta"),
+        "partial_rotary_factor": rope.get("partial_rotary_factor"),
+        "rope_scaling": None if scaling in ({}, {"rope_type": "default"}) else scaling,
+    }
+    return {**{name: value for name, value in legacy.items() if value is not None}, **config}
