@@ -646,7 +646,7 @@ def test_a_failure_during_generation_ends_the_run_with_its_own_message_and_no_pr
     model.save_pretrained(broken)
     finished = command(*arguments(broken, data_files, tmp_path / "run"), mark=mark)
     assert finished.returncode == 1
-    assert "probability tensor contains either" in finished.stderr
+    assert "the policy's weights, or its logits in worker.rollout.dtype, are not finite" in finished.stderr
     assert "in generate_sequences" in finished.stderr
     assert "shut down" not in finished.stderr
     assert processes_marked(mark) == []
