@@ -164,6 +164,7 @@ def start(config: PPOConfig, arguments: argparse.Namespace) -> WorkerGroup:
         config=config,
         plan=plan,
         policy_loss=POLICY_LOSSES[config.worker.actor.loss_type],
+        signal_streams=(),
         training_steps=10,
     )
     group.init_model()
