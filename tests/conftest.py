@@ -44,6 +44,18 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_tiny_model(tmp_path_factory.mktemp("tiny_model"))
 
 
+@pytest.fixture(scope="module")
+def data_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A training set of 24 rows and a held-out set of 5 (no multiple of any batch size), half of them text only."""
+    from tests.batches import ROWS, write_dataset
+
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "val").mkdir()
+    train = write_dataset(folder / "train.parquet", ROWS, copies=6)
+    val = write_dataset(folder / "val" / "val.parquet", [*ROWS, ROWS[0]])
+    return [f"data.train_files={train}", f"data.val_files={val}"]
+
+
 @pytest.fixture(scope="session")
 def tokenizer(tiny_model_path: str):
     """The tiny model's tokenizer."""

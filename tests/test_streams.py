@@ -12,7 +12,7 @@ import torch
 from tests.batches import answer_at_random, make_prompts
 from tests.pool import run_shared
 from tests.probe import RESPONSE_LENGTH, WITH_CRITIC, make_config, start_alone
-from tests.test_training_run import arguments, data_files  # noqa: F401
+from tests.test_training_run import arguments
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig, load_config
 from verl.trainer.ray_trainer import RayDAPOTrainer
@@ -117,7 +117,7 @@ class Watch:
 def test_a_step_adds_and_reads_what_the_table_says(
     kind: str,
     tiny_model_path: str,
-    data_files: list[str],  # noqa: F811
+    data_files: list[str],
     tmp_path: Path,
     ray_cluster,
     monkeypatch: pytest.MonkeyPatch,

@@ -35,16 +35,6 @@ from verl.workers.actor.config import ActorConfig
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def data_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A training set of 24 rows and a held-out set of 5 (no multiple of any batch size), half of them text only."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "val").mkdir()
-    train = write_dataset(folder / "train.parquet", ROWS, copies=6)
-    val = write_dataset(folder / "val" / "val.parquet", [*ROWS, ROWS[0]])
-    return [f"data.train_files={train}", f"data.val_files={val}"]
-
-
 def arguments(model_path: str, data_files: list[str], output: Path, *overrides: str) -> list[str]:
     return [
         *data_files,

@@ -10,6 +10,7 @@ response tokens of all rows, H hidden size.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -33,7 +34,7 @@ KEEPS_SAMPLES_APART = {"full_attention", "sliding_attention"}
 """Kinds of layers, by the names of transformers' `layer_types`, that need nothing but the samples' borders."""
 
 
-class TokenLayout:
+class TokenLayout(ABC):
     """The rows of a micro-batch as a model takes them.
 
     Args:
@@ -45,21 +46,21 @@ class TokenLayout:
         self.length = int(response_ends(self.response_mask).max())
         """Response columns up to the end of the longest response."""
 
+    @abstractmethod
     def model_inputs(self) -> dict[str, Any]:
         """Keywords of the model's forward, all but media; tensors on the CPU."""
-        raise NotImplementedError
 
+    @abstractmethod
     def labels(self) -> torch.Tensor:
         """(L,) the response tokens; where ranks share the row, those that this rank's positions predict."""
-        raise NotImplementedError
 
+    @abstractmethod
     def at_labels(self, kept: torch.Tensor) -> torch.Tensor:
         """(L, H), what the model has for the position that predicts each of `labels`.
 
         Args:
             kept: of the positions that `logits_to_keep` names.
         """
-        raise NotImplementedError
 
     def of_all_ranks(self, at_labels: torch.Tensor) -> torch.Tensor:
         """(L, K) of all response tokens, from (L, K) of those that this rank's positions predict."""
@@ -81,10 +82,11 @@ class TokenLayout:
         keep = self.model_inputs()["logits_to_keep"]
         return self.at_labels(states[:, slice(-keep, None) if isinstance(keep, int) else keep.to(states.device)])
 
+    @abstractmethod
     def label_rows(self) -> torch.Tensor:
         """(L,) the row of each of this rank's `labels`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def row_means(self, states: torch.Tensor, is_chosen: torch.Tensor) -> torch.Tensor:
         """(N, H) float32, the mean state of each row's chosen tokens; NaN for a row without any.
 
@@ -92,12 +94,12 @@ class TokenLayout:
             states: of all of this rank's positions, as the decoder gives them.
             is_chosen: (N, S) bool.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def as_wide(self, masses: torch.Tensor) -> torch.Tensor:
         """(N, R, 2), zero outside `response_mask`, from the (N, length, 2) of the recorder."""
-        raise NotImplementedError
 
+    @abstractmethod
     def record_attention(
         self, model: nn.Module, key_kinds: torch.Tensor, layers: LayerChoice | int | None
     ) -> Iterator[AttentionMassRecorder]:
@@ -107,7 +109,6 @@ class TokenLayout:
             key_kinds: (N, S) `KeyKind` of the rows' tokens.
             layers: as in `record_attention_mass`.
         """
-        raise NotImplementedError
 
 
 class PaddedLayout(TokenLayout):

@@ -6,6 +6,7 @@ head, W ranks that share a row.
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,7 +32,7 @@ from verl.workers.actor.config import TrainedModelConfig
 logger = logging.getLogger(__name__)
 
 
-class ResponseForward:
+class ResponseForward(ABC):
     """Streams of numbers for the response tokens, measured in forward passes of one model.
 
     A subclass says which streams its output head gives, and may add streams that are observed inside the model.
@@ -141,6 +142,7 @@ class ResponseForward:
             name: value.to(self.device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
         }
 
+    @abstractmethod
     def _head(
         self, rows: DataProto, layout: TokenLayout, inputs: dict[str, Any], names: Sequence[str]
     ) -> Callable[[LazyLogits], torch.Tensor]:
@@ -148,7 +150,6 @@ class ResponseForward:
 
         What else has to run for it (a reference) runs here, before the tap, since it may share the model's layers.
         """
-        raise NotImplementedError
 
     @contextmanager
     def _tap(self, rows: DataProto, layout: TokenLayout, wanted: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
