@@ -157,6 +157,20 @@ def test_rows_without_an_image_weigh_one_by_every_signal_that_looks_for_one(
     assert (weights[4:][is_response[4:]] != 1).any()
 
 
+def test_image_kl_without_an_image_is_zero_even_where_two_passes_differ(
+    tiny_model_path: str, batch: DataProto, lone_process_group
+) -> None:
+    """On a GPU, and with experts that other rows share, the same row need not come out twice with the same bits."""
+    worker = start(tiny_model_path)
+    embedding = worker.actor.forward.model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda module, args, states: states + 0.01 * torch.randn_like(states))
+    try:
+        image_kl = worker.measured(batch.select(None, ["multi_modal_data"]), ["image_kl"]).batch["image_kl"]
+    finally:
+        hook.remove()
+    assert (image_kl[:4].abs().amax(1) > 0).all() and (image_kl[4:] == 0).all()
+
+
 @pytest.mark.parametrize("noise", ["blank", "gaussian"])
 def test_the_noise_of_the_configuration_spoils_the_images(
     noise: str, tiny_model_path: str, batch: DataProto, measured: dict[str, torch.Tensor]
@@ -260,6 +274,17 @@ def weigh(step: int = 1, lists: list | None = None, rows=slice(None), **algorith
     return compute_token_weights(
         IMPORTANCE[rows], given, RESPONSES[rows], MASK[rows], AlgorithmConfig(**algorithm), step
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("clip", [0.5, 1.5]), ("smooth_sigma", 1.0), ("conserve_mean", True), ("top_share", 0.4)]
+)
+def test_each_key_of_the_configuration_shapes_the_weights(key: str, value) -> None:
+    option = {"clip": "clip_range"}.get(key, key)
+    algorithm = {"token_weight_clip": [0.2, 1.2], f"token_weight_{key}": value}
+    options = {"clip_range": [0.2, 1.2], option: value}
+    assert torch.equal(weigh(**algorithm), weights_from_importance(IMPORTANCE, MASK, **options))
+    assert not torch.equal(weigh(**algorithm), weigh(token_weight_clip=[0.2, 1.2]))
 
 
 def test_weights_warm_up_from_one() -> None:
