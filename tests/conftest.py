@@ -6,7 +6,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from textwrap import dedent
+from typing import Any
 
 # Two threads in each of several processes on two cores are ten times slower than one; torch and Ray read these once,
 # when they are first imported.
@@ -62,6 +65,23 @@ def tokenizer(tiny_model_path: str):
     from verl.utils.tokenizer import get_tokenizer
 
     return get_tokenizer(tiny_model_path)
+
+
+@pytest.fixture
+def make_manager(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """From the source of a reward function's file to what scores with it, in this process."""
+    from verl.workers.reward import calls
+    from verl.workers.reward.config import RewardConfig
+    from verl.workers.reward.function import AutoRewardManager
+
+    monkeypatch.setattr(calls, "RETRY_PAUSE_SECONDS", 0.01)
+
+    def make(source: str, name: str = "compute_score", **settings: Any) -> AutoRewardManager:
+        path = tmp_path / "my_reward.py"
+        path.write_text(dedent(source))
+        return AutoRewardManager(RewardConfig(reward_function=f"{path}:{name}", **settings), tokenizer)
+
+    return make
 
 
 @pytest.fixture

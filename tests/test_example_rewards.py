@@ -9,14 +9,14 @@ import jinja2
 import pytest
 
 from verl.workers.reward.config import RewardConfig
-from verl.workers.reward.user_function import RewardFunction
+from verl.workers.reward.user_function import load_reward_function
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "reward_function"
 
 
 def load(name: str, **kwargs):
     config = RewardConfig(reward_function=f"{EXAMPLES / name}:compute_score", reward_function_kwargs=kwargs)
-    return RewardFunction(config, decoder=None)._function
+    return load_reward_function(config, decoder=None)._function
 
 
 @pytest.mark.parametrize(

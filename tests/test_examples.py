@@ -30,7 +30,7 @@ from tests.tiny import make_tiny_model, make_tiny_text_model
 from verl.trainer.config import DataConfig, PPOConfig, load_config
 from verl.trainer.main import WORKER_ENVIRONMENT, prepare
 from verl.workers.reward.config import RewardConfig
-from verl.workers.reward.user_function import RewardFunction
+from verl.workers.reward.user_function import load_reward_function
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -218,9 +218,9 @@ def test_every_script_starts_a_run_under_its_own_name(
     assert settings["trainer.experiment_name"] == script
     reward = {key.removeprefix("worker.reward."): value for key, value in settings.items() if "worker.reward." in key}
     reward = {key: value for key, value in reward.items() if key in RewardConfig.__dataclass_fields__}
-    function = RewardFunction(RewardConfig(**reward), decoder=None)  # finds the function, and its arguments fit
+    function = load_reward_function(RewardConfig(**reward), decoder=None)  # finds the function, and its arguments fit
     if settings["algorithm.online_filtering"]:
-        (result,) = function._results_of([{"response": "Answer: 2", "response_length": 3, "ground_truth": "2"}])
+        ((result,), _) = function._all([{"response": "Answer: 2", "response_length": 3, "ground_truth": "2"}])
         assert settings["algorithm.filter_key"] in result
 
 

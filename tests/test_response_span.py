@@ -17,6 +17,7 @@ from verl.utils.response_span import (
     response_tokens,
 )
 from verl.workers.reward.function import place_scores, reward_samples
+from verl.workers.reward.results import Scored
 
 ATTENTION = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0]])
 RESPONSE = torch.tensor([[1, 0, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]])
@@ -56,7 +57,9 @@ def test_layouts_rewards_and_scores_agree_on_responses_with_gaps(batch: DataProt
     assert [sample["response_ids"].tolist() for sample in samples] == [
         ids[is_token].tolist() for ids, is_token in zip(tensors["responses"], mask, strict=True)
     ]
-    scores = place_scores(batch, [{"overall": 1.0 + row} for row in range(len(batch))]).batch["token_level_scores"]
+    scores = place_scores(batch, Scored([{"overall": 1.0 + row} for row in range(len(batch))], [])).batch[
+        "token_level_scores"
+    ]
     assert scores.sum(1).tolist() == [1.0 + row for row in range(len(batch))]
     last = [row.nonzero().max().item() for row in mask]
     assert scores.argmax(1).tolist() == last

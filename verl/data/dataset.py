@@ -240,7 +240,8 @@ class RLHFDataset(torch.utils.data.Dataset):
     An item is a dict of `input_ids`, `attention_mask` (P,) int64, padded on the left; `position_ids` (P,), or (4, P)
     for multimodal rope; `raw_prompt_ids`, the unpadded ids with one placeholder for each medium; `prompt_text`, what
     the user turn says; `ground_truth`; `multi_modal_data`, {"images": [PIL images, resized], "videos": [`Video`]} or
-    None; `extra`, a dict of the row's other columns.
+    None; `image_grid_thw`, an array (images, 3), the patches of each image, or None without images and for families
+    without such a grid; `extra`, a dict of the row's other columns.
 
     When a dataset has an image or video column, all its rows go through the processor, those without media as well.
 
@@ -329,7 +330,7 @@ class RLHFDataset(torch.utils.data.Dataset):
             model_inputs = self.encoder.model_inputs(
                 chat_text, [image.size for image in images], [video.outline for video in videos]
             )
-        input_ids = model_inputs["input_ids"][0]
+        input_ids, grids = model_inputs["input_ids"][0], model_inputs.get("image_grid_thw")
         self._require_fit(index, len(input_ids))
         padding = (self.config.max_prompt_length - len(input_ids), 0)
         attention_mask = functional.pad(torch.ones_like(input_ids), padding)  # (P,)
@@ -342,6 +343,7 @@ class RLHFDataset(torch.utils.data.Dataset):
             "prompt_text": prompt_text,
             "ground_truth": row.pop(self.config.answer_key),
             "multi_modal_data": {"images": images, "videos": videos} if images or videos else None,
+            "image_grid_thw": None if grids is None else grids.numpy(),
             "extra": row,
         }
 

@@ -94,12 +94,31 @@ def attention_for_signals(config: PPOConfig) -> Iterator[str]:
             yield f"algorithm.token_signals_to_log has {name}, which needs worker.rollout.collect_attentions=true"
 
 
+def streams_for_the_reward(config: PPOConfig) -> Iterator[str]:
+    reward, attention = config.worker.reward, ("attention_mass", "attention_keys")
+    if not reward.streams:
+        return
+    asks = f"REWARD_STREAMS of {reward.reward_function} asks for {', '.join(reward.streams)}"
+    if not set(reward.streams) <= set(attention):
+        yield f"{asks}; it may ask for {' and '.join(attention)}"
+    elif not config.worker.rollout.collect_attentions:
+        yield f"{asks}, which needs worker.rollout.collect_attentions=true"
+    if config.algorithm.online_filtering:
+        yield f"{asks}, but with algorithm.online_filtering=true responses are scored before anything is measured"
+    if config.algorithm.needs_baselines:
+        yield (
+            f"{asks}, but algorithm.adv_estimator={config.algorithm.adv_estimator} also scores greedy responses, for "
+            "which nothing is measured"
+        )
+
+
 UNAVAILABLE: tuple[Callable[[PPOConfig], Iterator[str]], ...] = (
     required_keys,
     installed_engine,
     engine_inside_the_workers,
     whole_critic,
     attention_for_signals,
+    streams_for_the_reward,
 )
 
 # ---- taken with a warning ----

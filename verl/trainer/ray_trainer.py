@@ -36,14 +36,14 @@ from verl.trainer.rewards import RewardClient
 from verl.trainer.rollouts import Rollouts
 from verl.trainer.run_state import RunState
 from verl.trainer.step_record import StepRecord
-from verl.trainer.streams import MODEL_INPUTS, streams_read_by
+from verl.trainer.streams import MODEL_INPUTS, scores_beside, scores_measured, streams_read_by
 from verl.trainer.token_weigher import TokenWeigher
 from verl.trainer.tracking import Tracker
 from verl.trainer.validator import ValidationResult, Validator
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.checkpoint import ResumePoint
 from verl.utils.seqlen_balancing import balanced_order, seqlen_metrics
-from verl.workers.reward.user_function import values_by_key
+from verl.workers.reward.results import values_by_key
 
 logger = logging.getLogger(__name__)
 
@@ -181,12 +181,12 @@ class RayDAPOTrainer:
         return batch
 
     def _start_rewards(self, batch: DataProto) -> ray.ObjectRef | None:
-        """Sends the responses to the reward actor, which works while the workers do; None if they are scored already.
+        """Sends the responses to the reward actor, which works while the workers do. None if they are scored already,
+        or if the function waits for what the log-prob pass measures.
 
-        Reads: `responses`, `response_mask`, `ground_truth`, `prompt_text`, `uid`, `multi_modal_data`, `extra`.
+        Reads: what `reward_inputs` reads.
         """
-        is_scored = self.config.algorithm.online_filtering
-        return None if is_scored else self.rewards.send(batch, self.state.global_step)
+        return self.rewards.send(batch, self.state.global_step) if scores_beside(self.config) else None
 
     def _compute_log_probs(self, batch: DataProto, record: StepRecord) -> DataProto:
         """Reads: `MODEL_INPUTS`, `rollout_log_probs`. Adds: `old_log_probs`; what the run's token signals want
@@ -220,7 +220,10 @@ class RayDAPOTrainer:
             return batch.union(self.workers.compute_values(self._streams_for("compute_values", batch)))
 
     def _await_rewards(self, batch: DataProto, rewards: ray.ObjectRef | None, record: StepRecord) -> DataProto:
-        """Reads: `response_mask`. Adds: what `RewardClient.receive` adds, unless the batch has it already."""
+        """Reads: `response_mask`, and of a function that waited what `reward_inputs` reads. Adds: what
+        `RewardClient.receive` adds, unless the batch has it already."""
+        if scores_measured(self.config):
+            rewards = self.rewards.send(batch, self.state.global_step)
         return batch if rewards is None else self.rewards.receive(batch, rewards, record)
 
     def _attach_token_weights(self, batch: DataProto, record: StepRecord) -> DataProto:

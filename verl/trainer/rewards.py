@@ -4,6 +4,7 @@
 Shapes: N rows, R response length.
 """
 
+import logging
 import os
 from typing import Any, Self
 
@@ -14,9 +15,15 @@ from verl.protocol import DataProto
 from verl.single_controller.lost_processes import PROCESS_LOST, node_of, run_ended_by
 from verl.trainer.step_record import StepRecord
 from verl.workers.reward.config import RewardConfig
-from verl.workers.reward.function import place_scores, reward_samples
+from verl.workers.reward.function import place_scores, reward_inputs
 from verl.workers.reward.process import RewardProcess, variables_of_run
-from verl.workers.reward.user_function import TOKEN_WEIGHTS, TextDecoder, values_by_key
+from verl.workers.reward.results import TOKEN_WEIGHTS, Scored, values_by_key
+from verl.workers.reward.user_function import TextDecoder
+
+logger = logging.getLogger(__name__)
+
+FAILURES_SHOWN = 3
+"""Of one batch."""
 
 
 class RewardClient:
@@ -57,21 +64,26 @@ class RewardClient:
             raise error.cause from None
 
     def send(self, batch: DataProto, step: int) -> ray.ObjectRef:
-        """Starts scoring a batch of training; reads what `reward_samples` reads."""
-        return self._actor.score.remote(reward_samples(batch, step, split="train"))
+        """Starts scoring a batch of training; reads what `reward_inputs` reads."""
+        return self._send(batch, step, "train", self._config.streams)
 
     def receive(self, batch: DataProto, request: ray.ObjectRef, record: StepRecord) -> DataProto:
         """Adds: `token_level_scores`, and `reward_results`, each row's own dict from the reward function.
 
         The metrics `reward/*` are means over every sample received in the step: with filtered groups, over those that
-        are dropped too, as in EasyR1. The time recorded is the wait that nothing else hid.
+        are dropped too, as in EasyR1. `reward/retried` counts the calls that failed and then gave a result. The
+        time recorded is the wait that nothing else hid.
 
         Raises:
             RuntimeError: the function raised, or its process or node is gone.
         """
         with record.timed("reward"):
-            batch = batch.union(place_scores(batch, self._answer(request)))
-        record.average({f"reward/{key}": values for key, values in numbers_by_key(batch).items()})
+            scored = self._answer(request)
+            batch = batch.union(place_scores(batch, scored))
+        numbers = numbers_by_key(batch)
+        record.average({f"reward/{key}": values for key, values in numbers.items()})
+        if "retried" not in numbers:  # else the name is the function's own
+            record.count("reward/retried", len(scored.failures))
         return batch
 
     def totals(self, batch: DataProto, step: int, record: StepRecord) -> torch.Tensor:
@@ -81,7 +93,7 @@ class RewardClient:
             RuntimeError: as `receive` does.
         """
         with record.timed("reward"):
-            return _totals(self._answer(self.send(batch, step)))
+            return _totals(self._answer(self._send(batch, step, "train")).results)
 
     def validate(self, batch: DataProto, step: int) -> tuple[list[float], dict[str, list[float]]]:
         """The score of each row of a held-out batch, and the function's numbers by key.
@@ -89,11 +101,22 @@ class RewardClient:
         Raises:
             RuntimeError: as `receive` does.
         """
-        results = self._answer(self._actor.score.remote(reward_samples(batch, step, split="val")))
+        results = self._answer(self._send(batch, step, "val")).results
         return _totals(results).tolist(), _without_token_weights(values_by_key(results))
 
-    def _answer(self, request: ray.ObjectRef) -> list[dict[str, Any]]:
-        return self._get(request)
+    def _send(self, batch: DataProto, step: int, split: str, streams: tuple[str, ...] = ()) -> ray.ObjectRef:
+        return self._actor.score.remote(reward_inputs(batch, self._config, step, split, streams))
+
+    def _answer(self, request: ray.ObjectRef) -> Scored:
+        scored = self._get(request)
+        for failure in scored.failures[:FAILURES_SHOWN]:
+            logger.warning(failure)
+        if len(scored.failures) > FAILURES_SHOWN:
+            logger.warning(
+                "%d more calls of the reward function failed and were made again",
+                len(scored.failures) - FAILURES_SHOWN,
+            )
+        return scored
 
     def _get(self, request: ray.ObjectRef) -> Any:
         try:

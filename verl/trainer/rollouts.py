@@ -127,7 +127,9 @@ class Rollouts:
         padded, pad_size = pad_dataproto_to_divisor(inputs, self.plan.world_size)
         responses = unpad_dataproto(self.workers.generate_sequences(padded), pad_size * sampling.n)
         carried = prompts.select(
-            [], ["uid", "ground_truth", "prompt_text", "extra", "raw_prompt_ids", "multi_modal_data"], []
+            [],
+            ["uid", "ground_truth", "prompt_text", "extra", "raw_prompt_ids", "multi_modal_data", "image_grid_thw"],
+            [],
         )
         return responses.union(carried.repeat(sampling.n, interleave=True))
 

@@ -64,6 +64,11 @@ class StepRecord:
             assert name not in self._values, f"{name} is a single number already"
             self._samples.setdefault(name, []).extend(values)
 
+    def count(self, name: str, number: int) -> None:
+        """Adds to a count; a name counted several times has the sum."""
+        assert name not in self._samples, f"{name} is a mean already"
+        self._values[name] = self._values.get(name, 0) + number
+
     @property
     def timings(self) -> dict[str, float]:
         """Wall seconds of every phase left so far, by phase name."""

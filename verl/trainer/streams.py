@@ -58,8 +58,23 @@ def filters(config: PPOConfig) -> bool:
 
 
 def scores_later(config: PPOConfig) -> bool:
-    """Responses are scored while the log-prob passes run."""
+    """Responses are scored once they all are drawn."""
     return not config.algorithm.online_filtering
+
+
+def scores_beside(config: PPOConfig) -> bool:
+    """Responses are scored while the log-prob passes run."""
+    return scores_later(config) and not config.worker.reward.streams
+
+
+def scores_measured(config: PPOConfig) -> bool:
+    """The reward function waits for what the log-prob pass measures."""
+    return scores_later(config) and bool(config.worker.reward.streams)
+
+
+def scores_batch_beside(config: PPOConfig) -> bool:
+    """The reward function takes the whole batch, while the log-prob passes run."""
+    return scores_beside(config) and config.worker.reward.takes_batch
 
 
 def baselines(config: PPOConfig) -> bool:
@@ -122,6 +137,11 @@ def asks_for(name: str) -> Condition:
     return lambda config: any(name in signal.streams for signal in signals_of(config.algorithm).values())
 
 
+def reward_asks_for(name: str) -> Condition:
+    """The reward function asks for the stream `name`."""
+    return lambda config: name in config.worker.reward.streams
+
+
 def weighs_or_asks_for(name: str) -> Condition:
     """Tokens are weighted, or a token signal asks for the stream `name`."""
     return lambda config: token_weights(config) or asks_for(name)(config)
@@ -130,7 +150,7 @@ def weighs_or_asks_for(name: str) -> Condition:
 PHASES: dict[str, Condition] = {
     "rollout": always,
     "balance_across_ranks": always,
-    "start_rewards": scores_later,
+    "start_rewards": scores_beside,
     "compute_log_probs": always,
     "compute_values": critic,
     "await_rewards": scores_later,
@@ -149,23 +169,28 @@ _PASSES = ("compute_log_probs", "compute_values", "update_critic", "update_actor
 _INT, _FLOAT = torch.int64, torch.float32
 _WEIGHTS = "attach_token_weights"
 
+_SCORES = ("start_rewards", ("await_rewards", scores_measured))
+_SCORES_BATCH = (("start_rewards", scores_batch_beside), ("await_rewards", scores_measured))
+
 # fmt: off
 STREAMS = (
-    Stream("prompts", "N P", _INT, "rollout", (), always),
+    Stream("prompts", "N P", _INT, "rollout", _SCORES_BATCH, always),
     Stream("responses", "N R", _INT, "rollout", (
-        "start_rewards", (_WEIGHTS, weighs_or_asks_for("responses")), ("log", token_weights)), always),
-    Stream("input_ids", "N S", _INT, "rollout", _PASSES, always),
-    Stream("attention_mask", "N S", _INT, "rollout", ("balance_across_ranks", *_PASSES, "log"), always),
-    Stream("position_ids", "N S", _INT, "rollout", _PASSES, always),
+        *_SCORES, (_WEIGHTS, weighs_or_asks_for("responses")), ("log", token_weights)), always),
+    Stream("input_ids", "N S", _INT, "rollout", (*_PASSES, *_SCORES_BATCH), always),
+    Stream("attention_mask", "N S", _INT, "rollout", (
+        "balance_across_ranks", *_PASSES, *_SCORES_BATCH, "log"), always),
+    Stream("position_ids", "N S", _INT, "rollout", (*_PASSES, *_SCORES_BATCH), always),
     Stream("response_mask", "N R", _INT, "rollout", (
         "start_rewards", *_PASSES, "await_rewards", _WEIGHTS, "compute_advantages", "log"), always),
     Stream("rollout_log_probs", "N R", _FLOAT, "rollout", (
         "compute_log_probs", (_WEIGHTS, asks_for("rollout_log_probs"))), always),
-    Stream("multi_modal_data", "N", object, "rollout", ("start_rewards", *_PASSES), always),
-    Stream("uid", "N", object, "rollout", ("start_rewards", "compute_advantages", ("log", token_weights)), always),
-    Stream("prompt_text", "N", object, "rollout", ("start_rewards",), always),
-    Stream("ground_truth", "N", object, "rollout", ("start_rewards",), always),
-    Stream("extra", "N", object, "rollout", ("start_rewards",), always),
+    Stream("multi_modal_data", "N", object, "rollout", (*_SCORES, *_PASSES), always),
+    Stream("image_grid_thw", "N", object, "rollout", _SCORES_BATCH, always),
+    Stream("uid", "N", object, "rollout", (*_SCORES, "compute_advantages", ("log", token_weights)), always),
+    Stream("prompt_text", "N", object, "rollout", _SCORES, always),
+    Stream("ground_truth", "N", object, "rollout", _SCORES, always),
+    Stream("extra", "N", object, "rollout", _SCORES, always),
     Stream("raw_prompt_ids", "N", object, "rollout", (), always),
     Stream("token_level_scores", "N R", _FLOAT, "rollout", ("compute_advantages", "log"), filters),
     Stream("reward_results", "N", object, "rollout", ((_WEIGHTS, token_weights),), filters),
@@ -181,9 +206,11 @@ STREAMS = (
     Stream("image_kl", "N R", _FLOAT, "compute_log_probs", (_WEIGHTS,), measures("image_kl")),
     Stream("hidden_cosine", "N R", _FLOAT, "compute_log_probs", (_WEIGHTS,), measures("hidden_cosine")),
     Stream("attention_mass", "N R 2", _FLOAT, "compute_log_probs", (
-        (_WEIGHTS, asks_for("attention_mass")),), measures("attention_mass")),
+        ("await_rewards", reward_asks_for("attention_mass")), (_WEIGHTS, asks_for("attention_mass"))),
+        measures("attention_mass")),
     Stream("attention_keys", "N 2", _INT, "compute_log_probs", (
-        (_WEIGHTS, asks_for("attention_keys")),), measures("attention_keys")),
+        ("await_rewards", reward_asks_for("attention_keys")), (_WEIGHTS, asks_for("attention_keys"))),
+        measures("attention_keys")),
     Stream("values", "N R", _FLOAT, "compute_values", ("compute_advantages", "update_critic", "log"), critic),
     Stream("token_level_scores", "N R", _FLOAT, "await_rewards", ("compute_advantages", "log"), scores_later),
     Stream("reward_results", "N", object, "await_rewards", ((_WEIGHTS, token_weights),), scores_later),

@@ -15,7 +15,7 @@ from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
 from verl.trainer.metrics import compute_signal_metrics, compute_token_weight_metrics
 from verl.trainer.token_kinds import TokenKinds
-from verl.workers.reward.user_function import TOKEN_WEIGHTS
+from verl.workers.reward.results import TOKEN_WEIGHTS
 
 logger = logging.getLogger(__name__)
 

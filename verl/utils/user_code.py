@@ -6,6 +6,7 @@ It loads neither torch nor transformers, for the reward process.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import os
@@ -13,6 +14,7 @@ import sys
 import uuid
 from collections.abc import Callable
 from functools import update_wrapper
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -54,7 +56,11 @@ class UserFunction:
 
 
 def load_module(path: str, key: str) -> ModuleType:
-    """Runs a Python file as a module of a name of its own, so that two files never share one; a file runs once.
+    """Runs a Python file as a module, once.
+
+    The module has the file's own name and its folder is on the path, so that pickle in a spawned process finds its
+    classes, and the file finds its neighbours. The folder comes last and hides nothing. A file that is named as a
+    module that is there already (`math.py`), or as another file that ran, gets a name that only this process knows.
 
     Args:
         key: of the configuration that names the file, for messages.
@@ -65,7 +71,12 @@ def load_module(path: str, key: str) -> ModuleType:
     version = (path, os.stat(path).st_mtime_ns)
     if version in _modules:
         return _modules[version]
-    name = f"user_code_{uuid.uuid4().hex}"
+    folder = os.path.dirname(path)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    name = Path(path).stem
+    if not _is_free(name, path):
+        name = f"user_code_{uuid.uuid4().hex}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None:
         raise ValueError(f"{key} names {path}, which is not a .py file")
@@ -73,10 +84,26 @@ def load_module(path: str, key: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickle look their module up while it runs
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit, too, would end the process without a word about the file
+        del sys.modules[name]
         raise ValueError(f"{key}: {path} raised {type(error).__name__}: {error}") from error
     _modules[version] = module
     return module
+
+
+def _is_free(name: str, path: str) -> bool:
+    """Whether `import name` would find this very file, in any process with this one's path."""
+    if not name.isidentifier():
+        return False
+    if name in sys.modules:
+        origin = getattr(sys.modules[name], "__file__", None)
+    else:
+        importlib.invalidate_caches()
+        spec = importlib.util.find_spec(name)
+        origin = None if spec is None else spec.origin
+    return origin is not None and os.path.exists(origin) and os.path.samefile(origin, path)
 
 
 def find_function(module: ModuleType, name: str, key: str) -> Callable[..., Any]:

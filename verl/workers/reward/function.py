@@ -7,7 +7,6 @@ calls it: EasyR1's class, for programs that score batches without a trainer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,22 +16,28 @@ from verl.protocol import DataProto
 from verl.utils.response_span import response_ends, response_token_ids
 from verl.utils.tokenizer import text_decoder
 from verl.workers.reward.config import RewardConfig
-from verl.workers.reward.user_function import RewardFunction, values_by_key
+from verl.workers.reward.results import Scored, values_by_key
+from verl.workers.reward.user_function import load_reward_function
+
+BATCH_TENSORS = ("prompts", "responses", "response_mask", "input_ids", "attention_mask", "position_ids")
+BATCH_OBJECTS = ("ground_truth", "uid", "prompt_text", "multi_modal_data", "image_grid_thw", "extra")
+"""What a function of the whole batch gets, beside REWARD_STREAMS of its file."""
 
 
 class AutoRewardManager:
     """Loads the function that `config.reward_function` names and applies it to batches.
 
     Args:
-        config: of the reward, as `RewardFunction` takes it.
+        config: of the reward, as `load_reward_function` takes it.
         tokenizer: decodes the responses.
 
     Raises:
-        ValueError: as `RewardFunction` does.
+        ValueError: as `load_reward_function` does.
     """
 
     def __init__(self, config: RewardConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self.function = RewardFunction(config, None if tokenizer is None else text_decoder(tokenizer))
+        self.config = config
+        self.function = load_reward_function(config, None if tokenizer is None else text_decoder(tokenizer))
 
     def compute_reward(self, data: DataProto) -> tuple[torch.Tensor, dict[str, list[Any]]]:
         """What `score` gives, told by key: its scores (N, R), and `values_by_key` of its results."""
@@ -40,25 +45,39 @@ class AutoRewardManager:
         return scored.batch["token_level_scores"], values_by_key(scored.non_tensor_batch["reward_results"])
 
     def score(self, data: DataProto) -> DataProto:
-        """Scores N responses of at most R tokens; reads what `reward_samples` reads, and meta `step` and `split`;
+        """Scores N responses of at most R tokens; reads what `reward_inputs` reads, and meta `step` and `split`;
         returns what `place_scores` does.
 
         Raises:
             RuntimeError, ValueError: as `RewardFunction.score` does.
         """
-        samples = reward_samples(data, data.meta_info["step"], data.meta_info["split"])
-        return place_scores(data, self.function.score(samples))
+        inputs = reward_inputs(data, self.config, data.meta_info["step"], data.meta_info["split"])
+        return place_scores(data, self.function.score(inputs))
+
+
+def reward_inputs(
+    data: DataProto, config: RewardConfig, step: int, split: str, streams: tuple[str, ...] = ()
+) -> list[dict[str, Any]] | DataProto:
+    """What `RewardFunction.score` takes: samples, or of a function of the whole batch the batch.
+
+    Reads: what `reward_samples` reads, or `BATCH_TENSORS`, `BATCH_OBJECTS` and `streams`.
+    """
+    if not config.takes_batch:
+        return reward_samples(data, step, split)
+    _require_tokens(data)
+    batch = data.select([*BATCH_TENSORS, *streams], BATCH_OBJECTS, [])
+    batch.meta_info.update(step=step, split=split)
+    return batch
 
 
 def reward_samples(data: DataProto, step: int, split: str) -> list[dict[str, Any]]:
-    """What `RewardFunction.score` takes, for N responses of at most R tokens.
+    """What `SampleFunction.score` takes, for N responses of at most R tokens.
 
     Reads: `responses`, `response_mask` (N, R); objects `ground_truth`, `uid`, `prompt_text`, `multi_modal_data` (the
     sample's media handles, or None), `extra` (the dataset row's other columns).
     """
+    _require_tokens(data)
     responses = response_token_ids(data.batch["responses"], data.batch["response_mask"])  # N of (length,)
-    empty = [index for index, ids in enumerate(responses) if len(ids) == 0]
-    assert not empty, f"responses {empty} have no tokens"
     columns = data.non_tensor_batch
     return [
         {
@@ -76,17 +95,25 @@ def reward_samples(data: DataProto, step: int, split: str) -> list[dict[str, Any
     ]
 
 
-def place_scores(data: DataProto, results: Sequence[Mapping[str, Any]]) -> DataProto:
+def place_scores(data: DataProto, scored: Scored) -> DataProto:
     """What the results of N samples add to their batch.
 
     Reads: `response_mask` (N, R).
 
     Returns:
-        `token_level_scores` (N, R) float32, `overall` on the last token of each response and zero elsewhere; and
-        objects `reward_results`, each sample's result.
+        `token_level_scores` (N, R) float32, as the function gave them, or `overall` on the last token of each response
+        and zero elsewhere; and objects `reward_results`, each sample's result.
     """
-    response_mask = data.batch["response_mask"]
-    last_tokens = response_ends(response_mask) - 1  # (N,)
-    scores = torch.zeros(response_mask.shape, dtype=torch.float32)  # (N, R)
-    scores[range(len(results)), last_tokens] = torch.tensor([result["overall"] for result in results])
-    return DataProto.from_dict({"token_level_scores": scores}, {"reward_results": list(results)})
+    response_mask, results = data.batch["response_mask"], scored.results
+    if scored.token_level_scores is not None:
+        scores = torch.tensor(scored.token_level_scores)  # (N, R)
+    else:
+        last_tokens = response_ends(response_mask) - 1  # (N,)
+        scores = torch.zeros(response_mask.shape, dtype=torch.float32)  # (N, R)
+        scores[range(len(results)), last_tokens] = torch.tensor([result["overall"] for result in results])
+    return DataProto.from_dict({"token_level_scores": scores}, {"reward_results": results})
+
+
+def _require_tokens(data: DataProto) -> None:
+    empty = (data.batch["response_mask"].sum(dim=-1) == 0).nonzero().flatten().tolist()
+    assert not empty, f"responses {empty} have no tokens"

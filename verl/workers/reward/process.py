@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from ray import cloudpickle
+
 from verl.workers.reward.config import RewardConfig
-from verl.workers.reward.user_function import RewardFunction, TextDecoder
+from verl.workers.reward.results import Scored
+from verl.workers.reward.user_function import TextDecoder, load_reward_function
 
 OF_THE_PROCESS = {"CUDA_VISIBLE_DEVICES", "PWD", "OLDPWD", "SHLVL", "_"}
 """Variables that belong to a process and do not follow a run; nor do Ray's own, which begin with RAY_."""
@@ -30,12 +33,12 @@ class RewardProcess:
         cluster: a function that reads a judge's address or a file beside it would do something else there.
 
         Args:
-            config, decoder, prefix: as in `RewardFunction`.
+            config, decoder, prefix: as in `load_reward_function`.
             variables: as `variables_of_run` gives them.
             folder: the driver's working folder.
 
         Raises:
-            ValueError: there is no such folder on this machine; or as `RewardFunction` does.
+            ValueError: there is no such folder on this machine; or as `load_reward_function` does.
         """
         os.environ.update(variables)
         try:
@@ -47,11 +50,13 @@ class RewardProcess:
             ) from error
         if folder not in sys.path:
             sys.path.append(folder)
-        self._function = RewardFunction(config, decoder, prefix)
+        self._function = load_reward_function(config, decoder, prefix)
+        # The file's classes and functions travel whole: Ray's other processes cannot import it.
+        cloudpickle.register_pickle_by_value(self._function.module)
 
-    def score(self, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def score(self, given: Any) -> Scored:
         """As `RewardFunction.score`."""
-        return self._function.score(samples)
+        return self._function.score(given)
 
 
 def variables_of_run() -> dict[str, str]:

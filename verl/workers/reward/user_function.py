@@ -8,29 +8,41 @@ The function lives in any file, takes one dict a sample and returns one:
     def compute_score(reward_inputs: list[dict], **reward_function_kwargs) -> list[dict[str, float]]:
         return [{"overall": float(sample["response"] == sample["ground_truth"])} for sample in reward_inputs]
 
+With REWARD_TYPE = "proto" it takes the batch whole (`batch_function.py`).
+
 The reward process runs this file, which therefore loads neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
+from types import ModuleType
 from typing import Any, Protocol
 
 from verl.utils.user_code import find_function, load_module
+from verl.workers.reward.calls import CallFailed, Calls
 from verl.workers.reward.config import RewardConfig
+from verl.workers.reward.results import TOKEN_WEIGHTS, Scored, is_columns, rows_of, shorten, to_number
 
 KEY = "worker.reward.reward_function"
 
-TOKEN_WEIGHTS = "token_weights"
-"""The one key of a result that is no metric: a list of one weight per response token, or None."""
+REWARD_TYPES = {
+    "batch": "a list of sample dicts",
+    "sequential": "one sample dict",
+    "proto": "the whole batch, a DataProto",
+}
+"""What the function takes, by REWARD_TYPE in its file."""
 
-LARGEST_NUMBER = 1e15
-"""Beyond it the variance of a batch of rewards may not fit into float32, in which advantages are computed."""
+OTHER_TYPES = (
+    'If the function takes one sample at a time, put REWARD_TYPE = "sequential" in its file; if it takes the whole '
+    'DataProto, REWARD_TYPE = "proto"'
+)
 
-IF_SEQUENTIAL = 'If the function takes one sample at a time, put REWARD_TYPE = "sequential" in its file'
+NO_RESULTS = {"float", "int", "bool", "str", "None", "Tensor", "torch.Tensor", "np.ndarray", "numpy.ndarray"}
+"""Annotations of results that fit no kind of function."""
 
 
 class TextDecoder(Protocol):
@@ -39,8 +51,8 @@ class TextDecoder(Protocol):
     def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str: ...
 
 
-class RewardFunction:
-    """The function that `config.reward_function` names, and how it is applied to samples.
+def load_reward_function(config: RewardConfig, decoder: TextDecoder | None, prefix: str = "") -> RewardFunction:
+    """The function that `config.reward_function` names, ready to score.
 
     Args:
         config: `reward_function` is `path.py:name`; `reward_function_kwargs` are handed to every call.
@@ -48,158 +60,100 @@ class RewardFunction:
         prefix: what the chat template wrote of every answer before the policy went on (`prefilled_text`).
 
     Raises:
-        ValueError: there is no such function, the keyword arguments do not fit it, or the module's `REWARD_TYPE` is
-            neither `batch` nor `sequential`.
+        ValueError: there is no such function, the keyword arguments do not fit it, it is annotated to take or return
+            something else, or the module's `REWARD_TYPE` is none of `REWARD_TYPES`.
     """
+    if config.reward_function is None:
+        raise ValueError(
+            "worker.reward.reward_function is not set; name a function as path/to/file.py:function, "
+            "e.g. examples/reward_function/math.py:compute_score"
+        )
+    path = config.reward_function.rpartition(":")[0]
+    module = load_module(path, KEY)
+    reward_type = getattr(module, "REWARD_TYPE", "batch")
+    if reward_type not in REWARD_TYPES:
+        meanings = "; ".join(f"{name!r}: it takes {argument}" for name, argument in REWARD_TYPES.items())
+        raise ValueError(f"REWARD_TYPE = {reward_type!r} in {path} must be one of: {meanings}")
+    if (reward_type == "proto") != config.takes_batch:
+        raise ValueError(f'{path}: write REWARD_TYPE = "proto" out, at the top level: it is read before the file runs')
+    if reward_type != "proto":
+        return SampleFunction(config, module, decoder, prefix)
+    from verl.workers.reward.batch_function import BatchFunction  # which loads torch
 
-    def __init__(self, config: RewardConfig, decoder: TextDecoder | None, prefix: str = "") -> None:
-        if config.reward_function is None:
-            raise ValueError(
-                "worker.reward.reward_function is not set; name a function as path/to/file.py:function, "
-                "e.g. examples/reward_function/math.py:compute_score"
-            )
+    return BatchFunction(config, module, decoder, prefix)
+
+
+class RewardFunction(ABC):
+    """The user's function, and how it is applied. `load_reward_function` makes it."""
+
+    def __init__(self, config: RewardConfig, module: ModuleType, decoder: TextDecoder | None, prefix: str) -> None:
         self.config = config
-        self.decoder = decoder
-        self.prefix = prefix
-        path, function_name = config.reward_function.rsplit(":", maxsplit=1)
-        module = load_module(path, KEY)
-        self._function = find_function(module, function_name, KEY)
-        self._check_kwargs()
-        self._text_of_token = cache(lambda token_id: decoder.decode([token_id], skip_special_tokens=False))
+        self.module = module
         self.reward_type = getattr(module, "REWARD_TYPE", "batch")
-        if self.reward_type not in ("batch", "sequential"):
-            raise ValueError(
-                f"REWARD_TYPE = {self.reward_type!r} in {path} must be 'batch' (the function takes a list of samples) "
-                "or 'sequential' (it takes one)"
-            )
+        self._decoder = decoder
+        self._prefix = prefix
+        self._function = find_function(module, config.reward_function.rpartition(":")[2], KEY)
+        self._check_signature()
+        self._text_of_token = cache(lambda token_id: decoder.decode([token_id], skip_special_tokens=False))
+        function = partial(self._function, **config.reward_function_kwargs)
+        self._calls = Calls(function, self._copy, config.timeout_s, config.max_concurrency)
 
-    def score(self, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The dict that each sample gets: its numbers as floats, and `token_weights` as it was returned.
-
-        A sample has `response_ids` (one-dimensional, its tokens) and what else the function gets beside the response's
-        texts and length: `ground_truth`, `prompt` (text), `uid` (the same for all responses to one prompt), `images`
-        and `videos` (handles; `.load()` gives the PIL image, or an object with `frames` (T, H, W, 3)), `extra` (the
-        dataset row's other columns), `step`, `split` (`train` or `val`). To these come `response` (text), `prefix`
-        (what the chat template wrote before it, such as `<think>`), `response_length` (tokens) and `response_tokens`
-        (the text of each token; a character that several tokens share shows as a replacement character in each).
-
-        The function returns a dict of numbers a sample: `overall` is the reward; all become metrics, and those other
-        than `overall` may be left out where they do not apply. One more key, `token_weights`, may hold a list of one
-        weight per response token, or None.
+    @abstractmethod
+    def score(self, given: Any) -> Scored:
+        """Scores the samples of a batch.
 
         Raises:
-            RuntimeError: the function raised; its own exception is the cause.
-            ValueError: the wrong number of results, a result without `overall`, or a value that is not a finite
-                number.
+            RuntimeError: the function raised, or took too long, twice; its own exception is the cause.
+            ValueError: what it returned is not what it has to be; the message names the sample.
         """
-        samples = [self._with_texts(sample) for sample in samples]
-        return [
-            {
-                key: value if key == TOKEN_WEIGHTS else self._number(key, value, index, sample)
-                for key, value in result.items()
-            }
-            for index, (sample, result) in enumerate(zip(samples, self._results_of(samples), strict=True))
-        ]
 
-    def _with_texts(self, sample: Mapping[str, Any]) -> dict[str, Any]:
-        ids = sample["response_ids"].tolist()
+    @abstractmethod
+    def _copy(self, argument: Any) -> Any:
+        """The argument of a call, for the function to change as it likes."""
+
+    def _texts(self, token_ids: list[int]) -> dict[str, Any]:
         return {
-            "response": self.decoder.decode(ids, skip_special_tokens=self.config.skip_special_tokens),
-            "prefix": self.prefix,
-            "response_length": len(ids),
-            "response_tokens": [self._text_of_token(token_id) for token_id in ids],
-            **{key: value for key, value in sample.items() if key != "response_ids"},
+            "response": self._decoder.decode(token_ids, skip_special_tokens=self.config.skip_special_tokens),
+            "prefix": self._prefix,
+            "response_length": len(token_ids),
+            "response_tokens": [self._text_of_token(token_id) for token_id in token_ids],
         }
 
-    def _results_of(self, samples: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
-        """Calls the function, on copies lest it changes what later errors show, and checks for one dict a sample."""
-        if self.reward_type == "sequential":
-            results = [self._score_one(index, sample) for index, sample in enumerate(samples)]
-        else:
-            results = self._score_batch(samples)
+    def _checked(self, results: Sequence[Any], samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """One dict a sample, its numbers as floats."""
+        checked = []
         for index, (sample, result) in enumerate(zip(samples, results, strict=True)):
             if not isinstance(result, Mapping) or "overall" not in result:
                 raise ValueError(
-                    f"{self._function_label} returned {_shorten(result)} for {_describe(index, sample)}; "
+                    f"{self._label} returned {shorten(result)} for {describe(index, sample)}; "
                     "it must return a dict of numbers with the key 'overall', the reward"
                 )
-        return results
+            try:
+                checked.append(
+                    {key: value if key == TOKEN_WEIGHTS else to_number(key, value) for key, value in result.items()}
+                )
+            except ValueError as error:
+                raise ValueError(
+                    f"{self._label} {error} for {describe(index, sample)}; "
+                    f"every value but {TOKEN_WEIGHTS!r} must be a number between -1e15 and 1e15"
+                ) from None
+        return checked
 
-    def _score_one(self, index: int, sample: dict[str, Any]) -> Any:
-        try:
-            return self._function(dict(sample), **self.config.reward_function_kwargs)
-        except Exception as error:
-            raise self._raised(error, _describe(index, sample)) from error
+    def _raised(self, error: BaseException, blame: str) -> str:
+        text = str(error)
+        return f"{self._label} raised {type(error).__name__}: {text[:300]}{'...' * (len(text) > 300)} for {blame}"
 
-    def _score_batch(self, samples: list[dict[str, Any]]) -> list[Any]:
-        try:
-            results = self._call(samples)
-        except Exception as error:
-            raise self._guilty(error, samples) from error
-        if not isinstance(results, list):
-            raise ValueError(
-                f"{self._function_label} returned a {type(results).__name__} for a list of {len(samples)} samples; "
-                f"it must return a list of one dict a sample. {IF_SEQUENTIAL}"
-            )
-        if len(results) != len(samples):
-            last = min(len(results), len(samples)) - 1
-            end = f"the last with a result is {_describe(last, samples[last])}" if results else "none has a result"
-            raise ValueError(
-                f"{self._function_label} returned {len(results)} results for {len(samples)} samples; {end}. "
-                "It must return one dict a sample, in the same order"
-            )
-        return results
-
-    def _call(self, samples: list[dict[str, Any]]) -> Any:
-        """The results as a list, whatever they come in; what cannot be one result a sample comes as it is."""
-        results = self._function([dict(sample) for sample in samples], **self.config.reward_function_kwargs)
-        several = isinstance(results, Iterable) and not isinstance(results, (Mapping, str))
-        return list(results) if several else results
-
-    def _guilty(self, error: Exception, samples: list[dict[str, Any]]) -> RuntimeError:
-        """The error with the sample it is for: a list says nothing of that, so it is halved until one is left.
-
-        A call per sample would be simpler, and hours where a call asks a slow judge.
-        """
-        first, end = 0, len(samples)
-        while end - first > 1:
-            middle = (first + end) // 2
-            for half in ((first, middle), (middle, end)):
-                try:
-                    self._call(samples[slice(*half)])
-                except Exception as narrower:  # noqa: BLE001  the user's code raises anything
-                    error = narrower
-                    first, end = half
-                    break
-            else:
-                break
-        blame = _describe(first, samples[first])
-        if end - first > 1:
-            blame = f"samples {first} to {end - 1} together, though for neither half alone; the first is {blame}"
-        return self._raised(error, f"{blame}. {IF_SEQUENTIAL}")
-
-    def _number(self, key: str, value: Any, index: int, sample: dict[str, Any]) -> float:
-        try:
-            number = math.nan if isinstance(value, str) else float(value)
-        except OverflowError:  # an integer beyond any float
-            number = math.inf
-        except (TypeError, ValueError, RuntimeError):  # the last by tensors of several elements
-            number = math.nan
-        if not abs(number) <= LARGEST_NUMBER:
-            raise ValueError(
-                f"{self._function_label} returned {key!r}: {_shorten(value)} for {_describe(index, sample)}; "
-                f"every value but {TOKEN_WEIGHTS!r} must be a number between -1e15 and 1e15"
-            )
-        return number
-
-    def _raised(self, error: Exception, blame: str) -> RuntimeError:
-        return RuntimeError(f"{self._function_label} raised {type(error).__name__}: {error} for {blame}")
+    def _failures(self, failures: Mapping[int, BaseException], blame: Callable[[int], str]) -> list[str]:
+        return [
+            f"{self._raised(error, blame(index))}; called once more, it gave a result, which is used"
+            for index, error in failures.items()
+        ]
 
     @property
-    def _function_label(self) -> str:
+    def _label(self) -> str:
         return f"the reward function {self.config.reward_function}"
 
-    def _check_kwargs(self) -> None:
+    def _check_signature(self) -> None:
         kwargs = self.config.reward_function_kwargs
         signature = inspect.signature(self._function)
         try:
@@ -208,32 +162,131 @@ class RewardFunction:
             separate = any(name.startswith("ground_truth") for name in signature.parameters)
             remedy = '; read sample["response"] and sample["ground_truth"] of each dict instead' if separate else ""
             raise ValueError(
-                f"{self._function_label} has the signature {signature}, which does not fit one positional argument "
-                f"(a list of sample dicts, or one with REWARD_TYPE = 'sequential') and "
-                f"worker.reward.reward_function_kwargs={kwargs}: {error}{remedy}"
+                f"{self._label} has the signature {signature}, which does not fit one positional argument "
+                f"({REWARD_TYPES[self.reward_type]}) and "
+                f"worker.reward.reward_function_kwargs={kwargs}: {error}{remedy}. {OTHER_TYPES}"
             ) from error
+        taken = _name_of_type(next(iter(signature.parameters.values())).annotation)
+        if taken.endswith("DataProto") and self.reward_type != "proto":
+            raise ValueError(f'{self._label} takes a DataProto; put REWARD_TYPE = "proto" in its file')
+        returned = _name_of_type(signature.return_annotation)
+        if returned in NO_RESULTS:
+            raise ValueError(
+                f"{self._label} is annotated to return {returned}; {self._right_forms}, with the key 'overall'"
+            )
+
+    @property
+    def _right_forms(self) -> str:
+        return {
+            "batch": "it must return a list of one dict a sample, or a dict of columns with one value a sample",
+            "sequential": "it must return a dict",
+            "proto": "it must return (rewards, columns), or a dict of columns with one value a sample",
+        }[self.reward_type]
 
 
-def values_by_key(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Every key of the samples' results with its values, one from each sample that has it.
+class SampleFunction(RewardFunction):
+    """A function of sample dicts: of one, or of a list of them."""
 
-    `token_weights` alone, where any sample has it, has one entry a sample, None for those without.
-    """
-    keys = dict.fromkeys(key for result in results for key in result)
-    values = {key: [result[key] for result in results if key in result] for key in keys}
-    if TOKEN_WEIGHTS in keys:
-        values[TOKEN_WEIGHTS] = [result.get(TOKEN_WEIGHTS) for result in results]
-    return values
+    def score(self, given: Sequence[Mapping[str, Any]]) -> Scored:
+        """As `RewardFunction.score`.
+
+        A sample has `response_ids` (one-dimensional, its tokens) and what else the function gets beside the response's
+        texts and length: `ground_truth`, `prompt` (text), `uid` (the same for all responses to one prompt), `images`
+        and `videos` (handles; `.load()` gives the PIL image, or an object with `frames` (T, H, W, 3)), `extra` (the
+        dataset row's other columns), `step`, `split` (`train` or `val`). To these come `response` (text), `prefix`
+        (what the chat template wrote before it, such as `<think>`), `response_length` (tokens) and `response_tokens`
+        (the text of each token; a character that several tokens share shows as a replacement character in each).
+
+        The function returns a dict of numbers a sample, or, given a list, a dict of columns: `overall` is the reward;
+        all become metrics, and those other than `overall` may be left out where they do not apply. One more key,
+        `token_weights`, may hold a list of one weight per response token, or None.
+        """
+        samples = [
+            {
+                **self._texts(sample["response_ids"].tolist()),
+                **{key: value for key, value in sample.items() if key != "response_ids"},
+            }
+            for sample in given
+        ]
+        results, failures = (self._one_by_one if self.reward_type == "sequential" else self._all)(samples)
+        return Scored(self._checked(results, samples), failures)
+
+    def _copy(self, argument: Any) -> Any:
+        return [dict(sample) for sample in argument] if self.reward_type == "batch" else dict(argument)
+
+    def _one_by_one(self, samples: list[dict[str, Any]]) -> tuple[list[Any], list[str]]:
+        try:
+            answers = self._calls.each(samples)
+        except CallFailed as failure:
+            blame = describe(failure.index, samples[failure.index])
+            raise RuntimeError(self._raised(failure.__cause__, blame)) from failure.__cause__
+        return answers.results, self._failures(answers.failures, lambda index: describe(index, samples[index]))
+
+    def _all(self, samples: list[dict[str, Any]]) -> tuple[list[Any], list[str]]:
+        try:
+            answers = self._calls.each([samples])
+        except CallFailed as failure:
+            raise self._guilty(failure, samples) from failure.__cause__
+        failures = self._failures(answers.failures, lambda _: f"samples 0 to {len(samples) - 1}")
+        return self._rows(answers.results[0], samples), failures
+
+    def _rows(self, returned: Any, samples: list[dict[str, Any]]) -> list[Any]:
+        """One result a sample, whatever they come in."""
+        if isinstance(returned, Mapping) and is_columns(returned):
+            try:
+                return rows_of(returned, len(samples))
+            except ValueError as error:
+                raise ValueError(f"{self._label} {error}. {self._right_forms}") from None
+        if isinstance(returned, (Mapping, str)) or not isinstance(returned, Iterable):
+            raise ValueError(
+                f"{self._label} returned a {type(returned).__name__} for a list of {len(samples)} samples; "
+                f"{self._right_forms}. {OTHER_TYPES}"
+            )
+        results = list(returned)
+        if len(results) != len(samples):
+            last = min(len(results), len(samples)) - 1
+            end = f"the last with a result is {describe(last, samples[last])}" if results else "none has a result"
+            raise ValueError(
+                f"{self._label} returned {len(results)} results for {len(samples)} samples; {end}. "
+                f"In the samples' order, {self._right_forms}"
+            )
+        return results
+
+    def _guilty(self, failure: CallFailed, samples: list[dict[str, Any]]) -> RuntimeError:
+        """The error with the sample it is for: a list says nothing of that, so it is halved until one is left.
+
+        A call per sample would be simpler, and hours where a call asks a slow judge.
+        """
+        error = failure.__cause__
+        first, end = 0, len(samples)
+        while end - first > 1 and not isinstance(error, TimeoutError):  # to wait for the limit again finds nothing
+            middle = (first + end) // 2
+            for half in ((first, middle), (middle, end)):
+                try:
+                    self._calls.once(samples[slice(*half)])
+                except CallFailed as narrower:
+                    error = narrower.__cause__
+                    first, end = half
+                    break
+            else:
+                break
+        blame = describe(first, samples[first])
+        if end - first > 1:
+            alone = "" if isinstance(error, TimeoutError) else ", though for neither half alone"
+            blame = f"samples {first} to {end - 1} together{alone}; the first is {blame}"
+        return RuntimeError(f"{self._raised(error, blame)}. {OTHER_TYPES}")
 
 
-def _describe(index: int, sample: dict[str, Any]) -> str:
+def describe(index: int, sample: Mapping[str, Any]) -> str:
     """A sample in an error: where it stands, and enough to recognise it by."""
     return (
-        f"sample {index} (uid {sample['uid']}, ground_truth {_shorten(sample['ground_truth'])}, "
-        f"response {_shorten(sample['response'])})"
+        f"sample {index} (uid {sample['uid']}, ground_truth {shorten(sample['ground_truth'])}, "
+        f"response {shorten(sample['response'])})"
     )
 
 
-def _shorten(value: Any, limit: int = 100) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
+def _name_of_type(annotation: Any) -> str:
+    """As it is written: a text under `from __future__ import annotations`, else an object."""
+    if annotation is None:
+        return "None"
+    return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls a user's function: plain or `async def`, within a time limit, and once more where it fails.
+
+The reward process runs this file, which therefore loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+TIMEOUT_KEY = "worker.reward.timeout_s"
+
+RETRY_PAUSE_SECONDS = 1.0
+"""Between the two calls; a server that turned one away has a moment."""
+
+ALARM_REPEAT_SECONDS = 1.0
+"""A function that catches everything is interrupted again."""
+
+
+class CallFailed(Exception):
+    """The function raised or took too long; what it raised is the cause. `index` is the argument's among several."""
+
+    def __init__(self, index: int = 0) -> None:
+        super().__init__(index)
+        self.index = index
+
+
+class OutOfTime(BaseException):
+    """No `Exception`, so that `except Exception` in the function does not keep it."""
+
+
+@dataclass
+class Answers:
+    """What several calls gave."""
+
+    results: list[Any]
+    """In the order of the arguments."""
+    failures: dict[int, BaseException] = field(default_factory=dict)
+    """What the first call raised, by argument, where the second one gave the result."""
+
+
+class Calls:
+    """Applies a function to arguments, one a call.
+
+    Args:
+        function: of one positional argument. An iterator that it returns is run to its end within the call.
+        copy: makes the argument of a call, lest the function changes what the next call and errors show.
+        timeout_s: seconds that a call may take; None for no limit. SIGALRM keeps the time: a function that sets
+            alarms of its own takes the limit over.
+        max_concurrency: how many calls of an `async def` function run together.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Any], Any],
+        copy: Callable[[Any], Any],
+        timeout_s: float | None,
+        max_concurrency: int,
+    ) -> None:
+        self._function = function
+        self._copy = copy
+        self._timeout_s = timeout_s
+        self._max_concurrency = max_concurrency
+        self._is_async = inspect.iscoroutinefunction(function)
+        self._runner: asyncio.Runner | None = None
+
+    def once(self, argument: Any) -> Any:
+        """The result of one call.
+
+        Raises:
+            CallFailed: it failed.
+        """
+        if self._is_async:
+            return self._run(self._once_async(0, argument), rounds=1)
+        return self._once(0, argument)
+
+    def each(self, arguments: Sequence[Any]) -> Answers:
+        """One call for each argument, and a second one for those whose first failed.
+
+        Raises:
+            CallFailed: a call failed twice. Others may not have been made.
+        """
+        if not self._is_async:
+            answers = Answers([])
+            for index, argument in enumerate(arguments):
+                answers.results.append(self._twice(index, argument, answers.failures))
+            return answers
+        rounds = 2 * math.ceil(len(arguments) / self._max_concurrency)
+        return self._run(self._each_async(arguments), rounds)
+
+    # ---- plain functions ----
+
+    def _twice(self, index: int, argument: Any, failures: dict[int, BaseException]) -> Any:
+        try:
+            return self._once(index, argument)
+        except CallFailed as failure:
+            failures[index] = failure.__cause__
+        time.sleep(RETRY_PAUSE_SECONDS)
+        return self._once(index, argument)
+
+    def _once(self, index: int, argument: Any) -> Any:
+        try:
+            with _interrupted_after(self._timeout_s):
+                result = self._function(self._copy(argument))
+                return list(result) if isinstance(result, Iterator) else result
+        except KeyboardInterrupt:
+            raise
+        except OutOfTime:
+            raise CallFailed(index) from self._timeout_error()
+        except BaseException as error:  # sys.exit, too, is the function's failure
+            raise CallFailed(index) from error
+
+    # ---- async functions ----
+
+    def _run(self, work: Any, rounds: int) -> Any:
+        """Awaits `work` in one event loop for all batches, which clients that live in the user's module keep to.
+
+        Args:
+            rounds: how many time limits it may take in all. A call that blocks the loop stops its own clock too.
+        """
+        if self._runner is None:
+            self._runner = asyncio.Runner()
+        limit = None if self._timeout_s is None else (rounds + 1) * (self._timeout_s + RETRY_PAUSE_SECONDS)
+        try:
+            with _interrupted_after(limit):
+                return self._runner.run(work)
+        except OutOfTime:
+            self._runner = None  # the loop may hold calls that have not ended
+            raise CallFailed from self._blocked_error()
+
+    async def _each_async(self, arguments: Sequence[Any]) -> Answers:
+        places = asyncio.Semaphore(self._max_concurrency)
+        failures: dict[int, BaseException] = {}
+
+        async def answer(index: int, argument: Any) -> Any:
+            async with places:
+                return await self._twice_async(index, argument, failures)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(answer(index, argument)) for index, argument in enumerate(arguments)]
+        except BaseExceptionGroup as group:
+            first = min(group.exceptions, key=lambda failure: failure.index)
+            raise first from first.__cause__
+        return Answers([task.result() for task in tasks], failures)
+
+    async def _twice_async(self, index: int, argument: Any, failures: dict[int, BaseException]) -> Any:
+        try:
+            return await self._once_async(index, argument)
+        except CallFailed as failure:
+            failures[index] = failure.__cause__
+        await asyncio.sleep(RETRY_PAUSE_SECONDS)
+        return await self._once_async(index, argument)
+
+    async def _once_async(self, index: int, argument: Any) -> Any:
+        clock = asyncio.timeout(self._timeout_s)
+        try:
+            async with clock:
+                return await self._function(self._copy(argument))
+        except KeyboardInterrupt:
+            raise
+        except OutOfTime:
+            raise CallFailed(index) from self._blocked_error()
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError) and asyncio.current_task().cancelling():
+                raise  # another call has failed for good
+            raise CallFailed(index) from (self._timeout_error() if clock.expired() else error)
+
+    def _timeout_error(self) -> TimeoutError:
+        return TimeoutError(f"the call took longer than {TIMEOUT_KEY}={self._timeout_s:g}")
+
+    def _blocked_error(self) -> TimeoutError:
+        return TimeoutError(
+            f"the calls took longer than {TIMEOUT_KEY}={self._timeout_s:g} allows together; an async function must "
+            "await what takes time: one that blocks (time.sleep, requests) holds up all its calls"
+        )
+
+
+@contextmanager
+def _interrupted_after(seconds: float | None) -> Iterator[None]:
+    """Raises OutOfTime in the block when it takes longer; None lets it take any time."""
+    if seconds is None:
+        yield
+        return
+    if threading.current_thread() is not threading.main_thread():
+        raise ValueError(f"{TIMEOUT_KEY} is held by a signal, which only the main thread gets: score there")
+
+    def interrupt(*_: Any) -> None:
+        raise OutOfTime
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    # A thread would not do: what hangs may hold the interpreter's lock, as a regular expression does.
+    signal.setitimer(signal.ITIMER_REAL, seconds, ALARM_REPEAT_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
