@@ -2,13 +2,20 @@
 # python -m pytest tests/test_example_rewards.py
 """The example reward functions grade as their docstrings say, with the real `mathruler`."""
 
+import json
 import re
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import jinja2
 import pytest
 
+from tests.test_reward_function import make_batch
+from verl.workers.reward import calls
 from verl.workers.reward.config import RewardConfig
+from verl.workers.reward.function import reward_samples
 from verl.workers.reward.user_function import load_reward_function
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "reward_function"
@@ -206,3 +213,62 @@ def test_the_form_counts_what_the_template_wrote_before_the_response(name: str, 
         result = load(name)(sample) if name == "r1v.py" else load(name)([sample])[0]
         forms.append(result["format"])
     assert forms == [0, 1, 1]
+
+
+# ---- the judge ----
+
+
+class Judge(BaseHTTPRequestHandler):
+    """An OpenAI-compatible server on this machine; it turns the first request away, as a busy one does."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = body["messages"][0]["content"]
+        self.server.seen.append((self.path, self.headers["Authorization"], body["model"]))
+        is_first = len(self.server.seen) == 1
+        self.server.running += 1
+        self.server.most = max(self.server.most, self.server.running)
+        time.sleep(0.05)
+        self.server.running -= 1
+        if is_first:
+            self.send_error(429)
+            return
+        verdict = "Perhaps." if "weather" in question else "YES" if "Answer to grade: 12" in question else "so: no"
+        reply = json.dumps({"choices": [{"message": {"content": verdict}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def judge():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    server.seen, server.running, server.most = [], 0, 0
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_judge_is_asked_for_all_at_once_again_when_busy_and_its_verdicts_score(
+    judge, tokenizer, monkeypatch
+) -> None:
+    monkeypatch.setattr(calls, "RETRY_PAUSE_SECONDS", 0.01)
+    monkeypatch.setenv("JUDGE_API_KEY", "sesame")
+    config = RewardConfig(
+        reward_function=f"{EXAMPLES}/llm_judge.py:compute_score",
+        reward_function_kwargs={"url": f"http://127.0.0.1:{judge.server_port}/v1", "model": "tiny"},
+        timeout_s=30,
+    )
+    batch = make_batch(tokenizer, ["12", "The weather", "13"])
+    scored = load_reward_function(config, tokenizer).score(reward_samples(batch, 1, "train"))
+    assert [result["overall"] for result in scored.results] == [1, 0, 0]
+    assert [result["unclear"] for result in scored.results] == [0, 1, 0]
+    assert len(scored.failures) == 1 and "429" in scored.failures[0]
+    assert set(judge.seen) == {("/v1/chat/completions", "Bearer sesame", "tiny")} and len(judge.seen) == 4
+    assert judge.most > 1
