@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from tests.batches import answer_at_random, prompts_of, random_image
 from tests.family_models import FAMILY_MODELS, IMAGE_TEXT_MODELS, TEXT_MODELS, make_family_model
 from tests.probe import RESPONSE_LENGTH, make_config, start_alone, start_two
+from verl.data.conversation import messages_of
 from verl.data.dataset import RLHFDataset
 from verl.data.prompt import PromptEncoder
 from verl.data.video import VideoLimits, load_video
@@ -210,7 +211,9 @@ def test_a_prompt_is_measured_without_pixels_as_the_processor_writes_it_with_the
         media["videos"] = [video.frames for video in videos]
         media["video_metadata"] = [video.outline.metadata for video in videos]
         media["do_sample_frames"] = False
-    text = encoder.chat_text("<image>" * len(images) + "What?" + "<video>" * len(videos), by_processor=True)
+    text = encoder.chat_text(
+        messages_of("<image>" * len(images) + "What?" + "<video>" * len(videos)), ["image", "video"], by_processor=True
+    )
     expected = processor(text=[text], return_tensors="pt", **media)
     measured = encoder.model_inputs(text, [image.size for image in images], [video.outline for video in videos])
     for key in {"input_ids", *GRIDS} & expected.keys():

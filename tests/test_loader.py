@@ -211,7 +211,7 @@ def test_every_data_key_reaches_both_sets(
         assert dataset[0]["ground_truth"] == name
         assert dataset[0]["input_ids"].tolist().count(processor.image_token_id) == 4
         assert dataset[0]["extra"] == {"videos": ["v.mp4"]}
-        assert dataset.config.video_fps == 1.0
+        assert dataset.datasets[0].config.video_fps == 1.0
 
     enlarging = dataclasses.replace(config, min_pixels=140 * 140, max_pixels=None, max_prompt_length=100)
     image = create_dataloader(enlarging, tokenizer, processor)[0].dataset[0]["multi_modal_data"]["images"][0]

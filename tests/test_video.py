@@ -23,6 +23,7 @@ from tests.batches import random_image
 from tests.family_models import IMAGE_TEXT_MODELS, make_family_model
 from tests.probe import make_config
 from tests.tiny import CORPUS, build_tokenizer
+from verl.data.conversation import messages_of
 from verl.data.dataset import RLHFDataset
 from verl.data.features import featurize
 from verl.data.prompt import PromptEncoder
@@ -231,7 +232,7 @@ def test_text_and_the_time_after_it_are_counted_as_they_are_read_together(tmp_pa
     path = make_family_model("Qwen3-VL", tmp_path / "model")
     encoder = PromptEncoder(tokenizer, family.build_processor(tokenizer), AutoConfig.from_pretrained(path))
     video = load_video(write_frames(tmp_path, 4), tmp_path, LIMITS)
-    text = encoder.chat_text("a <video>", by_processor=True)
+    text = encoder.chat_text(messages_of("a <video>"), ["video"], by_processor=True)
     raw_ids = encoder.raw_ids(text, 0, 1)
     ids = encoder.model_inputs(text, [], [video.outline])["input_ids"][0]
     assert encoder.length(text, raw_ids, [], [video.outline]) == len(ids)
@@ -287,9 +288,11 @@ def test_data_with_videos_is_refused_when_loaded_where_the_engine_reads_them_oth
 
 def test_videos_that_do_not_match_their_placeholders_or_cannot_be_read_name_the_row(tmp_path: Path) -> None:
     good = {"prompt": "a", "videos": []}
-    with pytest.raises(ValueError, match="<video> in the prompt .* than videos. row 1: 2 placeholders, 1 videos"):
+    with pytest.raises(ValueError, match="row 1 of .*: 2 <video> in the prompt .* but 1 videos"):
         make_dataset("Qwen2.5-VL", tmp_path, [good, {"prompt": "<video><video>", "videos": ["a.mp4"]}])
     with pytest.raises(ValueError, match="row 1 of .*: video 0 cannot be read: FFmpeg"):
         make_dataset("Qwen2.5-VL", tmp_path, [good, {"prompt": "<video>", "videos": ["a.mp4"]}])
-    with pytest.raises(ValueError, match="There is no column data.video_key=videos. row 0: 1 placeholders, 0 videos"):
+    with pytest.raises(
+        ValueError, match="1 of 1 rows .* have <video> in the prompt, but there is no column data.video_key=videos"
+    ):
         make_dataset("Qwen2.5-VL", tmp_path, [{"prompt": "<video>"}])

@@ -117,6 +117,11 @@ class ConfigSection:
         return f"{path}:{function}"
 
 
+def cut(text: str, limit: int = 100) -> str:
+    """`text` as an error shows it: what is beyond `limit` characters is left out."""
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
 def names_a_file(value: str) -> bool:
     """Whether `value` is a `path.py:function` of the user's, and not the name of something registered."""
     return ":" in value or value.endswith(".py")

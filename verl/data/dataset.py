@@ -6,7 +6,6 @@ Shapes: B prompts, P prompt length (`data.max_prompt_length`).
 
 from __future__ import annotations
 
-import glob
 import logging
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,35 +20,31 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import torch
-from datasets import (
-    ClassLabel,
-    Dataset,
-    DatasetDict,
-    Features,
-    Json,
-    LargeList,
-    List,
-    Value,
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-    load_dataset,
-    load_from_disk,
-)
-from datasets.data_files import DataFilesDict, get_data_patterns
-from datasets.exceptions import DatasetsError
+from datasets import Audio, ClassLabel, Dataset, LargeList, List, Mesh, Nifti, Pdf, Value
+from datasets import Image as ImageFeature
+from datasets import Video as VideoFeature
 from jinja2 import meta
 from PIL import Image
 from torch.nn import functional
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from verl.config import ConfigValueError, did_you_mean, looks_local
-from verl.data.prompt import PLACEHOLDERS, PromptEncoder
+from verl.config import ConfigValueError, cut, did_you_mean
+from verl.data.conversation import (
+    PLACEHOLDERS,
+    Message,
+    as_text,
+    count_placeholders,
+    last_question,
+    messages_of,
+    replace_question,
+)
+from verl.data.files import load_rows, progress_bars
+from verl.data.prompt import PromptEncoder
 from verl.data.video import Video, VideoLimits, VideoOutline, VideoSource, load_video, outline_video
 from verl.data.vision import UNREADABLE_IMAGE, ImageSource, open_image, process_image, target_size
 from verl.models.position_ids import prompt_position_ids
 from verl.models.registry import MODEL_FAMILIES, family_of
-from verl.trainer.config import DATA_SUFFIXES, DataConfig, split_data_path
+from verl.trainer.config import DataConfig
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -58,10 +53,17 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MEDIA = (ImageFeature, VideoFeature, Audio, Pdf, Nifti, Mesh)
+"""What `datasets` decodes when a row is read."""
+
 ROWS_PER_PROCESS = 1000
 """Below this a further process takes longer to start than to work, and nobody needs a progress bar."""
 
-MISMATCHES_SHOWN = 10
+ROWS_SHOWN = 5
+"""Of those that a message is about."""
+
+LONGEST_REASON = 200
+"""Characters of what is wrong with a row."""
 
 OPTIONS = (
     "prompt_key",
@@ -76,130 +78,10 @@ OPTIONS = (
     "max_pixels",
     "filter_overlong_prompts",
     "filter_overlong_prompts_workers",
+    "check_media",
+    "on_bad_row",
 )
 """Fields of the section `data` that a dataset reads."""
-
-
-def load_rows(data_path: str) -> Dataset:
-    """Load the rows that `data.train_files` or `data.val_files` names.
-
-    Args:
-        data_path: a data file, a folder of them (or one that `save_to_disk` wrote), or a dataset id on the hub; then,
-            optionally, `@split`, where split may carry a slice as in `@train[:100]`. The default split is train.
-            Which files of a folder are which split is the `datasets` library's rule: those with the split's name in
-            theirs (`test-00000.parquet`, `test/0.jsonl`), or all of them train when none is named after a split.
-
-    Raises:
-        ValueError: nothing is there, or it has no such split or no rows.
-    """
-    path, split = split_data_path(data_path)
-    split = split or "train"
-    local = Path(path).expanduser()
-    try:
-        if local.exists():
-            with _progress_bars(shown=False):
-                if local.is_dir():
-                    return _load_folder(local, split)
-                if local.suffix not in DATA_SUFFIXES:
-                    raise ValueError(f"{local.name} is none of {', '.join(DATA_SUFFIXES)}")
-                return _load_files({"train": [local]}, split)
-        if looks_local(path, DATA_SUFFIXES):
-            raise FileNotFoundError(f"no such file or folder (looked for {local.absolute()})")
-        return _load_from_hub(path, split)
-    except (DatasetsError, OSError, ValueError) as error:
-        cause = f" ({error.__cause__})" if error.__cause__ else ""
-        raise ValueError(f"cannot load the data {data_path!r}: {error}{cause}") from error
-
-
-@contextmanager
-def _progress_bars(shown: bool) -> Iterator[None]:
-    """Switch the bars of the `datasets` library, which are on or off for the whole process, for a while."""
-    if shown or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
-
-
-def _load_files(files: Mapping[str, Sequence[Path]], split: str) -> Dataset:
-    """Load a split out of data files by split, all of one type."""
-    paths = [path for of_split in files.values() for path in of_split]
-    suffixes = {".json" if path.suffix == ".jsonl" else path.suffix for path in paths}
-    if len(suffixes) != 1:
-        raise ValueError(f"it has files of several types ({', '.join(sorted(suffixes))}); name one of them")
-    empty = [path.name for path in paths if path.stat().st_size == 0]
-    if empty:
-        raise ValueError(f"{', '.join(empty)} is empty")
-    builder = suffixes.pop().removeprefix(".")
-    # The library takes `[`, `*` and `?` for patterns.
-    data_files = {name: [glob.escape(str(path)) for path in files[name]] for name in files}
-    if builder == "csv":
-        return _load_csv(data_files, split)
-    rows = load_dataset(builder, data_files=data_files, split=split)
-    return _as_written(rows, data_files, split) if builder == "json" else rows
-
-
-def _load_csv(data_files: Mapping[str, Sequence[str]], split: str) -> Dataset:
-    """All columns as the texts that they are in the file, null where a cell is empty.
-
-    Left to guess types, pandas makes 7.0 of `007` and null of `NA`.
-    """
-    guessed = load_dataset("csv", data_files=dict(data_files), split=split)
-    texts = Features({column: Value("string") for column in guessed.column_names})
-    options = dict(features=texts, keep_default_na=False, na_values=[""])
-    return load_dataset("csv", data_files=dict(data_files), split=split, **options)
-
-
-def _as_written(rows: Dataset, data_files: Mapping[str, Sequence[str]], split: str) -> Dataset:
-    """The rows of JSON files with the columns read anew that pyarrow does not leave as they were written.
-
-    It makes moments of texts that look like dates, and floats of whole numbers beside others.
-    """
-    changed = {column: Json() for column, feature in rows.features.items() if _is_changed(feature)}
-    if not changed:
-        return rows
-    features = Features({**rows.features, **changed})
-    return load_dataset("json", data_files=dict(data_files), split=split, features=features)
-
-
-def _is_changed(feature: Any) -> bool:
-    if isinstance(feature, Mapping):
-        return any(map(_is_changed, feature.values()))
-    if isinstance(feature, (List, LargeList)):
-        return _is_changed(feature.feature)
-    return isinstance(feature, Value) and feature.dtype.startswith(("timestamp", "date", "time", "duration", "float"))
-
-
-def _load_folder(folder: Path, split: str) -> Dataset:
-    if (folder / "state.json").is_file():
-        if split != "train":
-            raise ValueError(f"it was saved as one set without splits; leave @{split} out")
-        return load_from_disk(str(folder))
-    if (folder / "dataset_dict.json").is_file():
-        splits: DatasetDict = load_from_disk(str(folder))
-        if split not in splits:
-            raise ValueError(f"no split {split!r} in it; its splits are {', '.join(splits)}")
-        return splits[split]
-
-    base_path = glob.escape(folder.resolve().as_posix())
-    found = DataFilesDict.from_patterns(get_data_patterns(base_path), base_path=base_path)
-    # Left out are the media that rows refer to; the library already passed over what the hub keeps beside the data.
-    files = {name: [Path(path) for path in paths if path.endswith(DATA_SUFFIXES)] for name, paths in found.items()}
-    files = {name: paths for name, paths in files.items() if paths}
-    if not files:
-        example = next(iter(found.values()))[0]
-        raise ValueError(f"no {', '.join(DATA_SUFFIXES)} where its split names lead ({example}); name the data file")
-    return _load_files(files, split)
-
-
-def _load_from_hub(dataset_id: str, split: str) -> Dataset:
-    try:
-        return load_dataset(dataset_id, split=split)
-    except OSError as error:
-        raise FileNotFoundError("no such file or folder here, and from the hub it cannot be had") from error
 
 
 @lru_cache
@@ -244,14 +126,21 @@ class RLHFDataset(torch.utils.data.Dataset):
     without such a grid; `extra`, a dict of the row's other columns.
 
     When a dataset has an image or video column, all its rows go through the processor, those without media as well.
+    Other columns of media come undecoded in `extra`, as they are stored.
+
+    Rows that cannot be read are refused, or left out and named (`data.on_bad_row`). Rows that cannot be read are found
+    when loading as far as they are looked at: all prompts, the headers of media where long prompts are dropped, and
+    their pixels where `data.check_media` asks for it. What the pixels' check finds keeps its index, so that the order
+    of the others is as it was: see `skipped`.
 
     Args:
         data_path: see `load_rows`.
         tokenizer: pads on the left.
         processor: None for a model of text alone.
         config: the section `data`, of which the fields in `OPTIONS` are read. Images and videos are a list in each
-            row, null or empty for none; every `<image>` and `<video>` in the prompt stands for one of them, in order.
-            A video is a file (path or bytes) or the list of its frames.
+            row, null or empty for none; every `<image>` and `<video>` in the prompt stands for one of them, in order,
+            and is text in a row without any. A video is a file (path or bytes) or the list of its frames. Prompts are
+            texts or chat messages (`conversation.py`).
         model_config: the model's config; read from where the tokenizer came from if None and there is a processor.
         truncation: "error" alone: a prompt cut short would lose the opening of the answer, or its question.
         options: any of `OPTIONS`, as EasyR1's callers give them; they override `config`. Without a config prompts have
@@ -291,6 +180,11 @@ class RLHFDataset(torch.utils.data.Dataset):
             model_config = AutoConfig.from_pretrained(tokenizer.name_or_path)
         self.model_config = model_config or PretrainedConfig()
         self.encoder = PromptEncoder(tokenizer, processor, self.model_config)
+        if not self.encoder.has_chat_template:
+            raise ValueError(
+                f"the tokenizer of {cut(str(tokenizer.name_or_path))!r} has no chat template, by which prompts are "
+                "written; name a file with one as data.override_chat_template"
+            )
         self.video_limits = VideoLimits(self.config.video_fps, self.config.min_pixels, self.config.max_pixels)
 
         rows = load_rows(data_path)
@@ -302,14 +196,20 @@ class RLHFDataset(torch.utils.data.Dataset):
             if key in rows.column_names
         }
         columns = list(self._media_keys.values())
+        undecoded = [name for name in rows.column_names if name not in columns and _has_media(rows.features[name])]
         self._media = rows.select_columns(columns).with_format("arrow") if columns else None
-        self._rows = rows.remove_columns(columns)
+        self._undecoded = rows.select_columns(undecoded).with_format("arrow") if undecoded else None
+        self._rows = rows.remove_columns([*columns, *undecoded])
         self._row_numbers = np.arange(len(rows))  # as loaded; rows that are dropped leave gaps
+        self.skipped: frozenset[int] = frozenset()
+        """Indices of rows that cannot be read and must not be drawn."""
         self._check_prompts()
         if processor is None:
             self._media, self._media_keys = None, {}  # columns without media read as none at all
         if self.config.filter_overlong_prompts:
-            self._drop_overlong(self.config.filter_overlong_prompts_workers)
+            self._drop_overlong()
+        if self.config.check_media and self._media is not None:
+            self._check_media()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -321,11 +221,13 @@ class RLHFDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self._labelled(self._rows[index])
-        prompt_text = self._prompt_text(row.pop(self.config.prompt_key))
+        if self._undecoded is not None:
+            row |= self._undecoded[index].to_pylist()[0]
         images = self._read(index, "image", self._load_image)
         videos = self._read(index, "video", self._load_video)
-        chat_text = self._chat_text(prompt_text)
         with self._naming(index):
+            messages = self._messages(row.pop(self.config.prompt_key))
+            chat_text = self._chat_text(messages, len(images), len(videos))
             raw_prompt_ids = self.encoder.raw_ids(chat_text, len(images), len(videos))
             model_inputs = self.encoder.model_inputs(
                 chat_text, [image.size for image in images], [video.outline for video in videos]
@@ -340,7 +242,7 @@ class RLHFDataset(torch.utils.data.Dataset):
             "attention_mask": attention_mask,
             "position_ids": prompt_position_ids(self.model_config, input_ids, attention_mask, model_inputs),
             "raw_prompt_ids": raw_prompt_ids,
-            "prompt_text": prompt_text,
+            "prompt_text": as_text(messages),
             "ground_truth": row.pop(self.config.answer_key),
             "multi_modal_data": {"images": images, "videos": videos} if images or videos else None,
             "image_grid_thw": None if grids is None else grids.numpy(),
@@ -357,19 +259,25 @@ class RLHFDataset(torch.utils.data.Dataset):
             for name, value in row.items()
         }
 
-    def _prompt_text(self, prompt: str) -> str:
-        return prompt if self.format_prompt is None else _template(self.format_prompt).render(content=prompt)
+    def _messages(self, prompt: Any) -> list[Message]:
+        messages = messages_of(prompt)
+        if self.format_prompt is None:
+            return messages
+        question = messages[last_question(messages)]["content"]
+        return replace_question(messages, _template(self.format_prompt).render(content=question))
 
-    def _chat_text(self, prompt_text: str) -> str:
-        return self.encoder.chat_text(prompt_text, by_processor=self._media is not None)
+    def _chat_text(self, messages: list[Message], num_images: int, num_videos: int) -> str:
+        kinds = [kind for kind, number in (("image", num_images), ("video", num_videos)) if number > 0]
+        return self.encoder.chat_text(messages, kinds, by_processor=self._media is not None)
 
     @contextmanager
     def _naming(self, index: int) -> Iterator[None]:
-        """Errors of what follows name the row."""
+        """Errors of what follows, whatever template, tokenizer and processor raise, name the row."""
         try:
             yield
-        except ValueError as error:
-            raise ValueError(f"{self._name(index)}: {error}") from error
+        except Exception as error:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(f"{self._name(index)}: {kind}{cut(str(error), LONGEST_REASON)}") from error
 
     def _read(self, index: int, kind: str, read: Callable[[Any], T]) -> list[T]:
         """Apply `read` to each medium of a kind in a row, naming the row when one of them cannot be read."""
@@ -380,7 +288,8 @@ class RLHFDataset(torch.utils.data.Dataset):
             try:
                 results.append(read(source))
             except UNREADABLE_IMAGE as error:
-                raise ValueError(f"{self._name(index)}: {kind} {position} cannot be read: {error}") from error
+                reason = cut(str(error), LONGEST_REASON)
+                raise ValueError(f"{self._name(index)}: {kind} {position} cannot be read: {reason}") from error
         return results
 
     def _load_image(self, source: ImageSource) -> Image.Image:
@@ -406,7 +315,7 @@ class RLHFDataset(torch.utils.data.Dataset):
             )
 
     def _name(self, index: int) -> str:
-        return f"row {self._row_numbers[index]} of {self.data_path!r}"
+        return f"row {self._row_numbers[index]} of {cut(self.data_path)!r}"
 
     # ---- the whole set ----
 
@@ -431,11 +340,28 @@ class RLHFDataset(torch.utils.data.Dataset):
             )
 
     def _check_prompts(self) -> None:
-        """Every prompt is a text and has as many placeholders as its row has media, kind by kind."""
+        """Every prompt is a text or a chat, and has as many placeholders as its row has media, kind by kind."""
         counts = {
             kind: _entry_counts(self._media, self._media_keys[kind]) if kind in self._media_keys else [0] * len(self)
             for kind in PLACEHOLDERS
         }
+        self._require_processor(counts)
+        problems: dict[int, str] = {}
+        found: dict[str, dict[int, int]] = {kind: {} for kind in PLACEHOLDERS}
+        for index, prompt in enumerate(self._rows[self.config.prompt_key]):
+            try:
+                with self._naming(index):
+                    messages = self._messages(prompt)
+            except ValueError as error:
+                problems[index] = str(error)
+                continue
+            for kind in PLACEHOLDERS:
+                found[kind][index] = count_placeholders(messages, kind)
+        for kind in PLACEHOLDERS if self.processor is not None else ():
+            problems |= self._mismatches(kind, found[kind], counts[kind])
+        self._leave_out(problems)
+
+    def _require_processor(self, counts: Mapping[str, Sequence[int]]) -> None:
         for kind, of_rows in counts.items():
             if self.processor is None and any(of_rows):
                 row = next(index for index, count in enumerate(of_rows) if count)
@@ -443,70 +369,122 @@ class RLHFDataset(torch.utils.data.Dataset):
                     f"{self._name(row)} has {kind}s, but {self.tokenizer.name_or_path!r} is a model of text alone, "
                     "with no processor; use a vision-language model (worker.actor.model.model_path)"
                 )
-        for index, prompt in enumerate(self._rows[self.config.prompt_key]):
-            if not isinstance(prompt, str):
-                raise ValueError(
-                    f"{self._name(index)}: data.prompt_key={self.config.prompt_key} is {prompt!r}, not a text"
-                )
-        if self.processor is None:
-            return
-        for kind, placeholder in PLACEHOLDERS.items():
-            found = [self._prompt_text(prompt).count(placeholder) for prompt in self._rows[self.config.prompt_key]]
-            mismatches = [
-                f"row {index}: {number} placeholders, {media} {kind}s"
-                for index, (number, media) in enumerate(zip(found, counts[kind], strict=True))
-                if number != media
-            ]
-            if mismatches:
-                key = self.config.image_key if kind == "image" else self.config.video_key
-                column = "" if kind in self._media_keys else f" There is no column data.{kind}_key={key}."
-                more = "; ..." if len(mismatches) > MISMATCHES_SHOWN else ""
-                raise ValueError(
-                    f"{len(mismatches)} of {len(self)} rows of {self.data_path!r} have another number of "
-                    f"{placeholder} in the prompt (after data.format_prompt) than {kind}s.{column} "
-                    f"{'; '.join(mismatches[:MISMATCHES_SHOWN])}{more}"
-                )
 
-    def _drop_overlong(self, workers: int) -> None:
-        processes = min(workers, len(self) // ROWS_PER_PROCESS)
-        with _progress_bars(shown=len(self) >= ROWS_PER_PROCESS):
-            lengths = self._rows.select_columns([self.config.prompt_key]).map(
-                self._measure,
+    def _mismatches(self, kind: str, found: Mapping[int, int], counts: Sequence[int]) -> dict[int, str]:
+        """What is wrong with rows that have media of a kind and another number of placeholders.
+
+        In a row without media of the kind a placeholder is text; one warning tells of such rows.
+
+        Raises:
+            ValueError: there are placeholders, and no column of such media at all.
+        """
+        placeholder = PLACEHOLDERS[kind]
+        texts = [index for index, number in found.items() if number > 0 and counts[index] == 0]
+        if texts and kind not in self._media_keys:
+            key = self.config.image_key if kind == "image" else self.config.video_key
+            raise ValueError(
+                f"{len(texts)} of {len(self)} rows of {cut(self.data_path)!r} have {placeholder} in the prompt, but "
+                f"there is no column data.{kind}_key={key}; name the column, or write \\{placeholder} for the word"
+            )
+        if texts:
+            logger.warning(
+                "%s: %s is read as text in %d rows without %ss; the first is row %d",
+                *(self.data_path, placeholder, len(texts), kind, self._row_numbers[texts[0]]),
+            )
+        return {
+            index: f"{self._name(index)}: {number} {placeholder} in the prompt (after data.format_prompt), but "
+            f"{counts[index]} {kind}s"
+            for index, number in found.items()
+            if counts[index] > 0 and number != counts[index]
+        }
+
+    def _drop_overlong(self) -> None:
+        measured = self._map_rows(self._measure, "counting prompt tokens")
+        problems = {index: text for index, text in enumerate(measured["problem"]) if text}
+        self._tell_of(problems)
+        lengths = np.asarray(measured["length"])
+        longest = self.config.max_prompt_length
+        readable = [index for index in range(len(self)) if index not in problems]
+        kept = [index for index in readable if lengths[index] <= longest]
+        if not kept:
+            raise ValueError(
+                f"every row of {self.data_path!r} is longer than data.max_prompt_length={longest}: "
+                f"{lengths[readable].min()} to {lengths[readable].max()} tokens; raise it or lower data.max_pixels"
+            )
+        logger.info(
+            "%s: kept %d of %d prompts, dropped %d longer than data.max_prompt_length=%d",
+            *(self.data_path, len(kept), len(readable), len(readable) - len(kept), longest),
+        )
+        self._keep(kept)
+
+    def _check_media(self) -> None:
+        """Makes every item once, to find those that cannot be made."""
+        texts = self._map_rows(self._find_problem, "checking media")["problem"]
+        problems = {index: text for index, text in enumerate(texts) if text}
+        self._tell_of(problems)
+        self.skipped = frozenset(problems)
+
+    def _leave_out(self, problems: Mapping[int, str]) -> None:
+        self._tell_of(problems)
+        self._keep([index for index in range(len(self)) if index not in problems])
+
+    def _keep(self, indices: Sequence[int]) -> None:
+        if len(indices) == len(self):
+            return
+        self._rows = self._rows.select(indices)
+        self._media = None if self._media is None else self._media.select(indices)
+        self._undecoded = None if self._undecoded is None else self._undecoded.select(indices)
+        self._row_numbers = self._row_numbers[indices]
+
+    def _tell_of(self, problems: Mapping[int, str]) -> None:
+        """Raises, or warns, of rows that cannot be read."""
+        if not problems:
+            return
+        shown = cut("; ".join(list(problems.values())[:ROWS_SHOWN]), 2 * LONGEST_REASON)
+        more = f"; and {len(problems) - ROWS_SHOWN} more" if len(problems) > ROWS_SHOWN else ""
+        if self.config.on_bad_row == "error":
+            several = f"{len(problems)} of {len(self)} rows cannot be read: " if len(problems) > 1 else ""
+            raise ValueError(f"{several}{shown}{more}")
+        if len(problems) == len(self):
+            raise ValueError(f"no row of {cut(self.data_path)!r} can be read: {shown}{more}")
+        logger.warning("data.on_bad_row=skip leaves out %d of %d rows: %s%s", len(problems), len(self), shown, more)
+
+    def _map_rows(self, function: Callable[[dict[str, Any], int], dict[str, Any]], label: str) -> Dataset:
+        """What a function makes of each row's prompt and index, in several processes and with a bar for large sets."""
+        processes = min(self.config.filter_overlong_prompts_workers, len(self) // ROWS_PER_PROCESS)
+        with progress_bars(shown=len(self) >= ROWS_PER_PROCESS):
+            return self._rows.select_columns([self.config.prompt_key]).map(
+                function,
                 with_indices=True,
                 remove_columns=[self.config.prompt_key],
                 num_proc=processes if processes > 1 else None,
                 # Image files and limits may have changed since a cached result was written.
                 load_from_cache_file=False,
                 new_fingerprint=uuid.uuid4().hex,
-                desc="counting prompt tokens",
+                desc=label,
             )
-        lengths = np.asarray(lengths["length"])
-        kept = np.flatnonzero(lengths <= self.config.max_prompt_length)
-        if len(kept) == 0:
-            longest = self.config.max_prompt_length
-            raise ValueError(
-                f"every row of {self.data_path!r} is longer than data.max_prompt_length={longest}: "
-                f"{lengths.min()} to {lengths.max()} tokens; raise it or lower data.max_pixels"
-            )
-        logger.info(
-            "%s: kept %d of %d prompts, dropped %d longer than data.max_prompt_length=%d",
-            self.data_path,
-            len(kept),
-            len(lengths),
-            len(lengths) - len(kept),
-            self.config.max_prompt_length,
-        )
-        self._rows = self._rows.select(kept)
-        self._media = None if self._media is None else self._media.select(kept)
-        self._row_numbers = self._row_numbers[kept]
 
-    def _measure(self, row: dict[str, Any], index: int) -> dict[str, int]:
+    def _measure(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        """The tokens of a row's prompt, from the headers of its media, and what is wrong with it."""
+        try:
+            return {"length": self._length(row[self.config.prompt_key], index), "problem": ""}
+        except ValueError as error:
+            return {"length": 0, "problem": str(error)}
+
+    def _length(self, prompt: Any, index: int) -> int:
         sizes = self._read(index, "image", self._image_size)
         outlines = self._read(index, "video", self._video_outline)
-        chat_text = self._chat_text(self._prompt_text(row[self.config.prompt_key]))
         with self._naming(index):
+            chat_text = self._chat_text(self._messages(prompt), len(sizes), len(outlines))
             raw_prompt_ids = self.encoder.raw_ids(chat_text, len(sizes), len(outlines))
-            return {"length": self.encoder.length(chat_text, raw_prompt_ids, sizes, outlines)}
+            return self.encoder.length(chat_text, raw_prompt_ids, sizes, outlines)
+
+    def _find_problem(self, row: dict[str, Any], index: int) -> dict[str, str]:
+        try:
+            self[index]
+        except ValueError as error:
+            return {"problem": str(error)}
+        return {"problem": ""}
 
 
 def collate_fn(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor | np.ndarray]:
@@ -531,3 +509,12 @@ def _entry_counts(rows: Dataset, column: str) -> list[int]:
     if isinstance(values.type, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
         return pa.compute.fill_null(pa.compute.list_value_length(values), 0).to_pylist()
     return [int(valid) for valid in values.is_valid().to_pylist()]
+
+
+def _has_media(feature: Any) -> bool:
+    """Whether a column holds media that `datasets` would decode: images, sounds, videos, documents."""
+    if isinstance(feature, Mapping):
+        return any(map(_has_media, feature.values()))
+    if isinstance(feature, (List, LargeList)):
+        return _has_media(feature.feature)
+    return isinstance(feature, MEDIA)

@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from verl.data.dataset import RLHFDataset, collate_fn
-from verl.trainer.config import DataConfig
+from verl.data.order import epoch_order, mixed_order
+from verl.data.sources import JoinedDataset
+from verl.trainer.config import DataConfig, data_sources
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -25,31 +27,59 @@ MAX_WORKERS = 8
 
 
 class ResumableSampler(Sampler[int]):
-    """The rows of one epoch in their order, from a position on; each epoch has its own seeded permutation.
+    """The rows of one epoch in their order, from a position on; each epoch has its own seeded order.
 
-    The order depends on `seed`, the epoch and the number of rows alone, so (epoch, position) is all there is to save.
+    The order depends on `seed`, the epoch, the numbers of rows and the weights alone, so (epoch, position) is all that
+    there is to save. Skipped rows have their places in it, so that it does not change when one is found.
 
     Args:
         num_rows: rows in the set.
         shuffle: whether to permute them; otherwise they come in the file's order.
-        seed: of the permutations.
+        seed: of the orders.
+        skipped: rows that are passed over.
+        sizes: rows of each of the set's sources, where their shares of an epoch follow `weights`.
+        weights: of the sources; None takes every row once an epoch.
     """
 
-    def __init__(self, num_rows: int, shuffle: bool, seed: int) -> None:
+    def __init__(
+        self,
+        num_rows: int,
+        shuffle: bool,
+        seed: int,
+        skipped: Collection[int] = (),
+        sizes: Sequence[int] = (),
+        weights: Sequence[float] | None = None,
+    ) -> None:
         self.num_rows = num_rows
         self.shuffle = shuffle
         self.seed = seed
+        self.skipped = frozenset(skipped)
+        self.sizes = list(sizes)
+        self.weights = None if weights is None else list(weights)
         self.epoch = 0
         self.position = 0
 
     def __iter__(self) -> Iterator[int]:
-        if not self.shuffle:
-            return iter(range(self.position, self.num_rows))
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_rows)
-        return iter(order[self.position :].tolist())
+        return iter([row for row in self._rows_ahead() if row not in self.skipped])
 
     def __len__(self) -> int:
-        return self.num_rows - self.position
+        if not self.skipped:
+            return self.num_rows - self.position
+        return sum(row not in self.skipped for row in self._rows_ahead())
+
+    def advance(self, count: int) -> None:
+        """Moves the position past the next `count` rows that are not skipped."""
+        if self.skipped:
+            places = [place for place, row in enumerate(self._rows_ahead()) if row not in self.skipped]
+            count = places[count - 1] + 1
+        self.position += count
+
+    def _rows_ahead(self) -> list[int]:
+        if self.weights is None:
+            order = epoch_order(self.num_rows, self.epoch, self.shuffle, self.seed)
+        else:
+            order = mixed_order(self.sizes, self.weights, self.epoch, self.shuffle, self.seed)
+        return order[self.position :].tolist()
 
 
 class PieceSampler(Sampler[list[int]]):
@@ -75,13 +105,16 @@ class BatchLoader:
     Args:
         dataset: the set.
         batch_size: prompts of a batch.
-        sampler: the order of the rows.
+        sampler: the order of the rows, without those that the set skips.
         drop_last: whether rows at the end that do not fill a batch are left out.
     """
 
-    def __init__(self, dataset: RLHFDataset, batch_size: int, sampler: Sampler[int], drop_last: bool) -> None:
+    def __init__(
+        self, dataset: RLHFDataset | JoinedDataset, batch_size: int, sampler: Sampler[int], drop_last: bool
+    ) -> None:
         num_workers = min(MAX_WORKERS, os.cpu_count() or 1) if len(dataset) >= ROWS_WORTH_WORKERS else 0
         self.dataset = dataset
+        self.num_prompts = len(dataset) - len(dataset.skipped)
         self.batch_size = batch_size
         self._pieces = DataLoader(
             dataset,
@@ -122,27 +155,38 @@ class PromptLoader:
         batch_size: prompts of a draw.
         shuffle: a new order for each epoch, or always the file's.
         seed: of the orders.
+        weights: shares of the prompts for each of the set's sources; None takes every row once an epoch.
 
     Raises:
         ValueError: the set has fewer rows than a batch.
     """
 
-    def __init__(self, dataset: RLHFDataset, batch_size: int, shuffle: bool, seed: int) -> None:
-        if len(dataset) < batch_size:
+    def __init__(
+        self,
+        dataset: RLHFDataset | JoinedDataset,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        self.num_prompts = len(dataset) - len(dataset.skipped)
+        """Of an epoch."""
+        if self.num_prompts < batch_size:
             raise ValueError(
-                f"the training set has {len(dataset)} prompts, fewer than the {batch_size} of one batch; lower "
+                f"the training set has {self.num_prompts} prompts, fewer than the {batch_size} of one batch; lower "
                 "data.rollout_batch_size (or data.mini_rollout_batch_size), or raise data.max_prompt_length if too "
                 "many were dropped for their length"
             )
         self.dataset = dataset
         self.batch_size = batch_size
-        self._sampler = ResumableSampler(len(dataset), shuffle, seed)
+        sizes = () if weights is None else dataset.sizes
+        self._sampler = ResumableSampler(len(dataset), shuffle, seed, dataset.skipped, sizes, weights)
         self._loader = BatchLoader(dataset, batch_size, self._sampler, drop_last=True)
         self._batches: Iterator[dict[str, Any]] | None = None
 
     def draw(self) -> dict[str, Any]:
         """Return the next `batch_size` prompts, collated: tensors and object arrays by name."""
-        if self._sampler.num_rows - self._sampler.position < self.batch_size:
+        if len(self._sampler) < self.batch_size:
             self._sampler.epoch += 1
             self._sampler.position = 0
             self._batches = None
@@ -150,20 +194,21 @@ class PromptLoader:
             self._batches = iter(self._loader)
         batch = next(self._batches)
         # Counted here and not in the sampler, which runs ahead of the draws by what the workers prefetch.
-        self._sampler.position += self.batch_size
+        self._sampler.advance(self.batch_size)
         return batch
 
     def state_dict(self) -> dict[str, int]:
         """Return where the next draw begins, for `load_state_dict`."""
         names = ("epoch", "position", "num_rows", "shuffle", "seed")
-        return {name: getattr(self._sampler, name) for name in names}
+        mixture = () if self._sampler.weights is None else ("sizes", "weights")
+        return {name: getattr(self._sampler, name) for name in (*names, *mixture)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on exactly where `state_dict` was taken, in the middle of an epoch too.
 
         Raises:
-            ValueError: the set has another number of rows, or is shuffled otherwise, so that its order is another; or
-                `state` is another program's.
+            ValueError: the set has another number of rows, other weights, or is shuffled otherwise, so that its order
+                is another; or `state` is another program's.
         """
         missing = sorted(set(self.state_dict()) - set(state))
         if missing:
@@ -171,11 +216,12 @@ class PromptLoader:
                 f"the checkpoint's dataloader.pt was written by another program (it lacks {', '.join(missing)}); "
                 "delete it to go on with the model and start the data anew"
             )
-        for name in ("num_rows", "shuffle", "seed"):
+        for name in ("num_rows", "shuffle", "seed", "sizes", "weights"):
             now = getattr(self._sampler, name)
-            if state[name] != now:
+            saved = state.get(name, {"sizes": [], "weights": None}.get(name))
+            if saved != now:
                 raise ValueError(
-                    f"the checkpoint's data loader had {name}={state[name]}, this run has {now}, so its order cannot "
+                    f"the checkpoint's data loader had {name}={saved}, this run has {now}, so its order cannot "
                     "be taken up; use the same data, data.shuffle and data.seed, or delete the checkpoint's "
                     "dataloader.pt to start the data anew"
                 )
@@ -199,24 +245,21 @@ def create_dataloader(
     Raises:
         ValueError: a key that names no data, or what `load_rows`, `RLHFDataset` and `PromptLoader` refuse.
     """
-    train_set = _dataset("data.train_files", config.train_files, config, tokenizer, processor, model_config)
-    val_set = _dataset("data.val_files", config.val_files, config, tokenizer, processor, model_config)
+    for key, value in (("data.train_files", config.train_files), ("data.val_files", config.val_files)):
+        if not value:
+            raise ValueError(f"{key} is empty; name a data file, a folder or a dataset id of the hub")
+
+    def load(value: str | Sequence[str]) -> JoinedDataset:
+        paths = [source.path for source in data_sources(value)]
+        options = dict(config=config, model_config=model_config)
+        return JoinedDataset([RLHFDataset(path, tokenizer, processor, **options) for path in paths])
+
+    train_set, val_set = load(config.train_files), load(config.val_files)
+    weights = [source.weight for source in data_sources(config.train_files) if source.weight is not None] or None
     batch_size = config.mini_rollout_batch_size or config.rollout_batch_size
-    val_batch_size = len(val_set) if config.val_batch_size == -1 else config.val_batch_size
+    in_order = ResumableSampler(len(val_set), shuffle=False, seed=0, skipped=val_set.skipped)
+    val_batch_size = len(in_order) if config.val_batch_size == -1 else config.val_batch_size
     return (
-        PromptLoader(train_set, batch_size, config.shuffle, config.seed),
-        BatchLoader(val_set, val_batch_size, SequentialSampler(val_set), drop_last=False),
+        PromptLoader(train_set, batch_size, config.shuffle, config.seed, weights),
+        BatchLoader(val_set, val_batch_size, in_order, drop_last=False),
     )
-
-
-def _dataset(
-    key: str,
-    data_path: str,
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    processor: ProcessorMixin | None,
-    model_config: PretrainedConfig | None,
-) -> RLHFDataset:
-    if not data_path:
-        raise ValueError(f"{key} is empty; name a data file, a folder or a dataset id of the hub")
-    return RLHFDataset(data_path, tokenizer, processor, config=config, model_config=model_config)

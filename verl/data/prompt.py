@@ -1,24 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes one user turn as a model reads it: in its chat template, media expanded to their tokens by its processor."""
+"""Writes a prompt as a model reads it: in its chat template, media expanded to their tokens by its processor."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from verl.data.conversation import PLACEHOLDERS, Message, with_content_parts, with_plain_content
 from verl.data.video import VideoOutline
 from verl.models.registry import family_of, media_token_ids
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
-
-PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
-"""What stands in a prompt for a medium of each kind."""
 
 
 class PromptEncoder:
@@ -47,22 +44,30 @@ class PromptEncoder:
             if getattr(processor, f"{kind}_token", None) is not None
         }
 
-    def chat_text(self, prompt_text: str, by_processor: bool) -> str:
-        """The user turn in the chat template, the assistant's turn opened.
+    def chat_text(self, messages: Sequence[Message], kinds: Collection[str], by_processor: bool) -> str:
+        """The conversation in the chat template, the assistant's turn opened.
 
         Args:
-            prompt_text: with `PLACEHOLDERS` for media if the processor's template writes it.
-            by_processor: whether it does, where there is one; otherwise the tokenizer's, if it has one.
+            messages: as `messages_of` gives them.
+            kinds: of media that the row has; the placeholders of others are text.
+            by_processor: whether the processor's template writes it, where there is one; otherwise the tokenizer's, if
+                it has one.
+
+        Raises:
+            jinja2.TemplateError: the template refuses the messages, as some do a system turn.
         """
         by_processor = by_processor or self.tokenizer.chat_template is None
         if by_processor and self.processor is not None:
-            content, template_owner = _content_parts(prompt_text), self.processor
+            given, template_owner = with_content_parts(messages, kinds), self.processor
         else:
-            content, template_owner = prompt_text, self.tokenizer
-        chat_text = template_owner.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+            given, template_owner = with_plain_content(messages), self.tokenizer
+        chat_text = template_owner.apply_chat_template(given, add_generation_prompt=True, tokenize=False)
         return self._without_outer_marks(chat_text)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether tokenizer or processor has one."""
+        return any(getattr(owner, "chat_template", None) is not None for owner in (self.tokenizer, self.processor))
 
     def raw_ids(self, chat_text: str, num_images: int, num_videos: int) -> list[int]:
         """The prompt's tokens with one placeholder for each medium, and none for anything else.
@@ -156,10 +161,3 @@ def _blank_frames(video: VideoOutline) -> torch.Tensor:
     """(T, 3, H, W) without content."""
     width, height = video.frame_size
     return torch.empty(len(video.frame_indices), 3, height, width, dtype=torch.uint8, device="meta")
-
-
-def _content_parts(prompt_text: str) -> list[dict[str, str]]:
-    """Split a user turn at its placeholders into the parts of a chat message."""
-    kinds = {placeholder: kind for kind, placeholder in PLACEHOLDERS.items()}
-    pieces = re.split(f"({'|'.join(kinds)})", prompt_text)
-    return [{"type": kinds[piece]} if piece in kinds else {"type": "text", "text": piece} for piece in pieces if piece]

@@ -4,6 +4,7 @@
 Keys, defaults and merge order are EasyR1's, so that its YAML files and command lines work as they are.
 """
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -38,13 +39,41 @@ def split_data_path(value: str) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
+class DataSource:
+    """One item of `data.train_files` or `data.val_files`."""
+
+    path: str
+    """With `@split`, if one was given."""
+    weight: float | None = None
+    """Its share of the prompts, relative to the other items'; None where shares follow the numbers of rows."""
+
+
+def data_sources(value: str | Sequence[str]) -> list[DataSource]:
+    """The items of `data.train_files` or `data.val_files`: one path, or a list of paths with optional weights."""
+    if isinstance(value, str):
+        return [DataSource(value)]
+    return [_data_source(item) for item in value]
+
+
+def _data_source(item: str) -> DataSource:
+    path, colon, weight = item.rpartition(":")
+    if not colon or os.path.exists(os.path.expanduser(item)):
+        return DataSource(item)
+    try:
+        return DataSource(path, float(weight))
+    except ValueError:
+        return DataSource(item)
+
+
+@dataclass(frozen=True)
 class DataConfig(ConfigSection):
     """Which data, which columns, and how many rows at a time."""
 
-    train_files: str = ""
-    """A file, a folder or a hub id, with an optional `@split`."""
-    val_files: str = ""
-    """The held-out set, in the same form."""
+    train_files: Any = ""
+    """A file, a folder or a hub id, with an optional `@split`; or a list of them, each with an optional `:weight`, its
+    share of the prompts."""
+    val_files: Any = ""
+    """The held-out set, in the same form, without weights."""
     prompt_key: str = "prompt"
     """Column of the question, in which `<image>` marks the place of an image."""
     answer_key: str = "answer"
@@ -82,12 +111,18 @@ class DataConfig(ConfigSection):
     filter_overlong_prompts: bool = True
     """Drop rows whose prompt is longer than `max_prompt_length`."""
     filter_overlong_prompts_workers: int = 16
-    """Processes that look for such rows."""
+    """Processes that look for such rows, and for media that cannot be read."""
+    check_media: bool = False
+    """Decode every image and video before training, to find those that are damaged."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What happens with a row that cannot be read when the data is loaded: end, or leave it out and name it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("train_files", "val_files"):
-            self._settle_data_path(key)
+        self._settle_data("train_files")
+        self._settle_data("val_files")
+        weighted = [source for source in data_sources(self.val_files) if source.weight is not None]
+        self.require(not weighted, "val_files", "has weights, but every held-out row counts once")
         for key in ("format_prompt", "override_chat_template"):
             self.settle_path(key, "file")
         self.settle_path("image_dir", "folder")
@@ -100,16 +135,30 @@ class DataConfig(ConfigSection):
         if self.min_pixels is not None and self.max_pixels is not None:
             self.require(self.min_pixels <= self.max_pixels, "min_pixels", f"is above max_pixels={self.max_pixels}")
 
-    def _settle_data_path(self, key: str) -> None:
-        """Make a local path absolute and leave a hub id as it is, `@split` kept on both."""
-        path, split = split_data_path(getattr(self, key))
-        at = "@" if split else ""
+    def _settle_data(self, key: str) -> None:
+        """Make local paths absolute and leave hub ids as they are, splits and weights kept on both."""
+        value = getattr(self, key)
+        are_texts = isinstance(value, str) or (
+            isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(item, str) for item in value)
+        )
+        self.require(are_texts, key, "is not a text, or a list of texts")
+        sources = data_sources(value)
+        has_weight = [source.weight is not None for source in sources]
+        self.require(all(has_weight) or not any(has_weight), key, "has weights on some of its items; give all one")
+        above = "has a weight that is not a number above 0"
+        self.require(all(source.weight is None or 0 < source.weight < math.inf for source in sources), key, above)
+        settled = [self._settled_source(key, source) for source in sources]
+        self.settle(key, settled[0] if isinstance(value, str) else settled)
+
+    def _settled_source(self, key: str, source: "DataSource") -> str:
+        path, split = split_data_path(source.path)
         is_form = not path.endswith("@") and ("@" not in path or os.path.exists(os.path.expanduser(path)))
         self.require(is_form, key, "has not the form PATH or PATH@split")
         if path and (looks_local(path, DATA_SUFFIXES) or os.path.exists(path)):
             path = absolute(path)
             self.require(os.path.exists(path), key, f"does not exist (looked for {path})")
-            self.settle(key, f"{path}{at}{split}")
+        at, colon = "@" if split else "", "" if source.weight is None else f":{source.weight}"
+        return f"{path}{at}{split}{colon}"
 
 
 @dataclass(frozen=True)

@@ -267,8 +267,8 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> 
         # A mistake in the user's file is told before any data or model is loaded.
         rewards.load(text_decoder(tokenizer), prefilled_text(tokenizer))
         train_loader, val_loader = create_dataloader(config.data, tokenizer, processor, model_config)
-        check_videos(config, train_loader.dataset, val_loader.dataset)
-        steps = training_steps(config, len(train_loader.dataset))
+        check_videos(config, *train_loader.dataset.datasets, *val_loader.dataset.datasets)
+        steps = training_steps(config, train_loader.num_prompts)
         resume_point = find_resume_point(
             trainer_config.save_checkpoint_path,
             trainer_config.load_checkpoint_path,

@@ -373,7 +373,7 @@ class RayDAPOTrainer:
     # ---- validation ----
 
     def _validate(self) -> ValidationResult:
-        self.tracker.phase("validation", f"validating {len(self.val_loader.dataset)} prompts")
+        self.tracker.phase("validation", f"validating {self.val_loader.num_prompts} prompts")
         with self.rollouts.awake():
             result = self.validator.run()
         self.state.remember_validation(result)

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several data sets as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.utils.data import ConcatDataset
+
+from verl.data.dataset import RLHFDataset
+
+
+class JoinedDataset(ConcatDataset):
+    """The rows of data sets end to end.
+
+    Args:
+        datasets: at least one.
+    """
+
+    def __init__(self, datasets: Sequence[RLHFDataset]) -> None:
+        super().__init__(datasets)
+        self.sizes = [len(dataset) for dataset in datasets]
+        """Rows of each, those to skip included."""
+        self.skipped = frozenset(
+            end - len(dataset) + index
+            for dataset, end in zip(datasets, self.cumulative_sizes, strict=True)
+            for index in dataset.skipped
+        )
+        """Indices of rows that cannot be read and must not be drawn."""
