@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from verl.models.loader import DTYPES, policy_class
 from verl.models.registry import MODEL_FAMILIES
-from verl.models.saved_files import add_legacy_rope
+from verl.models.saved_files import add_legacy_rope, apply_umask
 from verl.models.value_model import ValueModel
 from verl.utils.checkpoint import model_file
 
@@ -276,6 +276,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
         options = dict(state_dict=turned, save_original_format=False)
     save_pretrained_with_generation_config(model, folder, kept, **options)
     add_legacy_rope(folder)
+    apply_umask(folder)
 
 
 def upload(folder: Path, repo: str, public: bool) -> str:

@@ -864,6 +864,21 @@ def test_every_loss_is_available(name, runnable):
     prepare(load_config([*runnable, "worker.rollout.n=8", f"worker.actor.loss_type={name}"]))
 
 
+def test_modelscope_is_refused_by_name_where_a_hub_is_asked(runnable, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
+    config = load_config([*runnable, "worker.rollout.n=8", "data.val_files=org/set@test"])
+    with pytest.raises(
+        ValueError, match="USE_MODELSCOPE_HUB=1 asks for data.val_files=org/set from ModelScope"
+    ) as text:
+        prepare(config)
+    assert "modelscope download org/set --local_dir DIR" in str(text.value)
+    for key in ("data.train_files", "data.val_files", "worker.actor.model.model_path"):
+        runnable.append(f"{key}={tmp_path}")
+    prepare(load_config([*runnable, "worker.rollout.n=8"]))
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "0")
+    prepare(config)
+
+
 @pytest.mark.parametrize("by", ["RAY_ADDRESS", "note"])
 def test_a_cluster_that_is_gone_is_told_with_what_named_it(by: str, runnable, monkeypatch, tmp_path) -> None:
     """Ray would try for minutes. The port was free a moment ago; one that listens is let through."""

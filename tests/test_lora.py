@@ -363,6 +363,7 @@ def test_pefts_folder_gives_any_reader_the_trained_policy(
     worker.save_checkpoint(str(tmp_path), model_only=True)
     folder = tmp_path / "actor" / "lora_adapter"
     assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == tiny_model_path
     base = AutoModelForImageTextToText.from_pretrained(tiny_model_path, dtype=torch.float32)
     read, processor = PeftModel.from_pretrained(base, str(folder)), AutoProcessor.from_pretrained(tiny_model_path)

@@ -196,6 +196,8 @@ def test_shards_merge_to_what_the_model_itself_writes(
     elsewhere.submit(write_shards, tmp_path, source, mesh_shape).result()
     merged = merge(tmp_path, "--dtype", "float32")
     assert_same_folder(merged, source)
+    modes = {path.stat().st_mode & 0o777 for path in merged.iterdir()}
+    assert modes == {(merged / "config.json").stat().st_mode & 0o777} != {0o600}
     with torch.no_grad():
         logits = [load(folder)(input_ids=IDS).logits for folder in (merged, source)]
     assert torch.equal(*logits)

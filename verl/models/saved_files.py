@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,6 +62,14 @@ class OriginalFiles:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
+
+
+def apply_umask(folder: str | Path) -> None:
+    """Gives the weight files in `folder` the mode of other files; safetensors makes them the owner's alone."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in Path(folder).glob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
 
 
 def add_legacy_rope(folder: str | Path) -> None:

@@ -10,10 +10,18 @@ estimators and losses are the registries' (`verl/algorithms/registry.py`).
 """
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 
 from verl.config import ConfigValueError, as_yaml
-from verl.trainer.config import ADV_ESTIMATORS, TOKEN_SIGNAL_NAMES, AlgorithmConfig, PPOConfig
+from verl.trainer.config import (
+    ADV_ESTIMATORS,
+    TOKEN_SIGNAL_NAMES,
+    AlgorithmConfig,
+    PPOConfig,
+    data_sources,
+    split_data_path,
+)
 from verl.workers.actor.config import LOSS_TYPES, FSDPConfig, OffloadConfig
 
 # ---- refused when built ----
@@ -94,6 +102,22 @@ def attention_for_signals(config: PPOConfig) -> Iterator[str]:
             yield f"algorithm.token_signals_to_log has {name}, which needs worker.rollout.collect_attentions=true"
 
 
+def hub_of_modelscope(config: PPOConfig) -> Iterator[str]:
+    setting = os.environ.get("USE_MODELSCOPE_HUB", "")
+    if setting.lower() not in ("1", "true", "yes", "on"):
+        return
+    named = {"worker.actor.model.model_path": [config.worker.actor.model.model_path or ""]}
+    for key in ("train_files", "val_files"):
+        named[f"data.{key}"] = [split_data_path(source.path)[0] for source in data_sources(getattr(config.data, key))]
+    for key, path in ((key, path) for key, paths in named.items() for path in paths):
+        if path and not os.path.exists(path):
+            yield (
+                f"USE_MODELSCOPE_HUB={setting} asks for {key}={path} from ModelScope, which is not read here: run "
+                f"`modelscope download {path} --local_dir DIR` and give DIR, or unset the variable to use the Hugging "
+                "Face hub"
+            )
+
+
 def streams_for_the_reward(config: PPOConfig) -> Iterator[str]:
     reward, attention = config.worker.reward, ("attention_mass", "attention_keys")
     if not reward.streams:
@@ -119,6 +143,7 @@ UNAVAILABLE: tuple[Callable[[PPOConfig], Iterator[str]], ...] = (
     whole_critic,
     attention_for_signals,
     streams_for_the_reward,
+    hub_of_modelscope,
 )
 
 # ---- taken with a warning ----

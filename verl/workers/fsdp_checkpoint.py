@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from verl.models.saved_files import add_legacy_rope
+from verl.models.saved_files import add_legacy_rope, apply_umask
 from verl.models.trainable import ADAPTER, adapter_config
 from verl.utils.checkpoint import extra_state_file, model_file, optim_file
 from verl.workers.adamw_bf16 import settle_compensation
@@ -164,6 +164,7 @@ class FSDPCheckpoint:
             weights = get_peft_model_state_dict(self.model, whole, ADAPTER, save_embedding_layers=False)
             prefixed = {f"base_model.model.{name}": value.contiguous() for name, value in weights.items()}
             save_file(prefixed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            apply_umask(folder)
 
     def _require_same_model(self, path: Path, saved: dict[str, torch.Tensor]) -> None:
         """Where weights are left out, as under adapters, nothing else would tell a file that does not fit."""
