@@ -237,9 +237,11 @@ def start_two(config: PPOConfig) -> WorkerGroup:
     return start_group(config, 2)
 
 
-def start_group(config: PPOConfig, num_workers: int, processes: WorkerProcesses | None = None) -> WorkerGroup:
+def start_group(
+    config: PPOConfig, num_workers: int, processes: WorkerProcesses | None = None, **options: Any
+) -> WorkerGroup:
     """Ranks in processes of their own, shared ones unless some are given; needs the `ray_cluster` fixture."""
-    run = run_of(config, num_workers)
+    run = run_of(config, num_workers) | options
     group = WorkerGroup(processes or shared_processes(num_workers), ProbeWorker, run["plan"].shares, **run)
     group.init_model()
     return group

@@ -7,7 +7,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tiny_qwen import build_tokenizer
@@ -18,19 +17,24 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3Config,
     LlavaConfig,
+    Qwen2VLImageProcessor,
     Qwen3MoeConfig,
     Qwen3VLMoeConfig,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
-from tests.batches import PROMPT_LENGTH, ROWS, make_prompts
+from tests import vlm_zoo
+from tests.batches import PROMPT_LENGTH, ROWS, make_prompts, prompts_of, random_image
 from tests.pool import new_processes
 from tests.probe import RESPONSE_LENGTH, make_config, start_group
 from tests.tiny import CORPUS, make_tiny_model
-from verl.data.vision import MediaHandle
+from verl.data.dataset import RLHFDataset
+from verl.models.registry import MODEL_FAMILIES, ModelFamily
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
-from verl.utils.tokenizer import get_tokenizer
-from verl.workers.rollout.base import Sampling, engine_class
+from verl.utils.tokenizer import get_processor, get_tokenizer
+from verl.workers.rollout.base import Sampling, engine_class, require_videos
 from verl.workers.rollout.config import RolloutConfig
 
 needs_vllm = pytest.mark.skipif(
@@ -367,18 +371,73 @@ def test_a_family_whose_images_see_forward_is_refused_before_the_engine_starts(t
         engine_class("vllm").from_config(config_of(str(tmp_path), "vllm"), None, None, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("family", MODEL_FAMILIES, ids=lambda family: family.name)
+def test_videos_are_refused_by_name_where_vllm_places_them_otherwise(family: ModelFamily) -> None:
+    require_videos("hf", family)
+    if family.vllm_reads_videos:
+        require_videos("vllm", family)
+        return
+    with pytest.raises(
+        ValueError, match=f"vllm reads .* family {family.name}; use worker.rollout.name=hf .* Qwen3-VL"
+    ):
+        require_videos("vllm", family)
+
+
 @pytest.mark.vllm
 @needs_vllm
-def test_a_prompt_with_a_video_is_refused_by_vllm_which_places_videos_otherwise() -> None:
-    from verl.workers.rollout.vllm_rollout import VLLMRollout
+def test_videos_read_the_same_in_vllm_and_in_the_trainer(ray_cluster, tmp_path: Path) -> None:
+    """One, two of different lengths and shapes, one before an image, and none; before and after an update.
 
-    media = np.empty(2, dtype=object)
-    media[:] = [None, [MediaHandle("key", None, None, is_video=True)]]
-    rows = DataProto.from_dict(
-        {"input_ids": torch.ones(2, 3)}, {"raw_prompt_ids": [[1], [1]], "multi_modal_data": media}
-    )
-    with pytest.raises(ValueError, match=r"worker.rollout.name=vllm reads .* use worker.rollout.name=hf"):
-        VLLMRollout._requests(None, rows, seed=0)
+    The image processor normalises otherwise than the video processor, which vLLM by itself would not notice.
+    """
+    path = make_servable_qwen3_vl(tmp_path / "model")
+    for name, (length, size) in {"a": (4, (56, 56)), "b": (8, (56, 28)), "c": (2, (84, 56))}.items():
+        for index in range(length):
+            random_image(size, seed=ord(name) * 100 + index).save(tmp_path / f"{name}{index}.png")
+    a, b, c = ([f"{name}{index}.png" for index in range(length)] for name, length in (("a", 4), ("b", 8), ("c", 2)))
+    rows = [
+        {"prompt": "<video>What is in the picture?", "videos": [a], "images": []},
+        {"prompt": "The <video>quick brown<video>fox", "videos": [b, c], "images": []},
+        {"prompt": "<video>and<image>What?", "videos": [c], "images": ["a0.png"]},
+        {"prompt": "Answer in one word.", "videos": [], "images": []},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({**row, "answer": "1"}) + "\n" for row in rows))
+    options = dict(image_dir=str(tmp_path), max_prompt_length=PROMPT_LENGTH, video_fps=0.8)
+    dataset = RLHFDataset(str(tmp_path / "rows.jsonl"), get_tokenizer(path), get_processor(path), **options)
+    prompts = prompts_of(dataset)
+    with new_processes(1, "vllm") as processes:
+        group = start_group(config_of(path, "vllm"), 1, processes, with_videos=True)
+        for _ in range(2):
+            group.prepare_rollout_engine()
+            batch = with_media(generate(group, prompts, RANDOM, 0), prompts, RANDOM.n)
+            of_trainer = group.compute_log_probs(batch).batch["old_log_probs"]
+            distance = (batch.batch["rollout_log_probs"] - of_trainer)[batch.batch["response_mask"].bool()].abs()
+            assert distance.max() < 5e-5
+            group.shift_weights(3)
+
+
+def make_servable_qwen3_vl(path: Path) -> str:
+    """A random Qwen3-VL with heads of 32 dimensions."""
+    tokenizer = build_tokenizer(CORPUS)
+    config = vlm_zoo.qwen3_vl()
+    config.text_config.update(dict(head_dim=32, hidden_size=128, vocab_size=len(tokenizer)))
+    config.vision_config.out_hidden_size = 128
+    config.text_config.rope_parameters["mrope_section"] = [4, 6, 6]
+    for holder in (config, config.text_config):
+        holder.pad_token_id, holder.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    for field in vlm_zoo.QWEN_MEDIA:
+        name = field.removesuffix("_token_id").replace("image", "image_pad").replace("video", "video_pad")
+        setattr(config, field, tokenizer.convert_tokens_to_ids(f"<|{name}|>"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():
+        vlm_zoo.sharpen(model)
+    model.save_pretrained(path)
+    Qwen3VLProcessor(
+        Qwen2VLImageProcessor(), tokenizer, Qwen3VLVideoProcessor(), tokenizer.chat_template
+    ).save_pretrained(path)
+    return str(path)
 
 
 def test_validation_settings_override_those_of_training() -> None:

@@ -281,9 +281,12 @@ def test_data_with_videos_is_refused_when_loaded_where_the_engine_reads_them_oth
     dropped = make_dataset("Qwen2.5-VL", tmp_path, rows, max_prompt_length=len(mixed[1]["raw_prompt_ids"]))
     vllm, hf = (make_config(str(tmp_path / "model"), f"worker.rollout.name={name}") for name in ("vllm", "hf"))
     check_videos(vllm, plain, dropped)
-    with pytest.raises(ValueError, match=r"rows\.jsonl' has videos, which worker\.rollout\.name=vllm .*name=hf"):
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl' has videos: .*vllm .* family Qwen2.5-VL; use .*name=hf .* Qwen3-VL"
+    ):
         check_videos(vllm, plain, mixed)
     check_videos(hf, plain, mixed)
+    check_videos(vllm, make_dataset("Qwen3-VL", tmp_path, rows))
 
 
 def test_videos_that_do_not_match_their_placeholders_or_cannot_be_read_name_the_row(tmp_path: Path) -> None:

@@ -27,3 +27,8 @@ class JoinedDataset(ConcatDataset):
             for index in dataset.skipped
         )
         """Indices of rows that cannot be read and must not be drawn."""
+
+    @property
+    def has_videos(self) -> bool:
+        """Whether any row that can be drawn has a video."""
+        return any(dataset.has_videos for dataset in self.datasets)

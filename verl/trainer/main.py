@@ -232,15 +232,15 @@ def _require_cpus(config: PPOConfig, plan: BatchPlan) -> None:
 
 def check_videos(config: PPOConfig, *datasets: "RLHFDataset") -> None:
     """Refuse data that the rollout engine would only refuse when the first row with a video is drawn."""
-    from verl.workers.rollout.base import READ_VIDEOS
+    from verl.models.registry import family_of
+    from verl.workers.rollout.base import require_videos
 
-    engine = config.worker.rollout.name
     for dataset in datasets:
-        if engine not in READ_VIDEOS and dataset.has_videos:
-            raise ValueError(
-                f"{dataset.data_path!r} has videos, which worker.rollout.name={engine} reads otherwise than the "
-                f"trainer; use worker.rollout.name={' or '.join(sorted(READ_VIDEOS))} for them"
-            )
+        if dataset.has_videos:
+            try:
+                require_videos(config.worker.rollout.name, family_of(dataset.model_config))
+            except ValueError as error:
+                raise ValueError(f"{dataset.data_path!r} has videos: {error}") from None
 
 
 def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> None:

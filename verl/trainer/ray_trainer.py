@@ -111,6 +111,7 @@ class RayDAPOTrainer:
             policy_loss=POLICY_LOSSES.find(self.config.worker.actor.loss_type),
             signal_streams=measured_streams(self.config.algorithm, self.config.worker.rollout.collect_attentions),
             training_steps=self.training_steps,
+            with_videos=self.train_loader.dataset.has_videos or self.val_loader.dataset.has_videos,
         )
         self.workers.init_model()
         self.rollouts = Rollouts(self.config, self.plan, self.workers, self.train_loader, self.rewards)

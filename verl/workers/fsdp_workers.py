@@ -56,6 +56,7 @@ class FSDPWorker(Worker):
             user's own program registers is not registered in this process.
         signal_streams: what the run's token signals have the log-prob pass measure; found there for the same reason.
         training_steps: length of the run, for the learning-rate schedule.
+        with_videos: whether the run's data has any.
         **place: rank, world_size, local_rank, device.
     """
 
@@ -66,6 +67,7 @@ class FSDPWorker(Worker):
         policy_loss: PolicyLoss,
         signal_streams: Sequence[str],
         training_steps: int,
+        with_videos: bool = False,
         **place,
     ) -> None:
         super().__init__(**place)
@@ -74,6 +76,7 @@ class FSDPWorker(Worker):
         self.policy_loss = policy_loss
         self.signal_streams = signal_streams
         self.training_steps = training_steps
+        self.with_videos = with_videos
         self.mesh_of_size = cache(lambda fsdp_size: build_mesh(self.device, fsdp_size))
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -121,7 +124,7 @@ class FSDPWorker(Worker):
         )
         self.trained: dict[str, TrainedModel] = {"actor": self.actor}
         self.rollout = engine_class(self.config.worker.rollout.name).from_config(
-            self.config, self.tokenizer, self.processor, self.device
+            self.config, self.tokenizer, self.processor, self.device, self.with_videos
         )
         if self.plan.critic is not None:
             self.critic = self._build_critic()

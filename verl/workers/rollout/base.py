@@ -14,6 +14,7 @@ from tensordict import TensorDict
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from verl.models.position_ids import extend_position_ids
+from verl.models.registry import MODEL_FAMILIES, ModelFamily
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
 from verl.utils.lean_imports import import_object
@@ -57,8 +58,14 @@ class Rollout(ABC):
         tokenizer: PreTrainedTokenizerBase,
         processor: ProcessorMixin | None,
         device: torch.device,
+        with_videos: bool = False,
     ) -> "Rollout":
-        """The engine of one worker; all workers call it at once. The processor is None for text models."""
+        """The engine of one worker; all workers call it at once.
+
+        Args:
+            processor: of the model; None for text models.
+            with_videos: whether prompts may have videos, for engines that set memory aside for them.
+        """
 
     @abstractmethod
     def wake_weights(self) -> None:
@@ -94,8 +101,18 @@ class Rollout(ABC):
         """Gives all that memory back to the trainer."""
 
 
-READ_VIDEOS = {"hf"}
-"""The engines that read prompts with videos as the trainer does."""
+def require_videos(engine: str, family: ModelFamily) -> None:
+    """Raise unless an engine reads prompts with videos as the trainer does.
+
+    Raises:
+        ValueError: naming the engine and the family.
+    """
+    if engine == "vllm" and not family.vllm_reads_videos:
+        able = ", ".join(other.name for other in MODEL_FAMILIES if other.vllm_reads_videos)
+        raise ValueError(
+            f"worker.rollout.name=vllm reads prompts with videos otherwise than the trainer with models of the family "
+            f"{family.name}; use worker.rollout.name=hf for them, or a model of the family {able}"
+        )
 
 
 def engine_class(name: str) -> type[Rollout]:

@@ -80,6 +80,7 @@ class HFRollout(Rollout):
         tokenizer: PreTrainedTokenizerBase,
         processor: ProcessorMixin | None,
         device: torch.device,
+        with_videos: bool = False,
     ) -> "HFRollout":
         # Read once more rather than copied from the shards: the buffers (rope) come out right, the weights are
         # replaced at the first sync.

@@ -43,6 +43,7 @@ from verl.workers.rollout.base import (
     assemble_batch,
     draw_seed,
     mask_responses,
+    require_videos,
 )
 from verl.workers.rollout.config import RolloutConfig
 
@@ -53,10 +54,10 @@ BANNED = -100.0
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt: ids with a single placeholder for each image, its images, and the seed of its responses."""
+    """One prompt: ids with a single placeholder for each medium, its media, and the seed of its responses."""
 
     prompt_token_ids: list[int]
-    images: list[MediaHandle]
+    media: list[MediaHandle]
     seed: int
 
 
@@ -102,6 +103,7 @@ class VLLMRollout(Rollout):
         tokenizer: PreTrainedTokenizerBase,
         processor: ProcessorMixin | None,
         device: torch.device,
+        with_videos: bool = False,
     ) -> "VLLMRollout":
         """Starts the engine. On CUDA it falls asleep at once, so that it holds no memory until the first rollout.
 
@@ -149,7 +151,7 @@ class VLLMRollout(Rollout):
                 distributed_executor_backend="external_launcher",
                 # It needs every GPU of the group to be visible in each process; Ray shows each its own.
                 disable_custom_all_reduce=True,
-                **_media_options(model_config, rollout, device),
+                **_media_options(model_config, processor if with_videos else None, rollout, device),
                 **_memory_options(model_config, config, device),
             )
         engine = cls(
@@ -218,18 +220,13 @@ class VLLMRollout(Rollout):
         streams = prompts.non_tensor_batch
         rows = zip(streams["raw_prompt_ids"], streams["multi_modal_data"], strict=True)
         if any(handle.is_video for media in streams["multi_modal_data"] for handle in media or []):
-            # Measured: what follows a video gets other positions there, log-probabilities off by 0.2.
-            raise ValueError(
-                "worker.rollout.name=vllm reads prompts with videos otherwise than the trainer; use "
-                "worker.rollout.name=hf for them"
-            )
+            require_videos("vllm", family_of(self.model_config))
         return [Request(list(ids), list(media or []), draw_seed(seed, row)) for row, (ids, media) in enumerate(rows)]
 
     def _outputs(self, requests: list[Request], sampling: Sampling) -> list[RequestOutput]:
         inputs: list[dict[str, Any]] = []
         for request in requests:
-            images = [handle.load() for handle in request.images]
-            media = {"multi_modal_data": {"image": images}} if images else {}
+            media = {"multi_modal_data": _media_of(request)} if request.media else {}
             inputs.append({"prompt_token_ids": request.prompt_token_ids, **media})
         with _random_state_kept(torch.device("cpu")):
             return self.llm.generate(
@@ -282,18 +279,45 @@ def _has_head(model: nn.Module) -> bool:
     return any(name.endswith("lm_head.weight") for name in names)
 
 
-def _media_options(model_config: PretrainedConfig, rollout: RolloutConfig, device: torch.device) -> dict[str, Any]:
+def _media_of(request: Request) -> dict[str, Any]:
+    """A prompt's media by kind; videos as frames that are chosen already, with their times."""
+    loaded = [(handle.is_video, handle.load()) for handle in request.media]
+    images = [medium for is_video, medium in loaded if not is_video]
+    videos = [
+        (video.frames, {**video.outline.metadata, "do_sample_frames": False}) for is_video, video in loaded if is_video
+    ]
+    return {kind: media for kind, media in (("image", images), ("video", videos)) if media}
+
+
+def _media_options(
+    model_config: PretrainedConfig,
+    video_processor: ProcessorMixin | None,
+    rollout: RolloutConfig,
+    device: torch.device,
+) -> dict[str, Any]:
+    """video_processor: the processor, where prompts may have videos."""
     if not family_of(model_config).has_vision_tower:
         return {}
-    limits = {"video": 0}
+    limits = {} if video_processor is not None else {"video": 0}
     if rollout.limit_images > 0:
         limits["image"] = rollout.limit_images
     # Every prompt's images are new: keeping processed ones would only take host memory.
-    return {
+    options = {
         "limit_mm_per_prompt": limits,
         "mm_processor_cache_gb": 0,
         "skip_mm_profiling": device.type == "cpu",
     }
+    if video_processor is not None and not _normalises_alike(video_processor):
+        # On its device vLLM would normalise videos as the image processor says.
+        options["mm_device_do_normalize"] = False
+    return options
+
+
+def _normalises_alike(processor: ProcessorMixin) -> bool:
+    of_images, of_videos = processor.image_processor, processor.video_processor
+    return all(
+        list(getattr(of_images, name)) == list(getattr(of_videos, name)) for name in ("image_mean", "image_std")
+    )
 
 
 def _memory_options(model_config: PretrainedConfig, config: PPOConfig, device: torch.device) -> dict[str, Any]:
