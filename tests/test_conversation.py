@@ -7,11 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from verl.data.conversation import as_text, count_placeholders, messages_of, with_content_parts, with_plain_content
+from verl.data.conversation import (
+    as_text,
+    count_placeholders,
+    messages_of,
+    with_content_parts,
+    with_plain_content,
+    wrap_question,
+)
 from verl.data.dataset import RLHFDataset
 from verl.utils.tokenizer import get_processor
 
@@ -75,6 +83,25 @@ def test_a_placeholder_in_a_text_part_is_a_word() -> None:
     ]
 
 
+def test_two_backslashes_are_text_before_a_medium_and_parts_are_taken_as_they_are() -> None:
+    (message,) = messages_of("x = 1 \\\\<image>")
+    assert message["content"] == [{"type": "text", "text": "x = 1 \\\\"}, IMAGE]
+    parts = [{"type": "text", "text": "C:\\"}, IMAGE, {"type": "text", "text": r"\<image> <ima"}]
+    (message,) = messages_of([{"role": "user", "content": [*parts, {"type": "text", "text": "ge>"}]}])
+    assert message["content"] == [*parts[:2], {"type": "text", "text": r"\<image> <image>"}]
+    wrapped = wrap_question(
+        [{"role": "user", "content": parts}], messages_of([{"role": "user", "content": parts}]), str.upper
+    )
+    assert wrapped[0]["content"] == [*parts[:2], {"type": "text", "text": r"\<IMAGE> <IMA"}]
+
+
+def test_an_answer_that_only_calls_tools_and_parts_with_empty_fields_are_taken() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "zoom"}]}
+    asked = {"role": "user", "content": np.array([{"type": "image", "text": ""}, TEXT], dtype=object)}
+    messages = messages_of(np.array([call, asked], dtype=object))
+    assert messages[0]["content"] == [] and messages[1]["content"] == [IMAGE, TEXT]
+
+
 def test_words_for_media_that_the_row_lacks_are_text() -> None:
     (message,) = with_content_parts(messages_of("<image> and <video>"), ["video"])
     assert message["content"] == [{"type": "text", "text": "<image> and "}, {"type": "video"}]
@@ -132,10 +159,13 @@ def test_a_chat_of_one_message_is_the_prompt_of_its_text(make: Callable) -> None
 
 def test_a_format_prompt_wraps_the_users_last_message(make: Callable, tmp_path: Path) -> None:
     (tmp_path / "f.jinja").write_text("{{ content }} Think first.")
-    chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
-    dataset = make([{"prompt": chat}], format_prompt=str(tmp_path / "f.jinja"))
+    turns = (("system", "S"), ("user", "First"), ("assistant", "A"), ("user", "Q"))
+    dataset = make(
+        [{"prompt": [{"role": role, "content": content} for role, content in turns]}],
+        format_prompt=str(tmp_path / "f.jinja"),
+    )
     assert "Q Think first.<|im_end|>" in chat_of(dataset, 0)
-    assert "S<|im_end|>" in chat_of(dataset, 0)
+    assert "S<|im_end|>" in chat_of(dataset, 0) and "First<|im_end|>" in chat_of(dataset, 0)
 
 
 def test_placeholders_are_words_in_rows_without_that_medium_and_one_warning_says_so(

@@ -218,6 +218,15 @@ def test_the_form_counts_what_the_template_wrote_before_the_response(name: str, 
 # ---- the judge ----
 
 
+VERDICTS = {
+    "12": "<think>is it YES or NO?</think>\nYes.",
+    "weather": "Perhaps.",
+    "13": "NO",
+    "14": "I cannot say YES; the answer is wrong.",
+    "15": None,
+}
+
+
 class Judge(BaseHTTPRequestHandler):
     """An OpenAI-compatible server on this machine; it turns the first request away, as a busy one does."""
 
@@ -233,7 +242,7 @@ class Judge(BaseHTTPRequestHandler):
         if is_first:
             self.send_error(429)
             return
-        verdict = "Perhaps." if "weather" in question else "YES" if "Answer to grade: 12" in question else "so: no"
+        verdict = VERDICTS[question.partition("Answer to grade: ")[2].partition("\n")[0]]
         reply = json.dumps({"choices": [{"message": {"content": verdict}}]}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(reply)))
@@ -265,10 +274,11 @@ def test_the_judge_is_asked_for_all_at_once_again_when_busy_and_its_verdicts_sco
         reward_function_kwargs={"url": f"http://127.0.0.1:{judge.server_port}/v1", "model": "tiny"},
         timeout_s=30,
     )
-    batch = make_batch(tokenizer, ["12", "The weather", "13"])
-    scored = load_reward_function(config, tokenizer).score(reward_samples(batch, 1, "train"))
-    assert [result["overall"] for result in scored.results] == [1, 0, 0]
-    assert [result["unclear"] for result in scored.results] == [0, 1, 0]
+    function = load_reward_function(config, tokenizer)
+    scored = function.score(reward_samples(make_batch(tokenizer, ["12", "weather", "13"]), 1, "train"))
+    more = function.score(reward_samples(make_batch(tokenizer, ["14", "15"]), 1, "train"))
+    assert [result["overall"] for result in scored.results + more.results] == [1, 0, 0, 0, 0]
+    assert [result["unclear"] for result in scored.results + more.results] == [0, 1, 0, 1, 1]
     assert len(scored.failures) == 1 and "429" in scored.failures[0]
-    assert set(judge.seen) == {("/v1/chat/completions", "Bearer sesame", "tiny")} and len(judge.seen) == 4
+    assert set(judge.seen) == {("/v1/chat/completions", "Bearer sesame", "tiny")} and len(judge.seen) == 6
     assert judge.most > 1

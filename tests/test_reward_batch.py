@@ -210,6 +210,26 @@ def test_attention_that_is_not_measured_is_refused_before_the_run(
         prepare(load_config(arguments(tiny_model_path, data_files, tmp_path, reward, *settings)))
 
 
+def test_a_baseline_is_the_sum_of_the_rewards_and_not_what_is_logged(score, tokenizer):
+    """ReMax takes it off those rewards."""
+    from verl.trainer.rewards import _totals
+    from verl.workers.reward.results import Scored
+
+    scored = Scored([{"overall": 0.0}] * 2, [], np.array([[1.0, 2.0], [0.5, 0.0]], dtype=np.float32))
+    assert _totals(scored).tolist() == [3.0, 0.5]
+    assert _totals(Scored([{"overall": 0.25}], [])).tolist() == [0.25]
+
+
+@pytest.mark.parametrize("streams", ["5", "[1]", "['attention' + '_mass']", "None + 1"])
+def test_streams_that_are_no_names_written_out_are_refused_with_the_configuration(streams, tmp_path):
+    (tmp_path / "odd.py").write_text(f"REWARD_TYPE = 'proto'\nREWARD_STREAMS = {streams}\ndef main(batch): ...\n")
+    with pytest.raises(ValueError, match="REWARD_STREAMS is not a list of names, written out at the top level"):
+        RewardConfig(reward_function=f"{tmp_path}/odd.py")
+    (tmp_path / "odd.py").write_text("REWARD_STREAMS = ['attention_mass']\ndef main(batch): ...\n")
+    with pytest.raises(ValueError, match='which takes REWARD_TYPE = "proto"'):
+        RewardConfig(reward_function=f"{tmp_path}/odd.py")
+
+
 def test_unknown_streams_are_refused_with_those_there_are(tiny_model_path, data_files, tmp_path):
     (tmp_path / "odd.py").write_text("REWARD_TYPE = 'proto'\nREWARD_STREAMS = 'entropy'\ndef main(batch): ...\n")
     assert RewardConfig(reward_function=f"{tmp_path}/odd.py").streams == ("entropy",)

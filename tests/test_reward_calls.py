@@ -2,6 +2,7 @@
 # python -m pytest tests/test_reward_calls.py
 """How the user's function is called: async, again where it fails, within a time limit, and with an importable file."""
 
+import importlib.util
 import sys
 import time
 
@@ -94,6 +95,51 @@ def test_an_async_failure_names_its_sample_and_ends_the_other_calls(make_manager
     assert sorted(attribute_of(manager, "ended")) == ["12", "fox"]
 
 
+DECORATED = """
+    REWARD_TYPE = "sequential"
+    import asyncio, functools
+    running = most = 0
+    async def plain(sample):
+        global running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.02)
+        running -= 1
+        return {"overall": float(len(sample["response"]))}
+    def logged(function):
+        @functools.wraps(function)
+        def wrapper(*args, **kwargs):
+            return function(*args, **kwargs)
+        return wrapper
+    class Scorer:
+        async def __call__(self, sample):
+            return await plain(sample)
+    compute_score, scorer = logged(plain), Scorer()
+"""
+
+
+@pytest.mark.parametrize("name", ["compute_score", "scorer"])
+def test_a_function_that_only_returns_something_to_await_is_awaited_all_the_same(make_manager, tokenizer, name):
+    manager = make_manager(DECORATED, name=name)
+    assert score(manager, tokenizer).results == score(make_manager(PLAIN), tokenizer).results
+    assert manager.function.module.most == len(TEXTS)
+
+
+def test_sys_exit_in_a_task_that_the_function_began_names_the_function(make_manager, tokenizer):
+    source = """
+    REWARD_TYPE = "sequential"
+    import asyncio, sys
+    async def ask():
+        sys.exit("no key")
+    async def compute_score(sample):
+        await asyncio.gather(ask())
+    """
+    manager = make_manager(source)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="my_reward.py:compute_score raised SystemExit: no key for one of 3"):
+            score(manager, tokenizer)
+
+
 # ---- once more ----
 
 FAILS_ONCE = """
@@ -122,6 +168,34 @@ def test_a_failure_that_does_not_repeat_is_told_and_its_second_result_used(make_
     assert "raised ConnectionError: 429 Too Many Requests for sample" in told
     assert ("sample 1 (uid a" if kind == "sequential" else "samples 0 to 2") in told
     assert told.endswith("called once more, it gave a result, which is used")
+
+
+@pytest.mark.parametrize("kind", ["batch", "sequential"])
+def test_the_second_call_gets_what_the_first_got_and_the_first_failure_is_told_beside_the_second(
+    make_manager, tokenizer, kind
+):
+    source = f"""
+    REWARD_TYPE = {kind!r}
+    calls = 0
+    def compute_score(given):
+        global calls
+        calls += 1
+        sample = given[0] if {kind!r} == "batch" else given
+        sample["extra"].pop("level")
+        sample["response_tokens"].clear()
+        raise ConnectionError("429") if calls == 1 else ValueError("bad")
+    """
+    with pytest.raises(RuntimeError, match="raised ValueError: bad for .*the first call raised ConnectionError: 429"):
+        score(make_manager(source), tokenizer)
+
+
+def test_there_is_a_pause_before_the_second_call(make_manager, tokenizer, monkeypatch):
+    for start in ("def", "async def"):
+        manager = make_manager(FAILS_ONCE.format(kind="sequential", start=start))
+        monkeypatch.setattr(calls, "RETRY_PAUSE_SECONDS", 0.3)
+        began = time.monotonic()
+        score(manager, tokenizer)
+        assert time.monotonic() - began >= 0.3
 
 
 def test_a_step_counts_its_retried_calls_and_warns_of_them(make_manager, tokenizer, ray_cluster, caplog):
@@ -243,6 +317,33 @@ def test_an_async_function_that_blocks_is_ended_and_told_what_it_does(make_manag
         score(make_manager(source, timeout_s=0.1), tokenizer)
 
 
+CATCHES = {
+    "return in finally": "try:\n            time.sleep(60)\n        finally:\n            return {'overall': 9.0}",
+    "a bare except": "try:\n            time.sleep(60)\n        except: pass\n        return {'overall': 9.0}",
+}
+
+
+@pytest.mark.parametrize("catch", CATCHES)
+def test_a_call_that_catches_its_interruption_has_failed_all_the_same(make_manager, tokenizer, catch):
+    source = f'REWARD_TYPE = "sequential"\nimport time\ndef compute_score(sample):\n        {CATCHES[catch]}\n'
+    with pytest.raises(RuntimeError, match="the call took longer than worker.reward.timeout_s=0.1 for sample 0"):
+        score(make_manager(source, timeout_s=0.1), tokenizer)
+
+
+def test_what_an_iterable_takes_to_make_is_part_of_the_call(make_manager, tokenizer):
+    source = """
+    import time
+    class Lazy:
+        def __iter__(self):
+            time.sleep(60)
+            yield {"overall": 1.0}
+    def compute_score(samples):
+        return {"overall": (1.0 if i == 0 else time.sleep(60) for i in range(3))} if len(samples) < 0 else Lazy()
+    """
+    with pytest.raises(RuntimeError, match="worker.reward.timeout_s=0.1 for samples 0 to 2"):
+        score(make_manager(source, timeout_s=0.1), tokenizer)
+
+
 def test_a_limit_that_is_not_reached_changes_nothing_and_leaves_no_alarm(make_manager, tokenizer):
     import signal
 
@@ -255,7 +356,9 @@ def test_a_limit_that_is_not_reached_changes_nothing_and_leaves_no_alarm(make_ma
 # ---- its file in other processes ----
 
 
-def test_spawned_processes_and_ray_tasks_find_the_files_classes_and_its_neighbours(tokenizer, tmp_path, ray_cluster):
+def test_spawned_processes_find_the_file_and_its_neighbours_and_ray_tasks_get_its_functions(
+    tokenizer, tmp_path, ray_cluster
+):
     """A pool that forks would not need to; one that spawns, as on CUDA, imports the file by name."""
     (tmp_path / "grading_helpers.py").write_text("def length_of(text):\n    return len(text)\n")
     (tmp_path / "pooled_reward.py").write_text(
@@ -287,11 +390,27 @@ def test_spawned_processes_and_ray_tasks_find_the_files_classes_and_its_neighbou
 
 
 def test_a_file_named_like_a_module_hides_nothing(make_manager, tmp_path, tokenizer):
+    """Neither one that is loaded nor one that is only installed."""
     import math
 
-    (tmp_path / "math.py").write_text("def compute_score(samples):\n    return [{'overall': 0.5} for _ in samples]\n")
-    config = RewardConfig(reward_function=f"{tmp_path}/math.py:compute_score")
-    manager = type(make_manager(PLAIN))(config, tokenizer)
-    assert score(manager, tokenizer).results == [{"overall": 0.5}] * 3
+    assert "this" not in sys.modules
+    for name in ("math", "this"):
+        body = "def compute_score(samples):\n    return [{'overall': 0.5} for _ in samples]\n"
+        (tmp_path / f"{name}.py").write_text(body)
+        config = RewardConfig(reward_function=f"{tmp_path}/{name}.py:compute_score")
+        manager = type(make_manager(PLAIN))(config, tokenizer)
+        assert score(manager, tokenizer).results == [{"overall": 0.5}] * 3
+        assert manager.function.module.__name__.startswith("user_code_")
     assert sys.modules["math"] is math
-    assert manager.function.module.__name__.startswith("user_code_")
+    assert "site-packages" not in importlib.util.find_spec("this").origin
+    assert not importlib.util.find_spec("this").origin.startswith(str(tmp_path))
+
+
+def test_a_file_that_changes_or_goes_while_a_run_has_it_changes_nothing(tmp_path, tokenizer, ray_cluster):
+    path = tmp_path / "edited.py"
+    path.write_text('REWARD_TYPE = "sequential"\ndef main(sample):\n    return {"overall": 1.0}\n')
+    with RewardClient(RewardConfig(reward_function=str(path))) as client:
+        client.load(text_decoder(tokenizer))
+        for change in (lambda: path.write_text('REWARD_TYPE = "proto"\n'), path.unlink):
+            change()
+            assert client.validate(make_batch(tokenizer), step=1)[0] == [1.0] * 3

@@ -329,8 +329,8 @@ def test_a_response_without_tokens_is_our_own_mistake(make_manager, tokenizer):
         ("[{'overall': 1.0}] * 2", "2 results for 3 samples; the last with a result is sample 1"),
         ("[{'overall': 1.0}] * 4", "4 results for 3 samples; the last with a result is sample 2"),
         ("[]", "0 results for 3 samples; none has a result"),
-        ("1.0", "returned a float for a list of 3 samples.*must return a list"),
-        ("{'overall': 1.0}", "a dict for a list of 3 samples.*REWARD_TYPE = .sequential"),
+        ("1.0", "returned float for a list of 3 samples.*must return a list"),
+        ("{'overall': 1.0}", "returned dict for a list of 3 samples.*REWARD_TYPE = .sequential"),
         ("[{'accuracy': 1.0}] * 3", "returned {'accuracy': 1.0} for sample 0.*'overall', the reward"),
     ],
 )

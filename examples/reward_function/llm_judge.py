@@ -27,12 +27,12 @@ Reference answer: {ground_truth}
 
 Answer to grade: {response}
 
-Does the answer to grade say the same as the reference answer? Reply with YES or NO.
+Does the answer to grade say the same as the reference answer? Reply with one word, YES or NO.
 """
 
 
 async def compute_score(sample: dict[str, Any], url: str, model: str) -> dict[str, float]:
-    """Score one response 1 or 0. A verdict that is neither yes nor no scores 0 and shows in `unclear`."""
+    """Score one response 1 or 0. A reply whose last line is neither yes nor no scores 0 and shows in `unclear`."""
     reply = await client().post(
         f"{url}/chat/completions",
         json={
@@ -42,14 +42,14 @@ async def compute_score(sample: dict[str, Any], url: str, model: str) -> dict[st
         },
     )
     reply.raise_for_status()
-    verdict = reply.json()["choices"][0]["message"]["content"]
-    words = re.findall(r"\b(?:YES|NO)\b", verdict.upper())
-    accuracy = float(words[-1:] == ["YES"])
-    return {"overall": accuracy, "accuracy": accuracy, "unclear": float(not words)}
+    lines = (reply.json()["choices"][0]["message"]["content"] or "").strip().splitlines()
+    verdict = re.fullmatch(r"\W*(YES|NO)\W*", lines[-1], re.IGNORECASE) if lines else None
+    accuracy = float(verdict is not None and verdict[1].upper() == "YES")
+    return {"overall": accuracy, "accuracy": accuracy, "unclear": float(verdict is None)}
 
 
 @cache
 def client() -> httpx2.AsyncClient:
-    """One for all calls, which share its connections. `worker.reward.timeout_s` is the only time limit."""
+    """One for all calls, which share its connections."""
     key = os.environ.get("JUDGE_API_KEY")
-    return httpx2.AsyncClient(headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=None)
+    return httpx2.AsyncClient(headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=600)

@@ -1,40 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a prompt says: a text, or the messages of a chat, with `<image>` and `<video>` in the place of media.
 
-Every message is brought to one form: its content is a text in which `<image>` and `<video>` stand for media, and
-`\\<image>` and `\\<video>` for those very words.
+Every message is brought to one form, a list of parts: `{"type": "text", "text": ...}`, `{"type": "image"}`,
+`{"type": "video"}`. In a text, `\\<image>` and `\\<video>` are those very words; in a part of type text all is text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from verl.config import cut
 
 PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
 """What stands in a prompt for a medium of each kind."""
 
-_MARKS = re.compile(r"(?<!\\)(<image>|<video>)")
-_ESCAPED = re.compile(r"\\(<image>|<video>)")
+_KINDS = {placeholder: kind for kind, placeholder in PLACEHOLDERS.items()}
+# One backslash escapes; two, as LaTeX ends a line, are text before a medium.
+_MARK = re.compile(r"(?<!(?<!\\)\\)(<image>|<video>)")
+_ESCAPED = re.compile(r"(?<!\\)\\(<image>|<video>)")
+_STAND_IN = "\0{}\0"
 
+Part = dict[str, str]
 Message = dict[str, Any]
-"""`role`, `content` (a text), and whatever else the chat template reads."""
+"""`role`, `content` (a list of parts), and whatever else the chat template reads."""
 
 
 def messages_of(prompt: Any) -> list[Message]:
     """The messages of a prompt; a text is one of the user.
 
     Args:
-        prompt: a text, or a list of messages with `role` and `content`, which is a text or a list of parts:
-            `{"type": "text", "text": ...}`, `{"type": "image"}`, `{"type": "video"}`. Keys that are null are none.
+        prompt: a text, or a list of messages with `role` and `content`, which is a text or a list of parts. Keys that
+            are null are none; a message with `tool_calls` needs no content.
 
     Raises:
         ValueError: it is neither; it ends with an answer; or a part is of another type, or holds its medium itself.
     """
     if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
+        return [{"role": "user", "content": _parts_of_text(prompt)}]
+    prompt = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
     if not isinstance(prompt, Sequence) or not prompt or not all(isinstance(item, Mapping) for item in prompt):
         raise ValueError(f"the prompt is {cut(repr(prompt))}, neither a text nor a list of chat messages")
     messages = [_message(item) for item in prompt]
@@ -45,62 +52,91 @@ def messages_of(prompt: Any) -> list[Message]:
 
 def count_placeholders(messages: Sequence[Message], kind: str) -> int:
     """How many media of a kind, `image` or `video`, the messages have a place for."""
-    return sum(_MARKS.findall(message["content"]).count(PLACEHOLDERS[kind]) for message in messages)
+    return sum(part["type"] == kind for message in messages for part in message["content"])
 
 
-def replace_question(messages: Sequence[Message], text: str) -> list[Message]:
-    """The messages with another text for the user's last one."""
-    last = last_question(messages)
-    return [{**message, "content": text} if index == last else message for index, message in enumerate(messages)]
+def wrap_question(prompt: Any, messages: Sequence[Message], wrap: Callable[[str], str]) -> list[Message]:
+    """The messages with the user's last one wrapped in further text.
 
-
-def last_question(messages: Sequence[Message]) -> int:
-    """Where the user's last message is, or the last of all."""
-    return max((i for i, message in enumerate(messages) if message["role"] == "user"), default=len(messages) - 1)
+    Args:
+        prompt: what `messages_of` made the messages of.
+        wrap: from the question to the whole text; placeholders of its own count where the question is a text.
+    """
+    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=len(messages) - 1)
+    source = prompt if isinstance(prompt, str) else prompt[last]["content"]
+    if isinstance(source, str):
+        content = _parts_of_text(wrap(source))
+    else:
+        parts = messages[last]["content"]
+        media = [part for part in parts if part["type"] != "text"]
+        numbers = iter(range(len(media)))
+        text = "".join(part["text"] if part["type"] == "text" else _STAND_IN.format(next(numbers)) for part in parts)
+        pieces = re.split("\0(\\d+)\0", wrap(text))
+        content = _merged(
+            media[int(piece)] if index % 2 else {"type": "text", "text": piece} for index, piece in enumerate(pieces)
+        )
+    return [{**message, "content": content} if index == last else message for index, message in enumerate(messages)]
 
 
 def as_text(messages: Sequence[Message]) -> str:
-    """The conversation for people and reward functions: a single message's content, or several with their roles."""
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    """The conversation for people and reward functions: a single message's text, or several with their roles."""
+    plain = with_plain_content(messages)
+    if len(plain) == 1:
+        return plain[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in plain)
 
 
 def with_plain_content(messages: Sequence[Message]) -> list[Message]:
-    """For templates that take texts: the content as it reads, without backslashes before escaped words."""
-    return [{**message, "content": _unescaped(message["content"])} for message in messages]
+    """For templates that take texts: the content as it reads, with placeholders for media."""
+    return [
+        {
+            **message,
+            "content": "".join(part.get("text", PLACEHOLDERS.get(part["type"])) for part in message["content"]),
+        }
+        for message in messages
+    ]
 
 
 def with_content_parts(messages: Sequence[Message], kinds: Collection[str]) -> list[Message]:
-    """For templates that take parts: the content split where a medium stands.
+    """For templates that take parts.
 
     Args:
-        kinds: of media that the row has; the words for others are text.
+        kinds: of media that the row has; the placeholders of others are text.
     """
-    return [{**message, "content": _parts(message["content"], kinds)} for message in messages]
+    return [
+        {
+            **message,
+            "content": _merged(
+                part if part["type"] in ("text", *kinds) else {"type": "text", "text": PLACEHOLDERS[part["type"]]}
+                for part in message["content"]
+            ),
+        }
+        for message in messages
+    ]
 
 
 def _message(item: Mapping[str, Any]) -> Message:
     message = {key: value for key, value in item.items() if value is not None}
+    if "tool_calls" in message:
+        message.setdefault("content", "")
     if not isinstance(message.get("role"), str) or "content" not in message:
         raise ValueError(f"the chat message {cut(repr(dict(item)))} needs a role and a content")
     content = message["content"]
-    if not isinstance(content, str):
-        if not isinstance(content, Sequence):
-            raise ValueError(
-                f"the content of a chat message is {cut(repr(content))}, neither a text nor a list of parts"
-            )
-        content = "".join(map(_text_of_part, content))
-    return {**message, "content": content}
+    content = content.tolist() if isinstance(content, np.ndarray) else content
+    if isinstance(content, str):
+        return {**message, "content": _parts_of_text(content)}
+    if not isinstance(content, Sequence):
+        raise ValueError(f"the content of a chat message is {cut(repr(content))}, neither a text nor a list of parts")
+    return {**message, "content": _merged(map(_part, content))}
 
 
-def _text_of_part(part: Any) -> str:
+def _part(part: Any) -> Part:
     given = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
     kind = given.get("type")
     if kind == "text" and isinstance(given.get("text"), str):
-        return _MARKS.sub(r"\\\1", given["text"])
-    if kind in PLACEHOLDERS and set(given) == {"type"}:
-        return PLACEHOLDERS[kind]
+        return {"type": "text", "text": given["text"]}
+    if kind in PLACEHOLDERS and not any(value for key, value in given.items() if key != "type"):
+        return {"type": kind}
     if kind in PLACEHOLDERS:
         raise ValueError(
             f"the {kind} part of a chat message holds its {kind} ({cut(repr(part))}); put it into the row's column of "
@@ -109,18 +145,22 @@ def _text_of_part(part: Any) -> str:
     raise ValueError(f"the part {cut(repr(part))} of a chat message is no text, image or video")
 
 
-def _parts(content: str, kinds: Collection[str]) -> list[dict[str, str]]:
-    by_word = {PLACEHOLDERS[kind]: kind for kind in kinds}
-    parts: list[dict[str, str]] = []
-    for piece in _MARKS.split(content):
-        if piece in by_word:
-            parts.append({"type": by_word[piece]})
-        elif piece and parts and parts[-1]["type"] == "text":
-            parts[-1]["text"] += _unescaped(piece)
-        elif piece:
-            parts.append({"type": "text", "text": _unescaped(piece)})
-    return parts
+def _parts_of_text(text: str) -> list[Part]:
+    pieces = _MARK.split(text)
+    return _merged(
+        {"type": _KINDS[piece]} if index % 2 else {"type": "text", "text": _ESCAPED.sub(r"\1", piece)}
+        for index, piece in enumerate(pieces)
+    )
 
 
-def _unescaped(text: str) -> str:
-    return _ESCAPED.sub(r"\1", text)
+def _merged(parts: Any) -> list[Part]:
+    """Without empty texts, and neighbouring texts as one."""
+    merged: list[Part] = []
+    for part in parts:
+        if part["type"] != "text":
+            merged.append(part)
+        elif part["text"] and merged and merged[-1]["type"] == "text":
+            merged[-1] = {"type": "text", "text": merged[-1]["text"] + part["text"]}
+        elif part["text"]:
+            merged.append(part)
+    return merged

@@ -34,9 +34,8 @@ from verl.data.conversation import (
     Message,
     as_text,
     count_placeholders,
-    last_question,
     messages_of,
-    replace_question,
+    wrap_question,
 )
 from verl.data.files import load_rows, progress_bars
 from verl.data.prompt import PromptEncoder
@@ -121,17 +120,16 @@ class RLHFDataset(torch.utils.data.Dataset):
 
     An item is a dict of `input_ids`, `attention_mask` (P,) int64, padded on the left; `position_ids` (P,), or (4, P)
     for multimodal rope; `raw_prompt_ids`, the unpadded ids with one placeholder for each medium; `prompt_text`, what
-    the user turn says; `ground_truth`; `multi_modal_data`, {"images": [PIL images, resized], "videos": [`Video`]} or
+    the prompt says; `ground_truth`; `multi_modal_data`, {"images": [PIL images, resized], "videos": [`Video`]} or
     None; `image_grid_thw`, an array (images, 3), the patches of each image, or None without images and for families
     without such a grid; `extra`, a dict of the row's other columns.
 
     When a dataset has an image or video column, all its rows go through the processor, those without media as well.
     Other columns of media come undecoded in `extra`, as they are stored.
 
-    Rows that cannot be read are refused, or left out and named (`data.on_bad_row`). Rows that cannot be read are found
-    when loading as far as they are looked at: all prompts, the headers of media where long prompts are dropped, and
-    their pixels where `data.check_media` asks for it. What the pixels' check finds keeps its index, so that the order
-    of the others is as it was: see `skipped`.
+    Rows that cannot be read are refused, or skipped and named (`data.on_bad_row`). Loading looks at all prompts, at
+    the headers of media where long prompts are dropped, and at their pixels with `data.check_media`. A skipped row
+    keeps its index, so that the order of the others is as it was: see `skipped`.
 
     Args:
         data_path: see `load_rows`.
@@ -148,10 +146,10 @@ class RLHFDataset(torch.utils.data.Dataset):
 
     Raises:
         ValueError: when loading, for an option that is none or cannot be taken, a column that is not there, a prompt
-            that is no text, placeholders that do not match the media, media that the model does not take, a file that
-            is not there, no row left. When drawing, for a row that cannot be decoded or is longer than P. Messages
-            count rows from 0, as `load_rows` returns them: within a slice, and with those that are later dropped for
-            their length.
+            that is neither a text nor a chat, placeholders that do not match the media, media that the model does not
+            take, a file that is not there, no row left. When drawing, for a row that cannot be decoded or is longer
+            than P. Messages count rows from 0, as `load_rows` returns them: within a slice, and with those that are
+            later dropped for their length.
     """
 
     def __init__(
@@ -263,8 +261,8 @@ class RLHFDataset(torch.utils.data.Dataset):
         messages = messages_of(prompt)
         if self.format_prompt is None:
             return messages
-        question = messages[last_question(messages)]["content"]
-        return replace_question(messages, _template(self.format_prompt).render(content=question))
+        template = _template(self.format_prompt)
+        return wrap_question(prompt, messages, lambda question: template.render(content=question))
 
     def _chat_text(self, messages: list[Message], num_images: int, num_videos: int) -> str:
         kinds = [kind for kind, number in (("image", num_images), ("video", num_videos)) if number > 0]
@@ -320,16 +318,16 @@ class RLHFDataset(torch.utils.data.Dataset):
     # ---- the whole set ----
 
     def _check_columns(self, rows: Dataset) -> None:
-        columns = ", ".join(rows.column_names)
+        columns = cut(", ".join(rows.column_names), 200)
         for option, key in (("prompt_key", self.config.prompt_key), ("answer_key", self.config.answer_key)):
             if key not in rows.column_names:
-                raise ValueError(f"data.{option}={key} is no column of {self.data_path!r}; it has {columns}")
+                raise ValueError(f"data.{option}={key} is no column of {cut(self.data_path)!r}; it has {columns}")
         for kind, key in (("image", self.config.image_key), ("video", self.config.video_key)):
             feature = rows.features.get(key, Value("null"))
             if not isinstance(feature, (List, LargeList)) and feature != Value("null"):
                 raise ValueError(
-                    f"data.{kind}_key={key}: each row of {self.data_path!r} needs a list of {kind}s there, "
-                    f"not {feature}"
+                    f"data.{kind}_key={key}: each row of {cut(self.data_path)!r} needs a list of {kind}s there, "
+                    f"not {cut(str(feature), 200)}"
                 )
         family = family_of(self.model_config)
         if self.processor is not None and not family.takes_videos and _has_any(rows, self.config.video_key):
@@ -359,7 +357,7 @@ class RLHFDataset(torch.utils.data.Dataset):
                 found[kind][index] = count_placeholders(messages, kind)
         for kind in PLACEHOLDERS if self.processor is not None else ():
             problems |= self._mismatches(kind, found[kind], counts[kind])
-        self._leave_out(problems)
+        self._skip(problems)
 
     def _require_processor(self, counts: Mapping[str, Sequence[int]]) -> None:
         for kind, of_rows in counts.items():
@@ -401,53 +399,54 @@ class RLHFDataset(torch.utils.data.Dataset):
     def _drop_overlong(self) -> None:
         measured = self._map_rows(self._measure, "counting prompt tokens")
         problems = {index: text for index, text in enumerate(measured["problem"]) if text}
-        self._tell_of(problems)
+        self._skip(problems)
         lengths = np.asarray(measured["length"])
         longest = self.config.max_prompt_length
-        readable = [index for index in range(len(self)) if index not in problems]
-        kept = [index for index in readable if lengths[index] <= longest]
-        if not kept:
+        readable = [index for index in range(len(self)) if index not in self.skipped]
+        fitting = [index for index in readable if lengths[index] <= longest]
+        if not fitting:
             raise ValueError(
-                f"every row of {self.data_path!r} is longer than data.max_prompt_length={longest}: "
+                f"every row of {cut(self.data_path)!r} is longer than data.max_prompt_length={longest}: "
                 f"{lengths[readable].min()} to {lengths[readable].max()} tokens; raise it or lower data.max_pixels"
             )
         logger.info(
             "%s: kept %d of %d prompts, dropped %d longer than data.max_prompt_length=%d",
-            *(self.data_path, len(kept), len(readable), len(readable) - len(kept), longest),
+            *(self.data_path, len(fitting), len(readable), len(readable) - len(fitting), longest),
         )
-        self._keep(kept)
+        self._keep(sorted({*fitting, *self.skipped}))
 
     def _check_media(self) -> None:
         """Makes every item once, to find those that cannot be made."""
         texts = self._map_rows(self._find_problem, "checking media")["problem"]
-        problems = {index: text for index, text in enumerate(texts) if text}
-        self._tell_of(problems)
-        self.skipped = frozenset(problems)
-
-    def _leave_out(self, problems: Mapping[int, str]) -> None:
-        self._tell_of(problems)
-        self._keep([index for index in range(len(self)) if index not in problems])
+        self._skip({index: text for index, text in enumerate(texts) if text})
 
     def _keep(self, indices: Sequence[int]) -> None:
         if len(indices) == len(self):
             return
+        self.skipped = frozenset(place for place, index in enumerate(indices) if index in self.skipped)
         self._rows = self._rows.select(indices)
         self._media = None if self._media is None else self._media.select(indices)
         self._undecoded = None if self._undecoded is None else self._undecoded.select(indices)
         self._row_numbers = self._row_numbers[indices]
 
-    def _tell_of(self, problems: Mapping[int, str]) -> None:
-        """Raises, or warns, of rows that cannot be read."""
+    def _skip(self, problems: Mapping[int, str]) -> None:
+        """Marks rows that cannot be read as skipped and warns of them, or refuses the set."""
+        problems = {index: text for index, text in problems.items() if index not in self.skipped}
         if not problems:
             return
-        shown = cut("; ".join(list(problems.values())[:ROWS_SHOWN]), 2 * LONGEST_REASON)
-        more = f"; and {len(problems) - ROWS_SHOWN} more" if len(problems) > ROWS_SHOWN else ""
+        texts = list(problems.values())
+        shown = "; ".join(texts[:ROWS_SHOWN])
+        if len(shown) > 2 * LONGEST_REASON:
+            texts, shown = texts[:1], texts[0]
+        more = len(problems) - min(len(texts), ROWS_SHOWN)
+        shown += f"; and {more} more" if more > 0 else ""
         if self.config.on_bad_row == "error":
             several = f"{len(problems)} of {len(self)} rows cannot be read: " if len(problems) > 1 else ""
-            raise ValueError(f"{several}{shown}{more}")
-        if len(problems) == len(self):
-            raise ValueError(f"no row of {cut(self.data_path)!r} can be read: {shown}{more}")
-        logger.warning("data.on_bad_row=skip leaves out %d of %d rows: %s%s", len(problems), len(self), shown, more)
+            raise ValueError(f"{several}{shown}")
+        self.skipped |= set(problems)
+        if len(self.skipped) == len(self):
+            raise ValueError(f"no row of {cut(self.data_path)!r} can be read: {shown}")
+        logger.warning("data.on_bad_row=skip leaves out %d of %d rows: %s", len(problems), len(self), shown)
 
     def _map_rows(self, function: Callable[[dict[str, Any], int], dict[str, Any]], label: str) -> Dataset:
         """What a function makes of each row's prompt and index, in several processes and with a bar for large sets."""

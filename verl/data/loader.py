@@ -63,13 +63,18 @@ class ResumableSampler(Sampler[int]):
         return iter([row for row in self._rows_ahead() if row not in self.skipped])
 
     def __len__(self) -> int:
-        if not self.skipped:
+        if not self._drops_rows:
             return self.num_rows - self.position
         return sum(row not in self.skipped for row in self._rows_ahead())
 
+    @property
+    def _drops_rows(self) -> bool:
+        """Whether an epoch is shorter for the skipped rows; in a mixture others take their places."""
+        return bool(self.skipped) and self.weights is None
+
     def advance(self, count: int) -> None:
         """Moves the position past the next `count` rows that are not skipped."""
-        if self.skipped:
+        if self._drops_rows:
             places = [place for place, row in enumerate(self._rows_ahead()) if row not in self.skipped]
             count = places[count - 1] + 1
         self.position += count
@@ -78,7 +83,7 @@ class ResumableSampler(Sampler[int]):
         if self.weights is None:
             order = epoch_order(self.num_rows, self.epoch, self.shuffle, self.seed)
         else:
-            order = mixed_order(self.sizes, self.weights, self.epoch, self.shuffle, self.seed)
+            order = mixed_order(self.sizes, self.weights, self.epoch, self.shuffle, self.seed, self.skipped)
         return order[self.position :].tolist()
 
 
@@ -169,8 +174,8 @@ class PromptLoader:
         seed: int,
         weights: Sequence[float] | None = None,
     ) -> None:
-        self.num_prompts = len(dataset) - len(dataset.skipped)
-        """Of an epoch."""
+        self.num_prompts = len(dataset) - (len(dataset.skipped) if weights is None else 0)
+        """Of an epoch; in a mixture other rows take the places of skipped ones."""
         if self.num_prompts < batch_size:
             raise ValueError(
                 f"the training set has {self.num_prompts} prompts, fewer than the {batch_size} of one batch; lower "

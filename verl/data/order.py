@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -15,7 +15,14 @@ def epoch_order(num_rows: int, epoch: int, shuffle: bool, seed: int) -> np.ndarr
     return np.random.default_rng((seed, epoch)).permutation(num_rows)
 
 
-def mixed_order(sizes: Sequence[int], weights: Sequence[float], epoch: int, shuffle: bool, seed: int) -> np.ndarray:
+def mixed_order(
+    sizes: Sequence[int],
+    weights: Sequence[float],
+    epoch: int,
+    shuffle: bool,
+    seed: int,
+    skipped: Collection[int] = (),
+) -> np.ndarray:
     """(sum of sizes,) rows of several sources, as many of each as its weight says.
 
     A source gives all its rows before it gives one again, over the ends of epochs. Unshuffled, the sources take turns
@@ -24,21 +31,36 @@ def mixed_order(sizes: Sequence[int], weights: Sequence[float], epoch: int, shuf
     Args:
         sizes: rows of each source; a row's number counts those of the sources before it.
         weights: of the sources, above 0; they need not have sum one.
+        skipped: rows whose places other rows of their source take, so that shares and all other places stay.
     """
-    counts = _shares(sum(sizes), weights)
+    counts = [_shares(sum(sizes), weights, number) for number in range(epoch + 1)]
+    firsts = np.sum(counts[:-1], axis=0, dtype=int) if epoch else np.zeros(len(sizes), dtype=int)
     rows, places = [], []
-    for source, (size, count) in enumerate(zip(sizes, counts, strict=True)):
-        drawn = np.arange(epoch * count, (epoch + 1) * count)  # of all draws from this source in the run
-        rows.append(sum(sizes[:source]) + _cycled(drawn, size, shuffle, (seed, source)))
+    for source, (size, first, count) in enumerate(zip(sizes, firsts, counts[-1], strict=True)):
+        drawn = np.arange(first, first + count)  # of all draws from this source in the run
+        start = sum(sizes[:source])
+        usable = np.array([row for row in range(start, start + size) if row not in skipped])
+        own = start + _cycled(drawn, size, shuffle, (seed, source))
+        rows.append(usable[np.searchsorted(usable, own) % len(usable)])
         places.append((np.arange(count) + 0.5) / max(count, 1))
     mixed = np.concatenate(rows)[np.argsort(np.concatenate(places), kind="stable")]
     return mixed[np.random.default_rng((seed, epoch)).permutation(len(mixed))] if shuffle else mixed
 
 
-def _shares(total: int, weights: Sequence[float]) -> list[int]:
-    """Whole numbers in proportion to the weights that have the sum `total`."""
-    ends = np.rint(np.cumsum(weights) / np.sum(weights) * total).astype(int)
-    return np.diff(ends, prepend=0).tolist()
+def _shares(total: int, weights: Sequence[float], epoch: int) -> list[int]:
+    """Whole numbers that have the sum `total`, in the mean over epochs in proportion to the weights.
+
+    What is left over when all are rounded down goes to sources by a systematic sample of the remainders, whose start
+    moves by the golden ratio from epoch to epoch.
+    """
+    exact = np.asarray(weights) / np.sum(weights) * total
+    counts = np.floor(exact + 1e-9).astype(int)
+    left = total - counts.sum()
+    if left > 0:
+        ends = np.cumsum(np.clip(exact - counts, 0, None))
+        points = (np.arange(left) + (epoch * (5**0.5 - 1) / 2 + 0.5) % 1) * (ends[-1] / left)
+        np.add.at(counts, np.searchsorted(ends, points, side="right").clip(max=len(counts) - 1), 1)
+    return counts.tolist()
 
 
 def _cycled(drawn: np.ndarray, size: int, shuffle: bool, seed: tuple[int, int]) -> np.ndarray:

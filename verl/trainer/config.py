@@ -50,9 +50,7 @@ class DataSource:
 
 def data_sources(value: str | Sequence[str]) -> list[DataSource]:
     """The items of `data.train_files` or `data.val_files`: one path, or a list of paths with optional weights."""
-    if isinstance(value, str):
-        return [DataSource(value)]
-    return [_data_source(item) for item in value]
+    return [_data_source(item) for item in ([value] if isinstance(value, str) else value)]
 
 
 def _data_source(item: str) -> DataSource:
@@ -75,7 +73,7 @@ class DataConfig(ConfigSection):
     val_files: Any = ""
     """The held-out set, in the same form, without weights."""
     prompt_key: str = "prompt"
-    """Column of the question, in which `<image>` marks the place of an image."""
+    """Column of the question, a text or a list of chat messages; `<image>` and `<video>` mark the places of media."""
     answer_key: str = "answer"
     """Column of the answer, which the reward function sees as `ground_truth`."""
     image_key: str = "images"
@@ -143,6 +141,8 @@ class DataConfig(ConfigSection):
         )
         self.require(are_texts, key, "is not a text, or a list of texts")
         sources = data_sources(value)
+        is_lone = len(sources) == 1 and sources[0].weight is not None
+        self.require(not is_lone, key, "has a weight, which means something beside other items only; leave it out")
         has_weight = [source.weight is not None for source in sources]
         self.require(all(has_weight) or not any(has_weight), key, "has weights on some of its items; give all one")
         above = "has a weight that is not a number above 0"

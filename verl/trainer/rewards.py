@@ -93,7 +93,7 @@ class RewardClient:
             RuntimeError: as `receive` does.
         """
         with record.timed("reward"):
-            return _totals(self._answer(self._send(batch, step, "train")).results)
+            return _totals(self._answer(self._send(batch, step, "train")))
 
     def validate(self, batch: DataProto, step: int) -> tuple[list[float], dict[str, list[float]]]:
         """The score of each row of a held-out batch, and the function's numbers by key.
@@ -101,8 +101,8 @@ class RewardClient:
         Raises:
             RuntimeError: as `receive` does.
         """
-        results = self._answer(self._send(batch, step, "val")).results
-        return _totals(results).tolist(), _without_token_weights(values_by_key(results))
+        scored = self._answer(self._send(batch, step, "val"))
+        return _totals(scored).tolist(), _without_token_weights(values_by_key(scored.results))
 
     def _send(self, batch: DataProto, step: int, split: str, streams: tuple[str, ...] = ()) -> ray.ObjectRef:
         return self._actor.score.remote(reward_inputs(batch, self._config, step, split, streams))
@@ -131,8 +131,11 @@ def numbers_by_key(batch: DataProto) -> dict[str, list[float]]:
     return _without_token_weights(values_by_key(batch.non_tensor_batch["reward_results"]))
 
 
-def _totals(results: list[dict[str, Any]]) -> torch.Tensor:
-    return torch.tensor([result["overall"] for result in results])  # (N,)
+def _totals(scored: Scored) -> torch.Tensor:
+    """(N,) float32, what each sample is rewarded with."""
+    if scored.token_level_scores is not None:
+        return torch.tensor(scored.token_level_scores).sum(dim=-1)
+    return torch.tensor([result["overall"] for result in scored.results])
 
 
 def _without_token_weights(values: dict[str, list[Any]]) -> dict[str, list[float]]:

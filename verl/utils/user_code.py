@@ -40,7 +40,7 @@ class UserFunction:
         self.key = key
         path, name = reference.rsplit(":", maxsplit=1)
         self._function = find_function(load_module(path, key), name, key)
-        update_wrapper(self, self._function)  # its name and signature
+        update_wrapper(self, self._function, updated=())  # its name and signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(*args, **kwargs)

@@ -13,6 +13,7 @@ Shapes: N samples, R response length.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,14 +60,14 @@ class BatchFunction(RewardFunction):
         try:
             answers = self._calls.each([batch])
         except CallFailed as failure:
-            raise RuntimeError(f"{self._raised(failure.__cause__, everyone)}. {self._right_forms}") from (
-                failure.__cause__
-            )
+            told = self._raised(failure.__cause__, everyone, failure.first)
+            raise RuntimeError(f"{told}. In general, {self._right_forms}") from failure.__cause__
         failures = self._failures(answers.failures, lambda _: everyone)
         return self._placed(answers.results[0], samples, given.batch["response_mask"], failures)
 
     def _copy(self, argument: DataProto) -> DataProto:
         columns = {name: values.copy() for name, values in argument.non_tensor_batch.items()}
+        columns["extra"] = copy.deepcopy(columns["extra"])
         return DataProto(argument.batch.clone(), columns, dict(argument.meta_info))
 
     def _placed(self, returned: Any, samples: list[dict], response_mask: torch.Tensor, failures: list[str]) -> Scored:
@@ -76,7 +77,7 @@ class BatchFunction(RewardFunction):
                 columns = {**columns, TOKEN_WEIGHTS: _cut(columns[TOKEN_WEIGHTS], response_mask)}
             results = rows_of(columns, len(samples))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{self._label}: {error}. {self._right_forms}") from None
+            raise ValueError(f"{self._label}: {error}; {self._right_forms}") from None
         scores = None
         if rewards is not None:
             scores = self._checked_rewards(rewards, samples, response_mask)

@@ -8,30 +8,44 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT_KEY = "worker.reward.timeout_s"
 
 RETRY_PAUSE_SECONDS = 1.0
 """Between the two calls; a server that turned one away has a moment."""
 
+CANCEL_SECONDS = 2.0
+"""For calls to end that are cancelled."""
+
 ALARM_REPEAT_SECONDS = 1.0
 """A function that catches everything is interrupted again."""
 
 
 class CallFailed(Exception):
-    """The function raised or took too long; what it raised is the cause. `index` is the argument's among several."""
+    """The function raised or took too long; what it raised is the cause.
 
-    def __init__(self, index: int = 0) -> None:
+    `index` is the argument's among several, None where it is not known. `first` is what the first of two calls raised.
+    """
+
+    def __init__(self, index: int | None = None, first: BaseException | None = None) -> None:
         super().__init__(index)
         self.index = index
+        self.first = first
+
+
+class _IsAsync(Exception):
+    """The function returned something to await, though it is not declared so."""
 
 
 class OutOfTime(BaseException):
@@ -52,7 +66,8 @@ class Calls:
     """Applies a function to arguments, one a call.
 
     Args:
-        function: of one positional argument. An iterator that it returns is run to its end within the call.
+        function: of one positional argument. What it returns to iterate over is run to its end within the call, what
+            it returns to await is awaited.
         copy: makes the argument of a call, lest the function changes what the next call and errors show.
         timeout_s: seconds that a call may take; None for no limit. SIGALRM keeps the time: a function that sets
             alarms of its own takes the limit over.
@@ -79,9 +94,12 @@ class Calls:
         Raises:
             CallFailed: it failed.
         """
-        if self._is_async:
-            return self._run(self._once_async(0, argument), rounds=1)
-        return self._once(0, argument)
+        if not self._is_async:
+            try:
+                return self._once(0, argument)
+            except _IsAsync:
+                self._is_async = True
+        return self._run(self._once_async(0, argument), rounds=1)
 
     def each(self, arguments: Sequence[Any]) -> Answers:
         """One call for each argument, and a second one for those whose first failed.
@@ -91,9 +109,12 @@ class Calls:
         """
         if not self._is_async:
             answers = Answers([])
-            for index, argument in enumerate(arguments):
-                answers.results.append(self._twice(index, argument, answers.failures))
-            return answers
+            try:
+                for index, argument in enumerate(arguments):
+                    answers.results.append(self._twice(index, argument, answers.failures))
+                return answers
+            except _IsAsync:
+                self._is_async = True
         rounds = 2 * math.ceil(len(arguments) / self._max_concurrency)
         return self._run(self._each_async(arguments), rounds)
 
@@ -105,14 +126,21 @@ class Calls:
         except CallFailed as failure:
             failures[index] = failure.__cause__
         time.sleep(RETRY_PAUSE_SECONDS)
-        return self._once(index, argument)
+        try:
+            return self._once(index, argument)
+        except CallFailed as failure:
+            raise CallFailed(index, failures[index]) from failure.__cause__
 
     def _once(self, index: int, argument: Any) -> Any:
         try:
             with _interrupted_after(self._timeout_s):
                 result = self._function(self._copy(argument))
-                return list(result) if isinstance(result, Iterator) else result
-        except KeyboardInterrupt:
+                if inspect.iscoroutine(result):
+                    result.close()
+                if inspect.isawaitable(result):
+                    raise _IsAsync
+                return _collected(result)
+        except (KeyboardInterrupt, _IsAsync):
             raise
         except OutOfTime:
             raise CallFailed(index) from self._timeout_error()
@@ -133,9 +161,23 @@ class Calls:
         try:
             with _interrupted_after(limit):
                 return self._runner.run(work)
+        except (KeyboardInterrupt, CallFailed):
+            raise
         except OutOfTime:
-            self._runner = None  # the loop may hold calls that have not ended
+            self._end_loop()
             raise CallFailed from self._blocked_error()
+        except BaseException as error:  # sys.exit in a task that the function began goes through the loop
+            self._end_loop()
+            raise CallFailed from error
+
+    def _end_loop(self) -> None:
+        """Cancels the calls that have not ended, as far as they let themselves; the next one gets another loop."""
+        runner, self._runner = self._runner, None
+        try:
+            with _interrupted_after(CANCEL_SECONDS):
+                runner.close()
+        except OutOfTime:
+            logger.warning("calls of the reward function do not end when they are cancelled")
 
     async def _each_async(self, arguments: Sequence[Any]) -> Answers:
         places = asyncio.Semaphore(self._max_concurrency)
@@ -149,7 +191,10 @@ class Calls:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(answer(index, argument)) for index, argument in enumerate(arguments)]
         except BaseExceptionGroup as group:
-            first = min(group.exceptions, key=lambda failure: failure.index)
+            failed = [error for error in group.exceptions if isinstance(error, CallFailed)]
+            if not failed:
+                raise CallFailed from group.exceptions[0]
+            first = min(failed, key=lambda failure: failure.index)
             raise first from first.__cause__
         return Answers([task.result() for task in tasks], failures)
 
@@ -159,13 +204,16 @@ class Calls:
         except CallFailed as failure:
             failures[index] = failure.__cause__
         await asyncio.sleep(RETRY_PAUSE_SECONDS)
-        return await self._once_async(index, argument)
+        try:
+            return await self._once_async(index, argument)
+        except CallFailed as failure:
+            raise CallFailed(index, failures[index]) from failure.__cause__
 
     async def _once_async(self, index: int, argument: Any) -> Any:
         clock = asyncio.timeout(self._timeout_s)
         try:
             async with clock:
-                return await self._function(self._copy(argument))
+                return _collected(await self._function(self._copy(argument)))
         except KeyboardInterrupt:
             raise
         except OutOfTime:
@@ -194,7 +242,11 @@ def _interrupted_after(seconds: float | None) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         raise ValueError(f"{TIMEOUT_KEY} is held by a signal, which only the main thread gets: score there")
 
+    is_over = False
+
     def interrupt(*_: Any) -> None:
+        nonlocal is_over
+        is_over = True
         raise OutOfTime
 
     previous = signal.signal(signal.SIGALRM, interrupt)
@@ -205,3 +257,13 @@ def _interrupted_after(seconds: float | None) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+    if is_over:  # and the block caught it, or left by a `return` of its own
+        raise OutOfTime
+
+
+def _collected(result: Any) -> Any:
+    """A result with what is made on the way made: lists in the place of other iterables, also as columns."""
+    if isinstance(result, Mapping):
+        return {key: list(value) if isinstance(value, Iterator) else value for key, value in result.items()}
+    is_whole = isinstance(result, (str, bytes, list, tuple)) or hasattr(result, "ndim")
+    return list(result) if isinstance(result, Iterable) and not is_whole else result

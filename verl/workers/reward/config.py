@@ -2,9 +2,7 @@
 """Configuration of the reward: a function of the user's, in a file of the user's."""
 
 import ast
-import os
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,9 @@ class RewardConfig(ConfigSection):
     num_cpus: int = 1
     """CPU cores reserved for the function."""
     timeout_s: float | None = None
-    """Seconds that one call of the function may take; null sets no limit. A call that takes longer counts as failed,
-    is made once more, and then ends the run. A function of one sample (REWARD_TYPE = "sequential") is called for each,
-    the others once for the batch."""
+    """Seconds that one call of the function may take; null sets no limit. A call that takes longer counts as failed
+    and is made once more; a second failure ends the run. A function of one sample (REWARD_TYPE = "sequential") is
+    called for each, the others once for the batch."""
     max_concurrency: int = 32
     """How many calls of an `async def` function of one sample are awaited together."""
 
@@ -35,6 +33,23 @@ class RewardConfig(ConfigSection):
         self.require_at_least(1, "num_cpus", "max_concurrency")
         self.require_above_0("timeout_s")
         self.settle_function("reward_function", default="main")
+        constants = {}
+        if self.reward_function is not None:
+            constants = _literal_constants(self.reward_function.rpartition(":")[0])
+        # Read once: the file may change while a run goes on with what it loaded.
+        object.__setattr__(self, "_constants", constants)
+        self._check_streams()
+
+    def _check_streams(self) -> None:
+        streams = self._constants.get("REWARD_STREAMS")
+        if streams is None:
+            return
+        names = (streams,) if isinstance(streams, str) else streams
+        are_names = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+        written = "names a file whose REWARD_STREAMS is not a list of names, written out at the top level"
+        self.require(streams is not COMPUTED and are_names, "reward_function", written)
+        whole = 'names a file with REWARD_STREAMS, which takes REWARD_TYPE = "proto"'
+        self.require(self.takes_batch, "reward_function", whole)
 
     @property
     def takes_batch(self) -> bool:
@@ -44,25 +59,18 @@ class RewardConfig(ConfigSection):
     @property
     def streams(self) -> tuple[str, ...]:
         """What such a function wants of the log-prob pass: REWARD_STREAMS, a list of names, of its file."""
-        streams = self._constants.get("REWARD_STREAMS", ()) if self.takes_batch else ()
+        streams = self._constants.get("REWARD_STREAMS") or ()
         return (streams,) if isinstance(streams, str) else tuple(streams)
 
-    @property
-    def _constants(self) -> dict[str, Any]:
-        if self.reward_function is None:
-            return {}
-        path = self.reward_function.rpartition(":")[0]
-        return _literal_constants(path, os.stat(path).st_mtime_ns)
+
+COMPUTED = object()
+"""In the place of a constant that is not written out."""
 
 
-@lru_cache
-def _literal_constants(path: str, changed: int) -> dict[str, Any]:
+def _literal_constants(path: str) -> dict[str, Any]:
     """The constants of a Python file by name: what it assigns at its top level, written as literals.
 
     The file does not run. One that cannot be parsed has none; the reward process says what is wrong with it.
-
-    Args:
-        changed: when the file was; one that has changed is read anew.
     """
     try:
         tree = ast.parse(Path(path).read_bytes())
@@ -75,6 +83,6 @@ def _literal_constants(path: str, changed: int) -> dict[str, Any]:
             if isinstance(target, ast.Name) and isinstance(statement, (ast.Assign, ast.AnnAssign)):
                 try:
                     constants[target.id] = ast.literal_eval(statement.value)
-                except ValueError:  # computed, or no value at all
-                    constants.pop(target.id, None)
+                except ValueError:  # or no value at all
+                    constants[target.id] = COMPUTED
     return constants

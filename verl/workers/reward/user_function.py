@@ -15,6 +15,7 @@ The reward process runs this file, which therefore loads neither torch nor trans
 
 from __future__ import annotations
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from functools import cache, partial
 from types import ModuleType
 from typing import Any, Protocol
 
+from verl.config import cut
 from verl.utils.user_code import find_function, load_module
 from verl.workers.reward.calls import CallFailed, Calls
 from verl.workers.reward.config import RewardConfig
@@ -139,9 +141,11 @@ class RewardFunction(ABC):
                 ) from None
         return checked
 
-    def _raised(self, error: BaseException, blame: str) -> str:
-        text = str(error)
-        return f"{self._label} raised {type(error).__name__}: {text[:300]}{'...' * (len(text) > 300)} for {blame}"
+    def _raised(self, error: BaseException, blame: str, first: BaseException | None = None) -> str:
+        """first: what an earlier call raised, told where it is something else."""
+        text = f"{self._label} raised {_named(error)} for {blame}"
+        is_other = first is not None and _named(first) != _named(error)
+        return f"{text} (the first call raised {_named(first)})" if is_other else text
 
     def _failures(self, failures: Mapping[int, BaseException], blame: Callable[[int], str]) -> list[str]:
         return [
@@ -212,14 +216,15 @@ class SampleFunction(RewardFunction):
         return Scored(self._checked(results, samples), failures)
 
     def _copy(self, argument: Any) -> Any:
-        return [dict(sample) for sample in argument] if self.reward_type == "batch" else dict(argument)
+        return list(map(_copied, argument)) if self.reward_type == "batch" else _copied(argument)
 
     def _one_by_one(self, samples: list[dict[str, Any]]) -> tuple[list[Any], list[str]]:
         try:
             answers = self._calls.each(samples)
         except CallFailed as failure:
-            blame = describe(failure.index, samples[failure.index])
-            raise RuntimeError(self._raised(failure.__cause__, blame)) from failure.__cause__
+            known = failure.index is not None
+            blame = describe(failure.index, samples[failure.index]) if known else f"one of {len(samples)} samples"
+            raise RuntimeError(self._raised(failure.__cause__, blame, failure.first)) from failure.__cause__
         return answers.results, self._failures(answers.failures, lambda index: describe(index, samples[index]))
 
     def _all(self, samples: list[dict[str, Any]]) -> tuple[list[Any], list[str]]:
@@ -239,7 +244,7 @@ class SampleFunction(RewardFunction):
                 raise ValueError(f"{self._label} {error}. {self._right_forms}") from None
         if isinstance(returned, (Mapping, str)) or not isinstance(returned, Iterable):
             raise ValueError(
-                f"{self._label} returned a {type(returned).__name__} for a list of {len(samples)} samples; "
+                f"{self._label} returned {type(returned).__name__} for a list of {len(samples)} samples; "
                 f"{self._right_forms}. {OTHER_TYPES}"
             )
         results = list(returned)
@@ -274,7 +279,11 @@ class SampleFunction(RewardFunction):
         if end - first > 1:
             alone = "" if isinstance(error, TimeoutError) else ", though for neither half alone"
             blame = f"samples {first} to {end - 1} together{alone}; the first is {blame}"
-        return RuntimeError(f"{self._raised(error, blame)}. {OTHER_TYPES}")
+        return RuntimeError(f"{self._raised(error, blame, failure.first)}. {OTHER_TYPES}")
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {cut(str(error), 300)}"
 
 
 def describe(index: int, sample: Mapping[str, Any]) -> str:
@@ -283,6 +292,12 @@ def describe(index: int, sample: Mapping[str, Any]) -> str:
         f"sample {index} (uid {sample['uid']}, ground_truth {shorten(sample['ground_truth'])}, "
         f"response {shorten(sample['response'])})"
     )
+
+
+def _copied(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """With lists and the row's other columns of its own; media are shared."""
+    lists = {key: list(value) for key, value in sample.items() if isinstance(value, list)}
+    return {**sample, **lists, "extra": copy.deepcopy(sample.get("extra"))}
 
 
 def _name_of_type(annotation: Any) -> str:
