@@ -131,7 +131,7 @@ def test_every_sample_is_scored_once_and_the_metrics_tell_of_the_dropped_ones_to
         assert record["filter"]["kept_share"] == pytest.approx(len(informative_uids(scored)) / len(times))
         accuracy = sum(accuracy for *_, accuracy in scored) / len(scored)
         assert record["reward"]["accuracy"] == pytest.approx(accuracy)
-        assert set(record["reward"]) == {"overall", "accuracy"}
+        assert set(record["reward"]) == {"overall", "accuracy", "retried"}
         phases = {"gen", "reward", "old", "adv", "update_actor", "save_checkpoint", "step"}
         assert set(record["timing_s"]) == phases
         assert record["timing_s"]["gen"] > record["timing_s"]["reward"] > 0
