@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class AttentionMassRecorder:
         self._layer_of, self.layers = _layers_to_measure(inner, layers)
         self._plan = plan
         self._shape = shape
-        self._reach = _longest_reach(plan)
+        self._reach = plan.longest_reach
         self._backend = backend
         self._group = group
         self._masses: dict[int, torch.Tensor] = {}
@@ -197,7 +198,28 @@ def record_packed_attention_mass(
         response_length: R of the result; every response begins at its column 0.
         group: the ranks that share the row with this one; its ranks all get the same result.
     """
-    plan = KeyPlan.from_packed_kinds(key_kinds, cumulative_lengths, response_length)
+    borders = torch.as_tensor(cumulative_lengths).tolist()
+    places = [torch.arange(start, end) for start, end in pairwise(borders)]
+    with record_mass_at(model, key_kinds, places, response_length, layers, backend, group) as recorder:
+        yield recorder
+
+
+@contextmanager
+def record_mass_at(
+    model: nn.Module,
+    key_kinds: torch.Tensor,
+    places: Sequence[torch.Tensor],
+    response_length: int,
+    layers: LayerChoice | int | None = None,
+    backend: str | None = None,
+    group: SequenceGroup | None = None,
+) -> Iterator[AttentionMassRecorder]:
+    """`record_packed_attention_mass` where samples may have tokens in common.
+
+    Args:
+        places: of each sample the places of its tokens in the row, ascending, in their order.
+    """
+    plan = KeyPlan.from_places(key_kinds, places, response_length)
     recorder = AttentionMassRecorder(model, plan, (1, len(key_kinds)), layers, backend, group)
     with tapped_attention(recorder.observe):
         yield recorder
@@ -268,15 +290,6 @@ def _layers_to_measure(model: nn.Module, layers: LayerChoice | int | None) -> tu
         )
     chosen = choose_layers(full, layers)
     return {module: number for module, number in numbers.items() if number in chosen}, chosen
-
-
-def _longest_reach(plan: KeyPlan) -> int:
-    """How many tokens, itself included, a query must look back over to see all that it attends to."""
-    reaches = [
-        int(plan.query_positions[sample.queries].max() - plan.key_positions[sample.keys].min()) + 1
-        for sample in plan.samples
-    ]
-    return max(reaches, default=0)
 
 
 def _in_backward() -> bool:

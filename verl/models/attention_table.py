@@ -14,9 +14,9 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
-from typing import Any
+from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -47,12 +47,46 @@ _taps: list[Tap] = []
 
 @dataclass(frozen=True)
 class PackedSamples:
-    """N samples that lie end to end in one batch row of T tokens, all of them."""
+    """Pieces that lie end to end in one batch row of T tokens, all of them. Each attends to itself, and to the piece
+    that it continues.
+
+    Samples of their own continue nothing. Where samples share a prompt, the prompt is a piece, which attends to
+    itself, and each response is one that continues it.
+    """
 
     borders: tuple[int, ...]
-    """Where each sample begins, and T: 0 first, N + 1 in all."""
+    """Where each piece begins, and T: 0 first."""
     group: SequenceGroup | None = None
     """The ranks that share the row, T / W tokens each; None for a row of one rank's own."""
+    continued: tuple[int | None, ...] | None = None
+    """For each piece the number of the piece that it continues, or None; None where no piece continues another."""
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """In the order of the row."""
+        spans = list(pairwise(self.borders))
+        prefixes = self.continued or (None,) * len(spans)
+        return [
+            Piece(*span, *((0, 0) if prefix is None else spans[prefix]))
+            for span, prefix in zip(spans, prefixes, strict=True)
+        ]
+
+
+class Piece(NamedTuple):
+    """Positions of a piece, and of the one that it continues, which is empty where there is none."""
+
+    start: int
+    end: int
+    prefix_start: int
+    prefix_end: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+    @property
+    def prefix_length(self) -> int:
+        return self.prefix_end - self.prefix_start
 
 
 def extend_attention() -> None:
@@ -159,7 +193,13 @@ def _attend_packed(
     if group is not None:
         query, key, value = group.exchange_heads(query, key, value)
     if module.config._attn_implementation == "flash_attention_2":
-        output, _ = attend(module, query, key, value, None, **keywords, **_flash_borders(samples, query.device))
+        borders = _flash_borders(samples, query.device)
+        key_places = borders.pop("key_places")
+        if key_places is None:
+            output, _ = attend(module, query, key, value, None, **keywords, **borders)
+        else:
+            keys_and_values = (tensor.index_select(2, key_places) for tensor in (key, value))
+            output, _ = attend(module, query, *keys_and_values, None, **keywords, **borders)
     else:
         output = _one_by_one(attend, samples, _with_own_heads(module, query, key), query, key, value, **keywords)
     _show(module, query, key, keywords)
@@ -181,9 +221,21 @@ def _with_own_heads(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -
 
 @lru_cache(maxsize=1)  # all layers ask for the same, and each time the CPU would wait for the device
 def _flash_borders(samples: PackedSamples, device: torch.device) -> dict[str, Any]:
+    """Keywords of FlashAttention, which lets the last query of a piece see the last of its keys; and `key_places`, the
+    positions of each piece's keys, one piece after the other, or None where they are the row's own."""
     borders = torch.tensor(samples.borders, dtype=torch.int32, device=device)
-    longest = max(end - start for start, end in pairwise(samples.borders))
-    return dict(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=longest, max_length_k=longest)
+    longest = max(piece.length for piece in samples.pieces)
+    if samples.continued is None:
+        keys = dict(cu_seq_lens_k=borders, max_length_k=longest, key_places=None)
+    else:
+        lengths = [piece.prefix_length + piece.length for piece in samples.pieces]
+        spans = [(span[0], span[1]) for piece in samples.pieces for span in (piece[2:], piece[:2])]
+        keys = dict(
+            cu_seq_lens_k=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
+            max_length_k=max(lengths),
+            key_places=torch.cat([torch.arange(*span, device=device) for span in spans]),
+        )
+    return dict(cu_seq_lens_q=borders, max_length_q=longest, **keys)
 
 
 def _one_by_one(
@@ -195,17 +247,29 @@ def _one_by_one(
     value: torch.Tensor,
     **keywords: Any,
 ) -> torch.Tensor:
-    """Attention without a mask, whose cost grows with the samples' own lengths and not with the whole row's."""
+    """Attention piece by piece, whose cost grows with the pieces' own lengths and not with the whole row's."""
     window = keywords["sliding_window"]
     outputs = []
-    for start, end in pairwise(samples.borders):
-        own = (slice(None), slice(None), slice(start, end))
-        mask = None if window is None or end - start <= window else _window_mask(end - start, window, query.device)
-        outputs.append(attend(module, query[own], key[own], value[own], mask, **keywords)[0])
+    for piece in samples.pieces:
+        own = query[:, :, piece.start : piece.end]
+        keys, values = (_with_prefix(tensor, piece) for tensor in (key, value))
+        sees_all = window is None or piece.prefix_length + piece.length <= window
+        mask = None if sees_all and piece.prefix_length == 0 else _mask_of(piece, None if sees_all else window, query)
+        outputs.append(attend(module, own, keys, values, mask, **keywords)[0])
     return torch.cat(outputs, dim=1)  # (1, T, H, D)
 
 
-def _window_mask(length: int, window: int, device: torch.device) -> torch.Tensor:
-    """(1, 1, length, length) bool: each token sees itself and the `window` - 1 before it."""
-    behind = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)  # (length, length)
-    return ((behind >= 0) & (behind < window))[None, None]
+def _with_prefix(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """(1, H, prefix and piece, D) from (1, H, T, D)."""
+    own = tensor[:, :, piece.start : piece.end]
+    if piece.prefix_length == 0:
+        return own
+    return torch.cat([tensor[:, :, piece.prefix_start : piece.prefix_end], own], dim=2)
+
+
+def _mask_of(piece: Piece, window: int | None, query: torch.Tensor) -> torch.Tensor:
+    """(1, 1, length, prefix and length) bool: a token sees itself and what came before, or the last `window` of it."""
+    keys = torch.arange(piece.prefix_length + piece.length, device=query.device)
+    behind = keys[piece.prefix_length :, None] - keys  # (length, prefix and length)
+    visible = behind >= 0
+    return (visible if window is None else visible & (behind < window))[None, None]

@@ -102,9 +102,24 @@ class FlopCounter:
         self.layer_types = [kind for kind in types if kind in ATTENTION_LAYERS]
         self.tower = None if tower is None else _TowerCounter(tower)
 
-    def count(self, lengths: Sequence[int], predictions: int, media: dict[str, torch.Tensor]) -> Work:
-        """Of a forward pass over samples of `lengths` tokens that predicts some of them, with their media inputs."""
-        pairs = sum(_causal_pairs(length, self._window(kind)) for kind in self.layer_types for length in lengths)
+    def count(
+        self,
+        lengths: Sequence[int],
+        predictions: int,
+        media: dict[str, torch.Tensor],
+        prefixes: Sequence[int] | None = None,
+    ) -> Work:
+        """Of a forward pass over pieces of `lengths` tokens that predicts some of them, with their media inputs.
+
+        Args:
+            prefixes: for each piece how many tokens before it it attends to as well, which count elsewhere; None for
+                whole samples.
+        """
+        pairs = sum(
+            _causal_pairs(prefix + length, window) - _causal_pairs(prefix, window)
+            for window in map(self._window, self.layer_types)
+            for length, prefix in zip(lengths, prefixes or [0] * len(lengths), strict=True)
+        )
         attention = Work(trained=4 * self.attention_width * pairs)
         work = self.per_token * sum(lengths) + self.per_prediction * predictions + attention
         return work if self.tower is None else work + self.tower.count(media)

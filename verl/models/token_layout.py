@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import nn
 from verl.models.attention_recorder import (
     AttentionMassRecorder,
     record_attention_mass,
+    record_mass_at,
     record_packed_attention_mass,
 )
 from verl.models.attention_table import NOT_A_MASK, PACKING_IMPLEMENTATIONS, SAMPLES, PackedSamples
@@ -45,6 +46,14 @@ class TokenLayout(ABC):
         self.response_mask = rows.batch["response_mask"].bool()  # (N, R)
         self.length = int(response_ends(self.response_mask).max())
         """Response columns up to the end of the longest response."""
+
+    @abstractmethod
+    def pieces(self) -> list[tuple[int, int]]:
+        """Numbers of tokens that the model computes, and for each of how many before them they attend to as well."""
+
+    def prompt_rows(self) -> Sequence[int]:
+        """The rows whose prompts, and media, stand in the layout, in its order."""
+        return range(len(self.response_mask))
 
     @abstractmethod
     def model_inputs(self) -> dict[str, Any]:
@@ -125,6 +134,9 @@ class PaddedLayout(TokenLayout):
         self.attention_mask = batch["attention_mask"][:, self.columns]  # (N, s)
         self.position_ids = _rope_rows_first(batch["position_ids"][..., self.columns])  # (N, s) or (4, N, s)
 
+    def pieces(self) -> list[tuple[int, int]]:
+        return [(length, 0) for length in self.attention_mask.sum(dim=1).tolist()]
+
     def model_inputs(self) -> dict[str, Any]:
         return {
             "input_ids": self.input_ids,
@@ -198,6 +210,9 @@ class PackedLayout(TokenLayout):
         more_positions = torch.arange(missing).expand(*self.position_ids.shape[:-1], missing)
         self.position_ids = torch.cat([self.position_ids, more_positions], dim=-1)
 
+    def pieces(self) -> list[tuple[int, int]]:
+        return [(end - start, 0) for start, end in pairwise(self.borders)]
+
     def model_inputs(self) -> dict[str, Any]:
         num_tokens = len(self.input_ids)
         with_filler = self.borders if self.borders[-1] == num_tokens else (*self.borders, num_tokens)
@@ -217,12 +232,7 @@ class PackedLayout(TokenLayout):
         return kept[0]
 
     def as_wide(self, masses: torch.Tensor) -> torch.Tensor:
-        # The recorder counts a packed response's tokens from column 0 on, whatever columns they had.
-        mask = self.response_mask.to(masses.device)
-        is_token = torch.arange(self.length, device=masses.device) < mask.sum(dim=1, keepdim=True)  # (N, length)
-        wide = masses.new_zeros(*mask.shape, masses.shape[2])
-        wide[mask] = masses[is_token]
-        return wide
+        return _from_first_columns(masses, self.response_mask)
 
     def label_rows(self) -> torch.Tensor:
         rows = self.response_mask.nonzero()[:, 0]
@@ -256,6 +266,108 @@ class PackedLayout(TokenLayout):
         packed = self._packed(key_kinds)
         packed = nn.functional.pad(packed, (0, len(self.input_ids) - len(packed)))
         return record_packed_attention_mass(model, packed, self.borders, self.length, layers, group=self.group)
+
+
+class SharedPromptLayout(TokenLayout):
+    """Packed, with each prompt once: a group's prompt, then its responses end to end, then the next group.
+
+    A response attends to its prompt and to itself, and its positions are those of its row, so that all results are
+    those of packed rows. What the prompt's tokens learn is the sum over the responses.
+
+    Args:
+        rows: as in the base class; non-tensor `uid` tells the groups. Rows of a group have the same prompt.
+    """
+
+    def __init__(self, rows: DataProto) -> None:
+        super().__init__(rows)
+        batch = rows.batch
+        is_real = batch["attention_mask"].bool()  # (N, S)
+        first_column = response_columns(is_real.shape[1], self.response_mask.shape[1]).start
+        is_label = response_tokens(batch["attention_mask"], self.response_mask)  # (N, S)
+        self.groups = _rows_by(rows.non_tensor_batch["uid"])
+        self._places: list[torch.Tensor] = [torch.empty(0)] * len(is_real)
+        predictors: list[torch.Tensor] = [torch.empty(0)] * len(is_real)
+        token_rows, token_columns, borders, continued = [], [], [0], []
+        for members in self.groups:
+            prompt = is_real[members[0], :first_column].nonzero()[:, 0]
+            start, number = borders[-1], len(continued)
+            token_rows.append(torch.full_like(prompt, members[0]))
+            token_columns.append(prompt)
+            borders.append(start + len(prompt))
+            continued.append(None)
+            places_of_prompt = torch.arange(start, borders[-1])
+            for row in members:
+                columns = first_column + is_real[row, first_column:].nonzero()[:, 0]
+                token_rows.append(torch.full_like(columns, row))
+                token_columns.append(columns)
+                own = torch.arange(borders[-1], borders[-1] + len(columns))
+                borders.append(borders[-1] + len(columns))
+                continued.append(number)
+                self._places[row] = torch.cat([places_of_prompt, own])
+                before = self._places[row][len(prompt) - 1 : -1]  # the position before each of the row's response part
+                predictors[row] = before[is_label[row, columns]]
+        self.token_rows, self.token_columns = torch.cat(token_rows), torch.cat(token_columns)  # (T,)
+        self.predictors = torch.cat(predictors)  # (L,), row after row
+        self.samples = PackedSamples(tuple(borders), None, tuple(continued))
+        self.input_ids = batch["input_ids"][self.token_rows, self.token_columns]  # (T,)
+        self.position_ids = batch["position_ids"][self.token_rows, ..., self.token_columns]  # (T,) or (T, 4)
+        self._labels = batch["input_ids"][is_label]  # (L,)
+
+    def pieces(self) -> list[tuple[int, int]]:
+        return [(piece.length, piece.prefix_length) for piece in self.samples.pieces]
+
+    def prompt_rows(self) -> Sequence[int]:
+        return [members[0] for members in self.groups]
+
+    def model_inputs(self) -> dict[str, Any]:
+        positions = self.position_ids.mT if self.position_ids.dim() == 2 else self.position_ids
+        return {
+            "input_ids": self.input_ids[None],
+            "attention_mask": torch.empty(NOT_A_MASK),
+            "position_ids": positions.unsqueeze(-2),  # (1, T) or (4, 1, T)
+            "logits_to_keep": self.predictors,
+            SAMPLES: self.samples,
+        }
+
+    def labels(self) -> torch.Tensor:
+        return self._labels
+
+    def at_labels(self, kept: torch.Tensor) -> torch.Tensor:
+        return kept[0]
+
+    def label_rows(self) -> torch.Tensor:
+        return self.response_mask.nonzero()[:, 0]
+
+    def row_means(self, states: torch.Tensor, is_chosen: torch.Tensor) -> torch.Tensor:
+        # Prompts of a group are the same, in the same columns.
+        chosen = [places[is_chosen[row, self.token_columns[places]]] for row, places in enumerate(self._places)]
+        means = [states[0, own.to(states.device)].float().mean(dim=0) for own in chosen]
+        return torch.stack(means)
+
+    def as_wide(self, masses: torch.Tensor) -> torch.Tensor:
+        return _from_first_columns(masses, self.response_mask)
+
+    def record_attention(
+        self, model: nn.Module, key_kinds: torch.Tensor, layers: LayerChoice | int | None
+    ) -> Iterator[AttentionMassRecorder]:
+        return record_mass_at(model, key_kinds[self.token_rows, self.token_columns], self._places, self.length, layers)
+
+
+def _rows_by(uids: Sequence[Any]) -> list[list[int]]:
+    """Rows of the same uid, groups in the order of their first rows."""
+    groups: dict[Any, list[int]] = {}
+    for row, uid in enumerate(uids):
+        groups.setdefault(uid, []).append(row)
+    return list(groups.values())
+
+
+def _from_first_columns(masses: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+    """(N, R, 2), zero outside the mask, from (N, length, 2), where a response's tokens count from column 0 on."""
+    mask = response_mask.to(masses.device)
+    is_token = torch.arange(masses.shape[1], device=masses.device) < mask.sum(dim=1, keepdim=True)  # (N, length)
+    wide = masses.new_zeros(*mask.shape, masses.shape[2])
+    wide[mask] = masses[is_token]
+    return wide
 
 
 def why_not_packed(model: nn.Module) -> str | None:

@@ -36,13 +36,14 @@ from verl.trainer.rewards import RewardClient
 from verl.trainer.rollouts import Rollouts
 from verl.trainer.run_state import RunState
 from verl.trainer.step_record import StepRecord
-from verl.trainer.streams import MODEL_INPUTS, scores_beside, scores_measured, streams_read_by
+from verl.trainer.streams import model_inputs, scores_beside, scores_measured, shares_prompts, streams_read_by
 from verl.trainer.token_weigher import TokenWeigher
 from verl.trainer.tracking import Tracker
 from verl.trainer.validator import ValidationResult, Validator
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.checkpoint import ResumePoint
-from verl.utils.seqlen_balancing import balanced_order, seqlen_metrics
+from verl.utils.response_span import prompt_lengths
+from verl.utils.seqlen_balancing import TokenCosts, balanced_order, seqlen_metrics
 from verl.workers.reward.results import values_by_key
 
 logger = logging.getLogger(__name__)
@@ -173,10 +174,17 @@ class RayDAPOTrainer:
     def _balance_across_ranks(self, batch: DataProto, record: StepRecord) -> DataProto:
         """Reorders rows so that every rank gets as many rows and about as many tokens.
 
-        Reads: `attention_mask`. Mini-batches keep their rows, so the optimizer steps do not depend on W.
+        Groups that share their prompt stay together where they divide over the ranks.
+
+        Reads: `attention_mask`, and where prompts are shared `response_mask` and `uid`. Mini-batches keep their rows,
+        so the optimizer steps do not depend on W.
         """
         lengths = batch.batch["attention_mask"].sum(dim=1).tolist()
-        order = balanced_order(lengths, self.plan.world_size, self.plan.pieces_to_balance)
+        costs = None
+        if shares_prompts(self.config):
+            prompts = prompt_lengths(batch.batch["attention_mask"], batch.batch["response_mask"]).tolist()
+            costs = TokenCosts.of_groups(lengths, prompts, batch.non_tensor_batch["uid"])
+        order = balanced_order(lengths, self.plan.world_size, self.plan.pieces_to_balance, costs)
         batch.reorder(torch.tensor(order))
         record.add(seqlen_metrics(lengths, order, self.plan.world_size))
         return batch
@@ -190,11 +198,11 @@ class RayDAPOTrainer:
         return self.rewards.send(batch, self.state.global_step) if scores_beside(self.config) else None
 
     def _compute_log_probs(self, batch: DataProto, record: StepRecord) -> DataProto:
-        """Reads: `MODEL_INPUTS`, `rollout_log_probs`. Adds: `old_log_probs`; what the run's token signals want
+        """Reads: the model's inputs, `rollout_log_probs`. Adds: `old_log_probs`; what the run's token signals want
         measured, and `attention_mass` and `attention_keys` if they are collected; unless KL is off `ref_log_probs`,
         or, of a full KL, `ref_kl` if it is for the reward; `importance_weights` if asked for."""
         algorithm = self.config.algorithm
-        sequences = batch.select(*MODEL_INPUTS, [])
+        sequences = batch.select(*model_inputs(self.config), [])
         with record.timed("old"):
             batch = batch.union(self.workers.compute_log_probs(sequences))
         streams, cap = batch.batch, self.config.worker.rollout.importance_cap
@@ -214,7 +222,7 @@ class RayDAPOTrainer:
         return batch
 
     def _compute_values(self, batch: DataProto, record: StepRecord) -> DataProto:
-        """Reads: `MODEL_INPUTS`. Adds: `values`, where there is a critic."""
+        """Reads: the model's inputs. Adds: `values`, where there is a critic."""
         if self.plan.critic is None:
             return batch
         with record.timed("values"):
@@ -299,7 +307,7 @@ class RayDAPOTrainer:
         return {"actor/kl_penalty": mean_kl, "actor/kl_coef": kl_coef}
 
     def _update_critic(self, batch: DataProto, record: StepRecord) -> None:
-        """Reads: `MODEL_INPUTS`, `values`, `returns`."""
+        """Reads: the model's inputs, `values`, `returns`."""
         if self.plan.critic is None:
             return
         with record.timed("update_critic"):
@@ -309,7 +317,7 @@ class RayDAPOTrainer:
         return step >= self.config.trainer.critic_warmup
 
     def _update_actor(self, batch: DataProto, record: StepRecord) -> None:
-        """Reads: `MODEL_INPUTS`, `old_log_probs`, `advantages`; `ref_log_probs`, `token_weights` and
+        """Reads: the model's inputs, `old_log_probs`, `advantages`; `ref_log_probs`, `token_weights` and
         `importance_weights` in runs that have them."""
         if not self._actor_learns(record.step):
             return

@@ -127,6 +127,21 @@ def signals(config: PPOConfig) -> bool:
     return config.algorithm.enable_token_weights or bool(config.algorithm.token_signals_to_log)
 
 
+def actor_shares_prompts(config: PPOConfig) -> bool:
+    """The policy computes each prompt once for all its responses."""
+    return config.worker.actor.shares_prompts
+
+
+def critic_shares_prompts(config: PPOConfig) -> bool:
+    """The critic does."""
+    return config.algorithm.needs_critic and config.worker.critic.shares_prompts
+
+
+def shares_prompts(config: PPOConfig) -> bool:
+    """One of them does."""
+    return actor_shares_prompts(config) or critic_shares_prompts(config)
+
+
 def measures(name: str) -> Condition:
     """The log-prob pass measures the stream `name`, for a signal or because attention is collected."""
     return lambda config: name in measured_streams(config.algorithm, attention(config))
@@ -162,10 +177,9 @@ PHASES: dict[str, Condition] = {
 }
 """The phases of a step that touch the batch, in their order, and the runs in which they act."""
 
-MODEL_INPUTS = (["input_ids", "attention_mask", "position_ids", "response_mask"], ["multi_modal_data"])
-"""Names of the tensors and of the object columns that a forward pass over whole sequences reads."""
-
-_PASSES = ("compute_log_probs", "compute_values", "update_critic", "update_actor")
+_MODEL_INPUTS = (["input_ids", "attention_mask", "position_ids", "response_mask"], ["multi_modal_data"])
+_ACTOR_PASSES, _CRITIC_PASSES = ("compute_log_probs", "update_actor"), ("compute_values", "update_critic")
+_PASSES = (*_ACTOR_PASSES, *_CRITIC_PASSES)
 _INT, _FLOAT = torch.int64, torch.float32
 _WEIGHTS = "attach_token_weights"
 
@@ -187,7 +201,11 @@ STREAMS = (
         "compute_log_probs", (_WEIGHTS, asks_for("rollout_log_probs"))), always),
     Stream("multi_modal_data", "N", object, "rollout", (*_SCORES, *_PASSES), always),
     Stream("image_grid_thw", "N", object, "rollout", _SCORES_BATCH, always),
-    Stream("uid", "N", object, "rollout", (*_SCORES, "compute_advantages", ("log", token_weights)), always),
+    Stream("uid", "N", object, "rollout", (
+        *_SCORES, ("balance_across_ranks", shares_prompts),
+        *((phase, actor_shares_prompts) for phase in _ACTOR_PASSES),
+        *((phase, critic_shares_prompts) for phase in _CRITIC_PASSES),
+        "compute_advantages", ("log", token_weights)), always),
     Stream("prompt_text", "N", object, "rollout", _SCORES, always),
     Stream("ground_truth", "N", object, "rollout", _SCORES, always),
     Stream("extra", "N", object, "rollout", _SCORES, always),
@@ -221,6 +239,12 @@ STREAMS = (
 )
 # fmt: on
 """Rows in the order in which a step adds their streams."""
+
+
+def model_inputs(config: PPOConfig) -> tuple[list[str], list[str]]:
+    """Names of the tensors and of the object columns that a forward pass of the policy over whole sequences reads."""
+    tensors, objects = _MODEL_INPUTS
+    return tensors, [*objects, "uid"] if actor_shares_prompts(config) else objects
 
 
 def streams_of(config: PPOConfig) -> list[Stream]:

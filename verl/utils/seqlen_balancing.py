@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,14 +56,17 @@ def partition_evenly(lengths: Sequence[int], num_parts: int, equal_count: bool) 
     return [sorted(members) for _, members in heap[0][2]]
 
 
-def balanced_order(lengths: Sequence[int], num_ranks: int, num_mini_batches: int) -> list[int]:
+def balanced_order(
+    lengths: Sequence[int], num_ranks: int, num_mini_batches: int, costs: TokenCosts | None = None
+) -> list[int]:
     """Order of rows in which equal contiguous chunks over ranks carry similar numbers of tokens.
 
     Mini-batch k is rows k * G to (k + 1) * G of the incoming order, G = N / num_mini_batches, and keeps its rows: each
     rank gets G / num_ranks of them. The outgoing order is rank by rank, and mini-batch by mini-batch inside a rank, so
     every optimizer step sees the same rows whatever the number of ranks. One rank leaves the order as it is.
 
-    lengths: N token counts. Returns N row indices. Raises ValueError when the rows do not divide.
+    lengths: N token counts. costs: where rows share prompts; groups of equal numbers of rows stay together where their
+    number divides over the ranks. Returns N row indices. Raises ValueError when the rows do not divide.
     """
     if len(lengths) % (num_mini_batches * num_ranks) != 0:
         raise ValueError(
@@ -73,12 +78,23 @@ def balanced_order(lengths: Sequence[int], num_ranks: int, num_mini_batches: int
     rows_of_rank = [[] for _ in range(num_ranks)]
     tokens_of_rank = [0] * num_ranks
     for start in range(0, len(lengths), size):
-        parts = partition_evenly(lengths[start : start + size], num_ranks, equal_count=True)
+        parts = _deal(range(start, start + size), lengths, num_ranks, costs)
         lightest_first = sorted(range(num_ranks), key=lambda rank: tokens_of_rank[rank])
         for rank, part in zip(lightest_first, parts, strict=True):
-            rows_of_rank[rank] += [start + row for row in part]
-            tokens_of_rank[rank] += sum(lengths[start + row] for row in part)
+            rows_of_rank[rank] += part
+            tokens_of_rank[rank] += _tokens(lengths, part) if costs is None else costs.of(part)
     return [row for rows in rows_of_rank for row in rows]
+
+
+def _deal(rows: range, lengths: Sequence[int], num_ranks: int, costs: TokenCosts | None) -> list[list[int]]:
+    """The rows in as many parts of equal count, of similar numbers of tokens; whole groups where that is possible."""
+    if costs is not None and num_ranks > 1:
+        groups = costs.by_group(rows)
+        if len({len(members) for members in groups}) == 1 and len(groups) % num_ranks == 0:
+            parts = partition_evenly([costs.of(members) for members in groups], num_ranks, equal_count=True)
+            return [[row for place in part for row in groups[place]] for part in parts]
+    parts = partition_evenly([lengths[row] for row in rows], num_ranks, equal_count=True)
+    return [[rows.start + place for place in part] for part in parts]
 
 
 def seqlen_metrics(lengths: Sequence[int], order: Sequence[int], num_ranks: int) -> dict[str, float]:
@@ -98,8 +114,44 @@ def seqlen_metrics(lengths: Sequence[int], order: Sequence[int], num_ranks: int)
     }
 
 
+@dataclass(frozen=True)
+class TokenCosts:
+    """How many tokens a model computes for some rows: each one's own, and what a group of rows shares once."""
+
+    own: Sequence[int]
+    """Of each row."""
+    shared: Sequence[int]
+    """Of each row's group."""
+    groups: Sequence[int]
+    """The number of each row's group."""
+
+    @classmethod
+    def of_rows(cls, lengths: Sequence[int]) -> TokenCosts:
+        """Rows that share nothing."""
+        return cls(lengths, [0] * len(lengths), range(len(lengths)))
+
+    @classmethod
+    def of_groups(cls, lengths: Sequence[int], prompts: Sequence[int], uids: Sequence[Any]) -> TokenCosts:
+        """Rows of the same uid share their prompt."""
+        numbers = {uid: number for number, uid in enumerate(dict.fromkeys(uids))}
+        own = [length - prompt for length, prompt in zip(lengths, prompts, strict=True)]
+        return cls(own, prompts, [numbers[uid] for uid in uids])
+
+    def of(self, rows: Sequence[int]) -> int:
+        """Of these rows together."""
+        prompts = {self.groups[row]: self.shared[row] for row in rows}
+        return sum(self.own[row] for row in rows) + sum(prompts.values())
+
+    def by_group(self, rows: Sequence[int]) -> list[list[int]]:
+        """The rows of each group among these, groups in the order of their first rows."""
+        members: dict[int, list[int]] = {}
+        for row in rows:
+            members.setdefault(self.groups[row], []).append(row)
+        return list(members.values())
+
+
 def prepare_dynamic_batch(
-    data: DataProto, max_token_len: int, packed: bool = True
+    data: DataProto, max_token_len: int, packed: bool = True, shares_prompts: bool = False
 ) -> tuple[list[DataProto], list[list[int]]]:
     """Split a rank's rows into few micro-batches of at most `max_token_len` tokens each.
 
@@ -107,9 +159,11 @@ def prepare_dynamic_batch(
     initialised this is a collective call, and ranks with less to do split further. The heaviest micro-batch comes
     first, which pairs heavy ones across ranks and meets an out-of-memory error at once.
 
-    data: `attention_mask` (N, S) is read, and of rows that are not packed `response_mask` (N, R).
+    data: `attention_mask` (N, S) is read, and of rows that are not packed or share prompts `response_mask` (N, R).
     packed: rows lie end to end, so that only their real tokens count; else side by side, where the padding that they
         need beside each other counts too, and rows of like length go together.
+    shares_prompts: packed rows of the same non-tensor `uid` have their prompt once: it counts once, and a group is cut
+        only where it does not fit.
 
     Returns the micro-batches and, for each, the row indices it took.
     Raises ValueError when one row alone is longer than `max_token_len`.
@@ -122,8 +176,12 @@ def prepare_dynamic_batch(
             "raise the micro-batch size or lower data.max_prompt_length or data.max_response_length"
         )
 
+    costs = TokenCosts.of_rows(lengths)
+    if packed and shares_prompts:
+        prompts = prompt_lengths(attention_mask, data.batch["response_mask"]).tolist()
+        costs = TokenCosts.of_groups(lengths, prompts, data.non_tensor_batch["uid"])
     if packed:
-        index_lists = _fill_packed(lengths, max_token_len)
+        index_lists = _fill_packed(costs, max_token_len)
     else:
         response_mask = data.batch["response_mask"]
         prompts = prompt_lengths(attention_mask, response_mask).tolist()
@@ -136,21 +194,39 @@ def prepare_dynamic_batch(
         num_parts = int(most_parts)
 
     while len(index_lists) < num_parts:
-        heaviest = max((rows for rows in index_lists if len(rows) > 1), key=lambda rows: _tokens(lengths, rows))
+        heaviest = max((rows for rows in index_lists if len(rows) > 1), key=costs.of)
         index_lists.remove(heaviest)
-        halves = partition_evenly([lengths[row] for row in heaviest], 2, equal_count=False)
-        index_lists += [[heaviest[place] for place in half] for half in halves]
-    index_lists.sort(key=lambda rows: -_tokens(lengths, rows))
+        groups = costs.by_group(heaviest)
+        pieces = groups if len(groups) > 1 else [[row] for row in heaviest]
+        halves = partition_evenly([costs.of(piece) for piece in pieces], 2, equal_count=False)
+        index_lists += [sorted(row for place in half for row in pieces[place]) for half in halves]
+    index_lists.sort(key=lambda rows: -costs.of(rows))
     return [data[rows] for rows in index_lists], index_lists
 
 
-def _fill_packed(lengths: Sequence[int], max_token_len: int) -> list[list[int]]:
-    num_parts = -(-sum(lengths) // max_token_len)
-    index_lists = partition_evenly(lengths, num_parts, equal_count=False)
-    while _tokens(lengths, index_lists[0]) > max_token_len:
+def _fill_packed(costs: TokenCosts, max_token_len: int) -> list[list[int]]:
+    pieces = [
+        piece
+        for members in costs.by_group(range(len(costs.own)))
+        for piece in _cut_to_fit(members, costs, max_token_len)
+    ]
+    sizes = [costs.of(piece) for piece in pieces]
+    num_parts = -(-sum(sizes) // max_token_len)
+    places = partition_evenly(sizes, num_parts, equal_count=False)
+    while _tokens(sizes, places[0]) > max_token_len:
         num_parts += 1
-        index_lists = partition_evenly(lengths, num_parts, equal_count=False)
-    return index_lists
+        places = partition_evenly(sizes, num_parts, equal_count=False)
+    return [sorted(row for place in part for row in pieces[place]) for part in places]
+
+
+def _cut_to_fit(rows: Sequence[int], costs: TokenCosts, max_token_len: int) -> list[list[int]]:
+    """One group's rows, in pieces that fit each: as few as follow from taking the rows in order."""
+    pieces: list[list[int]] = [[]]
+    for row in rows:
+        if costs.of([*pieces[-1], row]) > max_token_len:
+            pieces.append([])
+        pieces[-1].append(row)
+    return pieces
 
 
 def _fill_padded(prompts: Sequence[int], responses: Sequence[int], max_token_len: int) -> list[list[int]]:

@@ -22,7 +22,7 @@ from verl.models.flops import FlopCounter, Work
 from verl.models.output_head import forward_with_head
 from verl.models.registry import media_token_types
 from verl.models.sequence_parallel import SequenceGroup
-from verl.models.token_layout import PackedLayout, PaddedLayout, TokenLayout, why_not_packed
+from verl.models.token_layout import PackedLayout, PaddedLayout, SharedPromptLayout, TokenLayout, why_not_packed
 from verl.models.trainable import vision_tower
 from verl.protocol import DataProto
 from verl.utils.logprobs import LazyLogits
@@ -71,6 +71,7 @@ class ResponseForward(ABC):
         if obstacle is not None:
             logger.warning("padding_free=true has no effect on %s: %s", type(model).__name__, obstacle)
         self.packs = group is not None or (config.padding_free and obstacle is None)
+        self.shares_prompts = self.packs and config.shares_prompts
         self.fills_by_tokens = config.dynamic_batching
         self.counter = FlopCounter(model, vision_tower(model))
         self.work = Work()
@@ -91,7 +92,7 @@ class ResponseForward(ABC):
         """
         self._require_known(wanted)
         names = [name for name in self.head_streams if name in wanted]
-        layout = PackedLayout(rows, self.group) if self.packs else PaddedLayout(rows)
+        layout = self._layout(rows)
         inputs = self._inputs(rows, layout)
         head = self._head(rows, layout, inputs, names)
         with self._tap(rows, layout, wanted) as observed:
@@ -114,9 +115,16 @@ class ResponseForward(ABC):
         """
         size *= 1 if self.group is None else self.group.size
         if self.fills_by_tokens:
-            return prepare_dynamic_batch(data, size * data.batch["input_ids"].shape[1], self.packs)
+            return prepare_dynamic_batch(
+                data, size * data.batch["input_ids"].shape[1], self.packs, self.shares_prompts
+            )
         places = [range(start, min(start + size, len(data))) for start in range(0, len(data), size)]
         return [data[rows.start : rows.stop] for rows in places], places
+
+    def _layout(self, rows: DataProto) -> TokenLayout:
+        if not self.packs:
+            return PaddedLayout(rows)
+        return SharedPromptLayout(rows) if self.shares_prompts else PackedLayout(rows, self.group)
 
     def _require_known(self, wanted: Collection[str]) -> None:
         known = {*self.head_streams, *self.tap_streams}
@@ -124,18 +132,19 @@ class ResponseForward(ABC):
 
     def _inputs(self, rows: DataProto, layout: TokenLayout) -> dict[str, Any]:
         """All keywords of the model's forward, on the device; the forward counts as work done."""
-        media = self._media(rows)
-        lengths = rows.batch["attention_mask"].sum(dim=1).tolist()
-        self.work += self.counter.count(lengths, int(layout.response_mask.sum()), media)
+        media = self._media(rows, layout)
+        lengths, prefixes = zip(*layout.pieces(), strict=True)
+        self.work += self.counter.count(lengths, int(layout.response_mask.sum()), media, prefixes)
         inputs = {**layout.model_inputs(), **media, "use_cache": False}
         inputs |= media_token_types(self.model.config, inputs["input_ids"])
         return self._on_device(inputs)
 
-    def _media(self, rows: DataProto, noise: ImageNoise | None = None) -> dict[str, torch.Tensor]:
-        """Features of the images and videos, spoilt by `noise` if there is any."""
+    def _media(self, rows: DataProto, layout: TokenLayout, noise: ImageNoise | None = None) -> dict[str, torch.Tensor]:
+        """Features of the images and videos as they stand in the layout, spoilt by `noise` if there is any."""
         if self.processor is None:
             return {}
-        return featurize(rows.non_tensor_batch["multi_modal_data"], self.processor, noise)
+        media = rows.non_tensor_batch["multi_modal_data"]
+        return featurize([media[row] for row in layout.prompt_rows()], self.processor, noise)
 
     def _on_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {

@@ -66,6 +66,7 @@ class KeyPlan:
     result_columns: (Q,) int64, the response column that each query predicts.
     key_positions: (K,) int64, places in the key tensor, one sample after the other.
     table: (len(samples), 9) int64, `samples` as a tensor.
+    longest_reach: how many tokens, itself included, a query must look back over to see all that it attends to.
     """
 
     samples: tuple[SamplePlan, ...]
@@ -75,6 +76,7 @@ class KeyPlan:
     result_columns: torch.Tensor
     key_positions: torch.Tensor
     table: torch.Tensor
+    longest_reach: int
     _on_devices: dict[torch.device, KeyPlan] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -88,7 +90,8 @@ class KeyPlan:
         place = response_columns(key_kinds.shape[1], response_length)
         assert not bool((rows[:, : place.start] == KeyKind.RESPONSE).any()), "response keys among the prompt's columns"
         columns = [(row[place] == KeyKind.RESPONSE).nonzero().flatten() for row in rows]
-        return cls._of([(index, 0, row) for index, row in enumerate(rows)], columns, response_length)
+        places = torch.arange(key_kinds.shape[1])
+        return cls._of([(index, places, row) for index, row in enumerate(rows)], columns, response_length)
 
     @classmethod
     def from_packed_kinds(
@@ -100,25 +103,37 @@ class KeyPlan:
         cumulative_lengths: (N + 1,) integers; sample n begins at the nth of them and ends before the next.
         response_length: R; no response is longer. Each response's result begins at column 0.
         """
-        tokens = key_kinds.cpu()
         borders = torch.as_tensor(cumulative_lengths).tolist()
-        spans = [(0, start, tokens[start:end]) for start, end in zip(borders[:-1], borders[1:], strict=True)]
+        places = [torch.arange(start, end) for start, end in zip(borders[:-1], borders[1:], strict=True)]
+        return cls.from_places(key_kinds, places, response_length)
+
+    @classmethod
+    def from_places(cls, key_kinds: torch.Tensor, places: Sequence[torch.Tensor], response_length: int) -> KeyPlan:
+        """The plan of samples whose tokens stand anywhere in a single batch row, some of them in several samples.
+
+        key_kinds: (total,) integers of `KeyKind`, on any device; the plan is made on the CPU.
+        places: of each sample the places of its tokens, ascending, in their order.
+        response_length: R; no response is longer. Each response's result begins at column 0.
+        """
+        tokens = key_kinds.cpu()
+        spans = [(0, own, tokens[own]) for own in places]
         columns = [torch.arange(int((kinds == KeyKind.RESPONSE).sum())) for _, _, kinds in spans]
         assert all(len(own) <= response_length for own in columns), f"a response is longer than {response_length}"
         return cls._of(spans, columns, response_length)
 
     @classmethod
     def _of(
-        cls, spans: list[tuple[int, int, torch.Tensor]], columns: list[torch.Tensor], response_length: int
+        cls, spans: list[tuple[int, torch.Tensor, torch.Tensor]], columns: list[torch.Tensor], response_length: int
     ) -> KeyPlan:
-        """spans: batch row, first position and kinds of each sample. columns: of each one's response tokens."""
+        """spans: batch row, positions and kinds of each sample. columns: of each one's response tokens."""
         samples: list[SamplePlan] = []
         nothing = torch.empty(0, dtype=torch.int64)
         queries, result_columns, keys = [nothing], [nothing], [nothing]
-        first_query = first_key = 0
-        for row, ((batch_row, start, kinds), own_columns) in enumerate(zip(spans, columns, strict=True)):
+        first_query = first_key = longest_reach = 0
+        for row, ((batch_row, places, kinds), own_columns) in enumerate(zip(spans, columns, strict=True)):
             ranks = _RANK_OF_KIND[kinds.long()]
-            positions = start + ranks.argsort(stable=True)
+            order = ranks.argsort(stable=True)
+            positions = places[order]
             ends = torch.bincount(ranks, minlength=len(KeyKind)).cumsum(0).tolist()
             prompt, response = positions[: ends[3]], positions[ends[3] : ends[4]]
             if len(prompt) == 0 or len(response) == 0:
@@ -128,6 +143,8 @@ class KeyPlan:
             queries.append(torch.cat([prompt.max().view(1), response[:-1]]))
             keys.append(torch.cat([prompt, response[:-1]]))
             result_columns.append(own_columns)
+            own = torch.cat([order[: ends[3]], order[ends[3] : ends[4]][:-1]])  # of its keys, as the sample counts
+            longest_reach = max(longest_reach, int(own.max() - own.min()) + 1)
             samples.append(SamplePlan(row, batch_row, first_query, len(response), first_key, *ends[:4]))
             first_query += len(queries[-1])
             first_key += len(keys[-1])
@@ -140,6 +157,7 @@ class KeyPlan:
             result_columns=torch.cat(result_columns),
             key_positions=torch.cat(keys),
             table=torch.tensor(samples, dtype=torch.int64).view(-1, len(SamplePlan._fields)),
+            longest_reach=longest_reach,
         )
 
     def to(self, device: torch.device) -> KeyPlan:

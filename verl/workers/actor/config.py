@@ -175,6 +175,9 @@ class TrainedModelConfig(ConfigSection):
     """Mean over all tokens of the mini-batch, or over its sequences' own means."""
     ppo_epochs: int = 1
     """Passes over each rollout batch."""
+    share_prompts: bool = False
+    """Compute the prompt of a group once for all its responses. Takes rows without padding (`padding_free`) that no
+    workers share (`ulysses_size=1`), and has no effect on others."""
     padding_free: bool = True
     """Pack sequences without their padding."""
     dynamic_batching: bool = True
@@ -197,6 +200,11 @@ class TrainedModelConfig(ConfigSection):
         if trains_them and self.optim.strategy == "adamw_bf16" and dtype in ("fp16", "float16"):
             problem = "holds weights that optim.strategy=adamw_bf16 does not know; use bf16 or fp32"
             raise ConfigValueError("fsdp.torch_dtype", dtype, problem)
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether groups have their prompt once, as far as the configuration says; the model may not pack."""
+        return self.share_prompts and self.padding_free and self.ulysses_size == 1
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class PolicyForward(ResponseForward):
         if "kl" in names:
             others["kl"] = self.reference.logits_at_labels(layout, inputs)
         if "image_kl" in names:
-            spoilt = self._on_device(self._media(rows, self.signals.noise))
+            spoilt = self._on_device(self._media(rows, layout, self.signals.noise))
             others["image_kl"] = self.logits_at_labels(layout, inputs | spoilt)
         return partial(self._statistics, layout, names, others)
 
