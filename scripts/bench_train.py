@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # Threads are one a process on a CPU, where workers share the cores; Ray and torch read these when they are imported.
 os.environ.update(OMP_NUM_THREADS="1", RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
 
+import numpy as np
 import ray
 import torch
 from bench_rollout import SIZES, make_prompts
@@ -65,6 +66,7 @@ SWITCHES: dict[str, list[str]] = {
     "padding_free=false": [f"{ACTOR}.padding_free=false"],
     "dynamic_batching=false": [f"{ACTOR}.dynamic_batching=false"],
     "padding_free=false dynamic_batching=false": [f"{ACTOR}.padding_free=false", f"{ACTOR}.dynamic_batching=false"],
+    "share_prompts=true": [f"{ACTOR}.share_prompts=true"],
     "enable_gradient_checkpointing=false": [f"{ACTOR}.model.enable_gradient_checkpointing=false"],
     "collect_attentions=true (VGR)": ["worker.rollout.collect_attentions=true"],
     "collect_attentions=true, last layer": [
@@ -184,6 +186,7 @@ def rows_of(prompts: DataProto, arguments: argparse.Namespace) -> DataProto:
         rows.batch[name] = torch.randn(count, length, generator=generator)
     del rows.batch["prompts"], rows.batch["rollout_log_probs"]
     rows.non_tensor_batch["multi_modal_data"] = prompts.non_tensor_batch["multi_modal_data"].repeat(arguments.n)
+    rows.non_tensor_batch["uid"] = np.arange(len(prompts)).repeat(arguments.n).astype(object)
     return rows
 
 
