@@ -178,7 +178,8 @@ def rows_of(prompts: DataProto, arguments: argparse.Namespace) -> DataProto:
     generator = torch.Generator().manual_seed(0)
     count, length = len(prompts) * arguments.n, arguments.response_length
     responses = torch.randint(260, 290, (count, length), generator=generator)
-    lengths = torch.randint(length // 8, length + 1, (count, 1), generator=generator)
+    shortest = length if arguments.fill else length // 8
+    lengths = torch.randint(shortest, length + 1, (count, 1), generator=generator)
     rows = assemble_batch(
         prompts, responses, (torch.arange(length) < lengths).long(), torch.zeros(count, length), arguments.n
     )
@@ -194,7 +195,7 @@ def measure(
     switches: list[list[str]], model_path: str, arguments: argparse.Namespace
 ) -> list[dict[str, list[dict[str, float]]]]:
     """For each of the runs that are alive together, by phase, what every turn gave; the first turn is not counted."""
-    prompts = make_prompts(model_path, arguments.prompts, arguments.prompt_length)
+    prompts = make_prompts(model_path, arguments.prompts, arguments.prompt_length, arguments.fill)
     inputs = prompts.select(
         ["input_ids", "attention_mask", "position_ids"], ["raw_prompt_ids", "multi_modal_data"], []
     )
@@ -252,6 +253,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=4, help="responses a prompt")
     parser.add_argument("--prompt-length", type=int, default=128)
     parser.add_argument("--response-length", type=int, default=128)
+    parser.add_argument("--fill", action="store_true", help="prompts and responses of the full lengths")
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="switches whose names begin so; all by default")
@@ -275,7 +277,7 @@ def main() -> None:
             for name, keys in switches.items():
                 baseline, result = measure([[], keys], model_path, arguments)
                 results[name] = (result, baseline)
-        rows = rows_of(make_prompts(model_path, arguments.prompts, arguments.prompt_length), arguments)
+        rows = rows_of(make_prompts(model_path, arguments.prompts, arguments.prompt_length, arguments.fill), arguments)
     ray.shutdown()
 
     of_rows = int(rows.batch["attention_mask"].sum())

@@ -39,6 +39,7 @@ KINDS = {
     "own signal": ["algorithm.enable_token_weights=true", f"algorithm.token_weight_signal={SURPRISE}"],
     "signals that weigh nothing": [f"algorithm.token_signals_to_log=[{SURPRISE},vgr,uniform]", COLLECT],
     "weights by nothing": ["algorithm.enable_token_weights=true"],
+    "prompts not shared": ["worker.actor.share_prompts=false"],
     "reward of the batch": [f"worker.reward.reward_function={Path(__file__).parent}/reward_of_batches.py:needs_all"],
     "reward of attention": [
         f"worker.reward.reward_function={Path(__file__).parent}/reward_of_attention.py:compute_reward",

@@ -175,7 +175,7 @@ class TrainedModelConfig(ConfigSection):
     """Mean over all tokens of the mini-batch, or over its sequences' own means."""
     ppo_epochs: int = 1
     """Passes over each rollout batch."""
-    share_prompts: bool = False
+    share_prompts: bool = True
     """Compute the prompt of a group once for all its responses. Takes rows without padding (`padding_free`) that no
     workers share (`ulysses_size=1`), and has no effect on others."""
     padding_free: bool = True
