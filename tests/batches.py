@@ -86,7 +86,13 @@ def answer_at_random(prompts: DataProto, n: int, response_length: int, seed: int
     batch.batch["old_log_probs"] -= 4
     batch.batch["ref_log_probs"] -= 4
     batch.non_tensor_batch["multi_modal_data"] = prompts.non_tensor_batch["multi_modal_data"].repeat(n)
+    batch.non_tensor_batch["uid"] = uids_of(num_rows, n)
     return batch
+
+
+def uids_of(num_rows: int, n: int) -> np.ndarray:
+    """Names of the prompts of rows in groups of `n`."""
+    return np.array([f"prompt {row // n}" for row in range(num_rows)], dtype=object)
 
 
 def with_random_weights(batch: DataProto, seed: int = 1) -> DataProto:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from tests.batches import answer_at_random, prompts_of, random_image
+from tests.batches import answer_at_random, prompts_of, random_image, uids_of
 from tests.family_models import FAMILY_MODELS, IMAGE_TEXT_MODELS, TEXT_MODELS, make_family_model
 from tests.probe import RESPONSE_LENGTH, make_config, start_alone, start_two
 from verl.data.conversation import messages_of
@@ -126,6 +126,7 @@ def test_a_mixed_batch_trains_one_step_with_token_weights(name: str, tmp_path: P
     batch = worker.generate_sequences(prompts)
     worker.release_rollout_engine()
     batch.non_tensor_batch["multi_modal_data"] = prompts.non_tensor_batch["multi_modal_data"].repeat(SAMPLING.n)
+    batch.non_tensor_batch["uid"] = uids_of(len(batch), SAMPLING.n)
     mask = batch.batch["response_mask"]
 
     measured = worker.compute_log_probs(batch).batch

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.utils import is_flash_attn_2_available
 
-from tests.batches import ROWS, answer_at_random, make_prompts, write_dataset
+from tests.batches import ROWS, answer_at_random, make_prompts, uids_of, write_dataset
 from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, make_config, start_group
 from tests.test_attention_recorder import QWEN, answered, record, recorded_and_expected_of_own_queries
 from tests.test_sharding_groups import BF16
@@ -217,6 +217,7 @@ def test_vllm_sleeps_while_the_actor_trains_and_wakes_with_its_weights(tmp_path:
             group.release_rollout_engine()
             assert torch.cuda.mem_get_info()[0] - awake > 0.2 * total, "and goes when it sleeps"
             batch.non_tensor_batch["multi_modal_data"] = prompts.non_tensor_batch["multi_modal_data"]
+            batch.non_tensor_batch["uid"] = uids_of(len(batch), 1)
             of_trainer = group.compute_log_probs(batch).batch["old_log_probs"]
             of_engine = batch.batch["rollout_log_probs"]
             distance = (of_trainer - of_engine)[batch.batch["response_mask"].bool()].abs()

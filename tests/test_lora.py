@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.batches import answer_at_random, make_prompts, response_logits
+from tests.batches import answer_at_random, make_prompts, response_logits, uids_of
 from tests.probe import (
     RESPONSE_LENGTH,
     RESPONSES_PER_PROMPT,
@@ -325,6 +325,7 @@ def test_after_an_update_the_rollout_draws_from_the_trained_policy(
     asked = DataProto(prompts.batch, prompts.non_tensor_batch, {"sampling": sampling, "seed_parts": (0,)})
     drawn = worker.generate_sequences(asked)
     drawn.non_tensor_batch["multi_modal_data"] = prompts.non_tensor_batch["multi_modal_data"].repeat(2)
+    drawn.non_tensor_batch["uid"] = uids_of(len(drawn), 2)
     recomputed = worker.compute_log_probs(drawn).batch["old_log_probs"]
     torch.testing.assert_close(drawn.batch["rollout_log_probs"], recomputed, atol=2e-5, rtol=0)
     of_base = worker.compute_ref_log_probs(drawn).batch["ref_log_probs"]

@@ -148,6 +148,7 @@ def test_an_update_knows_how_many_operations_it_takes(
             tiny_model_path,
             "worker.actor.ppo_epochs=2",
             "worker.actor.micro_batch_size_per_device_for_update=2",
+            "worker.actor.share_prompts=false",
             f"worker.actor.padding_free={padding_free}",
         )
     )

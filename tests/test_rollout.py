@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from tests import vlm_zoo
-from tests.batches import PROMPT_LENGTH, ROWS, make_prompts, prompts_of, random_image
+from tests.batches import PROMPT_LENGTH, ROWS, make_prompts, prompts_of, random_image, uids_of
 from tests.pool import new_processes
 from tests.probe import RESPONSE_LENGTH, make_config, start_group
 from tests.tiny import CORPUS, make_tiny_model
@@ -112,7 +112,8 @@ def generate(workers: WorkerGroup, prompts: DataProto, sampling: Sampling, *seed
 
 def with_media(batch: DataProto, prompts: DataProto, n: int) -> DataProto:
     media = prompts.non_tensor_batch["multi_modal_data"].repeat(n)
-    return DataProto(batch.batch, {**batch.non_tensor_batch, "multi_modal_data": media})
+    uids = uids_of(len(batch), n)
+    return DataProto(batch.batch, {**batch.non_tensor_batch, "multi_modal_data": media, "uid": uids})
 
 
 def plain_greedy(model_path: str, weights: dict[str, torch.Tensor], prompts: DataProto) -> list[list[int]]:

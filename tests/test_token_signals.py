@@ -59,7 +59,7 @@ def measured(tiny_model_path: str, batch: DataProto, lone_process_group) -> dict
 
 
 def streams_of(worker, batch: DataProto) -> dict[str, torch.Tensor]:
-    streams = dict(worker.compute_log_probs(batch.select(None, ["multi_modal_data"])).batch.items())
+    streams = dict(worker.compute_log_probs(batch.select(None, ["multi_modal_data", "uid"])).batch.items())
     return streams | {name: batch.batch[name] for name in ("response_mask", "responses", "rollout_log_probs")}
 
 
@@ -165,7 +165,7 @@ def test_image_kl_without_an_image_is_zero_even_where_two_passes_differ(
     embedding = worker.actor.forward.model.get_input_embeddings()
     hook = embedding.register_forward_hook(lambda module, args, states: states + 0.01 * torch.randn_like(states))
     try:
-        image_kl = worker.measured(batch.select(None, ["multi_modal_data"]), ["image_kl"]).batch["image_kl"]
+        image_kl = worker.measured(batch.select(None, ["multi_modal_data", "uid"]), ["image_kl"]).batch["image_kl"]
     finally:
         hook.remove()
     assert (image_kl[:4].abs().amax(1) > 0).all() and (image_kl[4:] == 0).all()

@@ -196,7 +196,8 @@ STREAMS = (
         "balance_across_ranks", *_PASSES, *_SCORES_BATCH, "log"), always),
     Stream("position_ids", "N S", _INT, "rollout", (*_PASSES, *_SCORES_BATCH), always),
     Stream("response_mask", "N R", _INT, "rollout", (
-        "start_rewards", *_PASSES, "await_rewards", _WEIGHTS, "compute_advantages", "log"), always),
+        ("balance_across_ranks", shares_prompts), "start_rewards", *_PASSES, "await_rewards", _WEIGHTS,
+        "compute_advantages", "log"), always),
     Stream("rollout_log_probs", "N R", _FLOAT, "rollout", (
         "compute_log_probs", (_WEIGHTS, asks_for("rollout_log_probs"))), always),
     Stream("multi_modal_data", "N", object, "rollout", (*_SCORES, *_PASSES), always),
