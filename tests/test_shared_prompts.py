@@ -18,7 +18,7 @@ from verl.utils.seqlen_balancing import TokenCosts, balanced_order, prepare_dyna
 
 N = 4
 RESPONSE_LENGTH = 12
-SHARE = "worker.actor.share_prompts=true"
+PACK, SHARE = (f"worker.actor.share_prompts={switch}" for switch in ("false", "true"))
 WANTED = ["log_probs", "entropy", "image_kl", "attention_mass", "attention_keys", "hidden_cosine"]
 SIGNALS = [
     "worker.rollout.collect_attentions=true",
@@ -64,7 +64,7 @@ def test_every_family_that_packs_gives_the_same_streams_and_gradients(
 ) -> None:
     path = make_family_model(name, tmp_path / "model")
     batch = answered(make_family_prompts(path, tmp_path))
-    packed, shared = (start_alone(make_config(path, *SIGNALS, *more)) for more in ([], [SHARE]))
+    packed, shared = (start_alone(make_config(path, *SIGNALS, *more)) for more in ([PACK], [SHARE]))
     layouts = {type(worker.actor.forward._layout(batch)) for worker in (packed, shared)}
     if layouts == {PaddedLayout}:
         return
@@ -104,7 +104,7 @@ def test_an_update_moves_the_weights_as_a_packed_one_does(
         "worker.actor.optim.lr=1e-3",
     ]
     weights = []
-    for more in ([], [SHARE]):
+    for more in ([PACK], [SHARE]):
         worker = start_alone(make_config(tiny_model_path, *settings, *more))
         data = batch.select(
             [

@@ -268,6 +268,55 @@ def test_flash_attention_is_given_the_borders_and_no_mask(window: int | None, mo
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_responses_that_continue_a_prompt_are_given_its_keys(
+    window: int | None, implementation: str, monkeypatch
+) -> None:
+    """Two prompts with two responses and one, against each row alone. FlashAttention's kernel is a stand-in, which
+    lets the last query of a piece see the last of its keys."""
+
+    def varlen(query, key, value, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, **options):
+        assert causal and cu_seqlens_q.tolist() == [0, 9, 14, 17, 21, 27]
+        assert cu_seqlens_k.tolist() == [0, 9, 23, 35, 39, 49] and (max_seqlen_q, max_seqlen_k) == (9, 14)
+        left = options.get("window_size", (99, 99))[0]
+        outputs = []
+        for (first, last), (start, end) in zip(pairwise(cu_seqlens_q), pairwise(cu_seqlens_k), strict=True):
+            places = torch.arange(end - start)
+            behind = places[-(last - first) :, None] - places
+            heads = (tensor.transpose(0, 1) for tensor in (query[first:last], key[start:end], value[start:end]))
+            mask, scale = (behind >= 0) & (behind <= left), options["softmax_scale"]
+            output = nn.functional.scaled_dot_product_attention(*heads, mask, scale=scale, enable_gqa=True)
+            outputs.append(output.transpose(0, 1))
+        return torch.cat(outputs)
+
+    def kernels(_: str) -> tuple:
+        supported = defaultdict(bool, dict.fromkeys(("max_seqlen_q", "max_seqlen_k", "window_size"), True))
+        return (None, varlen, None, None, None), (partial(process_keywords, supports_mapping=supported), None)
+
+    process_keywords = modeling_flash_attention_utils._process_flash_attention_kwargs
+    monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", kernels)
+    model = make_model("MistralForCausalLM", transformers.MistralConfig(**TEXT_CONFIG, sliding_window=window))
+    generator = torch.Generator().manual_seed(0)
+    one, a, b, other, c = (torch.randint(1, 90, (length,), generator=generator) for length in (9, 5, 3, 4, 6))
+    positions = [torch.arange(9), 9 + torch.arange(5), 9 + torch.arange(3), torch.arange(4), 4 + torch.arange(6)]
+    samples = PackedSamples((0, 9, 14, 17, 21, 27), None, (None, 0, 0, None, 3))
+    extend_attention()
+    with torch.no_grad():
+        rows = [torch.cat(row)[None] for row in ((one, a), (one, b), (other, c))]
+        alone = [model(input_ids=row, use_cache=False).logits[0] for row in rows]
+        model.config._attn_implementation_internal = implementation  # the setter wants the library
+        shared = model(
+            input_ids=torch.cat([one, a, b, other, c])[None],
+            attention_mask=torch.empty(NOT_A_MASK),
+            position_ids=torch.cat(positions)[None],
+            use_cache=False,
+            **{SAMPLES: samples},
+        ).logits[0]
+    expected = torch.cat([alone[0], alone[1][9:], alone[2]])
+    torch.testing.assert_close(shared, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_model_whose_layers_look_along_the_row_is_not_packed() -> None:
     hybrid = make_model(FAMILIES["Qwen3.5"].class_name, FAMILIES["Qwen3.5"].config())
     assert why_not_packed(hybrid) == "it has layers of convolution, linear_attention, which look along the row"

@@ -193,13 +193,11 @@ def _attend_packed(
     if group is not None:
         query, key, value = group.exchange_heads(query, key, value)
     if module.config._attn_implementation == "flash_attention_2":
-        borders = _flash_borders(samples, query.device)
-        key_places = borders.pop("key_places")
-        if key_places is None:
-            output, _ = attend(module, query, key, value, None, **keywords, **borders)
-        else:
-            keys_and_values = (tensor.index_select(2, key_places) for tensor in (key, value))
-            output, _ = attend(module, query, *keys_and_values, None, **keywords, **borders)
+        borders, key_places = _flash_borders(samples, query.device)
+        own = (key, value)
+        if key_places is not None:
+            own = tuple(tensor.index_select(2, key_places) for tensor in own)
+        output, _ = attend(module, query, *own, None, **keywords, **borders)
     else:
         output = _one_by_one(attend, samples, _with_own_heads(module, query, key), query, key, value, **keywords)
     _show(module, query, key, keywords)
@@ -220,22 +218,19 @@ def _with_own_heads(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -
 
 
 @lru_cache(maxsize=1)  # all layers ask for the same, and each time the CPU would wait for the device
-def _flash_borders(samples: PackedSamples, device: torch.device) -> dict[str, Any]:
-    """Keywords of FlashAttention, which lets the last query of a piece see the last of its keys; and `key_places`, the
-    positions of each piece's keys, one piece after the other, or None where they are the row's own."""
+def _flash_borders(samples: PackedSamples, device: torch.device) -> tuple[dict[str, Any], torch.Tensor | None]:
+    """Keywords of FlashAttention, which lets the last query of a piece see the last of its keys; and the positions of
+    each piece's keys, one piece after the other, or None where they are the row's own."""
     borders = torch.tensor(samples.borders, dtype=torch.int32, device=device)
     longest = max(piece.length for piece in samples.pieces)
+    queries = dict(cu_seq_lens_q=borders, max_length_q=longest)
     if samples.continued is None:
-        keys = dict(cu_seq_lens_k=borders, max_length_k=longest, key_places=None)
-    else:
-        lengths = [piece.prefix_length + piece.length for piece in samples.pieces]
-        spans = [(span[0], span[1]) for piece in samples.pieces for span in (piece[2:], piece[:2])]
-        keys = dict(
-            cu_seq_lens_k=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
-            max_length_k=max(lengths),
-            key_places=torch.cat([torch.arange(*span, device=device) for span in spans]),
-        )
-    return dict(cu_seq_lens_q=borders, max_length_q=longest, **keys)
+        return dict(**queries, cu_seq_lens_k=borders, max_length_k=longest), None
+    lengths = [piece.prefix_length + piece.length for piece in samples.pieces]
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    spans = [span for piece in samples.pieces for span in (piece[2:], piece[:2])]  # prefix, then the piece itself
+    key_places = torch.cat([torch.arange(*span, device=device) for span in spans])
+    return dict(**queries, cu_seq_lens_k=ends, max_length_k=max(lengths)), key_places
 
 
 def _one_by_one(
