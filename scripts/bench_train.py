@@ -66,7 +66,7 @@ SWITCHES: dict[str, list[str]] = {
     "padding_free=false": [f"{ACTOR}.padding_free=false"],
     "dynamic_batching=false": [f"{ACTOR}.dynamic_batching=false"],
     "padding_free=false dynamic_batching=false": [f"{ACTOR}.padding_free=false", f"{ACTOR}.dynamic_batching=false"],
-    "share_prompts=true": [f"{ACTOR}.share_prompts=true"],
+    "share_prompts=false": [f"{ACTOR}.share_prompts=false"],
     "enable_gradient_checkpointing=false": [f"{ACTOR}.model.enable_gradient_checkpointing=false"],
     "collect_attentions=true (VGR)": ["worker.rollout.collect_attentions=true"],
     "collect_attentions=true, last layer": [
@@ -139,6 +139,7 @@ def config_of(arguments: argparse.Namespace, model_path: str, switch: list[str])
             f"data.max_prompt_length={arguments.prompt_length}",
             f"data.max_response_length={arguments.response_length}",
             "algorithm.disable_kl=true",
+            f"algorithm.adv_estimator={'grpo' if arguments.n > 1 else 'reinforce_plus_plus'}",
             f"{ACTOR}.model.model_path={model_path}",
             f"{ACTOR}.global_batch_size={arguments.prompts}",
             f"{ACTOR}.micro_batch_size_per_device_for_update={arguments.micro_batch_size}",

@@ -246,11 +246,15 @@ def _one_by_one(
     window = keywords["sliding_window"]
     outputs = []
     for piece in samples.pieces:
-        own = query[:, :, piece.start : piece.end]
         keys, values = (_with_prefix(tensor, piece) for tensor in (key, value))
         sees_all = window is None or piece.prefix_length + piece.length <= window
-        mask = None if sees_all and piece.prefix_length == 0 else _mask_of(piece, None if sees_all else window, query)
-        outputs.append(attend(module, own, keys, values, mask, **keywords)[0])
+        if sees_all and piece.prefix_length < piece.length:
+            # Half of a square without a mask is less than a rectangle with one; the prefix's part is not used.
+            output, _ = attend(module, _with_prefix(query, piece), keys, values, None, **keywords)
+            outputs.append(output[:, piece.prefix_length :])
+            continue
+        mask = _mask_of(piece, None if sees_all else window, query)
+        outputs.append(attend(module, query[:, :, piece.start : piece.end], keys, values, mask, **keywords)[0])
     return torch.cat(outputs, dim=1)  # (1, T, H, D)
 
 

@@ -293,16 +293,19 @@ class SharedPromptLayout(TokenLayout):
             start, number = borders[-1], len(continued)
             token_rows.append(torch.full_like(prompt, members[0]))
             token_columns.append(prompt)
-            borders.append(start + len(prompt))
             continued.append(None)
-            places_of_prompt = torch.arange(start, borders[-1])
+            places_of_prompt = torch.arange(start, start + len(prompt))
+            if len(members) > 1:  # a row alone is a piece by itself
+                borders.append(start + len(prompt))
             for row in members:
                 columns = first_column + is_real[row, first_column:].nonzero()[:, 0]
                 token_rows.append(torch.full_like(columns, row))
                 token_columns.append(columns)
-                own = torch.arange(borders[-1], borders[-1] + len(columns))
-                borders.append(borders[-1] + len(columns))
-                continued.append(number)
+                first = borders[-1] if len(members) > 1 else start + len(prompt)
+                own = torch.arange(first, first + len(columns))
+                borders.append(first + len(columns))
+                if len(members) > 1:
+                    continued.append(number)
                 self._places[row] = torch.cat([places_of_prompt, own])
                 before = self._places[row][len(prompt) - 1 : -1]  # the position before each of the row's response part
                 predictors[row] = before[is_label[row, columns]]

@@ -183,6 +183,15 @@ def bf16_weights_under_plain_adamw(config: PPOConfig) -> Iterator[str]:
             )
 
 
+def prompts_not_shared(config: PPOConfig) -> Iterator[str]:
+    for prefix, model in config.trained_models.items():
+        if model.share_prompts and model.padding_free and model.ulysses_size > 1:
+            yield (
+                f"{prefix}.share_prompts=true has no effect with {prefix}.ulysses_size={model.ulysses_size}: ranks "
+                "cut each row by position, and a prompt would lie with one of them; every response has its prompt"
+            )
+
+
 def warmup_of_no_critic(config: PPOConfig) -> Iterator[str]:
     warmup, algorithm = config.trainer.critic_warmup, config.algorithm
     if warmup > 1 and not algorithm.needs_critic:
@@ -243,6 +252,7 @@ NOTES: tuple[Callable[[PPOConfig], Iterator[str]], ...] = (
     kl_lost_in_equal_groups,
     token_weights_under_one_ratio,
     bf16_weights_under_plain_adamw,
+    prompts_not_shared,
     warmup_of_no_critic,
     reference_of_adapters,
     idle_token_weights,
