@@ -41,10 +41,12 @@ def three_files(tmp_path: Path) -> list[str]:
     return [write_rows(tmp_path / f"{name}.jsonl", [f"{name}{i}" for i in range(n)]) for name, n in sizes.items()]
 
 
-def loader_of(train_files: Any, tokenizer: PreTrainedTokenizerBase, val_files: Any = None, **settings: Any):
+def loader_of(
+    train_files: Any, tokenizer: PreTrainedTokenizerBase, val_files: Any = None, processor: Any = None, **settings: Any
+):
     settings = {"max_prompt_length": 32, "rollout_batch_size": 4, "filter_overlong_prompts": False, **settings}
     config = DataConfig(train_files=train_files, val_files=val_files or train_files, **settings)
-    return create_dataloader(config, tokenizer, None)
+    return create_dataloader(config, tokenizer, processor)
 
 
 def weighted(paths: list[str], *weights: float) -> list[str]:
@@ -204,21 +206,17 @@ def test_mismatches_and_odd_prompts_are_left_out_too(read, pictures, caplog) -> 
     assert "row 1 of" in caplog.text and "row 2 of" in caplog.text
 
 
+def skipping(pictures: Path) -> dict[str, Any]:
+    """Settings that find the damaged picture and leave it out."""
+    return {"image_dir": str(pictures.parent), "min_pixels": None, "check_media": True, "on_bad_row": "skip"}
+
+
 def test_skipped_rows_of_a_second_file_and_of_the_held_out_set_are_not_drawn(
     read, pictures, tokenizer, tiny_model_path, tmp_path
 ) -> None:
     text = write_rows(tmp_path / "text.jsonl", ["t0", "t1", "t2"])
-    config = DataConfig(
-        train_files=[text, str(pictures)],
-        val_files=[text, str(pictures)],
-        image_dir=str(pictures.parent),
-        min_pixels=None,
-        max_prompt_length=32,
-        rollout_batch_size=4,
-        check_media=True,
-        on_bad_row="skip",
-    )
-    train, val = create_dataloader(config, tokenizer, get_processor(tiny_model_path))
+    files = [text, str(pictures)]
+    train, val = loader_of(files, tokenizer, files, get_processor(tiny_model_path), **skipping(pictures))
     good = {"t0", "t1", "t2", *(str(row) for row in range(10) if row != 3)}
     assert train.num_prompts == val.num_prompts == 12
     assert set(draw(train, 3)) == good
@@ -229,17 +227,9 @@ def test_skipped_rows_of_a_second_file_and_of_the_held_out_set_are_not_drawn(
 
 def test_a_mixture_with_a_damaged_picture_draws_without_end(read, pictures, tokenizer, tiny_model_path, tmp_path):
     text = write_rows(tmp_path / "text.jsonl", [f"t{row}" for row in range(6)])
-    config = DataConfig(
-        train_files=[f"{pictures}:9", f"{text}:1"],
-        val_files=text,
-        image_dir=str(pictures.parent),
-        min_pixels=None,
-        max_prompt_length=32,
-        rollout_batch_size=8,
-        check_media=True,
-        on_bad_row="skip",
-    )
-    train, _ = create_dataloader(config, tokenizer, get_processor(tiny_model_path))
+    files = [f"{pictures}:9", f"{text}:1"]
+    settings = {**skipping(pictures), "rollout_batch_size": 8}
+    train, _ = loader_of(files, tokenizer, text, get_processor(tiny_model_path), **settings)
     drawn = draw(train, 12)
     assert "3" not in drawn and any(answer[0] == "t" for answer in drawn)
 

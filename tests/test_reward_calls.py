@@ -95,17 +95,8 @@ def test_an_async_failure_names_its_sample_and_ends_the_other_calls(make_manager
     assert sorted(attribute_of(manager, "ended")) == ["12", "fox"]
 
 
-DECORATED = """
-    REWARD_TYPE = "sequential"
-    import asyncio, functools
-    running = most = 0
-    async def plain(sample):
-        global running, most
-        running += 1
-        most = max(most, running)
-        await asyncio.sleep(0.02)
-        running -= 1
-        return {"overall": float(len(sample["response"]))}
+HIDDEN = f"""{ASYNC}
+    import functools
     def logged(function):
         @functools.wraps(function)
         def wrapper(*args, **kwargs):
@@ -113,14 +104,14 @@ DECORATED = """
         return wrapper
     class Scorer:
         async def __call__(self, sample):
-            return await plain(sample)
-    compute_score, scorer = logged(plain), Scorer()
+            return await compute_score(sample)
+    decorated, scorer = logged(compute_score), Scorer()
 """
 
 
-@pytest.mark.parametrize("name", ["compute_score", "scorer"])
+@pytest.mark.parametrize("name", ["decorated", "scorer"])
 def test_a_function_that_only_returns_something_to_await_is_awaited_all_the_same(make_manager, tokenizer, name):
-    manager = make_manager(DECORATED, name=name)
+    manager = make_manager(HIDDEN, name=name)
     assert score(manager, tokenizer).results == score(make_manager(PLAIN), tokenizer).results
     assert manager.function.module.most == len(TEXTS)
 

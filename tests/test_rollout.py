@@ -116,6 +116,17 @@ def with_media(batch: DataProto, prompts: DataProto, n: int) -> DataProto:
     return DataProto(batch.batch, {**batch.non_tensor_batch, "multi_modal_data": media, "uid": uids})
 
 
+def assert_engine_and_trainer_agree(group: WorkerGroup, prompts: DataProto, tolerance: float) -> None:
+    """On the log-probabilities of sampled responses, before and after an update."""
+    for _ in range(2):
+        group.prepare_rollout_engine()
+        batch = with_media(generate(group, prompts, RANDOM, 0), prompts, RANDOM.n)
+        of_trainer = group.compute_log_probs(batch).batch["old_log_probs"]
+        distance = (batch.batch["rollout_log_probs"] - of_trainer)[batch.batch["response_mask"].bool()].abs()
+        assert distance.max() < tolerance
+        group.shift_weights(3)
+
+
 def plain_greedy(model_path: str, weights: dict[str, torch.Tensor], prompts: DataProto) -> list[list[int]]:
     """transformers' own answer to each prompt alone, with a policy of these weights."""
     model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=torch.float32).eval()
@@ -323,13 +334,7 @@ def test_a_text_model_whose_head_is_its_embeddings_takes_in_new_weights(ray_clus
     with new_processes(1, "vllm") as processes:
         group = start_group(config_of(str(path), "vllm"), 1, processes)
         prompts = make_prompts(str(path), tmp_path, [row for row in ROWS if not row["images"]])
-        for _ in range(2):
-            group.prepare_rollout_engine()
-            batch = with_media(generate(group, prompts, RANDOM, 0), prompts, RANDOM.n)
-            of_trainer = group.compute_log_probs(batch).batch["old_log_probs"]
-            distance = (batch.batch["rollout_log_probs"] - of_trainer)[batch.batch["response_mask"].bool()].abs()
-            assert distance.max() < 2e-5
-            group.shift_weights(3)
+        assert_engine_and_trainer_agree(group, prompts, 2e-5)
 
 
 @pytest.mark.vllm
@@ -408,13 +413,7 @@ def test_videos_read_the_same_in_vllm_and_in_the_trainer(ray_cluster, tmp_path: 
     prompts = prompts_of(dataset)
     with new_processes(1, "vllm") as processes:
         group = start_group(config_of(path, "vllm"), 1, processes, with_videos=True)
-        for _ in range(2):
-            group.prepare_rollout_engine()
-            batch = with_media(generate(group, prompts, RANDOM, 0), prompts, RANDOM.n)
-            of_trainer = group.compute_log_probs(batch).batch["old_log_probs"]
-            distance = (batch.batch["rollout_log_probs"] - of_trainer)[batch.batch["response_mask"].bool()].abs()
-            assert distance.max() < 5e-5
-            group.shift_weights(3)
+        assert_engine_and_trainer_agree(group, prompts, 5e-5)
 
 
 def make_servable_qwen3_vl(path: Path) -> str:
