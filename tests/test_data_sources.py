@@ -117,11 +117,17 @@ def test_a_small_share_is_drawn_in_some_epochs_and_in_the_mean_as_often_as_its_w
 
 
 def test_passes_over_a_source_and_sources_of_one_size_have_orders_of_their_own() -> None:
-    first, second = (mixed_order([8, 8], [1, 1], epoch, True, 3).tolist() for epoch in range(2))
-    of_one, of_other = ([row for row in first if low <= row < low + 8] for low in (0, 8))
-    assert sorted(of_one) == list(range(8)) and [row + 8 for row in of_one] != of_other
-    assert [row for row in second if row < 8] != of_one
-    assert first != sorted(first)  # shuffled over sources, too
+    """Two sources of 8 rows of which an epoch has 6 and 6: which ones, no later shuffling changes."""
+    epochs = [set(mixed_order([8, 8, 8], [1, 1, 2], epoch, True, 3).tolist()) for epoch in range(8)]
+    of_one, of_other = ([{row % 8 for row in rows if row // 8 == source} for rows in epochs] for source in (0, 1))
+    assert of_one != of_other
+    assert of_one[4:] != of_one[:4]  # four epochs are three passes
+
+
+def test_sources_are_shuffled_among_each_other() -> None:
+    patterns = [(mixed_order([8, 8], [1, 1], epoch, True, 3) < 8).tolist() for epoch in range(2)]
+    in_turns = (mixed_order([8, 8], [1, 1], 0, False, 3) < 8).tolist()
+    assert patterns[0] != patterns[1] and in_turns not in patterns
 
 
 def test_other_rows_of_a_source_take_the_places_of_those_that_are_skipped() -> None:
@@ -316,6 +322,13 @@ def test_text_that_is_not_utf8_is_refused_with_the_remedy(name, tmp_path) -> Non
     ) as caught:
         load_rows(str(tmp_path / name))
     assert len(str(caught.value)) < 700
+
+
+def test_the_row_of_text_that_is_not_utf8_counts_over_the_pieces_of_its_column() -> None:
+    good, bad = pa.array(["a", "b", "c"]), pa.array([b"d", b"\xe9"]).view(pa.string())
+    table = pa.table({"prompt": pa.chunked_array([good, bad])})
+    with pytest.raises(ValueError, match="column prompt in row 4: "):
+        files._require_utf8(datasets.Dataset(table))
 
 
 @pytest.mark.parametrize("kind", ["csv", "json"])

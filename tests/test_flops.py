@@ -62,6 +62,16 @@ def test_of_experts_only_those_that_a_token_goes_to_are_counted() -> None:
     assert work.forward + above_the_diagonal(counter, 17) - expected == 17 * 2 * 3 * 64 * 32 * 3 * 2
 
 
+@pytest.mark.parametrize("layer", ["full_attention", "sliding_attention"])
+def test_a_sample_in_two_pieces_takes_as_many_operations_as_whole(layer: str) -> None:
+    config = transformers.Gemma2Config(
+        **TEXT_CONFIG, sliding_window=4, query_pre_attn_scalar=16, layer_types=[layer] * 3
+    )
+    counter = FlopCounter(make_model("Gemma2ForCausalLM", config), None)
+    assert counter.count([7, 5], 3, {}, prefixes=[0, 7]) == counter.count([12], 3, {})
+    assert counter.count([7, 5, 5], 3, {}, prefixes=[0, 7, 7]).forward < counter.count([12, 12], 3, {}).forward
+
+
 def test_samples_of_a_window_see_no_further() -> None:
     """Window 4, ten tokens: 1 + 2 + 3 and then seven times 4 keys, where without it there are 55."""
     plain = FlopCounter(make_model("MistralForCausalLM", transformers.MistralConfig(**TEXT_CONFIG)), None)

@@ -27,6 +27,7 @@ from verl.data.conversation import messages_of
 from verl.data.dataset import RLHFDataset
 from verl.data.features import featurize
 from verl.data.prompt import PromptEncoder
+from verl.data.sources import JoinedDataset
 from verl.data.video import MAX_FRAME_PIXELS, VideoLimits, load_video, outline_video, sample_frames
 from verl.data.vision import MediaHandle
 from verl.models.registry import media_token_ids
@@ -286,6 +287,7 @@ def test_data_with_videos_is_refused_when_loaded_where_the_engine_reads_them_oth
     ):
         check_videos(vllm, plain, mixed)
     check_videos(hf, plain, mixed)
+    assert JoinedDataset([plain, mixed]).has_videos and not JoinedDataset([plain, dropped]).has_videos
     check_videos(vllm, make_dataset("Qwen3-VL", tmp_path, rows))
 
 
