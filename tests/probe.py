@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.pool import shared_processes
 from verl.algorithms.policy_loss import POLICY_LOSSES
@@ -132,7 +132,8 @@ class ProbeWorker(FSDPWorker):
 
     @torch.no_grad()
     def _set(self, parameter: torch.nn.Parameter, whole: torch.Tensor) -> None:
-        parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))
+        is_sharded = isinstance(parameter, DTensor)
+        parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements) if is_sharded else whole)
 
     @register(ONE_TO_ALL)
     def random_state(self) -> torch.Tensor:

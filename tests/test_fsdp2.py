@@ -7,15 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from tests.batches import answer_at_random, make_prompts
-from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, WITH_CRITIC, make_config, start_alone, start_two
+from tests.probe import (
+    RESPONSE_LENGTH,
+    RESPONSES_PER_PROMPT,
+    WITH_CRITIC,
+    ProbeWorker,
+    make_config,
+    start_alone,
+    start_two,
+)
+from verl.models.loader import DTYPES
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
-from verl.workers.fsdp2 import clip_gradients, resident
+from verl.workers.fsdp2 import build_mesh, build_optimizer, build_scheduler, clip_gradients, resident
+from verl.workers.fsdp_checkpoint import FSDPCheckpoint
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +35,10 @@ def batch(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Dat
     return answer_at_random(prompts, RESPONSES_PER_PROMPT, RESPONSE_LENGTH)
 
 
+CASTS = [f"worker.{name}.fsdp.mp_param_dtype=bf16" for name in ("actor", "critic", "ref")]
+"""Has fp32 models compute in bf16, which FSDP does on a single worker too."""
+
+
 def global_norm(parameters: list[nn.Parameter]) -> float:
     """Written out: the root of the sum of all squared entries."""
     return sum(parameter.grad.detach().double().square().sum().item() for parameter in parameters) ** 0.5
@@ -32,11 +46,59 @@ def global_norm(parameters: list[nn.Parameter]) -> float:
 
 def test_every_layer_of_both_towers_and_the_root_are_sharding_groups(tiny_model_path: str, lone_process_group) -> None:
     """The tiny model has two decoder layers and one vision block: gathered one by one, never all at once."""
-    worker = start_alone(make_config(tiny_model_path))
+    worker = start_alone(make_config(tiny_model_path, *CASTS))
     for model in (worker.actor.model, worker.ref_model):
         groups = {name for name, module in model.named_modules() if isinstance(module, FSDPModule)}
         layers = {f"model.language_model.layers.{index}" for index in (0, 1)}
         assert groups == {"", "model.visual.blocks.0", *layers}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_worker_with_the_whole_model_in_its_own_precision_trains_without_fsdp_and_bit_for_bit_as_with_it(
+    precision: str, tiny_model_path: str, batch: DataProto, lone_process_group, tmp_path: Path
+) -> None:
+    """Checkpoints and the stream of weights too."""
+    config = make_config(
+        tiny_model_path,
+        f"worker.actor.fsdp.torch_dtype={precision}",
+        f"worker.actor.fsdp.mp_param_dtype={precision}",
+        "worker.actor.micro_batch_size_per_device_for_update=2",
+    )
+    results = []
+    for is_wrapped in (False, True):
+        worker = start_alone(config)
+        assert not any(isinstance(module, FSDPModule) for module in worker.actor.model.modules())
+        if is_wrapped:
+            _wrap(worker)
+        norms = [worker.update_actor(batch)["actor/grad_norm"] for _ in range(2)]
+        worker.save_checkpoint(str(tmp_path / str(is_wrapped)), False)
+        log_probs = worker.compute_log_probs(batch).batch["old_log_probs"]
+        results.append((norms, log_probs, worker.weights()))
+    (norms, log_probs, weights), (other_norms, other_log_probs, other_weights) = results
+    assert norms == other_norms
+    assert torch.equal(log_probs, other_log_probs)
+    assert weights.keys() == other_weights.keys()
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+    worker = start_alone(config)
+    worker.load_checkpoint(str(tmp_path / "True"), False)  # of FSDP, by a worker without
+    resumed = start_alone(config)
+    resumed.load_checkpoint(str(tmp_path / "False"), False)
+    for other in (worker, resumed):
+        other.update_actor(batch)
+    assert all(torch.equal(value, resumed.weights()[name]) for name, value in worker.weights().items())
+
+
+def _wrap(worker: ProbeWorker) -> None:
+    """Puts FSDP around a plain policy, and an optimizer over its shards."""
+    actor, fsdp = worker.actor, worker.config.worker.actor.fsdp
+    dtype = DTYPES[fsdp.mp_param_dtype]
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    layers = [module for module in actor.model.modules() if type(module).__name__ in actor.model._no_split_modules]
+    for module in (*layers, actor.model):
+        fully_shard(module, mesh=build_mesh(worker.device), mp_policy=policy)
+    actor.optimizer = build_optimizer(actor.model, actor.config.optim)
+    actor.scheduler = build_scheduler(actor.optimizer, actor.config.optim, worker.training_steps)
+    actor.checkpoint = FSDPCheckpoint(actor.model, actor.optimizer, actor.scheduler, actor.checkpoint.described_by)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
@@ -79,8 +141,8 @@ def test_gradients_are_sharded_after_every_micro_batch(
     tiny_model_path: str, batch: DataProto, lone_process_group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before each backward pass but the first, and after the last, they are DTensors of the parameters' placement."""
-    split = "worker.actor.micro_batch_size_per_device_for_update=2"
-    worker = start_alone(make_config(tiny_model_path, split, "worker.actor.dynamic_batching=false"))
+    split = ["worker.actor.micro_batch_size_per_device_for_update=2", "worker.actor.dynamic_batching=false"]
+    worker = start_alone(make_config(tiny_model_path, *split, *CASTS))
     seen: list[set[type]] = []
     plain_objective = worker.actor.objective
 
@@ -180,7 +242,7 @@ def test_each_phase_fetches_what_it_needs_of_what_is_offloaded_and_nothing_else(
     offloads = [f"worker.{name}.offload.offload_params" for name in ("actor", "critic", "ref")]
     offloads += [f"worker.{name}.offload.offload_optimizer" for name in ("actor", "critic")]
     overrides = [f"{key}={switch}" for key in offloads]
-    worker = start_alone(make_config(tiny_model_path, *WITH_CRITIC, *overrides))
+    worker = start_alone(make_config(tiny_model_path, *WITH_CRITIC, *CASTS, *overrides))
     worker.update_actor(batch)  # the optimizer has no state before
     worker.update_critic(batch)
     parts = {"reference": set(map(id, worker.ref_model.parameters()))}
@@ -215,7 +277,7 @@ def test_what_fsdp_keeps_in_host_memory_is_not_moved_between_phases_too(
     keys = [f"worker.{name}.offload.offload_params=true" for name in ("actor", "critic", "ref")]
     keys += [f"worker.{name}.offload.offload_optimizer=true" for name in ("actor", "critic")]
     keys += [f"worker.{name}.fsdp.enable_cpu_offload=true" for name in ("actor", "critic", "ref")]
-    worker = start_alone(make_config(tiny_model_path, *WITH_CRITIC, *keys))
+    worker = start_alone(make_config(tiny_model_path, *WITH_CRITIC, *CASTS, *keys))
     worker.update_actor(batch)
     worker.update_critic(batch)
     with Moves() as moves:

@@ -31,6 +31,7 @@ from verl.models.trainable import choose_trainable
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.workers.actor.config import LoraConfig, ModelConfig
+from verl.workers.fsdp2 import full_tensor
 from verl.workers.rollout.base import Sampling
 
 RANK, ALPHA = 4, 12
@@ -66,7 +67,7 @@ def start_merged(model_path: str, adapted: ProbeWorker, *overrides: str) -> Prob
 
 
 def parameters_of(worker: ProbeWorker) -> dict[str, torch.Tensor]:
-    return {name: value.full_tensor().detach().clone() for name, value in worker.actor.model.named_parameters()}
+    return {name: full_tensor(value).detach().clone() for name, value in worker.actor.model.named_parameters()}
 
 
 def is_adapter(name: str) -> bool:

@@ -14,6 +14,7 @@ from tests.batches import answer_at_random, make_prompts
 from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, ProbeWorker, make_config, start_alone, start_two
 from verl.protocol import DataProto
 from verl.utils import logprobs
+from verl.workers.fsdp2 import full_tensor
 
 ALL = ["log_probs", "entropy", "kl", "image_kl", "attention_mass", "attention_keys", "hidden_cosine"]
 LOGGED = "algorithm.token_signals_to_log=[image_kl,hidden_cosine]"
@@ -59,7 +60,7 @@ def test_with_gradient_the_values_are_those_without_and_each_pair_has_both_gradi
         assert all(torch.equal(streams[name].detach(), without[name]) for name in wanted)
         sum(streams[name][is_response].sum() for name in summed).backward()
         weight = worker.actor.model.model.language_model.layers[0].mlp.up_proj.weight
-        result = weight.grad.full_tensor().clone()
+        result = full_tensor(weight.grad).clone()
         worker.actor.optimizer.zero_grad()
         return result
 

@@ -15,6 +15,7 @@ from tests.test_families import make_family_prompts
 from verl.models.token_layout import PackedLayout, PaddedLayout, SharedPromptLayout
 from verl.protocol import DataProto
 from verl.utils.seqlen_balancing import TokenCosts, balanced_order, prepare_dynamic_batch
+from verl.workers.fsdp2 import full_tensor
 
 N = 4
 RESPONSE_LENGTH = 12
@@ -45,7 +46,7 @@ def streams_and_gradients(worker, batch: DataProto, wanted: list[str]) -> tuple[
     weights = torch.rand(streams["log_probs"].shape, generator=torch.Generator().manual_seed(0))
     (streams["log_probs"] * weights).sum().backward()
     gradients = {
-        name: parameter.grad.full_tensor().clone()
+        name: full_tensor(parameter.grad).clone()
         for name, parameter in forward.model.named_parameters()
         if parameter.grad is not None
     }

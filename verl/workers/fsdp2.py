@@ -32,10 +32,16 @@ def build_mesh(device: torch.device, fsdp_size: int = -1) -> DeviceMesh:
 def shard_model(model: nn.Module, mesh: DeviceMesh, config: FSDPConfig) -> None:
     """Shards the model in place, one group per transformer layer and one for the rest.
 
+    A worker that holds the whole model and computes in its parameters' precision has nothing to gather and nothing
+    to cast: the model then only moves to the device, and stays plain.
+
     With `enable_cpu_offload` on CUDA, shards rest in host memory and each group is fetched when it computes.
     Gradients come out averaged over all ranks, replicas included: a loss that is normalised over all ranks has to be
     multiplied by the world size. A model on the meta device stays there, until `fill_from_rank0` gives it its values.
     """
+    if _stays_plain(model, mesh, config):
+        model.to(mesh.device_type)
+        return
     precision = MixedPrecisionPolicy(
         param_dtype=DTYPES[config.mp_param_dtype],
         reduce_dtype=DTYPES[config.mp_reduce_dtype],
@@ -100,6 +106,16 @@ def fill_from_rank0(
             target.to_local().copy_(value.to_local())
         else:
             target.data = value  # FSDP keeps buffers on the device, also where parameters rest on the CPU
+
+
+def _stays_plain(model: nn.Module, mesh: DeviceMesh, config: FSDPConfig) -> bool:
+    """Whether FSDP would change nothing about the model's computation."""
+    if mesh.size() > 1 or _rests_on_cpu(config, mesh.device_type):
+        return False
+    compute_dtype, reduce_dtype = DTYPES[config.mp_param_dtype], DTYPES[config.mp_reduce_dtype]
+    # FSDP rounds gradients to the latter on a single worker too.
+    keeps_gradients = torch.promote_types(compute_dtype, reduce_dtype) == reduce_dtype
+    return keeps_gradients and all(parameter.dtype == compute_dtype for parameter in model.parameters())
 
 
 def _rests_on_cpu(config: FSDPConfig, device_type: str) -> bool:
