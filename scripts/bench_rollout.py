@@ -84,6 +84,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     import torch
     import torch.distributed as dist
 
+    from verl.data.features import Featurizer
     from verl.models.loader import load_model
     from verl.trainer.config import load_config
     from verl.utils.tokenizer import get_processor, get_tokenizer
@@ -110,7 +111,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     prompts = make_prompts(arguments.model, arguments.prompts, arguments.prompt_length)
 
     start = time.perf_counter()
-    engine = engine_class(arguments.engine).from_config(config, tokenizer, processor, device)
+    engine = engine_class(arguments.engine).from_config(config, tokenizer, Featurizer(processor), device)
     result = {"start": time.perf_counter() - start}
     policy = load_model(config.worker.actor.model, torch.float32, torch.float32).state_dict()
     start = time.perf_counter()

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Two threads in each of several processes on two cores are ten times slower than one; torch and Ray read these once,
 # when they are first imported.
@@ -28,6 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import pytest
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -120,3 +123,19 @@ def two_ranks(tiny_model_path: str, ray_cluster):
     group = start_two(make_config(tiny_model_path, "worker.actor.micro_batch_size_per_device_for_update=2"))
     yield group
     group.release()
+
+
+@pytest.fixture
+def processed_images(monkeypatch: pytest.MonkeyPatch) -> list[Image.Image]:
+    """The images that Qwen-VL processors have been given."""
+    from transformers import Qwen2VLImageProcessor
+
+    images_seen = []
+    preprocess = Qwen2VLImageProcessor.preprocess
+
+    def counting(self: Qwen2VLImageProcessor, images: list[Image.Image], **options: object) -> object:
+        images_seen.extend(images)
+        return preprocess(self, images, **options)
+
+    monkeypatch.setattr(Qwen2VLImageProcessor, "preprocess", counting)
+    return images_seen

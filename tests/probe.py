@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tests.pool import shared_processes
 from verl.algorithms.policy_loss import POLICY_LOSSES
 from verl.algorithms.token_weights import measured_streams
-from verl.data.features import featurize
 from verl.models.loader import load_model, load_value_model
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import DP_COMPUTE_METRIC, DP_COMPUTE_PROTO, ONE_TO_ALL, register
@@ -158,7 +157,7 @@ class ProbeWorker(FSDPWorker):
     def pixels_of_actor(self, prompts: DataProto) -> torch.Tensor:
         """(patches, patch size): what enters the policy's vision tower."""
         media = prompts.non_tensor_batch["multi_modal_data"]
-        return featurize(media, self.processor)["pixel_values"]
+        return self.featurizer.featurize(media)["pixel_values"]
 
     @register(ONE_TO_ALL)
     def places(self) -> dict[str, set[str]]:

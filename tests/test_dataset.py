@@ -20,7 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLProcessor
 
 from verl.data.dataset import RLHFDataset, collate_fn
-from verl.data.features import featurize
+from verl.data.features import Featurizer
 from verl.data.files import load_rows
 from verl.data.vision import MediaHandle
 from verl.trainer.config import DataConfig
@@ -407,7 +407,7 @@ def test_the_worker_featurizes_the_pixels_whose_tokens_the_dataset_counted(
     name = write_image(tmp_path, "a.png", 10 * SIDE, 5 * SIDE)
     item = make([row("<image>", [name])], max_prompt_length=256, **limits)[0]
     handles = [MediaHandle.put(image) for image in item["multi_modal_data"]["images"]]
-    features = featurize([handles], processor)
+    features = Featurizer(processor).featurize([handles])
     assert real_ids(item).count(processor.image_token_id) == tokens
     assert features["image_grid_thw"].prod().item() // processor.image_processor.merge_size**2 == tokens
 

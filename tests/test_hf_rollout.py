@@ -5,15 +5,19 @@
 What it promises as every engine does is in tests/test_rollout.py.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from tests.batches import PROMPT_LENGTH, make_prompts
+from verl.data.features import Featurizer
+from verl.models.registry import media_token_ids, media_token_types
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.utils.tokenizer import get_processor, get_tokenizer
-from verl.workers.rollout.base import Sampling
+from verl.workers.rollout.base import Sampling, draw_seed
 from verl.workers.rollout.config import RolloutConfig
 from verl.workers.rollout.hf_rollout import HFRollout
 
@@ -35,7 +39,7 @@ def build(model_path: str, **config) -> HFRollout:
     return HFRollout(
         load(model_path),
         get_tokenizer(model_path),
-        get_processor(model_path),
+        Featurizer(get_processor(model_path)),
         RolloutConfig(name="hf", disable_tqdm=True, **config),
         RESPONSE_LENGTH,
         torch.device("cpu"),
@@ -46,6 +50,71 @@ def test_generating_in_small_portions_changes_nothing(tiny_model_path: str, prom
     whole = build(tiny_model_path).generate(prompts, GREEDY, seed=0)
     portions = build(tiny_model_path, max_num_batched_tokens=PROMPT_LENGTH + RESPONSE_LENGTH)
     assert torch.equal(whole.batch["responses"], portions.generate(prompts, GREEDY, seed=0).batch["responses"])
+
+
+@pytest.mark.parametrize("ends_early", [False, True])
+@pytest.mark.parametrize(
+    "sampling",
+    [replace(GREEDY, n=3), RANDOM, replace(RANDOM, top_p=0.8), replace(RANDOM, top_k=20, ignore_eos=True)],
+    ids=["greedy", "sampled", "top_p", "top_k"],
+)
+def test_one_prefill_a_prompt_gives_what_one_a_response_gives(
+    sampling: Sampling, ends_early: bool, tiny_model_path: str, prompts: DataProto
+) -> None:
+    """For the same seed, also where responses end at all lengths, the first of them with its first token."""
+    rollout = build(tiny_model_path)
+    if ends_early:
+        first_token = int(rollout.generate(prompts, sampling, seed=3).batch["responses"][0, 0])
+        rollout.eos_token_ids = [first_token, *range(0, len(get_tokenizer(tiny_model_path)), 7)]
+    prefilled = []
+    count = rollout.model.register_forward_pre_hook(
+        lambda _, args, inputs: prefilled.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    batch = rollout.generate(prompts, sampling, seed=3).batch
+    count.remove()
+    assert [shape for shape in prefilled if shape[1] > 1] == [(len(prompts), prefilled[0][1])]
+
+    torch.manual_seed(draw_seed(3, 0))
+    slow = one_prefill_a_response(rollout, prompts, sampling)  # (N, up to R)
+    mask = batch["response_mask"].bool()
+    assert torch.equal(batch["responses"][:, : slow.shape[1]], slow)
+    assert (batch["responses"][~mask] == rollout.pad_token_id).all()
+    lengths = mask.sum(dim=1)
+    assert (lengths[0] == 1) == (ends_early and not sampling.ignore_eos)
+    assert lengths.max() > 1
+
+
+@torch.no_grad()
+def one_prefill_a_response(rollout: HFRollout, prompts: DataProto, sampling: Sampling) -> torch.Tensor:
+    """Responses (N, up to R) of transformers' `generate` alone, given every prompt `sampling.n` times."""
+    rows = prompts[torch.arange(len(prompts)).repeat_interleave(sampling.n)]
+    input_ids = rows.batch["input_ids"]
+    sequences = rollout.model.generate(
+        input_ids=input_ids,
+        attention_mask=rows.batch["attention_mask"],
+        **rollout.featurizer.featurize(rows.non_tensor_batch["multi_modal_data"]),
+        **media_token_types(rollout.model.config, input_ids),
+        generation_config=GenerationConfig(
+            do_sample=sampling.temperature > 0,
+            temperature=sampling.temperature or None,
+            top_p=sampling.top_p,
+            top_k=max(sampling.top_k, 0),
+            max_new_tokens=RESPONSE_LENGTH,
+            eos_token_id=None if sampling.ignore_eos else rollout.eos_token_ids,
+            pad_token_id=rollout.pad_token_id,
+            suppress_tokens=media_token_ids(rollout.model.config),
+        ),
+    )
+    return sequences[:, input_ids.shape[1] :]
+
+
+def test_a_response_of_one_token_needs_no_further_forward(tiny_model_path: str, prompts: DataProto) -> None:
+    whole, first = build(tiny_model_path), build(tiny_model_path)
+    first.response_length = 1
+    expected = whole.generate(prompts, RANDOM, seed=1).batch
+    batch = first.generate(prompts, RANDOM, seed=1).batch
+    assert torch.equal(batch["responses"], expected["responses"][:, :1])
+    assert torch.equal(batch["rollout_log_probs"], expected["rollout_log_probs"][:, :1])
 
 
 def test_new_weights_are_used_and_an_incomplete_stream_is_refused(

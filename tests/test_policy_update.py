@@ -2,6 +2,8 @@
 # python -m pytest tests/test_policy_update.py
 """The gradient of a mini-batch depends neither on micro-batches nor on ranks, and equals one written out by hand."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.distributions import Categorical
@@ -9,9 +11,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.batches import answer_at_random, make_prompts, response_logits
 from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, make_config, start_alone
-from verl.data.features import featurize
+from verl.data.features import Featurizer
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
+from verl.workers.rollout.base import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +157,7 @@ def test_an_update_knows_how_many_operations_it_takes(
     )
     metrics = worker.update_actor(batch)
     lengths = batch.batch["attention_mask"].sum(dim=1).tolist()
-    media = featurize(batch.non_tensor_batch["multi_modal_data"], worker.processor)
+    media = Featurizer(worker.processor).featurize(batch.non_tensor_batch["multi_modal_data"])
     forward = worker.actor.forward
     expected = forward.counter.count(lengths, int(batch.batch["response_mask"].sum()), media)
     assert forward.work.training == pytest.approx(2 * expected.training)
@@ -177,6 +180,29 @@ def test_an_update_moves_the_policy_towards_rewarded_responses(
     assert change[0] > 0 > change[1]
     assert metrics["actor/ppo_kl"] == pytest.approx(0, abs=1e-6)
     assert metrics["actor/lr"] == pytest.approx(1e-3)
+
+
+def test_an_image_is_processed_once_a_step_from_the_rollout_to_the_update(
+    tiny_model_path: str, tmp_path: Path, lone_process_group, processed_images: list
+) -> None:
+    """Rollout, log-probs, reference and update; `media_cache_gb=0` has each of them process it."""
+    prompts = make_prompts(tiny_model_path, tmp_path)
+    num_images = sum(len(media or []) for media in prompts.non_tensor_batch["multi_modal_data"])
+    batch = answer_at_random(prompts, RESPONSES_PER_PROMPT, RESPONSE_LENGTH)
+    sampling = Sampling(n=2, temperature=1.0, top_p=1.0, top_k=-1, ignore_eos=False)
+    prompts.meta_info = {"sampling": sampling, "seed_parts": (0,)}
+    for gibibytes, passes in ((1.0, 1), (0.0, 4)):
+        at_once = "worker.actor.micro_batch_size_per_device_for_experience=8"  # no pass cuts a group
+        worker = start_alone(make_config(tiny_model_path, at_once, f"data.media_cache_gb={gibibytes}"))
+        for _ in range(2):
+            processed_images.clear()
+            worker.prepare_rollout_engine()
+            worker.generate_sequences(prompts)
+            worker.release_rollout_engine()
+            worker.compute_log_probs(batch)
+            worker.compute_ref_log_probs(batch)
+            worker.update_actor(batch)
+            assert len(processed_images) == passes * num_images
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(

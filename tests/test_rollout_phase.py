@@ -16,6 +16,7 @@ from tests.batches import ROWS, write_dataset
 from tests.pool import run_shared
 from tests.rewards import weights_by_length
 from tests.test_training_run import ROOT, arguments, lines_of
+from verl.data.features import Featurizer
 from verl.protocol import DataProto
 from verl.trainer.config import load_config
 from verl.trainer.ray_trainer import RayDAPOTrainer
@@ -218,8 +219,8 @@ def test_remax_compares_each_response_with_the_policys_greedy_one(
     )
     model = AutoModelForImageTextToText.from_pretrained(tiny_model_path, dtype=torch.float32)
     rollout_config, response_length = config.worker.rollout, config.data.max_response_length
-    processor = get_processor(tiny_model_path)
-    rollout = HFRollout(model, tokenizer, processor, rollout_config, response_length, torch.device("cpu"))
+    featurizer = Featurizer(get_processor(tiny_model_path))
+    rollout = HFRollout(model, tokenizer, featurizer, rollout_config, response_length, torch.device("cpu"))
     greedy = rollout.generate(prompts, Sampling(1, temperature=0.0, top_p=1.0, top_k=-1, ignore_eos=False), seed=0)
     baselines = []
     for ids, mask in zip(greedy.batch["responses"], greedy.batch["response_mask"], strict=True):

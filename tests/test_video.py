@@ -25,7 +25,7 @@ from tests.probe import make_config
 from tests.tiny import CORPUS, build_tokenizer
 from verl.data.conversation import messages_of
 from verl.data.dataset import RLHFDataset
-from verl.data.features import featurize
+from verl.data.features import Featurizer
 from verl.data.prompt import PromptEncoder
 from verl.data.sources import JoinedDataset
 from verl.data.video import MAX_FRAME_PIXELS, VideoLimits, load_video, outline_video, sample_frames
@@ -209,7 +209,7 @@ def test_parquet_rows_hold_video_files_in_three_ways(features: str, tmp_path: Pa
     item = dataset[0]
     (video,) = item["multi_modal_data"]["videos"]
     assert np.array_equal(video.frames, load_video("a.mkv", tmp_path, LIMITS).frames)
-    grid = featurize([[MediaHandle.put(video)]], dataset.processor)["video_grid_thw"]
+    grid = Featurizer(dataset.processor).featurize([[MediaHandle.put(video)]])["video_grid_thw"]
     assert grid.tolist() == [[2, 4, 6]]
     assert real_ids(item).count(media_token_ids(dataset.model_config)[1]) == 2 * 6
 
@@ -245,7 +245,7 @@ def test_features_of_images_and_videos_are_those_of_each_alone_in_row_order(tmp_
     processor = get_processor(make_family_model("Qwen2.5-VL", tmp_path / "model"))
     first, second = (MediaHandle.put(load_video(part, tmp_path, LIMITS)) for part in (names[:4], names[4:]))
     image = MediaHandle.put(random_image(SIZE, 9))
-    features = featurize([[image, second], None, [first, second]], processor)
+    features = Featurizer(processor).featurize([[image, second], None, [first, second]])
     frames = [handle.load().frames for handle in (second, first, second)]
     alone = [processor.video_processor([video], do_sample_frames=False, return_tensors="pt") for video in frames]
     for key in ("pixel_values_videos", "video_grid_thw"):
@@ -263,7 +263,7 @@ def test_frames_that_may_not_be_written_are_read_without_a_warning(tmp_path: Pat
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            featurize([[MediaHandle.put(video)]], processor)
+            Featurizer(processor).featurize([[MediaHandle.put(video)]])
     finally:
         torch.set_warn_always(False)
 

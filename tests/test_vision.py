@@ -13,10 +13,11 @@ import pytest
 import ray
 import torch
 from PIL import ExifTags, Image
-from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor
+from transformers import Qwen2_5_VLProcessor
 
 from tests.tiny import CORPUS, build_processor, build_tokenizer
-from verl.data.features import featurize
+from verl.data.features import Featurizer
+from verl.data.image_noise import ImageNoise
 from verl.data.vision import MediaHandle, open_image, process_image, target_size
 
 
@@ -217,7 +218,7 @@ def test_features_are_those_of_each_image_alone_in_row_order() -> None:
         MediaHandle.put(make_image(*size, seed)) for seed, size in enumerate([(60, 40), (90, 90), (60, 40)])
     )
     media = [[second, first], None, [first], [], [third, first, second]]
-    features = featurize(media, processor)
+    features = Featurizer(processor).featurize(media)
 
     alone = [
         processor.image_processor(images=[handle.load()], return_tensors="pt")
@@ -230,21 +231,41 @@ def test_features_are_those_of_each_image_alone_in_row_order() -> None:
         assert torch.equal(features[key], torch.cat([single[key] for single in alone]))
 
 
-def test_each_distinct_image_is_processed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    processed = []
-    preprocess = Qwen2VLImageProcessor.preprocess
-
-    def counting(self: Qwen2VLImageProcessor, images: list[Image.Image], **options: object) -> object:
-        processed.extend(images)
-        return preprocess(self, images, **options)
-
-    monkeypatch.setattr(Qwen2VLImageProcessor, "preprocess", counting)
+def test_each_distinct_image_is_processed_once(processed_images: list[Image.Image]) -> None:
     first, second = MediaHandle.put(make_image(60, 40)), MediaHandle.put(make_image(40, 60))
     copies = [pickle.loads(pickle.dumps(first)) for _ in range(3)]
-    features = featurize([[copy] for copy in copies] + [[second]], whole_processor())
-    assert len(processed) == 2
+    features = Featurizer(whole_processor()).featurize([[copy] for copy in copies] + [[second]])
+    assert len(processed_images) == 2
     assert len(features["image_grid_thw"]) == 4
 
 
+def test_features_are_kept_for_later_passes_up_to_a_number_of_bytes(processed_images: list[Image.Image]) -> None:
+    """Two of three images of equal size fit; the third is processed in each pass, the order being the same."""
+    handles = [MediaHandle.put(make_image(60, 40, seed)) for seed in range(3)]
+    media = [[handle] for handle in handles]
+    first = Featurizer(whole_processor()).featurize(media)
+    num_bytes = sum(value.nbytes for value in first.values())
+    processed_images.clear()
+    featurizer = Featurizer(whole_processor(), num_bytes * 2 // 3)
+    for count in (3, 4, 5):
+        features = featurizer.featurize(media)
+        assert all(torch.equal(features[name], first[name]) for name in first)
+        assert len(processed_images) == count
+    featurizer.clear()
+    featurizer.featurize(media)
+    assert len(processed_images) == 8
+
+
+def test_spoilt_images_are_not_taken_for_the_images_themselves(processed_images: list[Image.Image]) -> None:
+    featurizer = Featurizer(whole_processor(), 2**20)
+    media = [[MediaHandle.put(make_image(60, 40))]]
+    blank = featurizer.featurize(media, ImageNoise("blank", 0.0))["pixel_values"]
+    whole = featurizer.featurize(media)["pixel_values"]
+    assert not torch.equal(blank, whole)
+    assert torch.equal(featurizer.featurize(media, ImageNoise("blank", 0.0))["pixel_values"], blank)
+    assert torch.equal(featurizer.featurize(media)["pixel_values"], whole)
+    assert len(processed_images) == 3
+
+
 def test_rows_without_images_have_no_features() -> None:
-    assert featurize([None, []], whole_processor()) == {}
+    assert Featurizer(whole_processor()).featurize([None, []]) == {}

@@ -21,36 +21,65 @@ TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_i
 """Of a processor's outputs, those with one number for each token."""
 
 
-def featurize(
-    media: Sequence[Sequence[MediaHandle] | None],
-    processor: ProcessorMixin | None,
-    noise: ImageNoise | None = None,
-) -> dict[str, torch.Tensor]:
-    """Make the model's media inputs for a micro-batch: features of all its images and videos, in row order.
+class Featurizer:
+    """Makes a model's media inputs, and keeps the features of single media for the further passes of a step.
 
     Args:
-        media: the images and videos of each row; None or empty for a row without.
-        processor: that of the model, with the settings the dataset counted tokens with; None for text models.
-        noise: spoils the images and frames first; None leaves them as they are.
-
-    Returns:
-        What the processor makes of images (for Qwen-VL `pixel_values` (patches, patch size) float32 and
-        `image_grid_thw` (images, 3) int64; for families with tiles `pixel_values` (tiles, 3, height, width)) and of
-        videos (`pixel_values_videos`, `video_grid_thw`, ...); empty when no row has any. Each distinct handle is
-        processed once and its features repeated.
+        processor: of the model, with the settings the dataset counted tokens with.
+        capacity: bytes of features to keep. Media that come when it is full are processed anew each time: passes go
+            through a step's media in the same order again and again, so that replacing the oldest would keep none.
     """
-    handles = [handle for row in media if row is not None for handle in row]
-    if processor is None or not handles:
-        return {}
-    features = {handle: _features_of(handle, processor, noise) for handle in dict.fromkeys(handles)}
-    joined: dict[str, list[torch.Tensor]] = {}
-    for handle in handles:
-        for name, value in features[handle].items():
-            joined.setdefault(name, []).append(value)
-    return {name: _join(values) for name, values in joined.items()}
+
+    def __init__(self, processor: ProcessorMixin, capacity: int = 0) -> None:
+        self.processor = processor
+        self.capacity = capacity
+        self._kept: dict[MediaHandle, dict[str, torch.Tensor]] = {}
+        self._num_bytes = 0
+
+    def featurize(
+        self, media: Sequence[Sequence[MediaHandle] | None], noise: ImageNoise | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Make the model's media inputs for a micro-batch: features of all its images and videos, in row order.
+
+        Args:
+            media: the images and videos of each row; None or empty for a row without.
+            noise: spoils the images and frames first; None leaves them as they are. Spoilt features are not kept.
+
+        Returns:
+            What the processor makes of images (for Qwen-VL `pixel_values` (patches, patch size) float32 and
+            `image_grid_thw` (images, 3) int64; for families with tiles `pixel_values` (tiles, 3, height, width)) and
+            of videos (`pixel_values_videos`, `video_grid_thw`, ...); empty when no row has any. Each distinct handle
+            is processed once and its features repeated.
+        """
+        handles = [handle for row in media if row is not None for handle in row]
+        features = {handle: self._features_of(handle, noise) for handle in dict.fromkeys(handles)}
+        joined: dict[str, list[torch.Tensor]] = {}
+        for handle in handles:
+            for name, value in features[handle].items():
+                joined.setdefault(name, []).append(value)
+        return {name: _join(values) for name, values in joined.items()}
+
+    def clear(self) -> None:
+        """Drop the kept features."""
+        self._kept.clear()
+        self._num_bytes = 0
+
+    def _features_of(self, handle: MediaHandle, noise: ImageNoise | None) -> dict[str, torch.Tensor]:
+        if noise is not None:
+            return _process(handle, self.processor, noise)
+        if handle in self._kept:
+            return self._kept[handle]
+        features = _process(handle, self.processor)
+        num_bytes = sum(value.nbytes for value in features.values())
+        if self._num_bytes + num_bytes <= self.capacity:
+            self._kept[handle] = features
+            self._num_bytes += num_bytes
+        return features
 
 
-def _features_of(handle: MediaHandle, processor: ProcessorMixin, noise: ImageNoise | None) -> dict[str, torch.Tensor]:
+def _process(
+    handle: MediaHandle, processor: ProcessorMixin, noise: ImageNoise | None = None
+) -> dict[str, torch.Tensor]:
     """What the processor adds to a prompt of nothing but this medium's placeholder."""
     medium = handle.load()
     if handle.is_video:

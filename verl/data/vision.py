@@ -2,8 +2,8 @@
 """Opens and resizes images, and hands images and videos (which video.py opens) on by reference.
 
 The dataset opens and resizes a medium once; from there on it travels as a `MediaHandle`, and whoever needs model
-inputs makes them with `featurize` of features.py. Prompt and model thus agree on the number of its tokens. The reward
-process has handles too, so that this file does not load torch.
+inputs makes them with the `Featurizer` of features.py. Prompt and model thus agree on the number of its tokens. The
+reward process has handles too, so that this file does not load torch.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class MediaHandle:
     """One image or video of a prompt by reference: small to send, equal to every copy of itself.
 
     The n samples of a prompt share one handle, so the medium crosses the network once a machine and its features are
-    computed once a micro-batch. Where Ray is not running, a handle holds the medium itself.
+    computed once a step. Where Ray is not running, a handle holds the medium itself.
     """
 
     def __init__(self, key: str, reference: ray.ObjectRef | None, medium: Medium | None, is_video: bool) -> None:

@@ -114,6 +114,9 @@ class DataConfig(ConfigSection):
     """Decode every image and video before training, to find those that are damaged."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What happens with a row that cannot be read when the data is loaded: end, or leave it out and name it."""
+    media_cache_gb: float = 1.0
+    """GiB of image and video features that each worker keeps in host memory for the passes of a step. What does not
+    fit is processed anew in each pass."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,7 +129,7 @@ class DataConfig(ConfigSection):
         self.settle_path("image_dir", "folder")
         self.require_at_least(1, "max_prompt_length", "max_response_length", "rollout_batch_size", "max_pixels")
         self.require_at_least(1, "mini_rollout_batch_size", "filter_overlong_prompts_workers", "min_pixels")
-        self.require_at_least(0, "seed")
+        self.require_at_least(0, "seed", "media_cache_gb")
         self.require_above_0("video_fps")
         val_batch_size = self.val_batch_size
         self.require(val_batch_size == -1 or val_batch_size > 0, "val_batch_size", "is neither -1 nor above 0")

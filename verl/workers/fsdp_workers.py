@@ -17,6 +17,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from verl.algorithms.policy_loss import PolicyLoss
+from verl.data.features import Featurizer
 from verl.data.image_noise import ImageNoise
 from verl.models.attention_table import SAMPLES
 from verl.models.loader import DTYPES, keep_vision_tower_in_step, load_model, load_value_model
@@ -93,6 +94,9 @@ class FSDPWorker(Worker):
         self.tokenizer = get_tokenizer(*source, trust_remote_code=actor.model.trust_remote_code)
         self.processor = get_processor(*source, trust_remote_code=actor.model.trust_remote_code)
 
+        self.featurizer: Featurizer | None = None
+        if self.processor is not None:
+            self.featurizer = Featurizer(self.processor, int(self.config.data.media_cache_gb * GIBIBYTE))
         self.actor_group = join_sequence_group(actor.ulysses_size)
         # A frozen weight is only computed with: more precision than the computation has would waste memory.
         policy_dtype = actor.fsdp.mp_param_dtype if actor.model.lora.rank > 0 else "fp32"
@@ -124,7 +128,7 @@ class FSDPWorker(Worker):
         )
         self.trained: dict[str, TrainedModel] = {"actor": self.actor}
         self.rollout = engine_class(self.config.worker.rollout.name).from_config(
-            self.config, self.tokenizer, self.processor, self.device, self.with_videos
+            self.config, self.tokenizer, self.featurizer, self.device, self.with_videos
         )
         if self.plan.critic is not None:
             self.critic = self._build_critic()
@@ -167,7 +171,7 @@ class FSDPWorker(Worker):
         return DataParallelPPOCritic(
             critic,
             self.plan.critic,
-            ValueForward(model, self.processor, self.device, critic, group),
+            ValueForward(model, self.featurizer, self.device, critic, group),
             self.training_steps,
             described_by=[model.config, self._tokenizer_files()],
         )
@@ -181,7 +185,7 @@ class FSDPWorker(Worker):
 
     def _forward_of(self, model: nn.Module, **roles: Any) -> PolicyForward:
         config = self.config.worker
-        common = (self.processor, self.device, config.actor, self.actor_group, config.rollout.temperature)
+        common = (self.featurizer, self.device, config.actor, self.actor_group, config.rollout.temperature)
         return PolicyForward(model, *common, **roles)
 
     def _reference_resident(self) -> AbstractContextManager:
@@ -194,7 +198,9 @@ class FSDPWorker(Worker):
 
     @register(ONE_TO_ALL)
     def prepare_rollout_engine(self) -> None:
-        """Wakes the engine and gives it the current policy."""
+        """Wakes the engine and gives it the current policy; the features of media that the last step kept go."""
+        if self.featurizer is not None:
+            self.featurizer.clear()
         self.rollout.wake_weights()
         with self.actor.resident():
             self.rollout.update_weights(stream_weights(self.actor.model))

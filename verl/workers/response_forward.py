@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import ProcessorMixin
 
-from verl.data.features import featurize
+from verl.data.features import Featurizer
 from verl.data.image_noise import ImageNoise
 from verl.models.attention_table import extend_attention
 from verl.models.flops import FlopCounter, Work
@@ -39,7 +38,7 @@ class ResponseForward(ABC):
 
     Args:
         model: takes `logits_to_keep` and answers with `logits`.
-        processor: turns images to features; None for text models.
+        featurizer: turns images to features; None for text models.
         device: of the computation.
         config: of the trained model; `padding_free` and `dynamic_batching` are read.
         group: the ranks that share every row with this one, and have the same rows; None for a rank of its own.
@@ -56,13 +55,13 @@ class ResponseForward(ABC):
     def __init__(
         self,
         model: nn.Module,
-        processor: ProcessorMixin | None,
+        featurizer: Featurizer | None,
         device: torch.device,
         config: TrainedModelConfig,
         group: SequenceGroup | None = None,
     ) -> None:
         self.model = model
-        self.processor = processor
+        self.featurizer = featurizer
         self.device = device
         self.group = group
         obstacle = why_not_packed(model) if config.padding_free or group is not None else None
@@ -141,10 +140,10 @@ class ResponseForward(ABC):
 
     def _media(self, rows: DataProto, layout: TokenLayout, noise: ImageNoise | None = None) -> dict[str, torch.Tensor]:
         """Features of the images and videos as they stand in the layout, spoilt by `noise` if there is any."""
-        if self.processor is None:
+        if self.featurizer is None:
             return {}
         media = rows.non_tensor_batch["multi_modal_data"]
-        return featurize([media[row] for row in layout.prompt_rows()], self.processor, noise)
+        return self.featurizer.featurize([media[row] for row in layout.prompt_rows()], noise)
 
     def _on_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {

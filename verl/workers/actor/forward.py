@@ -13,8 +13,8 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import ProcessorMixin
 
+from verl.data.features import Featurizer
 from verl.data.image_noise import ImageNoise
 from verl.models.hidden_states import observe_hidden_states
 from verl.models.output_head import capture_logits
@@ -59,7 +59,7 @@ class PolicyForward(ResponseForward):
 
     Args:
         model: the sharded policy or reference.
-        processor, device, config, group: as in `ResponseForward`.
+        featurizer, device, config, group: as in `ResponseForward`.
         temperature: of the rollout; logits are divided by it.
         is_base: runs the model without its adapters.
         reference: the policy that `kl` is measured from; its model takes the same inputs. None where no KL is wanted.
@@ -72,7 +72,7 @@ class PolicyForward(ResponseForward):
     def __init__(
         self,
         model: nn.Module,
-        processor: ProcessorMixin | None,
+        featurizer: Featurizer | None,
         device: torch.device,
         config: ActorConfig,
         group: SequenceGroup | None = None,
@@ -81,7 +81,7 @@ class PolicyForward(ResponseForward):
         reference: Self | None = None,
         signals: SignalSettings | None = None,
     ) -> None:
-        super().__init__(model, processor, device, config, group)
+        super().__init__(model, featurizer, device, config, group)
         self.temperature = temperature
         self.banned_token_ids = media_token_ids(model.config)
         self.is_base = is_base

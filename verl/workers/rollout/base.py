@@ -11,8 +11,9 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 from tensordict import TensorDict
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase
 
+from verl.data.features import Featurizer
 from verl.models.position_ids import extend_position_ids
 from verl.models.registry import MODEL_FAMILIES, ModelFamily
 from verl.protocol import DataProto
@@ -56,14 +57,14 @@ class Rollout(ABC):
         cls,
         config: PPOConfig,
         tokenizer: PreTrainedTokenizerBase,
-        processor: ProcessorMixin | None,
+        featurizer: Featurizer | None,
         device: torch.device,
         with_videos: bool = False,
     ) -> "Rollout":
         """The engine of one worker; all workers call it at once.
 
         Args:
-            processor: of the model; None for text models.
+            featurizer: turns images to features; None for text models.
             with_videos: whether prompts may have videos, for engines that set memory aside for them.
         """
 

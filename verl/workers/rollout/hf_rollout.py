@@ -11,17 +11,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import (
+    Cache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
-    ProcessorMixin,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from verl.data.features import featurize
+from verl.data.features import Featurizer
 from verl.models.loader import DTYPES, load_model
 from verl.models.registry import media_token_ids, media_token_types
 from verl.protocol import DataProto
@@ -44,7 +46,8 @@ class HFRollout(Rollout):
 
     Args:
         model: a plain (unsharded) copy of the policy, in `worker.rollout.dtype`.
-        tokenizer, processor: of the policy; the processor is None for text models.
+        tokenizer: of the policy.
+        featurizer: turns images to features; None for text models.
         config: `worker.rollout`; of its engine keys, `max_num_batched_tokens` bounds prompts plus responses (in
             tokens at full length) generated side by side, the others are for engines.
         response_length: R, tokens.
@@ -55,13 +58,13 @@ class HFRollout(Rollout):
         self,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        processor: ProcessorMixin | None,
+        featurizer: Featurizer | None,
         config: RolloutConfig,
         response_length: int,
         device: torch.device,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.processor = processor
+        self.featurizer = featurizer
         self.config = config
         self.response_length = response_length
         self.device = device
@@ -78,7 +81,7 @@ class HFRollout(Rollout):
         cls,
         config: PPOConfig,
         tokenizer: PreTrainedTokenizerBase,
-        processor: ProcessorMixin | None,
+        featurizer: Featurizer | None,
         device: torch.device,
         with_videos: bool = False,
     ) -> "HFRollout":
@@ -86,7 +89,7 @@ class HFRollout(Rollout):
         # replaced at the first sync.
         rollout = config.worker.rollout
         model = load_model(config.worker.actor.model, DTYPES[rollout.dtype], DTYPES[rollout.dtype])
-        return cls(model, tokenizer, processor, rollout, config.data.max_response_length, device)
+        return cls(model, tokenizer, featurizer, rollout, config.data.max_response_length, device)
 
     def wake_weights(self) -> None:
         self.model.to(self.device)
@@ -113,58 +116,115 @@ class HFRollout(Rollout):
             chunks = tqdm(rows.split(rows_at_once), desc="generate", leave=False, disable=disable)
             for index, chunk in enumerate(chunks):
                 torch.manual_seed(draw_seed(seed, index))
-                of_chunk = self._generate_rows(prompts[chunk], sampling)
+                of_chunk = self._generate_rows(prompts, chunk, sampling)
                 responses.append(of_chunk[0])
                 log_probs.append(of_chunk[1])
         home = prompts.batch["input_ids"].device
         responses, log_probs = torch.cat(responses).to(home), torch.cat(log_probs).to(home)  # (N, R) each
         response_mask = mask_responses(responses, self.eos_token_ids, sampling.ignore_eos)
+        responses = responses.masked_fill(response_mask == 0, self.pad_token_id)
         return assemble_batch(prompts, responses, response_mask, log_probs, sampling.n)
 
-    def _generation_config(self, sampling: Sampling) -> GenerationConfig:
-        return GenerationConfig(
+    def _generate_rows(
+        self, prompts: DataProto, rows: torch.Tensor, sampling: Sampling
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Responses (rows, R) int64 and the log-probabilities of their tokens (rows, R).
+
+        What comes after an end-of-sequence token is arbitrary.
+
+        Args:
+            rows: for each response the row of its prompt. Prefill happens once for all responses to a prompt.
+        """
+        rows, places = rows.unique_consecutive(return_inverse=True)
+        places = places.to(self.device)
+        inputs, cache, logits = self._prefill(prompts[rows])
+        cache.reorder_cache(places)
+        inputs = {name: value.index_select(-2, places) for name, value in inputs.items()}
+        drawn = _LogProbsOfDraws()
+        processors = LogitsProcessorList([*self._filters(sampling), drawn])
+        scores = processors(inputs["input_ids"], logits[places])  # (rows, V)
+        if sampling.temperature > 0:
+            first_tokens = torch.multinomial(scores.softmax(dim=-1), 1)  # (rows, 1)
+        else:
+            first_tokens = scores.argmax(dim=-1, keepdim=True)
+        sequences = torch.cat([inputs["input_ids"], first_tokens], dim=1)
+        if self.response_length > 1:
+            sequences = self._decode(sequences, inputs, cache, processors, sampling)
+        responses = sequences[:, inputs["input_ids"].shape[1] :]
+        missing = (0, self.response_length - responses.shape[1])
+        responses = nn.functional.pad(responses, missing, value=self.pad_token_id)
+        return responses, nn.functional.pad(drawn.log_probs(sequences), missing)
+
+    def _prefill(self, prompts: DataProto) -> tuple[dict[str, torch.Tensor], Cache, torch.Tensor]:
+        """What the model takes of each token of the prompts, their cache, and the logits (prompts, V) after them.
+
+        Inputs are (prompts, tokens), or (4, prompts, tokens) for the positions of multimodal rope.
+        """
+        attention_mask = prompts.batch["attention_mask"]
+        first = int(attention_mask.argmax(dim=1).min())  # columns before it are padding in every row
+        position_ids = prompts.batch["position_ids"][..., first:]
+        inputs = {
+            "input_ids": prompts.batch["input_ids"][:, first:],
+            "attention_mask": attention_mask[:, first:],
+            "position_ids": position_ids.transpose(0, 1) if position_ids.dim() == 3 else position_ids,
+        }
+        media: dict[str, torch.Tensor] = {}
+        if self.featurizer is not None:
+            media = self.featurizer.featurize(prompts.non_tensor_batch["multi_modal_data"])
+            inputs |= media_token_types(self.model.config, inputs["input_ids"])
+        inputs, media = ({name: value.to(self.device) for name, value in part.items()} for part in (inputs, media))
+        settings = GenerationConfig(max_new_tokens=1, top_k=0, return_dict_in_generate=True, output_logits=True)
+        result = self.model.generate(**inputs, **media, generation_config=settings)
+        return inputs, result.past_key_values, result.logits[0]
+
+    def _decode(
+        self,
+        sequences: torch.Tensor,
+        inputs: dict[str, torch.Tensor],
+        cache: Cache,
+        processors: LogitsProcessorList,
+        sampling: Sampling,
+    ) -> torch.Tensor:
+        """The sequences (rows, up to P + R) to their ends, from (rows, P + 1).
+
+        Args:
+            inputs: of the prompts' tokens, for each row.
+            cache: of the prompts, for each row.
+        """
+        # A response's tokens are all text, as the prompt's last one is.
+        of_first = {name: value[..., -1:] + (name == "position_ids") for name, value in inputs.items()}
+        inputs = {name: torch.cat([value, of_first[name]], dim=-1) for name, value in inputs.items()}
+        settings = GenerationConfig(
             do_sample=sampling.temperature > 0,
-            max_new_tokens=self.response_length,
+            max_new_tokens=self.response_length - 1,
             eos_token_id=None if sampling.ignore_eos else self.eos_token_ids,
             pad_token_id=self.pad_token_id,
-            # A placeholder in a response would claim an image that is not there.
-            suppress_tokens=self.banned_token_ids or None,
             # transformers' own top_k defaults to 50, and it would filter after our processors, the last of which
             # has to see what is drawn from: `_filters` do it instead.
             top_k=0,
         )
-
-    def _generate_rows(self, rows: DataProto, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-        """Responses (rows, R) int64, right-padded, one for each row, and their tokens' log-probabilities (rows, R)."""
-        attention_mask = rows.batch["attention_mask"]
-        first = int(attention_mask.argmax(dim=1).min())  # columns before it are padding in every row
-        input_ids = rows.batch["input_ids"][:, first:].to(self.device)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask[:, first:].to(self.device)}
-        if self.processor is not None:
-            media = featurize(rows.non_tensor_batch["multi_modal_data"], self.processor)
-            inputs.update({key: value.to(self.device) for key, value in media.items()})
-            inputs.update(media_token_types(self.model.config, input_ids))
-        drawn = _LogProbsOfDraws()
-        sequences = self.model.generate(
-            **inputs,
-            generation_config=self._generation_config(sampling),
-            logits_processor=LogitsProcessorList([*_filters(sampling), drawn]),
+        ended = torch.isin(sequences[:, -1], torch.tensor(settings.eos_token_id or [], device=self.device))
+        return self.model.generate(
+            **{**inputs, "input_ids": sequences},
+            past_key_values=cache,
+            generation_config=settings,
+            logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList([lambda *_: ended]),
         )
-        new_tokens = sequences[:, input_ids.shape[1] :]
-        missing = (0, self.response_length - new_tokens.shape[1])
-        responses = nn.functional.pad(new_tokens, missing, value=self.pad_token_id)
-        return responses, nn.functional.pad(drawn.log_probs(sequences), missing)
 
-
-def _filters(sampling: Sampling) -> list[LogitsProcessor]:
-    if sampling.temperature == 0:
-        return []
-    filters: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]
-    if sampling.top_k > 0:
-        filters.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        filters.append(TopPLogitsWarper(sampling.top_p))
-    return filters
+    def _filters(self, sampling: Sampling) -> list[LogitsProcessor]:
+        filters: list[LogitsProcessor] = []
+        if self.banned_token_ids:
+            # A placeholder in a response would claim an image that is not there.
+            filters.append(SuppressTokensLogitsProcessor(self.banned_token_ids, device=self.device))
+        if sampling.temperature == 0:
+            return filters
+        filters.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        if sampling.top_k > 0:
+            filters.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            filters.append(TopPLogitsWarper(sampling.top_p))
+        return filters
 
 
 class _LogProbsOfDraws(LogitsProcessor):

@@ -31,6 +31,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from vllm import LLM, RequestOutput, SamplingParams
 
+from verl.data.features import Featurizer
 from verl.data.vision import MediaHandle
 from verl.models.loader import DTYPES, load_generation_config, load_model_config
 from verl.models.registry import checkpoint_name, family_of, media_token_ids
@@ -101,7 +102,7 @@ class VLLMRollout(Rollout):
         cls,
         config: PPOConfig,
         tokenizer: PreTrainedTokenizerBase,
-        processor: ProcessorMixin | None,
+        featurizer: Featurizer | None,
         device: torch.device,
         with_videos: bool = False,
     ) -> "VLLMRollout":
@@ -151,7 +152,7 @@ class VLLMRollout(Rollout):
                 distributed_executor_backend="external_launcher",
                 # It needs every GPU of the group to be visible in each process; Ray shows each its own.
                 disable_custom_all_reduce=True,
-                **_media_options(model_config, processor if with_videos else None, rollout, device),
+                **_media_options(model_config, featurizer.processor if with_videos else None, rollout, device),
                 **_memory_options(model_config, config, device),
             )
         engine = cls(
