@@ -33,36 +33,46 @@ SIZES = dict(hidden_size=256, num_layers=4, num_heads=8, vision_hidden_size=64, 
 """Of the model that is made where none is named: heads of 32 dimensions, the least that vLLM takes on a CPU."""
 
 
-def make_prompts(model_path: str, count: int, prompt_length: int, fills: bool = False) -> Any:
-    """A batch of `count` prompts as the trainer hands them out.
+def make_rows(
+    folder: str, tokenizer: Any, count: int, prompt_length: int, fills: bool = False
+) -> list[dict[str, Any]]:
+    """Rows of a dataset, whose images are written to `folder`.
 
     Args:
-        fills: whether each has about `prompt_length` tokens, half of them its image's. Otherwise every other one has
-            an image of 16 tokens, and the text is short.
+        fills: whether each prompt has about `prompt_length` tokens, half of them its image's. Otherwise every other
+            one has an image of 16 tokens, and the text is short.
     """
-    import datasets
     import numpy as np
     from PIL import Image
+
+    pixels = np.random.RandomState(0)
+    side = 28 * int((prompt_length / 2) ** 0.5) if fills else 112
+    room = prompt_length - (side // 28) ** 2 - 50 if fills else 0
+    more = " What is in the picture?" * (room // len(tokenizer.encode(" What is in the picture?")))
+    rows = []
+    for index in range(count):
+        paths = []
+        if fills or index % 2 == 0:
+            paths = [f"{folder}/{index}.png"]
+            Image.fromarray(pixels.randint(0, 256, (side, side, 3), dtype=np.uint8)).save(paths[0])
+        question = f"{'<image>' * len(paths)}What is in picture {index}?{more}"
+        rows.append({"images": paths, "prompt": question, "answer": ""})
+    return rows
+
+
+def make_prompts(model_path: str, count: int, prompt_length: int, fills: bool = False) -> Any:
+    """A batch of `count` prompts as the trainer hands them out; `fills` as in `make_rows`."""
+    import datasets
+    import numpy as np
 
     from verl.data.dataset import RLHFDataset, collate_fn
     from verl.data.vision import MediaHandle
     from verl.protocol import DataProto
     from verl.utils.tokenizer import get_processor, get_tokenizer
 
-    pixels = np.random.RandomState(0)
     tokenizer = get_tokenizer(model_path)
-    side = 28 * int((prompt_length / 2) ** 0.5) if fills else 112
-    room = prompt_length - (side // 28) ** 2 - 50 if fills else 0
-    more = " What is in the picture?" * (room // len(tokenizer.encode(" What is in the picture?")))
     with tempfile.TemporaryDirectory() as folder:
-        rows = []
-        for index in range(count):
-            paths = []
-            if fills or index % 2 == 0:
-                paths = [f"{folder}/{index}.png"]
-                Image.fromarray(pixels.randint(0, 256, (side, side, 3), dtype=np.uint8)).save(paths[0])
-            question = f"{'<image>' * len(paths)}What is in picture {index}?{more}"
-            rows.append({"images": paths, "prompt": question, "answer": ""})
+        rows = make_rows(folder, tokenizer, count, prompt_length, fills)
         datasets.Dataset.from_list(rows).to_parquet(f"{folder}/rows.parquet")
         dataset = RLHFDataset(
             f"{folder}/rows.parquet",

@@ -30,7 +30,7 @@ import numpy as np
 import ray
 import torch
 from bench_rollout import SIZES, make_prompts
-from bench_vgr import status_of_process
+from process_memory import forget_peak, status_of_process
 
 from verl.algorithms.policy_loss import POLICY_LOSSES
 from verl.models.flops import peak_flops
@@ -113,7 +113,7 @@ class MeasuredWorker(FSDPWorker):
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated() / MEBIBYTE
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
+            forget_peak()
             before = status_of_process("VmRSS")
             if self.world_size == 1:
                 clock = time.process_time  # which other processes disturb less

@@ -28,6 +28,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from process_memory import forget_peak, status_of_process
+
 from verl.models.kernels.attention_mass import default_backend
 from verl.models.registry import media_token_ids
 from verl.protocol import DataProto
@@ -190,18 +192,10 @@ def measure_peak(
         before = torch.cuda.memory_allocated()
         variants[name]()
         return (torch.cuda.max_memory_allocated() - before) / MEBIBYTE
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
+    forget_peak()
     before = status_of_process("VmRSS")
     variants[name]()
     return status_of_process("VmHWM") - before
-
-
-def status_of_process(field: str) -> float:
-    """A line of /proc/self/status in MiB: VmRSS is what is resident now, VmHWM the most there ever was."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) / 1024
-    raise ValueError(f"/proc/self/status has no {field}; peaks on a CPU need Linux")
 
 
 def peak_in_a_fresh_process(arguments: argparse.Namespace, length: int, name: str) -> float:

@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This trainer's step beside the step of TRL's GRPOTrainer: the same model, prompts, lengths and thread, in turns.
+
+    python scripts/bench_against_trl.py                                       # 1000 + 250 tokens, 8 responses a prompt
+    python scripts/bench_against_trl.py --prompt-length 100 --response-length 100 --model 512
+    python scripts/bench_against_trl.py --ours worker.actor.share_prompts=false
+
+TRL runs in a virtual environment of its own (`--venv`), which the script makes from the pins below where it is
+missing. Both sides compute in fp32 on one CPU thread, with gradient checkpointing, and put as many responses through
+the model at once. Seconds are CPU seconds. Each ratio is the median over the turns, with the smallest and the largest.
+
+- rollout: generation, every response of the full length.
+- log-probs: of the responses before the update, without gradient. TRL leaves this pass out where a batch is used for
+  one optimizer step only; it is then measured beside its step.
+- update: forward, backward and optimizer step.
+- step: all that a side does in a step: for ours the three phases, for TRL its own step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from process_memory import forget_peak, status_of_process
+
+ROOT = Path(__file__).resolve().parent.parent
+TRL = "trl==1.16.0"
+SHARED_PINS = ("torch", "torchvision", "transformers", "accelerate", "datasets", "pillow", "peft")
+"""What TRL's environment takes in the releases of requirements.txt."""
+PHASES = ("rollout", "log-probs", "update", "step")
+MODELS: dict[str, dict[str, int]] = {
+    "quickstart": dict(
+        hidden_size=128, num_layers=3, num_heads=4, vision_hidden_size=64, vision_depth=2, vision_heads=4
+    ),
+    "512": dict(hidden_size=512, num_layers=4, num_heads=8, vision_hidden_size=128, vision_depth=2, vision_heads=4),
+}
+
+MEDIA_INPUTS = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
+
+Measured = dict[str, dict[str, float]]
+"""By phase `seconds` and `peak` (MiB)."""
+
+
+def measured(run: Callable[[], Any]) -> tuple[dict[str, float], Any]:
+    """CPU seconds and MiB on top of what was held before, and what `run` returned."""
+    forget_peak()
+    before, start = status_of_process("VmRSS"), time.process_time()
+    result = run()
+    return {"seconds": time.process_time() - start, "peak": status_of_process("VmHWM") - before}, result
+
+
+# ---- our side ----
+
+
+def run_ours(arguments: argparse.Namespace) -> None:
+    import torch
+    import torch.distributed as dist
+    from bench_rollout import make_prompts
+    from bench_train import config_of, rows_of
+
+    from verl.algorithms.policy_loss import POLICY_LOSSES
+    from verl.utils.batch_plan import BatchPlan
+    from verl.workers.fsdp_workers import FSDPWorker
+    from verl.workers.rollout.base import Sampling
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    config = config_of(arguments, arguments.model_path, arguments.ours)
+    worker = FSDPWorker(
+        config,
+        BatchPlan.from_config(config, 1),
+        POLICY_LOSSES[config.worker.actor.loss_type],
+        signal_streams=(),
+        training_steps=10,
+        rank=0,
+        world_size=1,
+        local_rank=0,
+        device="cpu",
+    )
+    worker.init_model()
+    prompts = make_prompts(arguments.model_path, arguments.prompts, arguments.prompt_length, fills=True)
+    inputs = prompts.select(
+        ["input_ids", "attention_mask", "position_ids"], ["raw_prompt_ids", "multi_modal_data"], []
+    )
+    rows = rows_of(prompts, arguments)
+    sampling = Sampling(n=arguments.n, temperature=1.0, top_p=1.0, top_k=-1, ignore_eos=True)
+    say({"prompt_tokens": int(prompts.batch["attention_mask"].sum())})
+    for turn in turns():
+        inputs.meta_info = {"sampling": sampling, "seed_parts": (0, turn)}
+
+        def roll_out() -> None:
+            worker.prepare_rollout_engine()
+            worker.generate_sequences(inputs)
+            worker.release_rollout_engine()
+
+        result: Measured = {}
+        result["rollout"], _ = measured(roll_out)
+        result["log-probs"], _ = measured(lambda: worker.compute_log_probs(rows))
+        result["update"], _ = measured(lambda: worker.update_actor(rows))
+        result["step"] = {
+            "seconds": sum(phase["seconds"] for phase in result.values()),
+            "peak": max(phase["peak"] for phase in result.values()),
+        }
+        say(result)
+
+
+# ---- TRL's side: its environment has nothing of ours ----
+
+
+def run_trl(arguments: argparse.Namespace) -> None:
+    import torch
+    from datasets import Dataset
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    torch.set_num_threads(1)
+
+    class TimedTrainer(GRPOTrainer):
+        """Measures the parts of each step; an update is what a step does beside preparing its inputs."""
+
+        def begin_step(self) -> None:
+            self.step_start = time.process_time()
+            self.prepare_seconds, self.update_peak, self.held = 0.0, 0.0, float("inf")
+
+        def _prepare_inputs(self, generation_batch: Any) -> Any:
+            if self.prepare_seconds:
+                self.note_update_peak()
+            start = time.process_time()
+            inputs = super()._prepare_inputs(generation_batch)
+            self.prepare_seconds += time.process_time() - start
+            forget_peak()
+            self.held = min(self.held, status_of_process("VmRSS"))
+            return inputs
+
+        def _generate_single_turn(self, *args: Any, **keywords: Any) -> Any:
+            self.rollout, result = measured(lambda: super(TimedTrainer, self)._generate_single_turn(*args, **keywords))
+            return result
+
+        def note_update_peak(self) -> None:
+            self.update_peak = max(self.update_peak, status_of_process("VmHWM") - self.held)
+
+        def end_step(self) -> Measured:
+            seconds = time.process_time() - self.step_start
+            self.note_update_peak()
+            update = {"seconds": seconds - self.prepare_seconds, "peak": self.update_peak}
+            step = {"seconds": seconds, "peak": max(self.rollout["peak"], self.update_peak)}
+            log_probs, _ = measured(self.compute_log_probs)
+            return {"rollout": self.rollout, "log-probs": log_probs, "update": update, "step": step}
+
+        @torch.no_grad()
+        def compute_log_probs(self) -> None:
+            self.model.eval()
+            for batch in self._buffered_inputs:
+                self._get_per_token_logps_and_entropies(
+                    self.model,
+                    torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                    torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                    batch["completion_ids"].shape[1],
+                    **{name: batch[name] for name in MEDIA_INPUTS if name in batch},
+                )
+            self.model.train()
+
+    class Turns(TrainerCallback):
+        """Has the training loop wait for its turn before each step."""
+
+        turns = turns()
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if next(self.turns, None) is None:
+                sys.exit()
+            trainer.begin_step()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            say(trainer.end_step())
+
+    rows = []
+    for row in json.loads(Path(arguments.rows).read_text()):
+        text = {"type": "text", "text": row["prompt"].removeprefix("<image>")}
+        message = {"role": "user", "content": [{"type": "image"}, text]}
+        rows.append({"prompt": [message], "image": Image.open(row["images"][0]).convert("RGB")})
+    processor = AutoProcessor.from_pretrained(arguments.model_path)
+    num_rows = arguments.prompts * arguments.n
+    settings = GRPOConfig(
+        output_dir=arguments.folder,
+        per_device_train_batch_size=min(arguments.micro_batch_size, num_rows),
+        gradient_accumulation_steps=max(1, num_rows // arguments.micro_batch_size),
+        num_generations=arguments.n,
+        max_completion_length=arguments.response_length,
+        generation_kwargs={"min_new_tokens": arguments.response_length},
+        beta=0.0,
+        max_steps=10**6,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=True,
+        report_to="none",
+        logging_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = TimedTrainer(
+        AutoModelForImageTextToText.from_pretrained(arguments.model_path, dtype=torch.float32),
+        reward_funcs=lambda completions, **_: [float(index % 2) for index in range(len(completions))],
+        args=settings,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=processor,
+        callbacks=[Turns()],
+    )
+    texts = [processor.apply_chat_template(row["prompt"], add_generation_prompt=True) for row in rows]
+    lengths = [processor(text=[text], images=[row["image"]]) for text, row in zip(texts, rows, strict=True)]
+    say({"prompt_tokens": sum(len(inputs["input_ids"][0]) for inputs in lengths)})
+    trainer.train()
+
+
+# ---- both sides in turns ----
+
+_answers = None
+"""Where a side writes its results; its standard output belongs to the libraries."""
+
+
+def turns() -> Any:
+    """The numbers of the turns, each when its line has come in."""
+    for turn, _ in enumerate(sys.stdin):
+        yield turn
+
+
+def say(result: dict[str, Any]) -> None:
+    print(json.dumps(result), file=_answers, flush=True)
+
+
+class Side:
+    """A process that makes a step whenever it is asked for one."""
+
+    def __init__(self, python: str, name: str, arguments: argparse.Namespace) -> None:
+        command = [python, __file__, "--side", name, *sys.argv[1:]]
+        command += ["--model-path", arguments.model_path, "--rows", arguments.rows, "--folder", arguments.folder]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.prompt_tokens = self._read()["prompt_tokens"]
+
+    def step(self) -> Measured:
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def stop(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.process.args[3]} ended with status {self.process.wait()}")
+        return json.loads(line)
+
+
+def make_venv(folder: Path) -> str:
+    """The Python of an environment with TRL; makes it where it is not there."""
+    python = folder / "bin" / "python"
+    stamp = folder / "trl.txt"
+    if stamp.exists() and stamp.read_text() == TRL:
+        return str(python)
+    shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run([os.environ.get("PYTHON", "python3"), "-m", "venv", folder], check=True)
+    install = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
+    subprocess.run([*install, "-c", ROOT / "requirements.txt", *SHARED_PINS, TRL], check=True)
+    subprocess.run([python, ROOT / "scripts" / "mend_torchvision.py"], check=True)
+    stamp.write_text(TRL)
+    return str(python)
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    from bench_rollout import make_rows
+
+    from tests.tiny import make_tiny_model
+    from verl.utils.tokenizer import get_tokenizer
+
+    python = make_venv(arguments.venv)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.folder = folder
+        arguments.model_path = make_tiny_model(f"{folder}/model", **MODELS[arguments.model])
+        tokenizer = get_tokenizer(arguments.model_path)
+        rows = make_rows(folder, tokenizer, arguments.prompts, arguments.prompt_length, fills=True)
+        arguments.rows = f"{folder}/rows.json"
+        Path(arguments.rows).write_text(json.dumps(rows))
+        ours = Side(sys.executable, "ours", arguments)
+        trl = Side(python, "trl", arguments)
+        assert ours.prompt_tokens == trl.prompt_tokens, "the sides read other prompts"
+        results = [(ours.step(), trl.step()) for _ in range(arguments.repeats + 1)][1:]  # the first turn warms up
+        ours.stop()
+        trl.stop()
+
+    num_rows = arguments.prompts * arguments.n
+    tokens = ours.prompt_tokens * arguments.n + num_rows * arguments.response_length
+    prompt_length = ours.prompt_tokens / arguments.prompts
+    print(
+        f"model {arguments.model}, {arguments.prompts} prompts of {prompt_length:.0f} tokens, {arguments.n} responses "
+        f"of {arguments.response_length}, {arguments.micro_batch_size} rows at once, {arguments.repeats} turns; "
+        f"{TRL}; ours {' '.join(arguments.ours) or 'with the defaults'}\n"
+    )
+    print("| | ours, tokens/s | TRL, tokens/s | ratio | ours, MiB | TRL, MiB |")
+    print("|---|---|---|---|---|---|")
+    for phase in PHASES:
+        of_phase = num_rows * arguments.response_length if phase == "rollout" else tokens
+        seconds = [[side[phase]["seconds"] for side in pair] for pair in results]
+        speeds = [f"{of_phase / statistics.median(side):.0f}" for side in zip(*seconds, strict=True)]
+        ratio = spread([of_trl / of_ours for of_ours, of_trl in seconds])
+        peaks = [f"{max(pair[side][phase]['peak'] for pair in results):.0f}" for side in (0, 1)]
+        print(f"| {' | '.join([phase, *speeds, ratio, *peaks])} |")
+
+
+def main() -> None:
+    global _answers
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="quickstart")
+    parser.add_argument("--prompts", type=int, default=2)
+    parser.add_argument("--n", type=int, default=8, help="responses a prompt")
+    parser.add_argument("--prompt-length", type=int, default=1000)
+    parser.add_argument("--response-length", type=int, default=250)
+    parser.add_argument("--micro-batch-size", type=int, default=8, help="responses that go through the model at once")
+    parser.add_argument("--repeats", type=int, default=5, help="turns that count")
+    parser.add_argument("--ours", nargs="*", default=[], help="keys of our configuration")
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv-trl")
+    for name in ("--side", "--model-path", "--rows", "--folder"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side is None:
+        compare(arguments)
+        return
+    # What both configurations are made from (`config_of`, `rows_of`).
+    arguments.device, arguments.engine, arguments.workers, arguments.fill = "cpu", "hf", 1, True
+    _answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    {"ours": run_ours, "trl": run_trl}[arguments.side](arguments)
+
+
+if __name__ == "__main__":
+    main()
