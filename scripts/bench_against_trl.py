@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This trainer's step beside the step of TRL's GRPOTrainer: the same model, prompts, lengths and thread, in turns.
+"""This trainer's step, with shared prompts and with packed rows, beside the step of TRL's GRPOTrainer.
 
-    python scripts/bench_against_trl.py                                       # 1000 + 250 tokens, 8 responses a prompt
-    python scripts/bench_against_trl.py --prompt-length 100 --response-length 100 --model 512
-    python scripts/bench_against_trl.py --ours worker.actor.share_prompts=false
+    python scripts/bench_against_trl.py                              # 1000 + 250 tokens, 8 responses a prompt: minutes
+    python scripts/bench_against_trl.py --prompts 16 --prompt-length 64 --response-length 40 --micro-batch-size 32
+    python scripts/bench_against_trl.py --model 512 --picture shared_prompts.png
 
-TRL runs in a virtual environment of its own (`--venv`), which the script makes from the pins below where it is
-missing. Both sides compute in fp32 on one CPU thread, with gradient checkpointing, and put as many responses through
-the model at once. Seconds are CPU seconds. Each ratio is the median over the turns, with the smallest and the largest.
+All sides have the same model, prompts and lengths, and take turns. TRL runs in a virtual environment of its own
+(`--venv`), which the script makes from the pins below where it is missing. All compute in fp32 on one CPU thread, with
+gradient checkpointing, and put as many responses through the model at once. Seconds are CPU seconds. Each ratio is the
+median over the turns, with the smallest and the largest.
 
 - rollout: generation, every response of the full length.
 - log-probs: of the responses before the update, without gradient. TRL leaves this pass out where a batch is used for
   one optimizer step only; it is then measured beside its step.
 - update: forward, backward and optimizer step.
-- step: all that a side does in a step: for ours the three phases, for TRL its own step.
+- step: all that a side does in a step: for ours the sum of the three phases, for TRL its own step.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TRL = "trl==1.16.0"
 SHARED_PINS = ("torch", "torchvision", "transformers", "accelerate", "datasets", "pillow", "peft")
 """What TRL's environment takes in the releases of requirements.txt."""
+SIDES = {"shared": [], "packed": ["worker.actor.share_prompts=false"], "TRL": None}
+"""The sides, and the keys of our configuration that each of ours has; TRL comes last."""
 PHASES = ("rollout", "log-probs", "update", "step")
 MODELS: dict[str, dict[str, int]] = {
     "quickstart": dict(
@@ -78,7 +81,7 @@ def run_ours(arguments: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    config = config_of(arguments, arguments.model_path, arguments.ours)
+    config = config_of(arguments, arguments.model_path, SIDES[arguments.side])
     worker = FSDPWorker(
         config,
         BatchPlan.from_config(config, 1),
@@ -247,6 +250,7 @@ class Side:
     def __init__(self, python: str, name: str, arguments: argparse.Namespace) -> None:
         command = [python, __file__, "--side", name, *sys.argv[1:]]
         command += ["--model-path", arguments.model_path, "--rows", arguments.rows, "--folder", arguments.folder]
+        self.name = name
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.prompt_tokens = self._read()["prompt_tokens"]
 
@@ -262,7 +266,7 @@ class Side:
     def _read(self) -> dict[str, Any]:
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.process.args[3]} ended with status {self.process.wait()}")
+            raise RuntimeError(f"the side {self.name} ended with status {self.process.wait()}")
         return json.loads(line)
 
 
@@ -281,17 +285,13 @@ def make_venv(folder: Path) -> str:
     return str(python)
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
 def compare(arguments: argparse.Namespace) -> None:
     from bench_rollout import make_rows
 
     from tests.tiny import make_tiny_model
     from verl.utils.tokenizer import get_tokenizer
 
-    python = make_venv(arguments.venv)
+    pythons = dict.fromkeys(SIDES, sys.executable) | {"TRL": make_venv(arguments.venv)}
     with tempfile.TemporaryDirectory() as folder:
         arguments.folder = folder
         arguments.model_path = make_tiny_model(f"{folder}/model", **MODELS[arguments.model])
@@ -299,30 +299,83 @@ def compare(arguments: argparse.Namespace) -> None:
         rows = make_rows(folder, tokenizer, arguments.prompts, arguments.prompt_length, fills=True)
         arguments.rows = f"{folder}/rows.json"
         Path(arguments.rows).write_text(json.dumps(rows))
-        ours = Side(sys.executable, "ours", arguments)
-        trl = Side(python, "trl", arguments)
-        assert ours.prompt_tokens == trl.prompt_tokens, "the sides read other prompts"
-        results = [(ours.step(), trl.step()) for _ in range(arguments.repeats + 1)][1:]  # the first turn warms up
-        ours.stop()
-        trl.stop()
+        sides = [Side(pythons[name], name, arguments) for name in SIDES]
+        (prompt_tokens,) = {side.prompt_tokens for side in sides}  # all read the same prompts
+        results = []
+        for turn in range(arguments.repeats + 1):
+            first = turn % len(sides)  # whoever comes after the slowest finds the caches coldest
+            results.append({side.name: side.step() for side in sides[first:] + sides[:first]})
+        del results[0]  # which warmed up
+        for side in sides:
+            side.stop()
 
     num_rows = arguments.prompts * arguments.n
-    tokens = ours.prompt_tokens * arguments.n + num_rows * arguments.response_length
-    prompt_length = ours.prompt_tokens / arguments.prompts
+    prompt_length = round(prompt_tokens / arguments.prompts)
     print(
-        f"model {arguments.model}, {arguments.prompts} prompts of {prompt_length:.0f} tokens, {arguments.n} responses "
-        f"of {arguments.response_length}, {arguments.micro_batch_size} rows at once, {arguments.repeats} turns; "
-        f"{TRL}; ours {' '.join(arguments.ours) or 'with the defaults'}\n"
+        f"model {arguments.model}, {arguments.prompts} prompts of {prompt_length} tokens, {arguments.n} responses of "
+        f"{arguments.response_length}, {arguments.micro_batch_size} rows at once, {arguments.repeats} turns; {TRL}\n"
     )
-    print("| | ours, tokens/s | TRL, tokens/s | ratio | ours, MiB | TRL, MiB |")
-    print("|---|---|---|---|---|---|")
+    others = [name for name in SIDES if name != "shared"]
+    columns = [f"{name}, tokens/s" for name in SIDES] + [f"shared against {name}" for name in others]
+    print(f"| {' | '.join(['', *columns, *(f'{name}, MiB' for name in SIDES)])} |")
+    print(f"|{'---|' * (2 * len(SIDES) + len(others) + 1)}")
     for phase in PHASES:
-        of_phase = num_rows * arguments.response_length if phase == "rollout" else tokens
-        seconds = [[side[phase]["seconds"] for side in pair] for pair in results]
-        speeds = [f"{of_phase / statistics.median(side):.0f}" for side in zip(*seconds, strict=True)]
-        ratio = spread([of_trl / of_ours for of_ours, of_trl in seconds])
-        peaks = [f"{max(pair[side][phase]['peak'] for pair in results):.0f}" for side in (0, 1)]
-        print(f"| {' | '.join([phase, *speeds, ratio, *peaks])} |")
+        tokens = num_rows * arguments.response_length + (phase != "rollout") * prompt_tokens * arguments.n
+        speeds = [f"{tokens / statistics.median(seconds_of(results, name, phase)):.0f}" for name in SIDES]
+        ratios = [spread(ratios_of(results, "shared", name, phase)) for name in others]
+        peaks = [f"{max(turn[name][phase]['peak'] for turn in results):.0f}" for name in SIDES]
+        print(f"| {' | '.join([phase, *speeds, *ratios, *peaks])} |")
+    if arguments.picture:
+        shape = (prompt_length, arguments.response_length, arguments.n)
+        draw(results, shape, arguments.picture)
+
+
+def seconds_of(results: list[dict[str, Measured]], name: str, phase: str) -> list[float]:
+    return [turn[name][phase]["seconds"] for turn in results]
+
+
+def ratios_of(results: list[dict[str, Measured]], name: str, other: str, phase: str) -> list[float]:
+    """How many times as fast `name` is as `other`, by turn."""
+    pairs = zip(seconds_of(results, name, phase), seconds_of(results, other, phase), strict=True)
+    return [of_other / of_name for of_name, of_other in pairs]
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def draw(results: list[dict[str, Measured]], shape: tuple[int, int, int], path: str) -> None:
+    """The tokens that one prompt's responses take through the model, and the speed of each phase against TRL."""
+    from matplotlib.figure import Figure
+
+    prompt, response, n = shape
+    colors = {"prompt": "#0072B2", "response": "#E69F00"}  # of Okabe and Ito, told apart by the colour-blind
+    figure = Figure(figsize=(10, 4), layout="constrained")  # not pyplot, which would look for a display
+    rows, speeds = figure.subplots(1, 2, width_ratios=(3, 2))
+    pieces = {"packed": ["prompt", "response"] * n, "shared": ["prompt"] + ["response"] * n}
+    for place, kinds in enumerate(pieces.values()):
+        left = 0
+        for kind in kinds:
+            width = {"prompt": prompt, "response": response}[kind]
+            rows.barh(place, width, left=left, color=colors[kind], edgecolor="white", height=0.5)
+            left += width
+        rows.text(left, place + 0.3, f"{left:,} tokens", ha="right", va="bottom")
+    rows.set(yticks=range(len(pieces)), yticklabels=pieces, xlabel="tokens of one row", ylim=(-0.5, 2.1))
+    handles = [rows.barh(0, 0, color=color) for color in colors.values()]
+    rows.legend(handles, [f"prompt, {prompt}", f"response, {response}"], ncols=2, frameon=False, loc="upper right")
+    rows.set_title(f"{n} responses to one prompt")
+
+    width = 0.8 / len(SIDES)
+    for place, (name, hatch) in enumerate(zip(SIDES, ("", "//", ".."), strict=True)):
+        ratios = [statistics.median(ratios_of(results, name, "TRL", phase)) for phase in PHASES]
+        positions = [index + (place - 1) * width for index in range(len(PHASES))]
+        bars = speeds.bar(positions, ratios, width, label=name, hatch=hatch, edgecolor="white")
+        speeds.bar_label(bars, fmt="%.1f", fontsize=8)
+    speeds.set(xticks=range(len(PHASES)), xticklabels=PHASES, ylabel="times as fast as TRL")
+    speeds.legend(frameon=False)
+    for axes in (rows, speeds):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
@@ -335,7 +388,7 @@ def main() -> None:
     parser.add_argument("--response-length", type=int, default=250)
     parser.add_argument("--micro-batch-size", type=int, default=8, help="responses that go through the model at once")
     parser.add_argument("--repeats", type=int, default=5, help="turns that count")
-    parser.add_argument("--ours", nargs="*", default=[], help="keys of our configuration")
+    parser.add_argument("--picture", help="file of a picture of the layouts and the speeds")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv-trl")
     for name in ("--side", "--model-path", "--rows", "--folder"):
         parser.add_argument(name, help=argparse.SUPPRESS)
@@ -347,7 +400,7 @@ def main() -> None:
     arguments.device, arguments.engine, arguments.workers, arguments.fill = "cpu", "hf", 1, True
     _answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    {"ours": run_ours, "trl": run_trl}[arguments.side](arguments)
+    (run_trl if arguments.side == "TRL" else run_ours)(arguments)
 
 
 if __name__ == "__main__":
