@@ -6,15 +6,16 @@
     python scripts/bench_against_trl.py --model 512 --picture shared_prompts.png
 
 All sides have the same model, prompts and lengths, and take turns. TRL runs in a virtual environment of its own
-(`--venv`), which the script makes from the pins below where it is missing. All compute in fp32 on one CPU thread, with
-gradient checkpointing, and put as many responses through the model at once. Seconds are CPU seconds. Each ratio is the
-median over the turns, with the smallest and the largest.
+(`--venv`), which the script makes from the pins below where it is missing. All compute in fp32 on one CPU thread with
+gradient checkpointing, generate all responses at once, and put as many rows through the model at once in the other
+phases. Seconds are CPU seconds. Each ratio is the median over the turns, with the smallest and the largest.
 
 - rollout: generation, every response of the full length.
 - log-probs: of the responses before the update, without gradient. TRL leaves this pass out where a batch is used for
   one optimizer step only; it is then measured beside its step.
 - update: forward, backward and optimizer step.
-- step: all that a side does in a step: for ours the sum of the three phases, for TRL its own step.
+- all three: their sum.
+- own step: what a side does in a step: for ours all three, for TRL its own step, with rewards and without log-probs.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ SHARED_PINS = ("torch", "torchvision", "transformers", "accelerate", "datasets",
 """What TRL's environment takes in the releases of requirements.txt."""
 SIDES = {"shared": [], "packed": ["worker.actor.share_prompts=false"], "TRL": None}
 """The sides, and the keys of our configuration that each of ours has; TRL comes last."""
-PHASES = ("rollout", "log-probs", "update", "step")
+PARTS = ("rollout", "log-probs", "update")
+PHASES = (*PARTS, "all three", "own step")
 MODELS: dict[str, dict[str, int]] = {
     "quickstart": dict(
         hidden_size=128, num_layers=3, num_heads=4, vision_hidden_size=64, vision_depth=2, vision_heads=4
@@ -65,6 +67,12 @@ def measured(run: Callable[[], Any]) -> tuple[dict[str, float], Any]:
     return {"seconds": time.process_time() - start, "peak": status_of_process("VmHWM") - before}, result
 
 
+def together(result: Measured) -> dict[str, float]:
+    """All parts of a step."""
+    parts = [result[name] for name in PARTS]
+    return {"seconds": sum(part["seconds"] for part in parts), "peak": max(part["peak"] for part in parts)}
+
+
 # ---- our side ----
 
 
@@ -81,7 +89,9 @@ def run_ours(arguments: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    config = config_of(arguments, arguments.model_path, SIDES[arguments.side])
+    at_once = arguments.prompts * arguments.n * (arguments.prompt_length + arguments.response_length)
+    keys = [f"worker.rollout.max_num_batched_tokens={at_once}", *SIDES[arguments.side]]
+    config = config_of(arguments, arguments.model_path, keys)
     worker = FSDPWorker(
         config,
         BatchPlan.from_config(config, 1),
@@ -113,10 +123,7 @@ def run_ours(arguments: argparse.Namespace) -> None:
         result["rollout"], _ = measured(roll_out)
         result["log-probs"], _ = measured(lambda: worker.compute_log_probs(rows))
         result["update"], _ = measured(lambda: worker.update_actor(rows))
-        result["step"] = {
-            "seconds": sum(phase["seconds"] for phase in result.values()),
-            "peak": max(phase["peak"] for phase in result.values()),
-        }
+        result["own step"] = result["all three"] = together(result)
         say(result)
 
 
@@ -162,7 +169,8 @@ def run_trl(arguments: argparse.Namespace) -> None:
             update = {"seconds": seconds - self.prepare_seconds, "peak": self.update_peak}
             step = {"seconds": seconds, "peak": max(self.rollout["peak"], self.update_peak)}
             log_probs, _ = measured(self.compute_log_probs)
-            return {"rollout": self.rollout, "log-probs": log_probs, "update": update, "step": step}
+            result = {"rollout": self.rollout, "log-probs": log_probs, "update": update}
+            return {**result, "all three": together(result), "own step": step}
 
         @torch.no_grad()
         def compute_log_probs(self) -> None:

@@ -203,7 +203,7 @@ class HFRollout(Rollout):
             # has to see what is drawn from: `_filters` do it instead.
             top_k=0,
         )
-        ended = torch.isin(sequences[:, -1], torch.tensor(settings.eos_token_id or [], device=self.device))
+        ended = torch.isin(sequences[:, -1], sequences.new_tensor(settings.eos_token_id or []))
         return self.model.generate(
             **{**inputs, "input_ids": sequences},
             past_key_values=cache,
