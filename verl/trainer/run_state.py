@@ -58,7 +58,7 @@ class RunState:
         self.last_validation = (self.global_step, result)
 
     def save(self, workers: WorkerGroup, loader: PromptLoader) -> None:
-        """Writes a checkpoint of this step, whole or not at all, and then that it is the latest."""
+        """Writes a checkpoint of this step, whole or not at all; `track_checkpoint` then makes it the latest."""
         trainer = self.config.trainer
         folder = step_folder(trainer.save_checkpoint_path, self.global_step)
         unfinished = unfinished_folder(folder)
@@ -68,7 +68,6 @@ class RunState:
             write_kl_coef(unfinished, self.kl_coef)
         publish(folder)
         self.last_saved_step = self.global_step
-        self.track_checkpoint()
 
     def track_checkpoint(self) -> None:
         """Writes down that this step's checkpoint is the latest, and perhaps the best; removes what is obsolete.
