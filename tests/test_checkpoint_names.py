@@ -1,22 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 # python -m pytest tests/test_checkpoint_names.py
 
+import contextlib
 import json
 import logging
 import os
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 
 from verl.utils.checkpoint import (
     CHECKPOINT_TRACKER,
+    DATALOADER_FILE,
     extra_state_file,
     find_latest_ckpt,
     model_file,
     optim_file,
+    publish,
     read_kl_coef,
     remove_obsolete_ckpt,
+    settle_checkpoints,
     step_folder,
     step_of,
+    unfinished_folder,
     write_kl_coef,
     write_tracker,
 )
@@ -112,6 +120,73 @@ def test_the_latest_checkpoint_needs_the_tracker_and_the_folder_it_names(tmp_pat
 
     make_folders(root, [10])
     assert find_latest_ckpt(root)[0] == os.path.join(root, "global_step_10")
+
+
+@pytest.mark.parametrize(
+    ("tracker", "problem"),
+    [
+        (None, "does not exist"),
+        ("", "is not JSON"),
+        ('{"last_global_step": 1', "is not JSON"),
+        ("[]", "has no last_global_step"),
+        ('{"last_global_step": "10"}', "has no last_global_step"),
+        ('{"last_global_step": 30}', "names .*global_step_30, which does not exist"),
+        ('{"last_global_step": 10, "best_val_reward_score": "high"}', "has a best_val_reward_score of 'high'"),
+    ],
+)
+def test_without_a_tracker_to_rely_on_the_newest_whole_checkpoint_is_the_latest(tracker, problem, tmp_path, caplog):
+    """Step 100 is newer, as a number; it lacks the file that is written last."""
+    make_folders(tmp_path, [9, 10, 100])
+    for step in (9, 10):
+        (tmp_path / f"global_step_{step}" / DATALOADER_FILE).touch()
+    if tracker is not None:
+        (tmp_path / CHECKPOINT_TRACKER).write_text(tracker)
+    folder, contents = find_latest_ckpt(str(tmp_path))
+    assert folder == step_folder(str(tmp_path), 10)
+    assert contents["last_global_step"] == 10
+    (warning,) = caplog.messages
+    assert re.search(problem, warning) and "the newest whole checkpoint is" in warning
+
+
+def test_a_best_checkpoint_that_is_gone_is_forgotten_with_the_last(tmp_path):
+    for step in (5, 10):
+        make_folders(tmp_path, [step])
+        (tmp_path / f"global_step_{step}" / DATALOADER_FILE).touch()
+    write_tracker(str(tmp_path), last_global_step=30, best_global_step=5, best_val_reward_score=0.5)
+    assert find_latest_ckpt(str(tmp_path))[1]["best_val_reward_score"] == 0.5
+    write_tracker(str(tmp_path), last_global_step=30, best_global_step=20, best_val_reward_score=0.5)
+    assert find_latest_ckpt(str(tmp_path))[1]["best_val_reward_score"] is None
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+@pytest.mark.parametrize("moment", range(6))
+def test_whenever_a_save_is_cut_off_one_whole_checkpoint_remains(moment, replaces, tmp_path, monkeypatch):
+    """The process ends before the file, before or after each rename, or while the old checkpoint is removed."""
+    folder = step_folder(str(tmp_path), 5)
+    if replaces:
+        make_folders(tmp_path, [5])
+        Path(folder, "weights").write_text("old")
+    calls = iter(range(100))
+
+    def until_the_moment(do):
+        def run(*args, **options):
+            if next(calls) == moment:
+                raise KeyboardInterrupt
+            return do(*args, **options)
+
+        return run
+
+    unfinished = unfinished_folder(folder)
+    with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+        for module, name in ((os, "rename"), (shutil, "rmtree"), (os, "makedirs")):
+            patched.setattr(module, name, until_the_moment(getattr(module, name)))
+        os.makedirs(unfinished)
+        Path(unfinished, "weights").write_text("new")
+        publish(folder)
+    settle_checkpoints(str(tmp_path))
+    found = [path.read_text() for path in tmp_path.glob("global_step_5/weights")]
+    assert found in ([["old"], ["new"]] if replaces else [[], ["new"]])
+    assert {path.name for path in tmp_path.iterdir()} <= {"global_step_5"}
 
 
 def test_a_tracker_that_holds_the_last_step_alone_is_enough(tmp_path):

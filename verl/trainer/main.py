@@ -249,7 +249,7 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> 
     from verl.trainer.ray_trainer import RayDAPOTrainer
     from verl.trainer.rewards import RewardClient
     from verl.utils.batch_plan import training_steps
-    from verl.utils.checkpoint import find_resume_point
+    from verl.utils.checkpoint import find_resume_point, settle_checkpoints
     from verl.utils.tokenizer import get_processor, get_tokenizer, prefilled_text, text_decoder
 
     logger.info("running on %s: %d worker(s)", processes.device, plan.world_size)
@@ -269,6 +269,7 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> 
         train_loader, val_loader = create_dataloader(config.data, tokenizer, processor, model_config)
         check_videos(config, *train_loader.dataset.datasets, *val_loader.dataset.datasets)
         steps = training_steps(config, train_loader.num_prompts)
+        settle_checkpoints(trainer_config.save_checkpoint_path)
         resume_point = find_resume_point(
             trainer_config.save_checkpoint_path,
             trainer_config.load_checkpoint_path,

@@ -15,9 +15,11 @@ from verl.utils.checkpoint import (
     KL_COEF_FILE,
     ResumePoint,
     has_optimizer,
+    publish,
     read_kl_coef,
     remove_obsolete_ckpt,
     step_folder,
+    unfinished_folder,
     write_kl_coef,
     write_tracker,
 )
@@ -56,15 +58,16 @@ class RunState:
         self.last_validation = (self.global_step, result)
 
     def save(self, workers: WorkerGroup, loader: PromptLoader) -> None:
-        """Writes a checkpoint of this step, and then that it is the latest."""
+        """Writes a checkpoint of this step, whole or not at all; `track_checkpoint` then makes it the latest."""
         trainer = self.config.trainer
         folder = step_folder(trainer.save_checkpoint_path, self.global_step)
-        workers.save_checkpoint(folder, trainer.save_model_only)
-        torch.save(loader.state_dict(), os.path.join(folder, DATALOADER_FILE))
+        unfinished = unfinished_folder(folder)
+        workers.save_checkpoint(unfinished, trainer.save_model_only)
+        torch.save(loader.state_dict(), os.path.join(unfinished, DATALOADER_FILE))
         if self.config.algorithm.kl_coef_adapts:
-            write_kl_coef(folder, self.kl_coef)
+            write_kl_coef(unfinished, self.kl_coef)
+        publish(folder)
         self.last_saved_step = self.global_step
-        self.track_checkpoint()
 
     def track_checkpoint(self) -> None:
         """Writes down that this step's checkpoint is the latest, and perhaps the best; removes what is obsolete.

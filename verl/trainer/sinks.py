@@ -150,20 +150,37 @@ class ConsoleSink(Sink):
 class FileSink(Sink):
     """Three files beside the checkpoints: the configuration, a JSON line per `log`, the sampled generations.
 
-    A resumed run appends to the last two. Steps that the interrupted run took after its last checkpoint then appear
-    twice in `experiment_log.jsonl`; the later line is the one that the weights have seen.
+    A resumed run appends to the last two. It takes the steps after its checkpoint once more: their lines move from
+    `experiment_log.jsonl` to `experiment_log.cut.jsonl`, and so does half a line.
     """
 
     CONFIG = "experiment_config.json"
     LOG = "experiment_log.jsonl"
+    CUT = "experiment_log.cut.jsonl"
     GENERATIONS = "generations.log"
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         (run.output_dir / self.CONFIG).write_text(json.dumps(run.config, indent=2, ensure_ascii=False), "utf-8")
-        if not run.continues:
+        if run.continues:
+            self._cut_log()
+        else:
             for name in (self.LOG, self.GENERATIONS):
                 (run.output_dir / name).write_text("", "utf-8")
+
+    def _cut_log(self) -> None:
+        path = self.run.output_dir / self.LOG
+        if not path.exists():
+            return
+        lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if _is_up_to(line, self.run.resume_step)]
+        cut = [line for line in lines if not _is_up_to(line, self.run.resume_step)]
+        if not cut:
+            return
+        self._append(self.CUT, "".join(line.rstrip("\n") + "\n" for line in cut))
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text("".join(kept), "utf-8")
+        unfinished.replace(path)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         # JSON has no word for NaN and infinity.
@@ -177,6 +194,16 @@ class FileSink(Sink):
     def _append(self, name: str, text: str) -> None:
         with open(self.run.output_dir / name, "a", encoding="utf-8") as file:
             file.write(text)
+
+
+def _is_up_to(line: str, step: int) -> bool:
+    """Whether a line of the log is whole and of `step` or one before it."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    line_step = record.get("step") if isinstance(record, dict) else None
+    return line.endswith("\n") and isinstance(line_step, int) and line_step <= step
 
 
 def nested(metrics: Mapping[str, float | None]) -> dict[str, Any]:

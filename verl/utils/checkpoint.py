@@ -3,7 +3,8 @@
 
 Layout under the save path: `checkpoint_tracker.json` and `global_step_<N>/{dataloader.pt, actor/..., critic/...}`,
 each rank's files carrying the world size in their names, and `kl_coef.json` where the coefficient adapts. What is
-inside the workers' files is their business.
+inside the workers' files is their business. A checkpoint is written as `global_step_<N>.unfinished` and gets its name
+when it is whole; one that it replaces is `global_step_<N>.replaced` for the moment between.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 CHECKPOINT_TRACKER = "checkpoint_tracker.json"
 DATALOADER_FILE = "dataloader.pt"
 KL_COEF_FILE = "kl_coef.json"
+UNFINISHED = ".unfinished"
+REPLACED = ".replaced"
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +30,57 @@ logger = logging.getLogger(__name__)
 def step_folder(root: str, step: int) -> str:
     """The folder that holds everything saved at `step`."""
     return os.path.join(root, f"global_step_{step}")
+
+
+def unfinished_folder(folder: str) -> str:
+    """Where the checkpoint of `folder` is written until it is whole. What an earlier attempt left there is removed."""
+    unfinished = f"{folder}{UNFINISHED}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    return unfinished
+
+
+def publish(folder: str) -> None:
+    """Gives the checkpoint that was written to `unfinished_folder(folder)` its name, once its files are on disk.
+
+    A checkpoint of that name is replaced. Whatever happens on the way, `settle_checkpoints` finds one of the two.
+    """
+    unfinished, replaced = f"{folder}{UNFINISHED}", f"{folder}{REPLACED}"
+    flush_all(unfinished)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if os.path.isdir(folder):
+        os.rename(folder, replaced)
+    os.rename(unfinished, folder)
+    flush(os.path.dirname(folder))
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def settle_checkpoints(root: str) -> None:
+    """Puts right what a run that was killed while it saved has left under `root`.
+
+    A checkpoint that was about to be replaced gets its name back; what is unfinished or was replaced is removed.
+    """
+    for path in sorted(Path(root).glob("global_step_*")):
+        folder = path.with_suffix("")
+        if path.suffix == REPLACED and not folder.exists():
+            logger.warning("%s was being replaced when its run ended: it is %s again", path, folder)
+            path.rename(folder)
+        elif path.suffix in (UNFINISHED, REPLACED):
+            shutil.rmtree(path)
+
+
+def flush_all(folder: str | os.PathLike[str]) -> None:
+    """`flush` for a folder and all in it."""
+    for path in (Path(folder), *Path(folder).rglob("*")):
+        flush(path)
+
+
+def flush(path: str | os.PathLike[str]) -> None:
+    """Has the storage keep what this machine wrote to a file or a folder, whatever happens next."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def step_of(path: str) -> int:
@@ -105,24 +159,63 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 def find_latest_ckpt(path: str) -> tuple[str | None, dict[str, Any]]:
     """The folder of the last complete checkpoint under `path` and the tracker's contents.
 
-    The folder is None where no tracker was written, and where the folder that it names is gone; the latter is
-    logged as a warning, since the run would begin from scratch beside its own earlier results.
+    Where the tracker is missing or damaged, or names a folder that is gone, the newest checkpoint counts that has its
+    `dataloader.pt`, which is written last; one warning says so. The folder is None where there is no checkpoint.
     """
-    tracker_path = os.path.join(path, CHECKPOINT_TRACKER)
-    if not os.path.exists(tracker_path):
-        return None, {}
-    with open(tracker_path, encoding="utf-8") as file:
-        tracker = json.load(file)
-    folder = step_folder(path, tracker["last_global_step"])
-    if not os.path.isdir(folder):
-        logger.warning(
-            "%s names %s as the latest checkpoint, but there is no such folder; nothing to resume from. "
-            "To resume from another one, set trainer.load_checkpoint_path.",
-            tracker_path,
-            folder,
-        )
+    tracker, problem = _read_tracker(os.path.join(path, CHECKPOINT_TRACKER))
+    if problem is None:
+        folder = step_folder(path, tracker["last_global_step"])
+        if os.path.isdir(folder):
+            return folder, tracker
+        problem = f"names {folder}, which does not exist"
+    newest = max(steps_on_disk(path), default=None)
+    if newest is None:
+        if tracker or os.path.exists(os.path.join(path, CHECKPOINT_TRACKER)):
+            logger.warning(
+                "%s in %s %s, and there is no whole checkpoint beside it: nothing to resume from. To start from one "
+                "elsewhere, set trainer.load_checkpoint_path",
+                CHECKPOINT_TRACKER,
+                path,
+                problem,
+            )
         return None, tracker
-    return folder, tracker
+    folder = step_folder(path, newest)
+    logger.warning(
+        "%s in %s %s; the newest whole checkpoint is %s. To start from another one, set trainer.load_checkpoint_path",
+        CHECKPOINT_TRACKER,
+        path,
+        problem,
+        folder,
+    )
+    best_step = tracker.get("best_global_step")
+    if best_step not in steps_on_disk(path):
+        tracker = {**tracker, "best_global_step": None, "best_val_reward_score": None}
+    return folder, {**tracker, "last_global_step": newest}
+
+
+def steps_on_disk(path: str) -> list[int]:
+    """The steps of the whole checkpoints under `path`, in order."""
+    files = Path(path).glob(f"global_step_*/{DATALOADER_FILE}")
+    matches = [re.fullmatch(r"global_step_(\d+)", file.parent.name) for file in files]
+    return sorted(int(match.group(1)) for match in matches if match is not None)
+
+
+def _read_tracker(path: str) -> tuple[dict[str, Any], str | None]:
+    """The contents, and what is wrong with the file; empty where it cannot be read."""
+    if not os.path.exists(path):
+        return {}, "does not exist"
+    with open(path, encoding="utf-8", errors="replace") as file:
+        text = file.read()
+    try:
+        tracker = json.loads(text)
+    except json.JSONDecodeError as error:
+        return {}, f"is not JSON ({error})"
+    if not isinstance(tracker, dict) or not isinstance(tracker.get("last_global_step"), int):
+        return {}, "has no last_global_step"
+    score = tracker.get("best_val_reward_score")
+    if score is not None and not isinstance(score, (int, float)):
+        return {}, f"has a best_val_reward_score of {score!r}"
+    return tracker, None
 
 
 @dataclass(frozen=True)

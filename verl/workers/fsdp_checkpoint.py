@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from verl.models.saved_files import add_legacy_rope, apply_umask
 from verl.models.trainable import ADAPTER, adapter_config
-from verl.utils.checkpoint import extra_state_file, model_file, optim_file
+from verl.utils.checkpoint import extra_state_file, flush_all, model_file, optim_file
 from verl.workers.adamw_bf16 import settle_compensation
 
 logger = logging.getLogger(__name__)
@@ -102,6 +102,7 @@ class FSDPCheckpoint:
             for description in self.described_by:
                 description.save_pretrained(root / "huggingface")
             add_legacy_rope(root / "huggingface")
+        flush_all(root)  # each machine's own writes
         dist.barrier()
 
     def load(self, folder: str, model_only: bool) -> None:
