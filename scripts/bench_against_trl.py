@@ -281,15 +281,19 @@ class Side:
 def make_venv(folder: Path) -> str:
     """The Python of an environment with TRL; makes it where it is not there."""
     python = folder / "bin" / "python"
-    stamp = folder / "trl.txt"
-    if stamp.exists() and stamp.read_text() == TRL:
+    stamp, pins = folder / "trl.txt", TRL + "\n" + (ROOT / "requirements.txt").read_text()
+    if stamp.exists() and stamp.read_text() == pins:
         return str(python)
+    if folder.exists() and not stamp.exists():
+        raise SystemExit(f"--venv {folder} exists, and this script did not make it; name another folder")
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    stamp.touch()  # so that what is half made may be removed
     subprocess.run([os.environ.get("PYTHON", "python3"), "-m", "venv", folder], check=True)
     install = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
     subprocess.run([*install, "-c", ROOT / "requirements.txt", *SHARED_PINS, TRL], check=True)
     subprocess.run([python, ROOT / "scripts" / "mend_torchvision.py"], check=True)
-    stamp.write_text(TRL)
+    stamp.write_text(pins)
     return str(python)
 
 
@@ -401,6 +405,8 @@ def main() -> None:
     for name in ("--side", "--model-path", "--rows", "--folder"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.prompts * arguments.n % arguments.micro_batch_size:
+        parser.error("--micro-batch-size has to divide the responses, --prompts times --n")
     if arguments.side is None:
         compare(arguments)
         return

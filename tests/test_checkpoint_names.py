@@ -16,6 +16,7 @@ from verl.utils.checkpoint import (
     DATALOADER_FILE,
     extra_state_file,
     find_latest_ckpt,
+    find_resume_point,
     model_file,
     optim_file,
     publish,
@@ -159,34 +160,65 @@ def test_a_best_checkpoint_that_is_gone_is_forgotten_with_the_last(tmp_path):
 
 
 @pytest.mark.parametrize("replaces", [False, True])
-@pytest.mark.parametrize("moment", range(6))
+@pytest.mark.parametrize(
+    "moment", ["before the files", "before the rename", "after it", "while the old one goes", None]
+)
 def test_whenever_a_save_is_cut_off_one_whole_checkpoint_remains(moment, replaces, tmp_path, monkeypatch):
-    """The process ends before the file, before or after each rename, or while the old checkpoint is removed."""
     folder = step_folder(str(tmp_path), 5)
     if replaces:
         make_folders(tmp_path, [5])
         Path(folder, "weights").write_text("old")
-    calls = iter(range(100))
+    rename, rmtree = os.rename, shutil.rmtree
 
-    def until_the_moment(do):
-        def run(*args, **options):
-            if next(calls) == moment:
-                raise KeyboardInterrupt
-            return do(*args, **options)
+    def cut_rename(source, target):
+        if source == unfinished and moment == "before the rename":
+            raise KeyboardInterrupt
+        rename(source, target)
+        if source == unfinished and moment == "after it":
+            raise KeyboardInterrupt
 
-        return run
+    def cut_rmtree(path, *options):
+        if moment == "while the old one goes":
+            Path(path, "weights").unlink()
+            raise KeyboardInterrupt
+        rmtree(path, *options)
 
     unfinished = unfinished_folder(folder)
+    os.makedirs(unfinished)
     with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
-        for module, name in ((os, "rename"), (shutil, "rmtree"), (os, "makedirs")):
-            patched.setattr(module, name, until_the_moment(getattr(module, name)))
-        os.makedirs(unfinished)
+        patched.setattr(os, "rename", cut_rename)
+        patched.setattr(shutil, "rmtree", cut_rmtree)
+        if moment == "before the files":
+            raise KeyboardInterrupt
         Path(unfinished, "weights").write_text("new")
         publish(folder)
     settle_checkpoints(str(tmp_path))
     found = [path.read_text() for path in tmp_path.glob("global_step_5/weights")]
-    assert found in ([["old"], ["new"]] if replaces else [[], ["new"]])
+    is_too_early = moment in ("before the files", "before the rename")
+    assert found == ((["old"] if replaces else []) if is_too_early else ["new"])
     assert {path.name for path in tmp_path.iterdir()} <= {"global_step_5"}
+
+
+def test_a_link_in_the_place_of_a_checkpoint_is_replaced_and_its_target_left_alone(tmp_path):
+    """Also where the run ended before the link was removed."""
+    target = tmp_path / "elsewhere"
+    target.mkdir()
+    folder = tmp_path / "run" / "global_step_5"
+    for name in ("global_step_5", "global_step_5.replaced"):
+        os.makedirs(unfinished_folder(str(folder)))
+        folder.with_name(name).symlink_to(target)
+        publish(str(folder))
+        settle_checkpoints(str(tmp_path / "run"))
+        assert folder.is_dir() and not folder.is_symlink() and target.is_dir()
+        assert os.listdir(tmp_path / "run") == ["global_step_5"]
+
+
+def test_a_tracker_is_not_complained_of_where_the_checkpoint_is_named(tmp_path, caplog):
+    make_folders(tmp_path, [7])
+    point = find_resume_point(str(tmp_path), str(tmp_path / "global_step_7"), find_last=True)
+    assert point.step == 7 and point.best_step is None
+    assert find_resume_point(str(tmp_path), None, find_last=False) is None
+    assert caplog.text == ""
 
 
 def test_a_tracker_that_holds_the_last_step_alone_is_enough(tmp_path):

@@ -224,7 +224,7 @@ def test_a_resumed_run_appends_and_a_fresh_one_begins_anew(tmp_path):
         assert len(read_lines(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("end", ["", '{"step": 5, "rew', '{"step": 2}', "\n[]\n"])
+@pytest.mark.parametrize("end", ["", '{"step": 5, "rew', '{"step": 2}', "[]\n"])
 def test_lines_past_the_checkpoint_and_halves_of_lines_are_moved_out_of_the_log(end, tmp_path):
     """Steps 1 to 4, a line cut short by a full disk, and a resume from step 2."""
     with make_tracker(tmp_path, "file") as tracker:
@@ -234,12 +234,15 @@ def test_lines_past_the_checkpoint_and_halves_of_lines_are_moved_out_of_the_log(
     lines = log.read_text().splitlines()
     log.write_text(log.read_text() + end)
     with make_tracker(tmp_path, "file", resume_step=2) as tracker:
+        tracker.log({"val/reward_score": 0.5}, step=2)
+        assert log.read_text().splitlines()[:5] == lines, "a run that only validates takes no step again"
         tracker.log({"reward/overall": 0.5}, step=3)
     assert log.read_text().splitlines()[:3] == lines[:3]
-    assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 2, 3]
+    assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 2, 2, 3]
     cut = (tmp_path / "run" / "experiment_log.cut.jsonl").read_text().splitlines()
-    assert cut[:2] == lines[3:]
-    assert "".join(cut[2:]) == end.replace("\n", "")
+    assert cut == [*end.splitlines(), *lines[3:]]
+    make_tracker(tmp_path, "file").close()
+    assert not (tmp_path / "run" / "experiment_log.cut.jsonl").exists()
 
 
 def test_no_metric_is_lost_whatever_the_names_nest_in():

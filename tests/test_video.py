@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from transformers import AutoConfig
 
-from tests.batches import random_image
+from tests.batches import prompts_of, random_image, uids_of
 from tests.family_models import IMAGE_TEXT_MODELS, make_family_model
-from tests.probe import make_config
+from tests.probe import make_config, start_alone
 from tests.tiny import CORPUS, build_tokenizer
 from verl.data.conversation import messages_of
 from verl.data.dataset import RLHFDataset
@@ -33,6 +33,7 @@ from verl.data.vision import MediaHandle
 from verl.models.registry import media_token_ids
 from verl.trainer.main import check_videos
 from verl.utils.tokenizer import get_processor, get_tokenizer
+from verl.workers.rollout.base import Sampling
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 
@@ -289,6 +290,26 @@ def test_data_with_videos_is_refused_when_loaded_where_the_engine_reads_them_oth
     check_videos(hf, plain, mixed)
     assert JoinedDataset([plain, mixed]).has_videos and not JoinedDataset([plain, dropped]).has_videos
     check_videos(vllm, make_dataset("Qwen3-VL", tmp_path, rows))
+
+
+@pytest.mark.parametrize("family", ["Qwen2-VL", "Qwen2.5-VL"])
+def test_a_response_after_a_long_video_is_generated_at_the_positions_of_its_training(
+    family: str, tmp_path: Path, lone_process_group
+) -> None:
+    """The video's last moment lies further ahead than the few tokens of text behind it."""
+    rows = [{"prompt": "What?<video>", "videos": [write_frames(tmp_path, 64, (28, 28))]}]
+    prompts = prompts_of(make_dataset(family, tmp_path, rows))
+    positions = prompts.batch["position_ids"][0, 1:]  # (3, P)
+    assert positions.max() > positions[:, -1].max()
+    sampling = Sampling(n=2, temperature=1.0, top_p=1.0, top_k=-1, ignore_eos=True)
+    prompts.meta_info = {"sampling": sampling, "seed_parts": (0,)}
+    worker = start_alone(make_config(str(tmp_path / "model")))
+    worker.prepare_rollout_engine()
+    batch = worker.generate_sequences(prompts)
+    batch.non_tensor_batch["multi_modal_data"] = prompts.non_tensor_batch["multi_modal_data"].repeat(2)
+    batch.non_tensor_batch["uid"] = uids_of(2, 2)
+    trained = worker.compute_log_probs(batch).batch["old_log_probs"]
+    torch.testing.assert_close(trained, batch.batch["rollout_log_probs"], atol=1e-4, rtol=0)
 
 
 def test_videos_that_do_not_match_their_placeholders_or_cannot_be_read_name_the_row(tmp_path: Path) -> None:

@@ -59,9 +59,9 @@ def extend_position_ids(position_ids: torch.Tensor, response_length: int) -> tor
     """Continue prompts into their responses: (N, P) gives (N, R), (N, 4, P) gives (N, 4, R).
 
     Every row goes on by one, past the end of the response too: the text row from its last position, those of
-    multimodal rope from the highest of the prompt, as transformers' `generate` does. That is the last one too, unless
-    a video is longer in time than all that follows it: then a forward pass that made positions of the whole sequence
-    by itself would put the response earlier than generation did.
+    multimodal rope from the highest of the prompt, as the models' own `rope_deltas` have it. That is the last one too,
+    unless a video is longer in time than all that follows it: then transformers' `generate`, and a forward pass that
+    makes positions of the whole sequence by itself, put the response earlier. Rollout and training both use these.
     """
     last = position_ids[..., -1:].clone()
     if position_ids.dim() == 3:

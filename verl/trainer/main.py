@@ -269,7 +269,8 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> 
         train_loader, val_loader = create_dataloader(config.data, tokenizer, processor, model_config)
         check_videos(config, *train_loader.dataset.datasets, *val_loader.dataset.datasets)
         steps = training_steps(config, train_loader.num_prompts)
-        settle_checkpoints(trainer_config.save_checkpoint_path)
+        if not trainer_config.val_only:  # which may look at the folder of a run that is saving
+            settle_checkpoints(trainer_config.save_checkpoint_path)
         resume_point = find_resume_point(
             trainer_config.save_checkpoint_path,
             trainer_config.load_checkpoint_path,

@@ -150,7 +150,7 @@ class RayDAPOTrainer:
                 self._validate_if_due(record)
                 self._save_if_due(record)
             self._log(batch, record)
-            self._track_if_saved()
+            self.state.publish()
         self._finish()
 
     def _remaining_steps(self) -> Iterator[int]:
@@ -335,11 +335,6 @@ class RayDAPOTrainer:
             with record.timed("save_checkpoint"):
                 self.state.save(self.workers, self.train_loader)
 
-    def _track_if_saved(self) -> None:
-        """A run that is resumed from this step's checkpoint finds its line in the log: it is written before."""
-        if self.state.is_saved:
-            self.state.track_checkpoint()
-
     def _log(self, batch: DataProto, record: StepRecord) -> None:
         """Reads: `attention_mask`, `response_mask`, `token_level_scores`, `token_level_rewards`, `advantages`,
         `returns`, `values` where there is a critic, and of weighted runs `responses`, `uid`, `token_weights`."""
@@ -378,7 +373,9 @@ class RayDAPOTrainer:
         self.tracker.phase("save_checkpoint")
         if not self.state.is_saved:
             self.state.save(self.workers, self.train_loader)
-        self.state.track_checkpoint()
+            self.state.publish()
+        else:
+            self.state.track_checkpoint()
 
     def _streams_for(self, phase: str, batch: DataProto) -> DataProto:
         """What the workers are sent in a phase: the streams that it reads."""

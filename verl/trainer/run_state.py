@@ -42,6 +42,7 @@ class RunState:
         self.best_score: float | None = None
         self.last_validation: tuple[int, ValidationResult] | None = None
         self.last_saved_step: int | None = None
+        self.unpublished: str | None = None
 
     @property
     def is_validated(self) -> bool:
@@ -58,16 +59,26 @@ class RunState:
         self.last_validation = (self.global_step, result)
 
     def save(self, workers: WorkerGroup, loader: PromptLoader) -> None:
-        """Writes a checkpoint of this step, whole or not at all; `track_checkpoint` then makes it the latest."""
+        """Writes a checkpoint of this step, which counts from `publish` on."""
         trainer = self.config.trainer
         folder = step_folder(trainer.save_checkpoint_path, self.global_step)
         unfinished = unfinished_folder(folder)
         workers.save_checkpoint(unfinished, trainer.save_model_only)
-        torch.save(loader.state_dict(), os.path.join(unfinished, DATALOADER_FILE))
         if self.config.algorithm.kl_coef_adapts:
             write_kl_coef(unfinished, self.kl_coef)
-        publish(folder)
-        self.last_saved_step = self.global_step
+        torch.save(loader.state_dict(), os.path.join(unfinished, DATALOADER_FILE))
+        self.unpublished = folder
+
+    def publish(self) -> None:
+        """Gives the checkpoint of this step its name, if one was written, and makes it the latest.
+
+        A run that is resumed from it finds the step in its log, provided that the step was logged before.
+        """
+        if self.unpublished is not None:
+            publish(self.unpublished)
+            self.unpublished = None
+            self.last_saved_step = self.global_step
+            self.track_checkpoint()
 
     def track_checkpoint(self) -> None:
         """Writes down that this step's checkpoint is the latest, and perhaps the best; removes what is obsolete.

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,8 +150,8 @@ class ConsoleSink(Sink):
 class FileSink(Sink):
     """Three files beside the checkpoints: the configuration, a JSON line per `log`, the sampled generations.
 
-    A resumed run appends to the last two. It takes the steps after its checkpoint once more: their lines move from
-    `experiment_log.jsonl` to `experiment_log.cut.jsonl`, and so does half a line.
+    A resumed run appends to the last two. When it takes the first step after its checkpoint, the lines of later steps
+    move from `experiment_log.jsonl` to `experiment_log.cut.jsonl`; half a line does at once.
     """
 
     CONFIG = "experiment_config.json"
@@ -162,30 +162,37 @@ class FileSink(Sink):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         (run.output_dir / self.CONFIG).write_text(json.dumps(run.config, indent=2, ensure_ascii=False), "utf-8")
+        self._may_hold_later_steps = run.continues
         if run.continues:
-            self._cut_log()
+            self._cut_log(lambda line: True)
         else:
             for name in (self.LOG, self.GENERATIONS):
                 (run.output_dir / name).write_text("", "utf-8")
+            (run.output_dir / self.CUT).unlink(missing_ok=True)
 
-    def _cut_log(self) -> None:
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        if self._may_hold_later_steps and step > self.run.resume_step:  # a run that only validates takes none
+            self._cut_log(lambda line: line["step"] <= self.run.resume_step)
+            self._may_hold_later_steps = False
+        # JSON has no word for NaN and infinity.
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._append(self.LOG, json.dumps({"step": step, **nested(finite)}) + "\n")
+
+    def _cut_log(self, stays: Callable[[dict[str, Any]], bool]) -> None:
+        """Moves lines out of the log: those that are no whole line of a step, and those that `stays` says no to."""
         path = self.run.output_dir / self.LOG
         if not path.exists():
             return
-        lines = path.read_text("utf-8", errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if _is_up_to(line, self.run.resume_step)]
-        cut = [line for line in lines if not _is_up_to(line, self.run.resume_step)]
+        kept, cut = [], []
+        for line in path.read_text("utf-8", errors="replace").splitlines(keepends=True):
+            record = _whole_record(line)
+            (kept if record is not None and stays(record) else cut).append(line)
         if not cut:
             return
         self._append(self.CUT, "".join(line.rstrip("\n") + "\n" for line in cut))
         unfinished = path.with_suffix(".tmp")
         unfinished.write_text("".join(kept), "utf-8")
         unfinished.replace(path)
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        # JSON has no word for NaN and infinity.
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._append(self.LOG, json.dumps({"step": step, **nested(finite)}) + "\n")
 
     def log_generations(self, samples: Sequence[Generation], step: int) -> None:
         for sample in samples:
@@ -196,14 +203,14 @@ class FileSink(Sink):
             file.write(text)
 
 
-def _is_up_to(line: str, step: int) -> bool:
-    """Whether a line of the log is whole and of `step` or one before it."""
+def _whole_record(line: str) -> dict[str, Any] | None:
+    """What a line of the log says, unless it was cut short or is none."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError:
-        return False
-    line_step = record.get("step") if isinstance(record, dict) else None
-    return line.endswith("\n") and isinstance(line_step, int) and line_step <= step
+        return None
+    is_record = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return record if is_record and line.endswith("\n") else None
 
 
 def nested(metrics: Mapping[str, float | None]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ when it is whole; one that it replaces is `global_step_<N>.replaced` for the mom
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -35,7 +36,7 @@ def step_folder(root: str, step: int) -> str:
 def unfinished_folder(folder: str) -> str:
     """Where the checkpoint of `folder` is written until it is whole. What an earlier attempt left there is removed."""
     unfinished = f"{folder}{UNFINISHED}"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    _remove(unfinished)
     return unfinished
 
 
@@ -46,12 +47,12 @@ def publish(folder: str) -> None:
     """
     unfinished, replaced = f"{folder}{UNFINISHED}", f"{folder}{REPLACED}"
     flush_all(unfinished)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
     if os.path.isdir(folder):
         os.rename(folder, replaced)
     os.rename(unfinished, folder)
     flush(os.path.dirname(folder))
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
 
 
 def settle_checkpoints(root: str) -> None:
@@ -65,7 +66,15 @@ def settle_checkpoints(root: str) -> None:
             logger.warning("%s was being replaced when its run ended: it is %s again", path, folder)
             path.rename(folder)
         elif path.suffix in (UNFINISHED, REPLACED):
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(path: str | os.PathLike[str]) -> None:
+    """A folder with all in it, or the link to one; nothing where there is nothing."""
+    if os.path.islink(path):
+        os.unlink(path)
+    elif os.path.exists(path):
+        shutil.rmtree(path)
 
 
 def flush_all(folder: str | os.PathLike[str]) -> None:
@@ -79,6 +88,9 @@ def flush(path: str | os.PathLike[str]) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems have no such call for folders
+            raise
     finally:
         os.close(descriptor)
 
@@ -237,8 +249,12 @@ def find_resume_point(save_path: str, load_path: str | None, find_last: bool) ->
 
     The best step and score come from the tracker file under `save_path`; a `load_path` from another run brings none.
     """
-    latest, tracker = find_latest_ckpt(save_path)
-    folder = load_path if load_path is not None else (latest if find_last else None)
+    if load_path is None and not find_last:
+        return None
+    if load_path is None:
+        folder, tracker = find_latest_ckpt(save_path)
+    else:
+        folder, (tracker, _) = load_path, _read_tracker(os.path.join(save_path, CHECKPOINT_TRACKER))
     if folder is None:
         return None
     point = ResumePoint(folder, step_of(folder))

@@ -102,7 +102,8 @@ class FSDPCheckpoint:
             for description in self.described_by:
                 description.save_pretrained(root / "huggingface")
             add_legacy_rope(root / "huggingface")
-        flush_all(root)  # each machine's own writes
+        dist.barrier()  # nobody writes any more
+        flush_all(root)  # on every machine, its own writes
         dist.barrier()
 
     def load(self, folder: str, model_only: bool) -> None:

@@ -210,6 +210,8 @@ class FSDPWorker(Worker):
     def release_rollout_engine(self) -> None:
         """Takes the engine's memory back for training."""
         self.rollout.sleep()
+        if self.featurizer is not None and self.world_size > 1:
+            self.featurizer.clear()  # most rows move to other workers now
 
     @register(DP_COMPUTE_PROTO, shared_by="engine")
     def generate_sequences(self, prompts: DataProto) -> DataProto:

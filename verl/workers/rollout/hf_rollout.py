@@ -25,6 +25,7 @@ from transformers import (
 
 from verl.data.features import Featurizer
 from verl.models.loader import DTYPES, load_model
+from verl.models.position_ids import extend_position_ids
 from verl.models.registry import media_token_ids, media_token_types
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
@@ -162,11 +163,10 @@ class HFRollout(Rollout):
         """
         attention_mask = prompts.batch["attention_mask"]
         first = int(attention_mask.argmax(dim=1).min())  # columns before it are padding in every row
-        position_ids = prompts.batch["position_ids"][..., first:]
         inputs = {
             "input_ids": prompts.batch["input_ids"][:, first:],
             "attention_mask": attention_mask[:, first:],
-            "position_ids": position_ids.transpose(0, 1) if position_ids.dim() == 3 else position_ids,
+            "position_ids": _rows_swapped(prompts.batch["position_ids"][..., first:]),
         }
         media: dict[str, torch.Tensor] = {}
         if self.featurizer is not None:
@@ -191,8 +191,10 @@ class HFRollout(Rollout):
             inputs: of the prompts' tokens, for each row.
             cache: of the prompts, for each row.
         """
-        # A response's tokens are all text, as the prompt's last one is.
-        of_first = {name: value[..., -1:] + (name == "position_ids") for name, value in inputs.items()}
+        # A response's tokens are all text, as the prompt's last one is. `generate` goes on from the positions that it
+        # is given; its own first one would lie before the trainer's after a long video.
+        of_first = {name: value[..., -1:] for name, value in inputs.items()}
+        of_first["position_ids"] = _rows_swapped(extend_position_ids(_rows_swapped(inputs["position_ids"]), 1))
         inputs = {name: torch.cat([value, of_first[name]], dim=-1) for name, value in inputs.items()}
         settings = GenerationConfig(
             do_sample=sampling.temperature > 0,
@@ -225,6 +227,11 @@ class HFRollout(Rollout):
         if sampling.top_p < 1:
             filters.append(TopPLogitsWarper(sampling.top_p))
         return filters
+
+
+def _rows_swapped(position_ids: torch.Tensor) -> torch.Tensor:
+    """(4, N, S) from (N, 4, S) and back, which models take and batches hold; (N, S) as it is."""
+    return position_ids.transpose(0, 1) if position_ids.dim() == 3 else position_ids
 
 
 class _LogProbsOfDraws(LogitsProcessor):
