@@ -108,6 +108,17 @@ def one_prefill_a_response(rollout: HFRollout, prompts: DataProto, sampling: Sam
     return sequences[:, input_ids.shape[1] :]
 
 
+def test_generation_stops_when_every_response_has_ended_with_its_first_token(
+    tiny_model_path: str, prompts: DataProto
+) -> None:
+    rollout = build(tiny_model_path)
+    rollout.eos_token_ids = rollout.generate(prompts, RANDOM, seed=0).batch["responses"][:, 0].tolist()
+    forwards = []
+    rollout.model.register_forward_hook(lambda *_: forwards.append(1))
+    assert (rollout.generate(prompts, RANDOM, seed=0).batch["response_mask"].sum(dim=1) == 1).all()
+    assert len(forwards) <= 2
+
+
 def test_a_response_of_one_token_needs_no_further_forward(tiny_model_path: str, prompts: DataProto) -> None:
     whole, first = build(tiny_model_path), build(tiny_model_path)
     first.response_length = 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves and restores one rank's part of a sharded model: three files a rank, in EasyR1's layout and names.
+"""Saves and restores one rank's part of a model: three files a rank, in EasyR1's layout and names.
 
 `model_*` holds the state dict under Hugging Face names: DTensor shards, or plain tensors at world size 1. `optim_*`
 holds the optimizer's state dict by parameter name, `extra_state_*` the schedule and the random number states. The
@@ -51,7 +51,7 @@ class FSDPCheckpoint:
     """One rank's view of `<checkpoint>/actor/` or `<checkpoint>/critic/`.
 
     Args:
-        model: sharded with FSDP2.
+        model: sharded with FSDP2, or whole on a single worker.
         optimizer, scheduler: restored with the model, unless the checkpoint has the model only.
         described_by: written to `huggingface/` by rank 0.
     """

@@ -36,7 +36,7 @@ micro-batches and ranks.
 
 
 class TrainedModel:
-    """A sharded model and all that training it takes.
+    """A model, sharded or whole, and all that training it takes.
 
     Args:
         forward: the model's forward pass.

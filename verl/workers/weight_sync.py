@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams the sharded policy's weights out, tensor by tensor, for a rollout engine to take in."""
+"""Streams the policy's weights out, tensor by tensor, for a rollout engine to take in."""
 
 from collections.abc import Iterator
 

@@ -17,7 +17,7 @@ from verl.workers.trained_model import TrainedModel
 
 
 class DataParallelPPOActor(TrainedModel):
-    """Updates the sharded policy with a policy gradient, and a KL loss where one is asked for.
+    """Updates the policy with a policy gradient, and a KL loss where one is asked for.
 
     Args:
         config: of the run.

@@ -58,7 +58,7 @@ class PolicyForward(ResponseForward):
     Where the model has a plain output head, its logits are never made whole: see `verl/utils/logprobs.py`.
 
     Args:
-        model: the sharded policy or reference.
+        model: the policy or reference, sharded or whole.
         featurizer, device, config, group: as in `ResponseForward`.
         temperature: of the rollout; logits are divided by it.
         is_base: runs the model without its adapters.

@@ -16,7 +16,7 @@ from verl.workers.trained_model import TrainedModel
 
 
 class DataParallelPPOCritic(TrainedModel):
-    """Fits the sharded value model to the returns of each step, with a clipped squared error.
+    """Fits the value model to the returns of each step, with a clipped squared error.
 
     Args:
         config: of the critic.
