@@ -204,11 +204,10 @@ def run_trl(arguments: argparse.Namespace) -> None:
         message = {"role": "user", "content": [{"type": "image"}, text]}
         rows.append({"prompt": [message], "image": Image.open(row["images"][0]).convert("RGB")})
     processor = AutoProcessor.from_pretrained(arguments.model_path)
-    num_rows = arguments.prompts * arguments.n
     settings = GRPOConfig(
         output_dir=arguments.folder,
-        per_device_train_batch_size=min(arguments.micro_batch_size, num_rows),
-        gradient_accumulation_steps=max(1, num_rows // arguments.micro_batch_size),
+        per_device_train_batch_size=arguments.micro_batch_size,
+        gradient_accumulation_steps=arguments.prompts * arguments.n // arguments.micro_batch_size,
         num_generations=arguments.n,
         max_completion_length=arguments.response_length,
         generation_kwargs={"min_new_tokens": arguments.response_length},

@@ -68,3 +68,8 @@ def extend_position_ids(position_ids: torch.Tensor, response_length: int) -> tor
         last[:, 1:] = position_ids[:, 1:].amax(dim=(1, 2), keepdim=True)
     steps = torch.arange(1, response_length + 1, dtype=position_ids.dtype, device=position_ids.device)
     return last + steps
+
+
+def swap_rope_rows(position_ids: torch.Tensor) -> torch.Tensor:
+    """Turn the (N, 4, S) of a batch into the (4, N, S) that models take, and back; (N, S) stays as it is."""
+    return position_ids.transpose(0, 1) if position_ids.dim() == 3 else position_ids

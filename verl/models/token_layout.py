@@ -25,6 +25,7 @@ from verl.models.attention_recorder import (
     record_packed_attention_mass,
 )
 from verl.models.attention_table import NOT_A_MASK, PACKING_IMPLEMENTATIONS, SAMPLES, PackedSamples
+from verl.models.position_ids import swap_rope_rows
 from verl.models.registry import packs
 from verl.models.sequence_parallel import SequenceGroup
 from verl.protocol import DataProto
@@ -132,7 +133,7 @@ class PaddedLayout(TokenLayout):
         self.is_label = self.response_mask[:, : self.length]  # (N, length)
         self.input_ids = batch["input_ids"][:, self.columns]  # (N, s)
         self.attention_mask = batch["attention_mask"][:, self.columns]  # (N, s)
-        self.position_ids = _rope_rows_first(batch["position_ids"][..., self.columns])  # (N, s) or (4, N, s)
+        self.position_ids = swap_rope_rows(batch["position_ids"][..., self.columns])  # (N, s) or (4, N, s)
 
     def pieces(self) -> list[tuple[int, int]]:
         return [(length, 0) for length in self.attention_mask.sum(dim=1).tolist()]
@@ -186,10 +187,7 @@ class PackedLayout(TokenLayout):
         self.borders = tuple(accumulate(self._is_real.sum(dim=1).tolist(), initial=0))
         self.group = group
         self.input_ids = self._packed(batch["input_ids"])  # (T,)
-        position_ids = batch["position_ids"]
-        if position_ids.dim() == 3:
-            position_ids = position_ids.transpose(0, 1)  # (4, N, S)
-        self.position_ids = self._packed(position_ids)  # (T,) or (4, T)
+        self.position_ids = self._packed(swap_rope_rows(batch["position_ids"]))  # (T,) or (4, T)
         is_response = response_tokens(batch["attention_mask"], self.response_mask)  # (N, S)
         self.predictors = self._packed(is_response).nonzero()[:, 0] - 1  # (L,)
         if group is not None:
@@ -387,8 +385,3 @@ def why_not_packed(model: nn.Module) -> str | None:
     if others:
         return f"it has layers of {', '.join(sorted(others))}, which look along the row"
     return None if packs(model.config) else "its attention depends on more than the order of the tokens"
-
-
-def _rope_rows_first(position_ids: torch.Tensor) -> torch.Tensor:
-    """Multimodal rope wants its four rows first: (4, N, s) from (N, 4, s)."""
-    return position_ids.transpose(0, 1) if position_ids.dim() == 3 else position_ids

@@ -25,7 +25,7 @@ from transformers import (
 
 from verl.data.features import Featurizer
 from verl.models.loader import DTYPES, load_model
-from verl.models.position_ids import extend_position_ids
+from verl.models.position_ids import extend_position_ids, swap_rope_rows
 from verl.models.registry import media_token_ids, media_token_types
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
@@ -166,14 +166,14 @@ class HFRollout(Rollout):
         inputs = {
             "input_ids": prompts.batch["input_ids"][:, first:],
             "attention_mask": attention_mask[:, first:],
-            "position_ids": _rows_swapped(prompts.batch["position_ids"][..., first:]),
+            "position_ids": swap_rope_rows(prompts.batch["position_ids"][..., first:]),
         }
         media: dict[str, torch.Tensor] = {}
         if self.featurizer is not None:
             media = self.featurizer.featurize(prompts.non_tensor_batch["multi_modal_data"])
             inputs |= media_token_types(self.model.config, inputs["input_ids"])
         inputs, media = ({name: value.to(self.device) for name, value in part.items()} for part in (inputs, media))
-        settings = GenerationConfig(max_new_tokens=1, top_k=0, return_dict_in_generate=True, output_logits=True)
+        settings = GenerationConfig(max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
         result = self.model.generate(**inputs, **media, generation_config=settings)
         return inputs, result.past_key_values, result.logits[0]
 
@@ -194,7 +194,7 @@ class HFRollout(Rollout):
         # A response's tokens are all text, as the prompt's last one is. `generate` goes on from the positions that it
         # is given; its own first one would lie before the trainer's after a long video.
         of_first = {name: value[..., -1:] for name, value in inputs.items()}
-        of_first["position_ids"] = _rows_swapped(extend_position_ids(_rows_swapped(inputs["position_ids"]), 1))
+        of_first["position_ids"] = swap_rope_rows(extend_position_ids(swap_rope_rows(inputs["position_ids"]), 1))
         inputs = {name: torch.cat([value, of_first[name]], dim=-1) for name, value in inputs.items()}
         settings = GenerationConfig(
             do_sample=sampling.temperature > 0,
@@ -227,11 +227,6 @@ class HFRollout(Rollout):
         if sampling.top_p < 1:
             filters.append(TopPLogitsWarper(sampling.top_p))
         return filters
-
-
-def _rows_swapped(position_ids: torch.Tensor) -> torch.Tensor:
-    """(4, N, S) from (N, 4, S) and back, which models take and batches hold; (N, S) as it is."""
-    return position_ids.transpose(0, 1) if position_ids.dim() == 3 else position_ids
 
 
 class _LogProbsOfDraws(LogitsProcessor):
