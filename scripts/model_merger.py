@@ -23,8 +23,6 @@ import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import HfApi
 from peft import PeftConfig, get_peft_model
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement
 from transformers import (
     AutoConfig,
     AutoModelForTokenClassification,
@@ -41,6 +39,7 @@ from verl.models.registry import MODEL_FAMILIES
 from verl.models.saved_files import add_legacy_rope, apply_umask
 from verl.models.value_model import ValueModel
 from verl.utils.checkpoint import model_file
+from verl.utils.shards import assemble
 
 ADAPTER = "lora_adapter"
 DESCRIPTION = "huggingface"
@@ -97,36 +96,6 @@ def read_whole_tensors(local_dir: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, assemble([state[name] for state in ranks])
         except ValueError as error:
             raise ValueError(f"{name} in {local_dir}: {error}") from error
-
-
-def assemble(shards: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The whole of a tensor from the share of each rank; of plain tensors, which every rank holds whole, the first.
-
-    Needs no process group. Shards may be of different size or empty.
-
-    Raises:
-        ValueError: a placement other than Shard and Replicate, or shards that do not make up the tensor.
-    """
-    first = shards[0]
-    if not isinstance(first, DTensor):
-        return first
-
-    def put_together(ranks: torch.Tensor, placements: Sequence[Placement]) -> torch.Tensor:
-        """The share of these ranks: a mesh of as many dimensions as there are placements."""
-        if not placements:
-            return shards[int(ranks)]._local_tensor  # `to_local` is for autograd
-        if type(placements[0]) is Replicate:
-            return put_together(ranks[0], placements[1:])
-        if type(placements[0]) is not Shard:
-            raise ValueError(f"placement {placements[0]!r} is not known here, only Shard and Replicate")
-        parts = [put_together(part, placements[1:]) for part in ranks]
-        filled = [part for part in parts if part.numel()] or parts[:1]
-        return torch.cat(filled, dim=placements[0].dim)
-
-    whole = put_together(first.device_mesh.mesh, first.placements)
-    if whole.shape != first.shape:
-        raise ValueError(f"the shards make up {tuple(whole.shape)}, but the tensor is {tuple(first.shape)}")
-    return whole
 
 
 # ---- tensors to a model ----

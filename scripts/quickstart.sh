@@ -59,6 +59,14 @@ if [ "$(cat "$data/recipe.sha256" 2>/dev/null)" != "$recipe" ]; then
 fi
 data_done=$SECONDS
 
+# A run from the warm start takes a folder of its own: the run before it is kept under another name.
+if compgen -G "$run/global_step_*" >/dev/null && [[ "${overrides[*]}" != *find_last_checkpoint=true* ]]; then
+    number=1
+    while [ -e "$run.$number" ]; do number=$((number + 1)); done
+    mv "$run" "$run.$number"
+    echo "the run before this one is now in $run.$number" >&2
+fi
+
 "$python" -m verl.trainer.main config=examples/quickstart.yaml \
     data.train_files="$data/train.parquet" data.val_files="$data/test.parquet" data.seed="$seed" \
     worker.actor.model.model_path="$data/model" worker.rollout.name="$engine" worker.rollout.seed="$seed" \

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The real worker with a few windows into it, for tests that compare numbers across ranks."""
 
+import random
 from dataclasses import replace
 from typing import Any
 
-import pytest
+import numpy as np
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -95,13 +96,6 @@ class ProbeWorker(FSDPWorker):
         return {name: full_tensor(tensor).detach().clone() for name, tensor in (*parameters, *buffers)}
 
     @register(ONE_TO_ALL)
-    def refusal_of(self, folder: str) -> str:
-        """What is said of a checkpoint that cannot be resumed; the ranks live on."""
-        with pytest.raises(ValueError) as caught:
-            self.load_checkpoint(folder, model_only=True)
-        return str(caught.value)
-
-    @register(ONE_TO_ALL)
     def scale_weights(self, factor: float) -> None:
         """Takes the policy away from its reference."""
         with torch.no_grad():
@@ -111,6 +105,16 @@ class ProbeWorker(FSDPWorker):
     @register(ONE_TO_ALL)
     def weights(self, trained: str = "actor") -> dict[str, torch.Tensor]:
         return {name: value.clone() for name, value in stream_weights(self.trained[trained].model)}
+
+    @register(ONE_TO_ALL)
+    def states(self, trained: str = "actor") -> dict[str, torch.Tensor]:
+        """The optimizer's, whole, by parameter and name."""
+        model, optimizer = self.trained[trained].model, self.trained[trained].optimizer
+        return {
+            f"{name}.{key}": full_tensor(value).clone()
+            for name, parameter in model.named_parameters()
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
 
     @register(ONE_TO_ALL)
     def set_weight(self, name: str, rows: list[int], values: torch.Tensor) -> None:
@@ -137,6 +141,11 @@ class ProbeWorker(FSDPWorker):
     @register(ONE_TO_ALL)
     def random_state(self) -> torch.Tensor:
         return torch.get_rng_state()
+
+    @register(ONE_TO_ALL)
+    def draw_random(self, count: int) -> list[list[float]]:
+        """Numbers from the process's own generators: torch's, numpy's and Python's."""
+        return [torch.rand(count).tolist(), np.random.rand(count).tolist(), [random.random() for _ in range(count)]]
 
     @register(ONE_TO_ALL)
     def pixels_of_engine(self, prompts: DataProto, sampling: Sampling) -> torch.Tensor:

@@ -19,16 +19,14 @@ from verl.utils.checkpoint import (
     find_resume_point,
     model_file,
     optim_file,
-    publish,
     read_kl_coef,
     remove_obsolete_ckpt,
-    settle_checkpoints,
     step_folder,
     step_of,
-    unfinished_folder,
     write_kl_coef,
     write_tracker,
 )
+from verl.utils.checkpoint_folder import publish, settle_checkpoints, unfinished_folder
 
 
 def make_folders(root, steps):
@@ -184,7 +182,6 @@ def test_whenever_a_save_is_cut_off_one_whole_checkpoint_remains(moment, replace
         rmtree(path, *options)
 
     unfinished = unfinished_folder(folder)
-    os.makedirs(unfinished)
     with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
         patched.setattr(os, "rename", cut_rename)
         patched.setattr(shutil, "rmtree", cut_rmtree)
@@ -205,7 +202,7 @@ def test_a_link_in_the_place_of_a_checkpoint_is_replaced_and_its_target_left_alo
     target.mkdir()
     folder = tmp_path / "run" / "global_step_5"
     for name in ("global_step_5", "global_step_5.replaced"):
-        os.makedirs(unfinished_folder(str(folder)))
+        unfinished_folder(str(folder))
         folder.with_name(name).symlink_to(target)
         publish(str(folder))
         settle_checkpoints(str(tmp_path / "run"))

@@ -20,6 +20,7 @@ from tests.probe import (
 from tests.tiny import make_tiny_model
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
+from verl.trainer.config import PPOConfig
 from verl.workers.actor.config import FSDPConfig
 
 MICRO_BATCHES = "worker.actor.micro_batch_size_per_device_for_update=2"
@@ -151,14 +152,45 @@ def test_only_rank_0_opens_the_weights_and_all_hold_them_and_every_buffer(
             assert torch.equal(held["lm_head.weight"], held["model.language_model.embed_tokens.weight"])
 
 
-def test_a_checkpoint_of_other_sharding_groups_is_refused_by_name(
-    tiny_model_path: str, ranks: WorkerGroup, tmp_path: Path
+@pytest.mark.parametrize("precision", [(), BF16], ids=["fp32", "bf16"])
+def test_a_checkpoint_goes_on_in_other_sharding_groups_and_on_other_numbers_of_workers(
+    precision: tuple[str, ...],
+    tiny_model_path: str,
+    batch: DataProto,
+    ranks: WorkerGroup,
+    lone_process_group,
+    tmp_path: Path,
 ) -> None:
-    ranks.restart(make_config(tiny_model_path, MICRO_BATCHES, *FAST, "worker.actor.fsdp.fsdp_size=2"))
-    ranks.save_checkpoint(str(tmp_path), model_only=True)
-    ranks.restart(make_config(tiny_model_path, MICRO_BATCHES, *FAST))
-    for text in ranks.refusal_of(str(tmp_path)):
-        assert "groups of 2 workers, this run's have 4; resume with worker.actor.fsdp.fsdp_size=2" in text
+    """From two groups of two to one of four, to a single worker, and back to four."""
+
+    def config(*keys: str) -> PPOConfig:
+        return make_config(tiny_model_path, MICRO_BATCHES, *FAST, *precision, *keys)
+
+    ranks.restart(config("worker.actor.fsdp.fsdp_size=2"))
+    ranks.update_actor(batch)
+    weights, states = ranks.weights()[0], ranks.states()[0]
+    assert any(name.endswith("exp_avg_sq") and value.any() for name, value in states.items())
+    ranks.save_checkpoint(str(tmp_path / "0"), model_only=False)
+    expected = without_clock(ranks.update_actor(batch))
+
+    ranks.restart(config())
+    ranks.load_checkpoint(str(tmp_path / "0"), model_only=False)
+    for rank in range(4):
+        assert_equal(ranks.weights()[rank], weights)
+        assert_equal(ranks.states()[rank], states)
+    ranks.save_checkpoint(str(tmp_path / "1"), model_only=False)
+    assert without_clock(ranks.update_actor(batch)) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+    alone = start_alone(config())
+    alone.load_checkpoint(str(tmp_path / "1"), model_only=False)
+    assert_equal(alone.weights(), weights)
+    assert_equal(alone.states(), states)
+    alone.save_checkpoint(str(tmp_path / "2"), model_only=False)
+
+    ranks.restart(config())
+    ranks.load_checkpoint(str(tmp_path / "2"), model_only=False)
+    assert_equal(ranks.weights()[3], weights)
+    assert_equal(ranks.states()[3], states)
 
 
 def test_a_model_that_is_not_the_one_that_rank_0_sends_is_refused_by_the_tensor(

@@ -153,7 +153,9 @@ def test_a_server_that_is_gone_costs_its_own_reports_and_nothing_else(tmp_path, 
 
 def test_a_logger_without_a_server_fails_with_the_run(tmp_path, more_sinks):
     with (
-        pytest.raises(IsADirectoryError),
+        pytest.raises(
+            RuntimeError, match=r"experiment_log.jsonl could not be written \(Is a directory; .* GiB free\)"
+        ),
         make_tracker(tmp_path, "listening", "file") as tracker,
     ):
         (tmp_path / "run" / "experiment_log.jsonl").unlink()
@@ -207,21 +209,37 @@ def test_generations_are_written_as_tagged_lines_with_a_blank_one_between(tmp_pa
     )
 
 
-def test_a_resumed_run_appends_and_a_fresh_one_begins_anew(tmp_path):
+def test_a_resumed_run_appends_and_a_fresh_one_keeps_what_was_there_beside(tmp_path):
     for resume_step, step in ((0, 1), (1, 2)):
         with make_tracker(tmp_path, "file", resume_step=resume_step) as tracker:
             tracker.log({"reward/overall": 0.5}, step)
             tracker.log_generations(SAMPLES, step)
+    lines = (tmp_path / "run" / "experiment_log.jsonl").read_text()
     assert [line["step"] for line in read_lines(tmp_path)] == [1, 2]
+
+    cut = tmp_path / "run" / "experiment_log.cut.jsonl"
+    for start in ({}, {"resume_step": 2, "resume_from": "another_run"}):
+        with make_tracker(tmp_path, "file", **start) as tracker:
+            assert (tmp_path / "run" / "experiment_log.jsonl").read_text() == lines, "a run that only starts"
+            first = start.get("resume_step", 0)
+            tracker.log({"val/reward_score": 0.5}, step=first)
+            tracker.log({"reward/overall": 0.5}, step=first + 1)
+            tracker.log({"reward/overall": 0.5}, step=first + 2)
+        assert [line["step"] for line in read_lines(tmp_path)] == [first, first + 1, first + 2]
+        assert cut.read_text() == lines
+        cut.unlink()
+        lines = (tmp_path / "run" / "experiment_log.jsonl").read_text()
     assert (tmp_path / "run" / "generations.log").read_text("utf-8").count("[prompt]") == 4
 
-    for start in ({}, {"resume_step": 2, "resume_from": "another_run"}):
-        make_tracker(tmp_path, "file", **start).close()
-        assert read_lines(tmp_path) == []
-        assert (tmp_path / "run" / "generations.log").read_text("utf-8") == ""
-        with make_tracker(tmp_path, "file", resume_step=2) as tracker:
-            tracker.log({"reward/overall": 0.5}, step=3)
-        assert len(read_lines(tmp_path)) == 1
+
+def test_a_disk_without_room_is_told_with_the_path_and_what_is_free(tmp_path):
+    with pytest.raises(
+        RuntimeError, match=r"generations.log could not be written \(No space left on device; its file"
+    ):
+        with make_tracker(tmp_path, "file") as tracker:
+            (tmp_path / "run" / "generations.log").unlink()
+            (tmp_path / "run" / "generations.log").symlink_to("/dev/full")
+            tracker.log_generations(SAMPLES, 1)
 
 
 @pytest.mark.parametrize("end", ["", '{"step": 5, "rew', '{"step": 2}', "[]\n"])
@@ -241,8 +259,6 @@ def test_lines_past_the_checkpoint_and_halves_of_lines_are_moved_out_of_the_log(
     assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 2, 2, 3]
     cut = (tmp_path / "run" / "experiment_log.cut.jsonl").read_text().splitlines()
     assert cut == [*end.splitlines(), *lines[3:]]
-    make_tracker(tmp_path, "file").close()
-    assert not (tmp_path / "run" / "experiment_log.cut.jsonl").exists()
 
 
 def test_no_metric_is_lost_whatever_the_names_nest_in():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -215,12 +216,19 @@ class PromptLoader:
             ValueError: the set has another number of rows, other weights, or is shuffled otherwise, so that its order
                 is another; or `state` is another program's.
         """
-        missing = sorted(set(self.state_dict()) - set(state))
+        missing = sorted(set(self.state_dict()) - (set(state) if isinstance(state, dict) else set()))
         if missing:
             raise ValueError(
                 f"the checkpoint's dataloader.pt was written by another program (it lacks {', '.join(missing)}); "
-                "delete it to go on with the model and start the data anew"
+                "delete it, and manifest.json, to go on with the model and start the data anew"
             )
+        for name, last in (("epoch", math.inf), ("position", self._sampler.num_rows)):
+            if type(state[name]) is not int or not 0 <= state[name] <= last:
+                raise ValueError(
+                    f"the checkpoint's dataloader.pt has {name}={state[name]!r}, and it must be a whole number from 0 "
+                    f"to {last:g}; resume from another checkpoint, or delete the file and manifest.json to start the "
+                    "data anew"
+                )
         for name in ("num_rows", "shuffle", "seed", "sizes", "weights"):
             now = getattr(self._sampler, name)
             saved = state.get(name, {"sizes": [], "weights": None}.get(name))
@@ -228,7 +236,7 @@ class PromptLoader:
                 raise ValueError(
                     f"the checkpoint's data loader had {name}={saved}, this run has {now}, so its order cannot "
                     "be taken up; use the same data, data.shuffle and data.seed, or delete the checkpoint's "
-                    "dataloader.pt to start the data anew"
+                    "dataloader.pt and manifest.json to start the data anew"
                 )
         self._sampler.epoch = state["epoch"]
         self._sampler.position = state["position"]

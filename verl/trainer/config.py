@@ -353,6 +353,8 @@ class TrainerConfig(ConfigSection):
     """Checkpoints to keep; 0 or less keeps all."""
     save_model_only: bool = False
     """Leave optimizer and schedule out of the checkpoint."""
+    save_async: bool = False
+    """Copy what a checkpoint holds to host memory and write it while training goes on."""
     save_checkpoint_path: str | None = None
     """Folder of the checkpoints; null is `checkpoints/<project_name>/<experiment_name>`."""
     load_checkpoint_path: str | None = None

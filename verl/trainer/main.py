@@ -16,6 +16,7 @@ from verl.trainer.config import PPOConfig, load_config
 from verl.trainer.config_checks import effect_notes, has_built_in_algorithms, require_available
 from verl.trainer.tracking import Tracker, require_loggers
 from verl.utils.batch_plan import BatchPlan
+from verl.utils.checkpoint import refuse_to_start_anew
 from verl.utils.lean_imports import frozen_objects, import_modules
 from verl.workers.rollout.config import ENGINES
 
@@ -172,6 +173,9 @@ def prepare(config: PPOConfig) -> BatchPlan:
     require_available(config)
     require_cluster()
     require_loggers(config.trainer.logger)
+    if not config.trainer.val_only:  # which may look at the folder of another run
+        places = (config.trainer.save_checkpoint_path, config.trainer.load_checkpoint_path)
+        refuse_to_start_anew(*places, config.trainer.find_last_checkpoint)
     plan = BatchPlan.from_config(config, config.trainer.nnodes * config.trainer.n_gpus_per_node)
     if not has_built_in_algorithms(config):
         _require_algorithms(config)
@@ -249,7 +253,8 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> 
     from verl.trainer.ray_trainer import RayDAPOTrainer
     from verl.trainer.rewards import RewardClient
     from verl.utils.batch_plan import training_steps
-    from verl.utils.checkpoint import find_resume_point, settle_checkpoints
+    from verl.utils.checkpoint import find_resume_point
+    from verl.utils.checkpoint_folder import settle_checkpoints
     from verl.utils.tokenizer import get_processor, get_tokenizer, prefilled_text, text_decoder
 
     logger.info("running on %s: %d worker(s)", processes.device, plan.world_size)

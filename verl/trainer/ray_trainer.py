@@ -150,7 +150,7 @@ class RayDAPOTrainer:
                 self._validate_if_due(record)
                 self._save_if_due(record)
             self._log(batch, record)
-            self.state.publish()
+            self._name_checkpoint()
         self._finish()
 
     def _remaining_steps(self) -> Iterator[int]:
@@ -335,6 +335,10 @@ class RayDAPOTrainer:
             with record.timed("save_checkpoint"):
                 self.state.save(self.workers, self.train_loader)
 
+    def _name_checkpoint(self) -> None:
+        """After the log, so that a run that goes on from the checkpoint finds its step there."""
+        self.state.publish(self.workers, wait=not self.config.trainer.save_async)
+
     def _log(self, batch: DataProto, record: StepRecord) -> None:
         """Reads: `attention_mask`, `response_mask`, `token_level_scores`, `token_level_rewards`, `advantages`,
         `returns`, `values` where there is a critic, and of weighted runs `responses`, `uid`, `token_weights`."""
@@ -373,9 +377,8 @@ class RayDAPOTrainer:
         self.tracker.phase("save_checkpoint")
         if not self.state.is_saved:
             self.state.save(self.workers, self.train_loader)
-            self.state.publish()
-        else:
-            self.state.track_checkpoint()
+        self.state.publish(self.workers)
+        self.state.track_checkpoint()
 
     def _streams_for(self, phase: str, batch: DataProto) -> DataProto:
         """What the workers are sent in a phase: the streams that it reads."""

@@ -3,6 +3,7 @@
 
 import logging
 import os
+from dataclasses import dataclass
 
 import torch
 
@@ -14,17 +15,39 @@ from verl.utils.checkpoint import (
     DATALOADER_FILE,
     KL_COEF_FILE,
     ResumePoint,
-    has_optimizer,
-    publish,
+    damaged_checkpoint,
+    is_model_only,
     read_kl_coef,
     remove_obsolete_ckpt,
     step_folder,
-    unfinished_folder,
     write_kl_coef,
     write_tracker,
 )
+from verl.utils.checkpoint_folder import (
+    UNFINISHED,
+    FileRecord,
+    publish,
+    record_files,
+    require_room,
+    told_of,
+    unfinished_folder,
+    write_manifest,
+)
+from verl.utils.safe_load import load_tensors
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Save:
+    """A checkpoint that is being written."""
+
+    folder: str
+    step: int
+    score: float | None
+    """Of the saved weights, where they have been validated."""
+    files: dict[str, FileRecord]
+    """The trainer's own; each worker knows what it wrote."""
 
 
 class RunState:
@@ -42,7 +65,7 @@ class RunState:
         self.best_score: float | None = None
         self.last_validation: tuple[int, ValidationResult] | None = None
         self.last_saved_step: int | None = None
-        self.unpublished: str | None = None
+        self._save: Save | None = None
 
     @property
     def is_validated(self) -> bool:
@@ -51,58 +74,90 @@ class RunState:
 
     @property
     def is_saved(self) -> bool:
-        """Whether a checkpoint of this very step lies in the run's folder."""
-        return self.last_saved_step == self.global_step
+        """Whether a checkpoint of this very step lies in the run's folder, or is on its way there."""
+        return self.global_step in (self.last_saved_step, self._save.step if self._save is not None else None)
 
     def remember_validation(self, result: ValidationResult) -> None:
         """Takes in the result of a validation of the present policy."""
         self.last_validation = (self.global_step, result)
 
     def save(self, workers: WorkerGroup, loader: PromptLoader) -> None:
-        """Writes a checkpoint of this step, which counts from `publish` on."""
-        trainer = self.config.trainer
-        folder = step_folder(trainer.save_checkpoint_path, self.global_step)
-        unfinished = unfinished_folder(folder)
-        workers.save_checkpoint(unfinished, trainer.save_model_only)
-        if self.config.algorithm.kl_coef_adapts:
-            write_kl_coef(unfinished, self.kl_coef)
-        torch.save(loader.state_dict(), os.path.join(unfinished, DATALOADER_FILE))
-        self.unpublished = folder
+        """Writes a checkpoint of this step, which counts from `publish` on; with `trainer.save_async` begins to.
 
-    def publish(self) -> None:
-        """Gives the checkpoint of this step its name, if one was written, and makes it the latest.
-
-        A run that is resumed from it finds the step in its log, provided that the step was logged before.
+        Raises:
+            RuntimeError: there is no room for it, or a file could not be written.
         """
-        if self.unpublished is not None:
-            publish(self.unpublished)
-            self.unpublished = None
-            self.last_saved_step = self.global_step
-            self.track_checkpoint()
+        trainer = self.config.trainer
+        self.publish(workers)  # one is written at a time
+        folder = step_folder(trainer.save_checkpoint_path, self.global_step)
+        require_room(folder, sum(workers.checkpoint_bytes(trainer.save_model_only)))
+        unfinished = unfinished_folder(folder)
+        workers.save_checkpoint(unfinished, trainer.save_model_only, in_background=trainer.save_async)
+        self._save = Save(folder, self.global_step, self._score, self._write_own(unfinished, loader))
+
+    def _write_own(self, folder: str, loader: PromptLoader) -> dict[str, FileRecord]:
+        paths = [os.path.join(folder, DATALOADER_FILE)]
+        with told_of(paths[0]):
+            torch.save(loader.state_dict(), paths[0])
+        if self.config.algorithm.kl_coef_adapts:
+            paths.append(write_kl_coef(folder, self.kl_coef))
+        return record_files(folder, *paths)
+
+    @property
+    def _score(self) -> float | None:
+        """Of the present policy, if it has been validated."""
+        return self.last_validation[1].score if self.is_validated else None
+
+    def publish(self, workers: WorkerGroup, wait: bool = True) -> None:
+        """Names the checkpoint that was written, if there is one, and makes it the latest.
+
+        A run that is resumed from it finds its step in the log, provided that the step was logged before.
+
+        Args:
+            wait: whether to wait for workers that still write.
+        """
+        save = self._save
+        if save is None:
+            return
+        files = workers.saved_files(wait)
+        if None in files:
+            return
+        self._save = None
+        whole = {name: record for of_rank in (*files, save.files) for name, record in of_rank.items()}
+        write_manifest(f"{save.folder}{UNFINISHED}", save.step, self.config.trainer.save_model_only, whole)
+        publish(save.folder)
+        self.last_saved_step = save.step
+        self._track(save.step, save.score)
 
     def track_checkpoint(self) -> None:
-        """Writes down that this step's checkpoint is the latest, and perhaps the best; removes what is obsolete.
+        """Writes down what a validation since the checkpoint of this step was written says of it."""
+        self._track(self.global_step, self._score)
+
+    def _track(self, step: int, score: float | None) -> None:
+        """Writes down that the checkpoint of `step` is the latest, and perhaps the best; removes what is obsolete.
 
         Only a score of the saved weights themselves can make a checkpoint the best.
         """
         trainer = self.config.trainer
-        if self.is_validated:
-            score = self.last_validation[1].score
-            if self.best_score is None or score > self.best_score:
-                self.best_step, self.best_score = self.global_step, score
+        if score is not None and (self.best_score is None or score > self.best_score):
+            self.best_step, self.best_score = step, score
         root = trainer.save_checkpoint_path
-        write_tracker(root, self.global_step, self.best_step, self.best_score)
-        remove_obsolete_ckpt(root, self.global_step, self.best_step, trainer.save_limit)
+        write_tracker(root, step, self.best_step, self.best_score)
+        remove_obsolete_ckpt(root, step, self.best_step, trainer.save_limit)
 
     def resume(self, point: ResumePoint, workers: WorkerGroup, loader: PromptLoader) -> None:
-        """Takes up model, optimizer, data and this state where the checkpoint left them."""
-        model_only = not has_optimizer(point.folder)
+        """Takes up model, optimizer, data and this state where the checkpoint left them.
+
+        Raises:
+            ValueError: a file of the checkpoint is damaged, or does not fit this run.
+        """
+        model_only = is_model_only(point.folder)
         if model_only:
             logger.warning("%s has the model only: optimizer and learning-rate schedule start afresh", point.folder)
         workers.load_checkpoint(point.folder, model_only)
         loader_file = os.path.join(point.folder, DATALOADER_FILE)
         if os.path.exists(loader_file):
-            loader.load_state_dict(torch.load(loader_file))
+            self._resume_loader(point.folder, loader_file, loader)
         else:
             logger.warning("%s does not exist: the data starts from its first epoch", loader_file)
         if self.config.algorithm.kl_coef_adapts:
@@ -111,6 +166,13 @@ class RunState:
         if point.is_under(self.config.trainer.save_checkpoint_path):
             self.last_saved_step = point.step
         self.best_step, self.best_score = point.best_step, point.best_score
+
+    def _resume_loader(self, folder: str, path: str, loader: PromptLoader) -> None:
+        try:
+            state = load_tensors(path)
+        except ValueError as error:
+            raise damaged_checkpoint(folder, str(error)) from error
+        loader.load_state_dict(state)
 
     def _resume_kl_coef(self, folder: str) -> None:
         kl_coef = read_kl_coef(folder)

@@ -15,6 +15,8 @@ from typing import Any, ClassVar, NamedTuple
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from verl.utils.checkpoint_folder import told_of, write_json
+
 
 class Generation(NamedTuple):
     """One sample shown to the reader: the prompt, what the model wrote, the ground truth, the reward."""
@@ -150,8 +152,8 @@ class ConsoleSink(Sink):
 class FileSink(Sink):
     """Three files beside the checkpoints: the configuration, a JSON line per `log`, the sampled generations.
 
-    A resumed run appends to the last two. When it takes the first step after its checkpoint, the lines of later steps
-    move from `experiment_log.jsonl` to `experiment_log.cut.jsonl`; half a line does at once.
+    Nothing that is in the last two is lost. When a run takes its first step, the lines that an earlier one wrote of
+    this step and later ones move from `experiment_log.jsonl` to `experiment_log.cut.jsonl`; half a line does at once.
     """
 
     CONFIG = "experiment_config.json"
@@ -161,45 +163,49 @@ class FileSink(Sink):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        (run.output_dir / self.CONFIG).write_text(json.dumps(run.config, indent=2, ensure_ascii=False), "utf-8")
-        self._may_hold_later_steps = run.continues
-        if run.continues:
-            self._cut_log(lambda line: True)
-        else:
-            for name in (self.LOG, self.GENERATIONS):
-                (run.output_dir / name).write_text("", "utf-8")
-            (run.output_dir / self.CUT).unlink(missing_ok=True)
+        write_json(run.output_dir / self.CONFIG, run.config)
+        for name in (self.LOG, self.GENERATIONS):
+            self._append(name, "")
+        self._num_old_lines: int | None = self._cut_log(lambda index, line: True)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        if self._may_hold_later_steps and step > self.run.resume_step:  # a run that only validates takes none
-            self._cut_log(lambda line: line["step"] <= self.run.resume_step)
-            self._may_hold_later_steps = False
+        if self._num_old_lines is not None and step > self.run.resume_step:  # a run that only validates takes none
+            num_old, last = self._num_old_lines, self.run.resume_step if self.run.continues else -1
+            self._cut_log(lambda index, line: index >= num_old or line["step"] <= last)
+            self._num_old_lines = None
         # JSON has no word for NaN and infinity.
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._append(self.LOG, json.dumps({"step": step, **nested(finite)}) + "\n")
 
-    def _cut_log(self, stays: Callable[[dict[str, Any]], bool]) -> None:
-        """Moves lines out of the log: those that are no whole line of a step, and those that `stays` says no to."""
+    def _cut_log(self, stays: Callable[[int, dict[str, Any]], bool]) -> int:
+        """Moves lines out of the log: those that are no whole line of a step, and those that `stays` says no to.
+
+        Args:
+            stays: is given a line's number, from 0 on, and its content.
+
+        Returns:
+            How many lines the log has after it.
+        """
         path = self.run.output_dir / self.LOG
-        if not path.exists():
-            return
         kept, cut = [], []
-        for line in path.read_text("utf-8", errors="replace").splitlines(keepends=True):
-            record = _whole_record(line)
-            (kept if record is not None and stays(record) else cut).append(line)
-        if not cut:
-            return
-        self._append(self.CUT, "".join(line.rstrip("\n") + "\n" for line in cut))
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text("".join(kept), "utf-8")
-        unfinished.replace(path)
+        with told_of(path):
+            for index, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(keepends=True)):
+                record = _whole_record(line)
+                (kept if record is not None and stays(index, record) else cut).append(line)
+            if cut:
+                self._append(self.CUT, "".join(line.rstrip("\n") + "\n" for line in cut))
+                unfinished = path.with_suffix(".tmp")
+                unfinished.write_text("".join(kept), "utf-8")
+                unfinished.replace(path)
+        return len(kept)
 
     def log_generations(self, samples: Sequence[Generation], step: int) -> None:
         for sample in samples:
             self._append(self.GENERATIONS, f"{sample.tagged()}\n[score] {sample.score}\n\n")
 
     def _append(self, name: str, text: str) -> None:
-        with open(self.run.output_dir / name, "a", encoding="utf-8") as file:
+        path = self.run.output_dir / name
+        with told_of(path), open(path, "a", encoding="utf-8") as file:
             file.write(text)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from verl.trainer.library_sinks import MlflowSink, SwanlabSink, TensorboardSink, WandbSink
 from verl.trainer.sinks import ConsoleSink, FileSink, Generation, Run, Sink
-from verl.utils.checkpoint import ResumePoint, write_json
+from verl.utils.checkpoint import ResumePoint
+from verl.utils.checkpoint_folder import write_json
 
 logger = logging.getLogger(__name__)
 

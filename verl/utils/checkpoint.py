@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of checkpoints on disk, which of them is the latest, and which may go.
 
-Layout under the save path: `checkpoint_tracker.json` and `global_step_<N>/{dataloader.pt, actor/..., critic/...}`,
-each rank's files carrying the world size in their names, and `kl_coef.json` where the coefficient adapts. What is
-inside the workers' files is their business. A checkpoint is written as `global_step_<N>.unfinished` and gets its name
-when it is whole; one that it replaces is `global_step_<N>.replaced` for the moment between.
+Layout under the save path: `checkpoint_tracker.json` and `global_step_<N>/{manifest.json, dataloader.pt, actor/...,
+critic/...}`, each rank's files carrying the world size in their names, and `kl_coef.json` where the coefficient
+adapts. What is inside the workers' files is their business. `checkpoint_folder.py` writes and checks one folder.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -19,11 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from verl.utils.checkpoint_folder import MANIFEST, find_damage, read_manifest, write_json
+
 CHECKPOINT_TRACKER = "checkpoint_tracker.json"
 DATALOADER_FILE = "dataloader.pt"
 KL_COEF_FILE = "kl_coef.json"
-UNFINISHED = ".unfinished"
-REPLACED = ".replaced"
 
 logger = logging.getLogger(__name__)
 
@@ -31,68 +30,6 @@ logger = logging.getLogger(__name__)
 def step_folder(root: str, step: int) -> str:
     """The folder that holds everything saved at `step`."""
     return os.path.join(root, f"global_step_{step}")
-
-
-def unfinished_folder(folder: str) -> str:
-    """Where the checkpoint of `folder` is written until it is whole. What an earlier attempt left there is removed."""
-    unfinished = f"{folder}{UNFINISHED}"
-    _remove(unfinished)
-    return unfinished
-
-
-def publish(folder: str) -> None:
-    """Gives the checkpoint that was written to `unfinished_folder(folder)` its name, once its files are on disk.
-
-    A checkpoint of that name is replaced. Whatever happens on the way, `settle_checkpoints` finds one of the two.
-    """
-    unfinished, replaced = f"{folder}{UNFINISHED}", f"{folder}{REPLACED}"
-    flush_all(unfinished)
-    _remove(replaced)
-    if os.path.isdir(folder):
-        os.rename(folder, replaced)
-    os.rename(unfinished, folder)
-    flush(os.path.dirname(folder))
-    _remove(replaced)
-
-
-def settle_checkpoints(root: str) -> None:
-    """Puts right what a run that was killed while it saved has left under `root`.
-
-    A checkpoint that was about to be replaced gets its name back; what is unfinished or was replaced is removed.
-    """
-    for path in sorted(Path(root).glob("global_step_*")):
-        folder = path.with_suffix("")
-        if path.suffix == REPLACED and not folder.exists():
-            logger.warning("%s was being replaced when its run ended: it is %s again", path, folder)
-            path.rename(folder)
-        elif path.suffix in (UNFINISHED, REPLACED):
-            _remove(path)
-
-
-def _remove(path: str | os.PathLike[str]) -> None:
-    """A folder with all in it, or the link to one; nothing where there is nothing."""
-    if os.path.islink(path):
-        os.unlink(path)
-    elif os.path.exists(path):
-        shutil.rmtree(path)
-
-
-def flush_all(folder: str | os.PathLike[str]) -> None:
-    """`flush` for a folder and all in it."""
-    for path in (Path(folder), *Path(folder).rglob("*")):
-        flush(path)
-
-
-def flush(path: str | os.PathLike[str]) -> None:
-    """Has the storage keep what this machine wrote to a file or a folder, whatever happens next."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems have no such call for folders
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def step_of(path: str) -> int:
@@ -124,23 +61,57 @@ def extra_state_file(world_size: int, rank: int) -> str:
     return f"extra_state_world_size_{world_size}_rank_{rank}.pt"
 
 
-def has_optimizer(folder: str) -> bool:
-    """Whether the checkpoint of a step can continue training exactly, or holds the models only."""
-    return any(Path(folder, "actor").glob("optim_world_size_*"))
+def is_model_only(folder: str) -> bool:
+    """Whether the checkpoint of a step was saved without optimizers, so that it cannot continue training exactly.
+
+    The manifest says so. Without one, as in EasyR1's, there are no files of an optimizer.
+    """
+    manifest = read_manifest(folder)
+    return not any(Path(folder, "actor").glob("optim_world_size_*")) if manifest is None else manifest.model_only
 
 
-def write_kl_coef(folder: str, kl_coef: float) -> None:
-    """Keeps the adaptive KL coefficient that the step after the one of `folder` begins with."""
-    write_json(os.path.join(folder, KL_COEF_FILE), {"kl_coef": kl_coef})
+def write_kl_coef(folder: str, kl_coef: float) -> str:
+    """Keeps the adaptive KL coefficient that the step after the one of `folder` begins with; the file's path."""
+    path = os.path.join(folder, KL_COEF_FILE)
+    write_json(path, {"kl_coef": kl_coef})
+    return path
 
 
 def read_kl_coef(folder: str) -> float | None:
-    """What `write_kl_coef` kept, exactly; None where the run of `folder` had no adaptive coefficient."""
+    """What `write_kl_coef` kept, exactly; None where the run of `folder` had no adaptive coefficient.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     path = os.path.join(folder, KL_COEF_FILE)
     if not os.path.exists(path):
         return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)["kl_coef"]
+    try:
+        content = _json_in(path)
+    except json.JSONDecodeError as error:
+        raise damaged_checkpoint(folder, f"{path} is not JSON ({error})") from error
+    kl_coef = content.get("kl_coef") if isinstance(content, dict) else None
+    if not _is_number(kl_coef) or kl_coef < 0:
+        raise damaged_checkpoint(folder, f"{path} has no kl_coef of 0 or more")
+    return kl_coef
+
+
+def damaged_checkpoint(folder: str | os.PathLike[str], problem: str) -> ValueError:
+    """The error for a checkpoint that cannot be taken up: what is wrong, and from where the run can go on.
+
+    Args:
+        folder: `.../global_step_<N>`.
+        problem: with the file's path.
+    """
+    root, name = os.path.split(os.path.abspath(folder))
+    step = step_of(name) if re.fullmatch(r"global_step_\d+", name) else math.inf
+    earlier = max((other for other in steps_on_disk(root) if other < step), default=None)
+    way = (
+        "there is no whole checkpoint before it"
+        if earlier is None
+        else f"trainer.load_checkpoint_path={step_folder(root, earlier)} goes on from the newest whole one before it"
+    )
+    return ValueError(f"{problem}. {name} cannot be resumed; {way}")
 
 
 def write_tracker(
@@ -160,19 +131,11 @@ def write_tracker(
     write_json(os.path.join(root, CHECKPOINT_TRACKER), tracker)
 
 
-def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never half of one."""
-    unfinished = f"{os.fspath(path)}.tmp"
-    with open(unfinished, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-    os.replace(unfinished, path)
-
-
 def find_latest_ckpt(path: str) -> tuple[str | None, dict[str, Any]]:
     """The folder of the last complete checkpoint under `path` and the tracker's contents.
 
-    Where the tracker is missing or damaged, or names a folder that is gone, the newest checkpoint counts that has its
-    `dataloader.pt`, which is written last; one warning says so. The folder is None where there is no checkpoint.
+    Where the tracker is missing or damaged, or names a folder that is gone, the whole checkpoint that was saved last
+    counts; one warning says so. The folder is None where there is no checkpoint.
     """
     tracker, problem = _read_tracker(os.path.join(path, CHECKPOINT_TRACKER))
     if problem is None:
@@ -180,8 +143,8 @@ def find_latest_ckpt(path: str) -> tuple[str | None, dict[str, Any]]:
         if os.path.isdir(folder):
             return folder, tracker
         problem = f"names {folder}, which does not exist"
-    newest = max(steps_on_disk(path), default=None)
-    if newest is None:
+    steps = steps_on_disk(path)
+    if not steps:
         if tracker or os.path.exists(os.path.join(path, CHECKPOINT_TRACKER)):
             logger.warning(
                 "%s in %s %s, and there is no whole checkpoint beside it: nothing to resume from. To start from one "
@@ -191,6 +154,7 @@ def find_latest_ckpt(path: str) -> tuple[str | None, dict[str, Any]]:
                 problem,
             )
         return None, tracker
+    newest = max(steps, key=lambda step: (_saved_at(step_folder(path, step)), step))
     folder = step_folder(path, newest)
     logger.warning(
         "%s in %s %s; the newest whole checkpoint is %s. To start from another one, set trainer.load_checkpoint_path",
@@ -199,35 +163,59 @@ def find_latest_ckpt(path: str) -> tuple[str | None, dict[str, Any]]:
         problem,
         folder,
     )
-    best_step = tracker.get("best_global_step")
-    if best_step not in steps_on_disk(path):
+    if tracker.get("best_global_step") not in steps:
         tracker = {**tracker, "best_global_step": None, "best_val_reward_score": None}
     return folder, {**tracker, "last_global_step": newest}
 
 
 def steps_on_disk(path: str) -> list[int]:
-    """The steps of the whole checkpoints under `path`, in order."""
-    files = Path(path).glob(f"global_step_*/{DATALOADER_FILE}")
-    matches = [re.fullmatch(r"global_step_(\d+)", file.parent.name) for file in files]
-    return sorted(int(match.group(1)) for match in matches if match is not None)
+    """The steps of the whole checkpoints under `path`, in order.
+
+    Whole are folders with all files of their manifest, in the sizes that it gives; and of those without a manifest,
+    such as EasyR1's, the ones with `dataloader.pt`, which is written last.
+    """
+    matches = (
+        (folder, re.fullmatch(r"global_step_(\d+)", folder.name)) for folder in Path(path).glob("global_step_*")
+    )
+    return sorted(int(match.group(1)) for folder, match in matches if match is not None and _is_whole(folder))
+
+
+def _is_whole(folder: Path) -> bool:
+    has_end = (folder / MANIFEST).exists() or (folder / DATALOADER_FILE).exists()
+    return has_end and find_damage(folder) is None
+
+
+def _saved_at(folder: str) -> str:
+    """A later step may have been saved earlier, by a run that was taken back to a step before it."""
+    manifest = read_manifest(folder)
+    return "" if manifest is None else manifest.saved_at
 
 
 def _read_tracker(path: str) -> tuple[dict[str, Any], str | None]:
     """The contents, and what is wrong with the file; empty where it cannot be read."""
     if not os.path.exists(path):
         return {}, "does not exist"
-    with open(path, encoding="utf-8", errors="replace") as file:
-        text = file.read()
     try:
-        tracker = json.loads(text)
+        tracker = _json_in(path)
     except json.JSONDecodeError as error:
         return {}, f"is not JSON ({error})"
-    if not isinstance(tracker, dict) or not isinstance(tracker.get("last_global_step"), int):
+    if not isinstance(tracker, dict) or type(tracker.get("last_global_step")) is not int:
         return {}, "has no last_global_step"
-    score = tracker.get("best_val_reward_score")
-    if score is not None and not isinstance(score, (int, float)):
+    score, best_step = tracker.get("best_val_reward_score"), tracker.get("best_global_step")
+    if score is not None and not _is_number(score):
         return {}, f"has a best_val_reward_score of {score!r}"
+    if best_step is not None and type(best_step) is not int:
+        return {}, f"has a best_global_step of {best_step!r}"
     return tracker, None
+
+
+def _json_in(path: str) -> Any:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return json.loads(file.read())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -248,6 +236,9 @@ def find_resume_point(save_path: str, load_path: str | None, find_last: bool) ->
     """Where a run begins: `load_path` if given, else the latest checkpoint under `save_path` if `find_last` (or None).
 
     The best step and score come from the tracker file under `save_path`; a `load_path` from another run brings none.
+
+    Raises:
+        ValueError: the checkpoint lacks a file of its manifest, or has one of another size.
     """
     if load_path is None and not find_last:
         return None
@@ -257,11 +248,33 @@ def find_resume_point(save_path: str, load_path: str | None, find_last: bool) ->
         folder, (tracker, _) = load_path, _read_tracker(os.path.join(save_path, CHECKPOINT_TRACKER))
     if folder is None:
         return None
+    if (damage := find_damage(folder)) is not None:
+        raise damaged_checkpoint(folder, damage)
     point = ResumePoint(folder, step_of(folder))
     if point.is_under(save_path):
         best_step, best_score = tracker.get("best_global_step"), tracker.get("best_val_reward_score")
         return replace(point, best_step=best_step, best_score=best_score)
     return point
+
+
+def refuse_to_start_anew(save_path: str, load_path: str | None, find_last: bool) -> None:
+    """Raise where a run would begin beside the steps of an earlier one, which its own steps would replace.
+
+    Raises:
+        ValueError: with the three ways on.
+    """
+    is_resumed = find_last if load_path is None else ResumePoint(load_path, step_of(load_path)).is_under(save_path)
+    names = [path.name for path in Path(save_path).glob("global_step_*")]
+    matches = [re.fullmatch(r"global_step_(\d+)", name) for name in names]
+    steps = sorted(int(match.group(1)) for match in matches if match is not None)
+    if steps and not is_resumed:
+        listed = ", ".join(map(str, steps[-5:]))
+        raise ValueError(
+            f"trainer.save_checkpoint_path={save_path} holds steps of an earlier run ({listed}), and this one would "
+            "start anew beside them. To go on from the last, set trainer.find_last_checkpoint=true and no "
+            "trainer.load_checkpoint_path; to keep both runs, set another trainer.save_checkpoint_path (or, where it "
+            "follows from that, trainer.experiment_name); to start over, move the folder away"
+        )
 
 
 def remove_obsolete_ckpt(path: str, global_step: int, best_global_step: int | None, save_limit: int) -> None:

@@ -7,12 +7,15 @@ folder `huggingface/` beside them holds what says which model this is, so that a
 
 Of a model with low-rank adapters the files hold what trains, the adapters: the weights under them are those of
 `model_path`. The folder `lora_adapter/` holds the adapters once more, whole and in peft's own format.
+
+Files are written in the layout of the ranks that save. They load on any number of ranks (`saved_ranks.py`).
 """
 
 import logging
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,10 +36,16 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from verl.config import cut
 from verl.models.saved_files import add_legacy_rope, apply_umask
 from verl.models.trainable import ADAPTER, adapter_config
-from verl.utils.checkpoint import extra_state_file, flush_all, model_file, optim_file
+from verl.utils.checkpoint import damaged_checkpoint, extra_state_file, model_file, optim_file
+from verl.utils.checkpoint_folder import FileRecord, record_files, told_of
+from verl.utils.shards import sharding_group_size
 from verl.workers.adamw_bf16 import settle_compensation
+from verl.workers.saved_ranks import SavedRanks
+
+ADAPTER_FOLDER = "lora_adapter"
 
 logger = logging.getLogger(__name__)
 
@@ -78,43 +87,89 @@ class FSDPCheckpoint:
             strict=self.adapters is None,
         )
 
-    def save(self, folder: str, model_only: bool) -> None:
-        """Writes this rank's files; returns when every rank has written.
+    def save(self, folder: str, model_only: bool) -> dict[str, FileRecord]:
+        """Writes this rank's files and flushes them.
 
         Args:
             folder: on storage that all nodes see.
             model_only: leaves optimizer and extra state out.
+
+        Returns:
+            The files that this rank wrote, by their paths below the checkpoint's folder, the parent of `folder`.
+
+        Raises:
+            ValueError: a weight is not finite.
+            RuntimeError: a file could not be written.
         """
+        root = self._start_folder(folder)
+        return self._write(root, self._contents(model_only))
+
+    def copy(self, folder: str, model_only: bool) -> Callable[[], dict[str, FileRecord]]:
+        """Copies what `save` would write to host memory; the function that is returned writes it, in any thread."""
+        root = self._start_folder(folder)
+        contents = [(name, _copied(content)) for name, content in self._contents(model_only)]
+        return lambda: self._write(root, contents)
+
+    def num_bytes(self, model_only: bool) -> int:
+        """About what this rank's files will hold."""
+        parameters = [
+            parameter for parameter in self.model.parameters() if self.adapters is None or parameter.requires_grad
+        ]
+        states = [] if model_only else [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = (_local(value) for value in (*parameters, *states) if isinstance(value, torch.Tensor))
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def _start_folder(self, folder: str) -> Path:
         root = Path(folder)
         if self.rank == 0:
             # What an earlier run left there would be taken for this one's.
             shutil.rmtree(root, ignore_errors=True)
             root.mkdir(parents=True)
         dist.barrier()
-        torch.save(self._model_state(self.options), root / self._name(model_file))
+        return root
+
+    def _contents(self, model_only: bool) -> Iterator[tuple[str, Any]]:
+        """What this rank's files hold, by name, one at a time; a collective."""
+        model_state = self._model_state(self.options)
+        _require_finite(model_state, "the model")
+        yield self._name(model_file), model_state
         if not model_only:
-            torch.save(self._optimizer_state(), root / self._name(optim_file))
-            extra_state = {"lr_scheduler": self.scheduler.state_dict(), "rng": _random_states()}
-            torch.save(extra_state, root / self._name(extra_state_file))
+            yield self._name(optim_file), self._optimizer_state()
+            yield self._name(extra_state_file), {"lr_scheduler": self.scheduler.state_dict(), "rng": _random_states()}
         if self.adapters is not None:
-            self._save_adapters(root / "lora_adapter")
+            whole = self._model_state(replace(self.options, full_state_dict=True))
+            if self.rank == 0:
+                yield ADAPTER_FOLDER, whole
+
+    def _write(self, root: Path, contents: Iterable[tuple[str, Any]]) -> dict[str, FileRecord]:
+        written = []
+        for name, content in contents:
+            written.append(root / name)
+            with told_of(root / name):
+                if name == ADAPTER_FOLDER:
+                    self._save_adapters(root / name, content)
+                else:
+                    torch.save(content, root / name)
         if self.rank == 0:
-            for description in self.described_by:
-                description.save_pretrained(root / "huggingface")
-            add_legacy_rope(root / "huggingface")
-        dist.barrier()  # nobody writes any more
-        flush_all(root)  # on every machine, its own writes
-        dist.barrier()
+            written.append(root / "huggingface")
+            with told_of(root / "huggingface"):
+                for description in self.described_by:
+                    description.save_pretrained(root / "huggingface")
+                add_legacy_rope(root / "huggingface")
+        return record_files(root.parent, *written)
 
     def load(self, folder: str, model_only: bool) -> None:
-        """Restores this rank's part.
+        """Restores this rank's part, also of a checkpoint that another number of ranks saved.
+
+        The random number generators go on where they were only on as many ranks as saved; nothing in training draws
+        from them.
 
         Args:
             model_only: the checkpoint was saved without optimizer; optimizer and schedule keep their fresh state.
 
         Raises:
-            ValueError: there is no such folder, or it has no file for this rank and world size, or it was sharded over
-                groups of another size, or it is of another model or of other adapters than this run's.
+            ValueError: there is no such folder, a file is missing or damaged or holds numbers that are not finite, or
+                it is of another model or of other adapters than this run's.
         """
         root = Path(folder)
         if not root.is_dir():
@@ -122,29 +177,21 @@ class FSDPCheckpoint:
                 f"{root} does not exist: the run that saved this checkpoint trained no {root.name}; resume with its "
                 "algorithm.adv_estimator, or start a run of its own with another trainer.save_checkpoint_path"
             )
-        model_path = root / self._name(model_file)
-        if not model_path.exists():
-            present = sorted(path.name for path in root.glob("model_world_size_*"))
-            raise ValueError(
-                f"{model_path} does not exist: a checkpoint is resumed with the number of workers that saved it "
-                f"(now {self.world_size} = trainer.nnodes * trainer.n_gpus_per_node); the folder has {present}"
-            )
-        # weights_only=False: shards are DTensors and carry their mesh; the files are the user's own checkpoints.
-        model_state = torch.load(model_path, map_location="cpu", weights_only=False)
-        self._require_same_model(model_path, model_state)
-        saved_size, size = _sharding_group_size(model_state), _sharding_group_size(self.model.state_dict())
-        if saved_size != size:
-            raise ValueError(
-                f"{model_path} was saved in sharding groups of {saved_size} workers, this run's have {size}; "
-                f"resume with worker.{root.name}.fsdp.fsdp_size={saved_size}"
-            )
+        patterns = self.model.state_dict()
+        saved = SavedRanks(root, self.rank, self.world_size, sharding_group_size(list(patterns.values())))
+        self._require_same_model(saved.model_path, saved.shapes)
+        model_state = saved.model(patterns)
+        with _refused_in(root):
+            _require_finite(model_state, str(saved.model_path))
         set_model_state_dict(self.model, model_state, options=self.options)
         if model_only:
             return
-        optimizer_state = torch.load(root / self._name(optim_file), map_location="cpu", weights_only=False)
-        extra_state = torch.load(root / self._name(extra_state_file), map_location="cpu", weights_only=False)
-        self._restore_optimizer(optimizer_state, extra_state["lr_scheduler"])
-        _restore_random_states(extra_state["rng"])
+        extra_state, optimizer_state = saved.extra_state(), saved.optimizer(patterns)
+        with _refused_in(root):
+            self._require_fitting_states(optimizer_state, extra_state)
+            self._restore_optimizer(optimizer_state, extra_state["lr_scheduler"])
+            if "rng" in extra_state:
+                _restore_random_states(extra_state["rng"])
 
     def _model_state(self, options: StateDictOptions) -> dict[str, torch.Tensor]:
         state = get_model_state_dict(self.model, options=options)
@@ -157,25 +204,20 @@ class FSDPCheckpoint:
     def _trained(self) -> dict[str, torch.Tensor]:
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
 
-    def _save_adapters(self, folder: Path) -> None:
-        """For `PeftModel.from_pretrained` and all that reads its format; a collective, rank 0 writes."""
-        whole = self._model_state(replace(self.options, full_state_dict=True))
-        if self.rank == 0:
-            replace(self.adapters, inference_mode=True).save_pretrained(str(folder))
-            # The embeddings never change, and finding that out peft would ask the hub.
-            weights = get_peft_model_state_dict(self.model, whole, ADAPTER, save_embedding_layers=False)
-            prefixed = {f"base_model.model.{name}": value.contiguous() for name, value in weights.items()}
-            save_file(prefixed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-            apply_umask(folder)
+    def _save_adapters(self, folder: Path, whole: dict[str, torch.Tensor]) -> None:
+        """For `PeftModel.from_pretrained` and all that reads its format."""
+        replace(self.adapters, inference_mode=True).save_pretrained(str(folder))
+        # The embeddings never change, and finding that out peft would ask the hub.
+        weights = get_peft_model_state_dict(self.model, whole, ADAPTER, save_embedding_layers=False)
+        prefixed = {f"base_model.model.{name}": value.contiguous() for name, value in weights.items()}
+        save_file(prefixed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        apply_umask(folder)
 
-    def _require_same_model(self, path: Path, saved: dict[str, torch.Tensor]) -> None:
+    def _require_same_model(self, path: Path, saved: dict[str, torch.Size]) -> None:
         """Where weights are left out, as under adapters, nothing else would tell a file that does not fit."""
-        own = self.model.state_dict() if self.adapters is None else self._trained()
-        differing = sorted(
-            name
-            for name in own.keys() | saved.keys()
-            if name not in own or name not in saved or own[name].shape != saved[name].shape
-        )
+        state = self.model.state_dict() if self.adapters is None else self._trained()
+        own = {name: value.shape for name, value in state.items()}
+        differing = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
         if differing:
             raise ValueError(
                 f"{path} does not fit this run's model: {len(differing)} weights are missing, unknown or of another "
@@ -198,11 +240,39 @@ class FSDPCheckpoint:
             return {}
         return get_optimizer_state_dict(self.model, self.optimizer, options=self.options)
 
+    def _require_fitting_states(self, optimizer_state: dict[str, Any], extra_state: dict[str, Any]) -> None:
+        """What torch would take without a word, or fail on in the first step.
+
+        Raises:
+            ValueError: naming the parameter and what of its state does not fit.
+        """
+        steps = extra_state["lr_scheduler"]["last_epoch"]
+        if not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"the schedule stands at step {steps!r}")
+        if not optimizer_state:
+            if steps > 0:
+                raise ValueError(f"the optimizer state is empty, though the schedule stands at step {steps}")
+            return
+        for name, parameter in self._trained().items():
+            state = optimizer_state["state"].get(name)
+            if state is None:
+                continue  # no gradient ever reached it, or it was frozen
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if key not in state:
+                    raise ValueError(f"the optimizer state of {name} has no {key}")
+                if key != "step" and state[key].shape != parameter.shape:
+                    raise ValueError(
+                        f"{key} in the optimizer state of {name} has the shape {tuple(state[key].shape)}, and the "
+                        f"parameter {tuple(parameter.shape)}"
+                    )
+            tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+            _require_finite(tensors, f"the optimizer state of {name}")
+
     def _restore_optimizer(self, optimizer_state: dict[str, Any], scheduler_state: dict[str, Any]) -> None:
         """Takes moments and the place in the schedule from the checkpoint, the optimizer and its rates from this run.
 
-        Weights of which the checkpoint has no moments begin without: those that no gradient ever reached, as of a
-        vision tower's layer that the model leaves out, and those that were frozen.
+        Parameters missing from the saved state start fresh: no gradient ever reached them, as in a layer of a vision
+        tower that the model leaves out, or they were frozen.
         """
         settings = [
             {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
@@ -234,9 +304,37 @@ class FSDPCheckpoint:
         return file_name(self.world_size, self.rank)
 
 
-def _sharding_group_size(state_dict: dict[str, Any]) -> int:
-    """Ranks that share one copy of the model; groups of ranks that repeat it are the mesh's first dimension."""
-    return next((value.device_mesh.size(-1) for value in state_dict.values() if isinstance(value, DTensor)), 1)
+def _local(value: torch.Tensor) -> torch.Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _require_finite(tensors: Mapping[str, torch.Tensor], owner: str) -> None:
+    for name, value in tensors.items():
+        local = _local(value)
+        if local.is_floating_point() and not local.isfinite().all():
+            number = (~local.isfinite()).sum().item()
+            raise ValueError(f"{owner} has numbers that are not finite: {number} of {local.numel()} in {name}")
+
+
+def _copied(content: Any) -> Any:
+    """With tensors of its own, in host memory."""
+    if isinstance(content, torch.Tensor):
+        return content.detach().clone()
+    if isinstance(content, dict):
+        return {key: _copied(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(_copied(value) for value in content)
+    return content
+
+
+@contextmanager
+def _refused_in(root: Path) -> Iterator[None]:
+    """Says which checkpoint has what is refused inside, also where its parts are not what they should be."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise damaged_checkpoint(root.parent, f"in {root}, {cut(problem, 300)}") from error
 
 
 def _random_states() -> dict[str, Any]:

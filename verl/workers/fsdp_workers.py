@@ -7,6 +7,7 @@ Shapes: N sequences over all ranks, R response length. Batches arrive as this ra
 import logging
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -30,6 +31,8 @@ from verl.single_controller.worker import Worker
 from verl.trainer.config import PPOConfig
 from verl.utils.attention_metrics import KeyVocabulary
 from verl.utils.batch_plan import BatchPlan
+from verl.utils.checkpoint import damaged_checkpoint
+from verl.utils.checkpoint_folder import FileRecord, find_changes
 from verl.utils.tokenizer import get_processor, get_tokenizer
 from verl.workers.actor.config import FSDPConfig, ModelConfig
 from verl.workers.actor.dp_actor import DataParallelPPOActor
@@ -78,6 +81,8 @@ class FSDPWorker(Worker):
         self.signal_streams = signal_streams
         self.training_steps = training_steps
         self.with_videos = with_videos
+        self.writer = ThreadPoolExecutor(max_workers=1)
+        self.saving: Future[dict[str, FileRecord]] | None = None
         self.mesh_of_size = cache(lambda fsdp_size: build_mesh(self.device, fsdp_size))
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -285,15 +290,47 @@ class FSDPWorker(Worker):
         return metrics
 
     @register(ONE_TO_ALL)
-    def save_checkpoint(self, folder: str, model_only: bool) -> None:
-        """Writes this rank's part of `<folder>/actor` and, where there is a critic, of `<folder>/critic`."""
+    def checkpoint_bytes(self, model_only: bool) -> int:
+        """About what this rank's files of a checkpoint will hold."""
+        return sum(model.checkpoint.num_bytes(model_only) for model in self.trained.values())
+
+    @register(ONE_TO_ALL)
+    def save_checkpoint(self, folder: str, model_only: bool, in_background: bool = False) -> None:
+        """Writes this rank's part of `<folder>/actor` and, where there is a critic, of `<folder>/critic`.
+
+        In the background, what is to be written is copied to host memory, and a thread writes it. `saved_files` says
+        when it has, and comes before the next checkpoint.
+        """
+        parts = []
         for name, model in self.trained.items():
             with model.resident(optimizer=True):
-                model.checkpoint.save(os.path.join(folder, name), model_only)
+                save = model.checkpoint.copy if in_background else model.checkpoint.save
+                parts.append(save(os.path.join(folder, name), model_only))
+        self.saving = self.writer.submit(_merged, parts)
+
+    @register(ONE_TO_ALL)
+    def saved_files(self, wait: bool) -> dict[str, FileRecord] | None:
+        """The files that this rank wrote for the last checkpoint; None while it writes, unless it is to `wait`.
+
+        Raises:
+            RuntimeError: a file could not be written.
+        """
+        return self.saving.result() if wait or self.saving.done() else None
 
     @register(ONE_TO_ALL)
     def load_checkpoint(self, folder: str, model_only: bool) -> None:
-        """Restores this rank's part of what `save_checkpoint` wrote."""
+        """Restores this rank's part of what `save_checkpoint` wrote, on any number of ranks.
+
+        Raises:
+            ValueError: a file is not what was saved, or as `FSDPCheckpoint.load` says.
+        """
+        if (problem := find_changes(folder, self.rank, self.world_size)) is not None:
+            raise damaged_checkpoint(folder, problem)
         for name, model in self.trained.items():
             with model.resident(optimizer=True):
                 model.checkpoint.load(os.path.join(folder, name), model_only)
+
+
+def _merged(parts: list[dict[str, FileRecord] | Callable[[], dict[str, FileRecord]]]) -> dict[str, FileRecord]:
+    """The files of several models, written before or now."""
+    return {name: record for part in parts for name, record in (part() if callable(part) else part).items()}

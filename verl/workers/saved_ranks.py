@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads one model's files of a checkpoint: each rank its own, or its part of all where other ranks saved them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from verl.utils.checkpoint import damaged_checkpoint, extra_state_file, model_file, optim_file
+from verl.utils.safe_load import load_tensors
+from verl.utils.shards import assemble, cut_like, sharding_group_size
+
+
+class SavedRanks:
+    """The files in `<checkpoint>/actor/` or `<checkpoint>/critic/`, as one rank of a run reads them.
+
+    Where as many ranks saved them, in sharding groups of the same size, a rank reads its own files. Otherwise it maps
+    the files of all ranks and takes its part, a tensor at a time.
+
+    Args:
+        root: the folder.
+        rank, world_size: of the run.
+        group_size: how many ranks share one copy of the model in this run.
+
+    Raises:
+        ValueError: a file is missing, damaged or of another kind.
+    """
+
+    def __init__(self, root: Path, rank: int, world_size: int, group_size: int) -> None:
+        self.root = root
+        self.rank = rank
+        self.world_size = self._saved_world_size(world_size)
+        own = rank if self.world_size == world_size else 0
+        self.model_path = root / model_file(self.world_size, own)
+        self._own = own
+        self._model = self._load(model_file, own)
+        self.is_own = self.world_size == world_size and sharding_group_size(list(self._model.values())) == group_size
+
+    def _saved_world_size(self, world_size: int) -> int:
+        matches = [re.fullmatch(r"model_world_size_(\d+)_rank_\d+\.pt", path.name) for path in self.root.iterdir()]
+        sizes = {int(match[1]) for match in matches if match is not None}
+        if world_size in sizes:
+            return world_size
+        if len(sizes) != 1:
+            found = f"files of runs with {sorted(sizes)} workers" if sizes else "no file of a model's weights"
+            raise damaged_checkpoint(self.root.parent, f"{self.root} has {found}")
+        return sizes.pop()
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of the model's whole tensors."""
+        return {name: value.shape for name, value in self._model.items()}
+
+    def model(self, patterns: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The weights, sharded as in this run.
+
+        Args:
+            patterns: this run's weights by name.
+        """
+        if self.is_own:
+            return self._model
+        ranks = self._load_all(model_file)
+        return {name: self._part(name, [state[name] for state in ranks], patterns[name]) for name in ranks[0]}
+
+    def optimizer(self, patterns: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """The optimizer's state by the names of parameters, sharded as in this run; empty before the first step."""
+        if self.is_own:
+            return self._load(optim_file, self._own)
+        ranks = self._load_all(optim_file)
+        if not ranks[0]:
+            return {}
+        states = {
+            name: {
+                key: self._part(f"{key} of {name}", [state["state"][name][key] for state in ranks], patterns.get(name))
+                for key in entries
+            }
+            for name, entries in ranks[0]["state"].items()
+        }
+        return {**ranks[0], "state": states}
+
+    def extra_state(self) -> dict[str, Any]:
+        """The schedule, and of as many ranks also the states of this rank's random number generators."""
+        state = self._load(extra_state_file, self._own)
+        if not self.is_own:
+            state.pop("rng", None)
+        return state
+
+    def _part(self, name: str, shards: list[Any], pattern: torch.Tensor | None) -> Any:
+        if not isinstance(shards[0], torch.Tensor):
+            return shards[0]
+        try:
+            whole = assemble(shards)
+        except ValueError as error:
+            raise damaged_checkpoint(self.root.parent, f"{name} in {self.root}: {error}") from error
+        return whole if pattern is None else cut_like(whole, pattern)
+
+    def _load(self, file_name: Callable[[int, int], str], rank: int, mapped: bool = False) -> dict[str, Any]:
+        path = self.root / file_name(self.world_size, rank)
+        if not path.exists():
+            raise damaged_checkpoint(self.root.parent, f"{path} does not exist")
+        try:
+            state = load_tensors(path, mmap=mapped)
+        except ValueError as error:
+            raise damaged_checkpoint(self.root.parent, str(error)) from error
+        if not isinstance(state, dict):
+            raise damaged_checkpoint(self.root.parent, f"{path} holds a {type(state).__name__}, not a dictionary")
+        return state
+
+    def _load_all(self, file_name: Callable[[int, int], str]) -> list[dict[str, Any]]:
+        return [self._load(file_name, rank, mapped=True) for rank in range(self.world_size)]
