@@ -13,7 +13,7 @@ LINES = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
 PINS = {line.split("==")[0]: line for line in LINES if line and not line.startswith("#")}
 EXTRAS = {
     "quickstart": [PINS.pop(name) for name in ("scikit-learn", "matplotlib")],
-    "test": [PINS.pop(name) for name in ("pytest", "pytest-xdist", "ruff", "triton")],
+    "test": [PINS.pop(name) for name in ("pytest", "pytest-xdist", "hypothesis", "ruff", "triton")],
     "math": [PINS.pop(name) for name in ("mathruler", "pylatexenc")],
     "wandb": [PINS.pop("wandb")],
     "swanlab": [PINS.pop("swanlab")],

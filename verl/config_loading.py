@@ -19,7 +19,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from verl.config import ConfigValueError, RetiredKey, absolute, as_yaml, expectation
+from verl.config import ConfigValueError, RetiredKey, absolute, as_yaml, cut, expectation
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +145,10 @@ def _read_sources(argv: Sequence[str], problems: list[str]) -> list[Source]:
             problems.append(f"{argument!r} starts with {argument[0]!r}, but keys take no prefix; {remedy}")
         elif not equals or not key:
             problems.append(f"{argument!r} is not key=value; {f'write {key}=VALUE' if key else USAGE}")
+        elif "[" in key or "]" in key:
+            problems.append(
+                f"{argument!r} has a bracket in its key; keys are names joined by dots, lists are set whole"
+            )
         elif key == "config" and files:
             problems.append(f"{argument!r} names a second file; give one config=FILE and override single keys")
         elif key == "config":
@@ -186,11 +190,11 @@ def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
         raise ValueError(f"config={path} is not a file (looked for {absolute(path)}){hint}")
     try:
         tree = OmegaConf.load(path)
-    except yaml.YAMLError as error:
-        raise ValueError(f"config={path} is not valid YAML: {error}") from None
+        written = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"config={path} is not valid YAML: {cut(str(error), 400)}") from None
     if not isinstance(tree, DictConfig):
         raise ValueError(f"config={path} holds no mapping of keys such as data:, algorithm:, worker:, trainer:")
-    written = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     return OmegaConf.to_container(tree, resolve=False), dict(_scalars(written))
 
 
