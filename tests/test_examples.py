@@ -28,7 +28,8 @@ from tests.batches import ROWS, write_dataset
 from tests.pool import run_shared
 from tests.tiny import make_tiny_model, make_tiny_text_model
 from verl.trainer.config import DataConfig, PPOConfig, load_config
-from verl.trainer.main import WORKER_ENVIRONMENT, prepare
+from verl.trainer.main import prepare
+from verl.trainer.ray_cluster import WORKER_ENVIRONMENT
 from verl.workers.reward.config import RewardConfig
 from verl.workers.reward.user_function import load_reward_function
 
@@ -339,7 +340,7 @@ def test_the_runtime_environment_is_valid_and_leaves_behind_what_git_does() -> N
 IN_A_JOB = """
 import json, os, ray, sys
 from verl.trainer.config import load_config
-from verl.trainer.main import ray_session
+from verl.trainer.ray_cluster import ray_session
 
 with ray_session(load_config([])):
     sys.stdout.write(json.dumps(ray.get(ray.remote(lambda: dict(os.environ)).remote())))
