@@ -39,6 +39,7 @@ from verl.models.registry import MODEL_FAMILIES
 from verl.models.saved_files import add_legacy_rope, apply_umask
 from verl.models.value_model import ValueModel
 from verl.utils.checkpoint import model_file
+from verl.utils.safe_load import load_tensors
 from verl.utils.shards import assemble
 
 ADAPTER = "lora_adapter"
@@ -82,11 +83,11 @@ def read_whole_tensors(local_dir: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, whole tensor) of the checkpoint's model, one at a time; files are mapped, not read.
 
     Raises:
-        ValueError: as `rank_files`, a tensor that not every file has, or a sharding that is not known here.
+        ValueError: as `rank_files` and `load_tensors`, a tensor that not every file has, or a sharding that is not
+            known here.
     """
     files = rank_files(local_dir)
-    # weights_only=False: shards are DTensors and carry their mesh; the files are the user's own checkpoints.
-    ranks = [torch.load(path, map_location="cpu", mmap=True, weights_only=False) for path in files]
+    ranks = [load_tensors(path, mmap=True) for path in files]
     for path, state in zip(files, ranks, strict=True):
         if state.keys() != ranks[0].keys():
             name = min(state.keys() ^ ranks[0].keys())
