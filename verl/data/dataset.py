@@ -175,7 +175,7 @@ class RLHFDataset(torch.utils.data.Dataset):
         template = self.config.format_prompt
         self.format_prompt = None if template is None else _read_format_prompt(template)
         if model_config is None and processor is not None:
-            model_config = AutoConfig.from_pretrained(tokenizer.name_or_path)
+            model_config = AutoConfig.from_pretrained(tokenizer.name_or_path, trust_remote_code=False)
         self.model_config = model_config or PretrainedConfig()
         self.encoder = PromptEncoder(tokenizer, processor, self.model_config)
         if not self.encoder.has_chat_template:

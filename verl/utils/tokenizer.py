@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TokenizersBackend
 
+from verl.utils.remote_code import refused_remote_code
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import ProcessorMixin
@@ -38,25 +40,31 @@ def check_torchvision() -> None:
         ) from error
 
 
-def get_tokenizer(path: str, override_chat_template: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
+def get_tokenizer(
+    path: str, override_chat_template: str | None = None, trust_remote_code: bool = False, **kwargs: Any
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, ready for generation: padding on the left, with a padding token.
 
     Args:
         path: folder or hub id of the model.
         override_chat_template: a jinja file that replaces the model's chat template, or the template itself.
+        trust_remote_code: run Python code that comes with the model.
         kwargs: passed on to `AutoTokenizer.from_pretrained`.
 
     Raises:
-        ValueError: `override_chat_template` is neither a file nor a template.
+        ValueError: `override_chat_template` is neither a file nor a template, or the model needs code of its own.
         OSError: transformers finds no tokenizer at `path`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+    with refused_remote_code(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
     if tokenizer.bos_token == "<bos>" and tokenizer.eos_token == "<eos>":
         tokenizer.eos_token = "<end_of_turn>"  # Gemma's chats never end with the <eos> that its tokenizer declares
     return _prepared(tokenizer, override_chat_template)
 
 
-def get_processor(path: str, override_chat_template: str | None = None, **kwargs: Any) -> ProcessorMixin | None:
+def get_processor(
+    path: str, override_chat_template: str | None = None, trust_remote_code: bool = False, **kwargs: Any
+) -> ProcessorMixin | None:
     """Load the processor (tokenizer and image processor in one) of a model, None for a model of text alone.
 
     Arguments and errors as `get_tokenizer`; RuntimeError where torchvision cannot be imported.
@@ -64,7 +72,8 @@ def get_processor(path: str, override_chat_template: str | None = None, **kwargs
     check_torchvision()
     from transformers import AutoProcessor, ProcessorMixin  # this import already needs torchvision
 
-    processor = AutoProcessor.from_pretrained(path, **kwargs)
+    with refused_remote_code(path):
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
     if not isinstance(processor, ProcessorMixin):
         return None
     _prepared(processor.tokenizer, override_chat_template)
