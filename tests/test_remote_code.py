@@ -52,8 +52,10 @@ def model(tmp_path: Path, touched: Path, monkeypatch: pytest.MonkeyPatch) -> str
     folder = tmp_path / "huggingface"
     build_tokenizer(CORPUS).save_pretrained(folder)
     (folder / "strange.py").write_text(CODE.format(touched=str(touched)))
-    own = {"AutoConfig": "strange.StrangeConfig", "AutoProcessor": "strange.StrangeProcessor"}
-    (folder / "config.json").write_text(json.dumps({"model_type": "strange", "auto_map": own}))
+    config = {"model_type": "strange", "auto_map": {"AutoConfig": "strange.StrangeConfig"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    processor = {"processor_class": "StrangeProcessor", "auto_map": {"AutoProcessor": "strange.StrangeProcessor"}}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     tokenizer |= {
         "tokenizer_class": "StrangeTokenizer",
