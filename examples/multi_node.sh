@@ -11,11 +11,16 @@ Start it on every machine, from the same folder and in the same environment, wit
 Machine 0, whose address HEAD is, starts a Ray cluster, waits for the others and runs SCRIPT with trainer.nnodes added;
 the others join, and leave when it has ended. Checkpoints must be on storage that all of them see.
 
-  HEAD           address of machine 0, or address:port (default port 6379)
-  NODE_RANK      0 on that machine, 1, 2, ... on the others
-  NNODES         how many machines there are (default 2)
-  WAIT_SECONDS   how long they wait for each other (default 600)
-  RAY_AUTH_MODE  token keeps out who has not the same ~/.ray/auth_token (default disabled, for networks of your own)
+Whoever reaches a Ray cluster can run code in it, so that this one asks for a token. Machine 0 writes a random one to a
+file that only you can read (mode 0600), and the others read it there: this folder is on storage that all of them see,
+or RAY_AUTH_TOKEN_PATH names a file that is, or a file that you have made and copied to each (chmod 600).
+
+  HEAD                 address of machine 0, or address:port (default port 6379)
+  NODE_RANK            0 on that machine, 1, 2, ... on the others
+  NNODES               how many machines there are (default 2)
+  WAIT_SECONDS         how long they wait for each other (default 600)
+  RAY_AUTH_TOKEN_PATH  the token's file (default .ray_auth_token_HEAD_PORT in this folder; gone when SCRIPT has ended)
+  RAY_AUTH_MODE        disabled lets everybody in who reaches the machines (default token)
 
 for example, on the first and on the second of two machines:
   NODE_RANK=0 bash examples/multi_node.sh 10.0.0.1 examples/qwen2_5_vl_32b_geo3k_grpo.sh
@@ -45,13 +50,14 @@ head_answers() { timeout 5 bash -c "exec 3<>/dev/tcp/$host/$port" 2>/dev/null; }
 
 ray_runs() { kill -0 "$ray" 2>/dev/null; }
 
-# Left open, a token on the first machine would have Ray ask the others for it, and they not think of sending it.
-export RAY_AUTH_MODE="${RAY_AUTH_MODE:-disabled}"
-export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # when the script has ended, there is nothing to wait for
-# With --block, Ray on this machine is one job of this shell, and ends with it.
-if [ "$NODE_RANK" -eq 0 ]; then
-    ray start --head --node-ip-address="$host" --port="$port" --block &
-else
+made_token=
+clean_up() {
+    [ -z "${ray:-}" ] || { kill "$ray" 2>/dev/null && wait "$ray"; } || true
+    [ -z "$made_token" ] || rm -f "$made_token"
+}
+trap clean_up EXIT
+
+wait_for_head() {
     until head_answers; do
         if [ $SECONDS -ge "$patience" ]; then
             echo "nothing answered at $host:$port within $patience s" >&2
@@ -59,10 +65,46 @@ else
         fi
         sleep 1
     done
+}
+
+# A file that an earlier run left is used again: the other machines may have read it already.
+make_token() {
+    [ -s "$1" ] || (umask 077 && head -c 32 /dev/urandom | od -An -vtx1 | tr -d ' \n' >"$1.part" && mv "$1.part" "$1")
+}
+
+wait_for_token() {
+    [ -s "$1" ] || echo "waiting for machine 0's token in $1, which has to be on storage that all machines see"
+    until [ -s "$1" ]; do
+        if [ $SECONDS -ge "$patience" ]; then
+            echo "no token in $1 within $patience s; RAY_AUTH_TOKEN_PATH says where it is" >&2
+            exit 1
+        fi
+        sleep 1
+    done
+}
+
+[ "$NODE_RANK" -eq 0 ] || wait_for_head
+export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
+if [ "$RAY_AUTH_MODE" = token ] && [ -z "${RAY_AUTH_TOKEN:-}" ]; then
+    own_token="$PWD/.ray_auth_token_${host}_$port"
+    export RAY_AUTH_TOKEN_PATH="${RAY_AUTH_TOKEN_PATH:-$own_token}"
+    if [ "$NODE_RANK" -gt 0 ]; then
+        wait_for_token "$RAY_AUTH_TOKEN_PATH"
+    else
+        [ -s "$RAY_AUTH_TOKEN_PATH" ] && [ "$RAY_AUTH_TOKEN_PATH" != "$own_token" ] || made_token=$RAY_AUTH_TOKEN_PATH
+        make_token "$RAY_AUTH_TOKEN_PATH"
+    fi
+    [[ $(stat -Lc %a "$RAY_AUTH_TOKEN_PATH") = ?00 ]] ||
+        fail "others can read the token in $RAY_AUTH_TOKEN_PATH; run chmod 600 on it"
+fi
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # when the script has ended, there is nothing to wait for
+# With --block, Ray on this machine is one job of this shell, and ends with it.
+if [ "$NODE_RANK" -eq 0 ]; then
+    ray start --head --node-ip-address="$host" --port="$port" --block &
+else
     ray start --address="$host:$port" --block &
 fi
 ray=$!
-trap 'kill "$ray" 2>/dev/null; wait "$ray" || true' EXIT
 
 if [ "$NODE_RANK" -gt 0 ]; then
     while ray_runs && head_answers; do sleep 5; done

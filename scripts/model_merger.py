@@ -39,6 +39,8 @@ from verl.models.registry import MODEL_FAMILIES
 from verl.models.saved_files import add_legacy_rope, apply_umask
 from verl.models.value_model import ValueModel
 from verl.utils.checkpoint import model_file
+from verl.utils.remote_code import refused_remote_code
+from verl.utils.safe_load import load_tensors
 from verl.utils.shards import assemble
 
 ADAPTER = "lora_adapter"
@@ -82,11 +84,11 @@ def read_whole_tensors(local_dir: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, whole tensor) of the checkpoint's model, one at a time; files are mapped, not read.
 
     Raises:
-        ValueError: as `rank_files`, a tensor that not every file has, or a sharding that is not known here.
+        ValueError: as `rank_files` and `load_tensors`, a tensor that not every file has, or a sharding that is not
+            known here.
     """
     files = rank_files(local_dir)
-    # weights_only=False: shards are DTensors and carry their mesh; the files are the user's own checkpoints.
-    ranks = [torch.load(path, map_location="cpu", mmap=True, weights_only=False) for path in files]
+    ranks = [load_tensors(path, mmap=True) for path in files]
     for path, state in zip(files, ranks, strict=True):
         if state.keys() != ranks[0].keys():
             name = min(state.keys() ^ ranks[0].keys())
@@ -115,12 +117,14 @@ def merge(
 
     Raises:
         ValueError: files are missing or do not fit together, weights are not those of the model that
-            `huggingface/config.json` describes, or a base model is needed and not found.
+            `huggingface/config.json` describes, a base model is needed and not found, or the model needs code of its
+            own that is not trusted.
     """
     description = local_dir / DESCRIPTION
     if not (description / "config.json").exists():
         raise ValueError(f"{description / 'config.json'} does not exist: it says which model the weights are of")
-    config = AutoConfig.from_pretrained(description, trust_remote_code=trust_remote_code)
+    with refused_remote_code(str(description), "--trust_remote_code"):
+        config = AutoConfig.from_pretrained(description, trust_remote_code=trust_remote_code)
     options = dict(dtype=dtype, trust_remote_code=trust_remote_code)
     if (local_dir / ADAPTER).is_dir():
         return _merge_adapter(local_dir / ADAPTER, config, base_model, options)

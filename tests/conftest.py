@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test shares: one thread per process, a quiet Ray, and one tiny model on disk for the whole session."""
+"""What every test shares: one thread per process, a Ray with a token, and one tiny model for the whole session."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,9 +19,10 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     HF_HUB_OFFLINE="1",
     RAY_USAGE_STATS_ENABLED="0",
-    RAY_AUTH_MODE="disabled",
+    RAY_AUTH_MODE="token",
     RAY_DEDUP_LOGS="0",
 )
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())  # one for all processes of the tests
 if shutil.which("nvidia-smi") is None:
     # Without a GPU, Triton kernels run in Python. Triton reads this when a kernel is defined, so when it is imported.
     os.environ["TRITON_INTERPRET"] = "1"

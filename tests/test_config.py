@@ -37,7 +37,8 @@ from verl.trainer.config import (
     load_config,
 )
 from verl.trainer.config_checks import effect_notes, require_available
-from verl.trainer.main import _start_ray, main, prepare
+from verl.trainer.main import main, prepare
+from verl.trainer.ray_cluster import _start_ray
 from verl.workers.actor.config import LOSS_TYPES, ActorConfig, LoraConfig, OptimConfig
 from verl.workers.reward.config import RewardConfig
 from verl.workers.rollout.config import RolloutConfig
@@ -887,7 +888,7 @@ def test_a_cluster_that_is_gone_is_told_with_what_named_it(by: str, runnable, mo
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if by == "note":
         (tmp_path / "note").write_text(f"{address}\n")
-        monkeypatch.setattr("verl.trainer.main.RAY_START_NOTE", tmp_path / "note")
+        monkeypatch.setattr("verl.trainer.ray_cluster.RAY_START_NOTE", tmp_path / "note")
     else:
         monkeypatch.setenv("RAY_ADDRESS", address)
     config = load_config([*runnable, "worker.rollout.n=8"])

@@ -376,6 +376,10 @@ def test_format_prompt_renders_the_question_into_the_user_turn(
         ("Answer in one word.", "never uses {{ content }}"),
         ("{{ content }} {{ hint }}", "'hint' is undefined; it may use one variable, {{ content }}"),
         ("{{ content", "unexpected end"),
+        ("{{ content }}{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
+        ("{{ content }}{{ content.format.__globals__ }}", "access to attribute '__globals__' .* is unsafe"),
+        ("{% include '/etc/passwd' %}{{ content }}", "no loader"),
+        ("{% for i in range(999999999) %}{{ content }}{% endfor %}", "Range too big"),
         ("é {{ content }}", "cannot be read as a UTF-8 text file: .*can't decode byte 0xe9"),
     ],
 )
@@ -385,6 +389,16 @@ def test_a_format_prompt_that_cannot_work_is_refused(
     (tmp_path / "f.jinja").write_text(template, encoding="latin-1")
     with pytest.raises(ValueError, match=f"data.format_prompt=.*f.jinja.*{problem}"):
         make([row("What?")], format_prompt=str(tmp_path / "f.jinja"))
+
+
+def test_a_format_prompt_that_reaches_into_python_for_some_questions_is_refused_with_row_and_key(
+    make: Callable, tmp_path: Path
+) -> None:
+    path = tmp_path / "f.jinja"
+    path.write_text("{{ content }}{% if content == 'now' %}{{ content.__class__.__mro__ }}{% endif %}")
+    make([row("later")], format_prompt=str(path))
+    with pytest.raises(ValueError, match=f"row 1 of .*: data.format_prompt={path}: access to attribute '__class__'"):
+        make([row("later"), row("now")], format_prompt=str(path))
 
 
 def test_a_folder_as_format_prompt_is_refused(make: Callable, tmp_path: Path) -> None:

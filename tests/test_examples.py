@@ -28,7 +28,8 @@ from tests.batches import ROWS, write_dataset
 from tests.pool import run_shared
 from tests.tiny import make_tiny_model, make_tiny_text_model
 from verl.trainer.config import DataConfig, PPOConfig, load_config
-from verl.trainer.main import WORKER_ENVIRONMENT, prepare
+from verl.trainer.main import prepare
+from verl.trainer.ray_cluster import WORKER_ENVIRONMENT
 from verl.workers.reward.config import RewardConfig
 from verl.workers.reward.user_function import load_reward_function
 
@@ -275,31 +276,49 @@ def test_the_readmes_table_names_every_script(readme: str) -> None:
 
 @pytest.mark.ray
 def test_a_script_runs_on_the_first_of_two_machines_once_both_are_there_and_both_end_with_it(tmp_path: Path) -> None:
-    """Two Ray nodes on this machine; the script says how it was called and by how many nodes, and ends with 7."""
-    script = tmp_path / "script.sh"
+    """Two Ray nodes on this machine; the script says how it was called and by how many nodes, and ends with 7.
+
+    It also tries to get in without the token, which only the user can read and which goes with the cluster.
+    """
+    script, token = tmp_path / "script.sh", tmp_path / "token"
     count = "import ray; ray.init(logging_level='ERROR'); print(len(ray.nodes()))"
-    script.write_text(f'printf "%s\\n" "$@" >{tmp_path}/said\npython3 -c "{count}" >>{tmp_path}/said\nexit 7\n')
+    script.write_text(
+        f"""
+        printf "%s\\n" "$@" >{tmp_path}/said
+        python3 -c "{count}" >>{tmp_path}/said
+        stat -c %a {token} >>{tmp_path}/said
+        RAY_AUTH_MODE=disabled python3 -c "{count}" >>{tmp_path}/said 2>{tmp_path}/refused
+        exit 7
+        """
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         head = f"127.0.0.1:{free.getsockname()[1]}"
     with tempfile.TemporaryDirectory(prefix="ray") as folder, ThreadPoolExecutor() as machines:  # a short path
         programs = Path(sys.executable).parent
+        variables = dict(RAY_TMPDIR=folder, RAY_AUTH_MODE="", RAY_AUTH_TOKEN="", RAY_AUTH_TOKEN_PATH=str(token))
         first, second = (
             machines.submit(
-                run_script,
-                "multi_node",
-                head,
-                str(script),
-                "a=b c",
-                programs=programs,
-                NODE_RANK=rank,
-                RAY_TMPDIR=folder,
+                run_script, "multi_node", head, str(script), "a=b c", programs=programs, NODE_RANK=rank, **variables
             )
             for rank in ("0", "1")
         )
         assert first.result().returncode == 7, first.result().stderr
         assert second.result().returncode == 0, second.result().stderr
-    assert (tmp_path / "said").read_text().splitlines() == ["trainer.nnodes=2", "a=b c", "2"]
+    assert (tmp_path / "said").read_text().splitlines() == ["trainer.nnodes=2", "a=b c", "2", "600"]
+    assert "AuthenticationError" in (tmp_path / "refused").read_text()
+    assert not token.exists()
+
+
+def test_a_token_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("secret")
+    token.chmod(0o640)
+    variables = dict(NODE_RANK="0", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="", RAY_AUTH_TOKEN_PATH=str(token))
+    finished = run_script("multi_node", "127.0.0.1:9", "examples/vgr.sh", programs=tmp_path, **variables)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith(f"others can read the token in {token}; run chmod 600 on it\n")
+    assert token.read_text() == "secret"
 
 
 @pytest.mark.parametrize(
@@ -339,7 +358,7 @@ def test_the_runtime_environment_is_valid_and_leaves_behind_what_git_does() -> N
 IN_A_JOB = """
 import json, os, ray, sys
 from verl.trainer.config import load_config
-from verl.trainer.main import ray_session
+from verl.trainer.ray_cluster import ray_session
 
 with ray_session(load_config([])):
     sys.stdout.write(json.dumps(ray.get(ray.remote(lambda: dict(os.environ)).remote())))

@@ -102,6 +102,28 @@ def fail(logger: str) -> None:
         tracker.log({"reward/overall": 1 / 0}, step=1)
 
 
+# secrets
+
+
+@pytest.mark.parametrize("logger", ["file", "tensorboard", "wandb", "swanlab", "mlflow"])
+def test_no_logger_writes_what_is_named_like_a_secret_or_is_in_a_url(
+    logger: str, store: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    secrets = {
+        "api_key": "s3cr3t-1",
+        "judge": {"hf_token": "s3cr3t-2"},
+        "url": "https://bob:s3cr3t-3@judge.example/v1",
+    }
+    kwargs = {**secrets, "answer_key": "known-1", "max_tokens": 7}
+    config = {"data": {"prompt_key": "known-2"}, "worker": {"reward": {"reward_function_kwargs": kwargs}}}
+    with Tracker([logger], config, "digits", "demo", "run", total_steps=3) as tracker:
+        tracker.log({"reward/overall": 1.0}, step=1)
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"known-1" in written and b"known-2" in written and b"judge.example" in written
+    assert b"s3cr3t" not in written and b"bob" not in written
+    assert kwargs["api_key"] == "s3cr3t-1"
+
+
 # tensorboard
 
 

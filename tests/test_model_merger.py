@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from tests.probe import make_config, start_alone
+from tests.test_safe_load import Attack
 from tests.tiny import CORPUS, build_tokenizer, make_tiny_model
 from tests.vlm_zoo import QWEN_MEDIA, TEXT_CONFIG, mrope
 from verl.models.saved_files import with_legacy_rope
@@ -459,6 +460,18 @@ def test_ranks_that_are_missing_or_of_another_run_are_named(files, message: str,
     for pair in files:
         torch.save({}, tmp_path / model_file(*pair))
     with pytest.raises(ValueError, match=message):
+        merge(tmp_path)
+
+
+def test_a_checkpoint_that_would_run_code_or_is_cut_short_is_refused_by_its_file(folder_of, tmp_path: Path) -> None:
+    write_description(tmp_path, folder_of("text"))
+    path, touched = tmp_path / model_file(1, 0), tmp_path / "touched"
+    torch.save({"a": Attack(touched)}, path)
+    with pytest.raises(ValueError, match=rf"^{path} would run code: it holds the pickled global posix.system"):
+        merge(tmp_path)
+    assert not touched.exists()
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"^{path} is cut short"):
         merge(tmp_path)
 
 

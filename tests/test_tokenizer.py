@@ -4,9 +4,12 @@
 
 import pickle
 import random
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig, Qwen2_5_VLProcessor
@@ -68,6 +71,25 @@ def test_an_overriding_template_comes_from_a_file_or_as_text(tiny_model_path: st
     for override in (str(tmp_path / "chat.jinja"), TEMPLATE):
         for owner in (get_tokenizer(tiny_model_path, override), get_processor(tiny_model_path, override)):
             assert owner.apply_chat_template(MESSAGES, tokenize=False) == "[user]hi"
+
+
+ATTACK = "{% for base in ''.__class__.__mro__ %}{{ base.__subclasses__() }}{% endfor %}"
+
+
+@pytest.mark.parametrize("load", [get_tokenizer, get_processor])
+def test_a_chat_template_that_reaches_into_python_is_refused_with_file_and_key(
+    load: Callable[..., Any], tiny_model_path: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "chat.jinja"
+    path.write_text(ATTACK)
+    with pytest.raises(
+        ValueError, match=rf"^data.override_chat_template={path} reaches .*'__class__' of 'str' object"
+    ):
+        load(tiny_model_path, str(path))
+    shutil.copytree(tiny_model_path, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(ATTACK)
+    with pytest.raises(ValueError, match=f"^the chat template of {tmp_path}/model reaches for more than its messages"):
+        load(str(tmp_path / "model"))
 
 
 def test_a_template_file_that_is_not_there_is_named(tiny_model_path: str) -> None:

@@ -89,6 +89,16 @@ def read_lines(tmp_path):
     return [json.loads(line) for line in text.splitlines()]
 
 
+def test_the_config_file_is_for_its_owner_alone_whatever_was_there(tmp_path):
+    config = tmp_path / "experiment_config.json"
+    config.write_text("of an earlier run")
+    config.chmod(0o644)
+    with Tracker(["file"], CONFIG, "digits", "demo", tmp_path, total_steps=1):
+        pass
+    assert config.stat().st_mode & 0o777 == 0o600
+    assert json.loads(config.read_text()) == CONFIG
+
+
 def test_an_unknown_logger_is_an_error_that_lists_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match=r"trainer.logger=wanbd .*console, file, mlflow, swanlab, tensorboard, wandb"):
         make_tracker(tmp_path, "file", "wanbd")

@@ -89,8 +89,8 @@ def test_uris_and_dicts_open_as_their_files_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("https://example.org/a.png", "images are read from files, not fetched: download 'https://example.org/a.png"),
-        ("S3://bucket/a.png", "images are read from files, not fetched"),
+        ("https://example.org/a.png", "media are read from files, not fetched: download 'https://example.org/a.png"),
+        ("S3://bucket/a.png", "media are read from files, not fetched"),
         ("data:image/png,abc", "a data URI has to be base64"),
         ("data:image/png;base64,a", "the base64 of .* is damaged"),
     ],

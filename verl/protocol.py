@@ -277,7 +277,8 @@ class DataProto:
 
     @staticmethod
     def load_from_disk(path: str | os.PathLike) -> DataProto:
-        """Read what `save_to_disk` wrote. It is a pickle: load only files you trust."""
+        """Read what `save_to_disk` wrote: a pickle, which runs whatever code it names. It trusts the file wholly; load
+        none that somebody else could have written. Nothing in this package calls it."""
         with open(path, "rb") as file:
             return pickle.load(file)
 

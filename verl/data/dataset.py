@@ -24,6 +24,8 @@ from datasets import Audio, ClassLabel, Dataset, LargeList, List, Mesh, Nifti, P
 from datasets import Image as ImageFeature
 from datasets import Video as VideoFeature
 from jinja2 import meta
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 from torch.nn import functional
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -83,9 +85,13 @@ OPTIONS = (
 """Fields of the section `data` that a dataset reads."""
 
 
+TEMPLATES = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+"""Where format prompts are rendered: they see the question, and nothing of Python."""
+
+
 @lru_cache
 def _template(source: str) -> jinja2.Template:
-    return jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(source)
+    return TEMPLATES.from_string(source)
 
 
 def _read_format_prompt(path: str) -> str:
@@ -94,9 +100,9 @@ def _read_format_prompt(path: str) -> str:
     except (OSError, UnicodeError) as error:
         raise ValueError(f"data.format_prompt={path} cannot be read as a UTF-8 text file: {error}") from error
     try:
-        variables = meta.find_undeclared_variables(jinja2.Environment().parse(source))
+        variables = meta.find_undeclared_variables(TEMPLATES.parse(source))
         _template(source).render(content="")
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError, OverflowError) as error:  # an include; a range that is too long
         raise ValueError(f"data.format_prompt={path}: {error}; it may use one variable, {{{{ content }}}}") from error
     if "content" not in variables:
         raise ValueError(f"data.format_prompt={path} never uses {{{{ content }}}}: no prompt would hold its question")
@@ -175,7 +181,7 @@ class RLHFDataset(torch.utils.data.Dataset):
         template = self.config.format_prompt
         self.format_prompt = None if template is None else _read_format_prompt(template)
         if model_config is None and processor is not None:
-            model_config = AutoConfig.from_pretrained(tokenizer.name_or_path)
+            model_config = AutoConfig.from_pretrained(tokenizer.name_or_path, trust_remote_code=False)
         self.model_config = model_config or PretrainedConfig()
         self.encoder = PromptEncoder(tokenizer, processor, self.model_config)
         if not self.encoder.has_chat_template:
@@ -261,8 +267,13 @@ class RLHFDataset(torch.utils.data.Dataset):
         messages = messages_of(prompt)
         if self.format_prompt is None:
             return messages
-        template = _template(self.format_prompt)
-        return wrap_question(prompt, messages, lambda question: template.render(content=question))
+        return wrap_question(prompt, messages, self._formatted)
+
+    def _formatted(self, question: str) -> str:
+        try:
+            return _template(self.format_prompt).render(content=question)
+        except SecurityError as error:
+            raise ValueError(f"data.format_prompt={self.config.format_prompt}: {error}") from error
 
     def _chat_text(self, messages: list[Message], num_images: int, num_videos: int) -> str:
         kinds = [kind for kind, number in (("image", num_images), ("video", num_videos)) if number > 0]

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from verl.data.vision import ImageSource, open_image, process_image, target_size
+from verl.data.media_files import media_content
+from verl.data.vision import MAX_IMAGE_PIXELS, ImageSource, open_image, process_image, target_size
 
 if TYPE_CHECKING:
     import av
@@ -29,6 +30,40 @@ VideoSource = Sequence[ImageSource] | bytes | Mapping[str, Any] | str | os.PathL
 MIN_FRAMES, MAX_FRAMES = 4, 768
 MAX_FRAME_PIXELS = 768 * 28 * 28
 """Bounds of Qwen's own sampler: https://github.com/QwenLM/Qwen2.5-VL/tree/main/qwen-vl-utils"""
+
+MAX_VIDEO_PIXELS = 2**39
+"""The most pixels of all frames of a file, shown or not, since all are decoded up to the last that is shown: two and a
+half hours of 1920 x 1080 at 30 a second."""
+
+CONTAINERS = (
+    *(
+        "mov",
+        "matroska",
+        "avi",
+        "flv",
+        "mpeg",
+        "mpegts",
+        "ogg",
+        "asf",
+        "gif",
+        "apng",
+        "mxf",
+        "nut",
+        "rm",
+        "wtv",
+        "ivf",
+    ),
+    *("mpegvideo", "m4v", "h264", "hevc", "vvc", "av1", "obu", "mjpeg", "yuv4mpegpipe"),
+)
+"""FFmpeg's names of what is read (mov is MP4 too, matroska WebM; the second line is streams without a container): all
+hold their frames themselves. Playlists (HLS, DASH, concat) and session descriptions name other files or addresses."""
+
+OPENING = {
+    "format_whitelist": ",".join(CONTAINERS),
+    "protocol_whitelist": "none",
+    "max_pixels": str(MAX_IMAGE_PIXELS),
+}
+"""How FFmpeg opens a file: without opening others, and without decoding a giant frame to find out what is in it."""
 
 
 @dataclass(frozen=True)
@@ -103,13 +138,15 @@ def outline_video(source: VideoSource, video_dir: str | os.PathLike | None, limi
     """What `load_video` will give, from headers and the first frame of a file, which knows how the camera was held.
 
     Args:
-        source: a path, the bytes of a video file, a dict with either under `path` or `bytes`, or a list of frames in
-            any form that `open_image` takes.
-        video_dir: the folder that relative paths start from; None for the working directory.
+        source: a path or a `file://` or `data:` URI, the bytes of a video file, a dict with one of these under `path`
+            or `bytes`, or a list of frames in any form that `open_image` takes.
+        video_dir: the folder that relative paths start from and that no path may leave; None for the working directory
+            and any path.
 
     Raises:
-        ValueError: `source` is none of these, or no video that can be read.
-        OSError: a frame of a list cannot be opened.
+        ValueError: `source` is none of these, no video that can be read, one that refers to other files, or larger
+            than `MAX_VIDEO_PIXELS` or, in a frame, `MAX_IMAGE_PIXELS`.
+        OSError: no such file, or a frame of a list cannot be opened.
         ImportError: PyAV is not installed.
     """
     source = _unwrapped(source)
@@ -118,7 +155,13 @@ def outline_video(source: VideoSource, video_dir: str | os.PathLike | None, limi
             raise ValueError("a list of frames is empty")
         size = open_image(source[0], video_dir).size
         frames = range(len(source)) if len(source) > 1 else (0, 0)
-        return VideoOutline(tuple(frames), len(source), limits.fps, limits.frame_size(*size))
+        width, height = limits.frame_size(*size)
+        if len(frames) * width * height > MAX_FRAMES * MAX_FRAME_PIXELS:
+            raise ValueError(
+                f"{len(frames)} frames are shown of {width} x {height} pixels each, together more than of the longest "
+                f"file ({MAX_FRAMES} of {MAX_FRAME_PIXELS}); give fewer, or lower data.max_pixels"
+            )
+        return VideoOutline(tuple(frames), len(source), limits.fps, (width, height))
     with _opened(source, video_dir) as container:
         return _outline_of_file(container, limits)
 
@@ -157,11 +200,7 @@ def _resized(image: Image.Image, outline: VideoOutline) -> np.ndarray:
 
 @contextmanager
 def _opened(source: Any, video_dir: str | os.PathLike | None) -> Iterator[av.container.InputContainer]:
-    if isinstance(source, bytes):
-        file: Any = io.BytesIO(source)
-    elif isinstance(source, (str, os.PathLike)):
-        file = os.path.join(video_dir or "", source)
-    else:
+    if not isinstance(source, (bytes, str, os.PathLike)):
         raise ValueError(
             f"a video has to be a path, bytes, a dict with 'bytes' or 'path', or a list of frames, not {source!r:.80}"
         )
@@ -172,13 +211,35 @@ def _opened(source: Any, video_dir: str | os.PathLike | None) -> Iterator[av.con
             f"video files are read with PyAV, which cannot be imported ({error}); run `pip install -r "
             "requirements.txt`, or give each video as a list of frames"
         ) from error
-    try:
-        with av.open(file) as container:
-            if not container.streams.video:
-                raise ValueError("the file has no video stream")
-            yield container
-    except av.error.FFmpegError as error:
-        raise ValueError(f"FFmpeg cannot read the file: {error}") from error
+    content = source if isinstance(source, bytes) else media_content(source, video_dir)
+    # Opened here, no name is taken for one of FFmpeg's protocols, such as `concat:` and `subfile:`.
+    with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
+        try:
+            with av.open(file, options=OPENING) as container:
+                _require_stream(container)
+                yield container
+        except av.error.ArgumentError as error:
+            raise ValueError(
+                f"FFmpeg cannot read the file ({error.strerror}), or it is a playlist, which names other files, or of "
+                "another format that is not read as a video"
+            ) from error
+        except av.error.FFmpegError as error:
+            raise ValueError(f"FFmpeg cannot read the file: {error}") from error
+
+
+def _require_stream(container: av.container.InputContainer) -> None:
+    """Raise unless there is a stream whose frames can be decoded, by what the header says; and hold it to that."""
+    if not container.streams.video:
+        raise ValueError("the file has no video stream")
+    context = container.streams.video[0].codec_context
+    if context is None:
+        raise ValueError("there is no decoder for the file's video stream")
+    if context.width * context.height > MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"its frames have {context.width} x {context.height} pixels and may be a decompression bomb: more than "
+            f"{MAX_IMAGE_PIXELS} are not decoded"
+        )
+    context.options = {**context.options, "max_pixels": str(MAX_IMAGE_PIXELS)}
 
 
 def _outline_of_file(container: av.container.InputContainer, limits: VideoLimits) -> VideoOutline:
@@ -188,6 +249,12 @@ def _outline_of_file(container: av.container.InputContainer, limits: VideoLimits
     source_fps = float(stream.average_rate or stream.guessed_rate or 0)
     if total == 0 or source_fps == 0:
         raise ValueError(f"the file has {total} frames, {source_fps} a second")
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if total * width * height > MAX_VIDEO_PIXELS:
+        raise ValueError(
+            f"it has {total} frames of {width} x {height} pixels, more than {MAX_VIDEO_PIXELS:,} in all, which take "
+            "hours to decode; cut it, or save it smaller"
+        )
     return VideoOutline(
         sample_frames(total, source_fps, limits.fps),
         total,

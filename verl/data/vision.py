@@ -8,21 +8,18 @@ reward process has handles too, so that this file does not load torch.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import math
 import os
-import re
 import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import numpy as np
 import ray
 from PIL import ExifTags, Image, ImageOps
+
+from verl.data.media_files import media_content
 
 if TYPE_CHECKING:
     from verl.data.video import Video
@@ -33,6 +30,12 @@ ImageSource = Image.Image | bytes | Mapping[str, Any] | str | os.PathLike
 
 UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What opening or decoding a broken image raises; Pillow uses SyntaxError for damaged PNG files."""
+
+MAX_IMAGE_PIXELS = 89_478_485
+"""The most pixels that are decoded, 256 MiB as RGB. Above, Pillow suspects a decompression bomb, but only warns."""
+
+PROGRAMS = ("EPS",)
+"""Formats that Pillow has another program run, which may be turned against its user (Ghostscript for PostScript)."""
 
 UPRIGHT = 1  # the orientation of the Exif standard that needs no turning
 
@@ -45,26 +48,26 @@ def open_image(source: ImageSource, image_dir: str | os.PathLike | None = None) 
     Args:
         source: a PIL image, the bytes of an image file, a path, a `data:` or `file://` URI, or a dict with one of
             these under `bytes`, `path` or `image`.
-        image_dir: the folder that relative paths start from; None for the working directory.
+        image_dir: the folder that relative paths start from and that no path may leave; None for the working directory
+            and any path.
 
     Raises:
-        ValueError: `source` is none of these.
+        ValueError: `source` is none of these, is no regular file, or has more than `MAX_IMAGE_PIXELS`.
         OSError: no such file, or not an image.
     """
     if isinstance(source, Mapping):
         source = next((source[key] for key in ("bytes", "path", "image") if source.get(key) is not None), None)
-    if isinstance(source, str) and (scheme := re.match(r"(data:|[a-z][a-z0-9+.-]*://)", source, re.IGNORECASE)):
-        source = _opened_uri(source, scheme.group().lower())
+    if isinstance(source, (str, os.PathLike)):
+        source = media_content(source, image_dir)
     if isinstance(source, Image.Image):
         image = source
-    elif isinstance(source, bytes):
-        image = Image.open(io.BytesIO(source))
-    elif isinstance(source, (str, os.PathLike)):
-        image = Image.open(os.path.join(image_dir or "", source))
+    elif isinstance(source, (bytes, str)):
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     else:
         raise ValueError(
             f"an image has to be a PIL image, bytes, a path, or a dict with 'bytes' or 'path', not {source!r:.80}"
         )
+    _require_decodable(image)
     # Pillow decodes all pixels before it turns an image, and a PNG's even before it looks for an orientation.
     may_be_turned = image.format != "PNG" or "exif" in image.info
     if may_be_turned and image.getexif().get(ExifTags.Base.Orientation, UPRIGHT) != UPRIGHT:
@@ -72,19 +75,16 @@ def open_image(source: ImageSource, image_dir: str | os.PathLike | None = None) 
     return image
 
 
-def _opened_uri(uri: str, scheme: str) -> bytes | str:
-    """The bytes of a `data:` URI, or the path of a `file://` one."""
-    if scheme == "data:":
-        head, _, body = uri.partition(",")
-        if not head.endswith(";base64"):
-            raise ValueError(f"a data URI has to be base64, as in data:image/png;base64,..., not {uri!r:.80}")
-        try:
-            return base64.b64decode(body, validate=True)
-        except binascii.Error as error:
-            raise ValueError(f"the base64 of {uri!r:.80} is damaged: {error}") from error
-    if scheme == "file://":
-        return url2pathname(urlsplit(uri).path)
-    raise ValueError(f"images are read from files, not fetched: download {uri!r:.200} and give its path")
+def _require_decodable(image: Image.Image) -> None:
+    """Raise for an image that decoding would run as a program, or that would fill the memory."""
+    if image.format in PROGRAMS:
+        raise ValueError(f"{image.format} files are programs, which decoding would run; save it as PNG")
+    width, height = image.size
+    if width * height > MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"it has {width} x {height} pixels and may be a decompression bomb: more than {MAX_IMAGE_PIXELS} are not "
+            "decoded; save it smaller"
+        )
 
 
 def target_size(width: int, height: int, min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:

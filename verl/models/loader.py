@@ -20,6 +20,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from verl.models.registry import family_of
 from verl.models.value_model import ValueModel
+from verl.utils.remote_code import refused_remote_code
 from verl.workers.actor.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -40,12 +41,14 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     An `attn_implementation` among the overrides is not a config field of the model: `load_model` takes it from there.
 
     Raises:
-        ValueError: an override that the model's config has no field for.
+        ValueError: an override that the model's config has no field for, or a model that needs code of its own and
+            is not trusted to run it.
     """
     overrides = {key: value for key, value in config.override_config.items() if key != "attn_implementation"}
-    model_config, unused = AutoConfig.from_pretrained(
-        config.model_path, trust_remote_code=config.trust_remote_code, return_unused_kwargs=True, **overrides
-    )
+    with refused_remote_code(config.model_path):
+        model_config, unused = AutoConfig.from_pretrained(
+            config.model_path, trust_remote_code=config.trust_remote_code, return_unused_kwargs=True, **overrides
+        )
     if unused:
         name, value = next(iter(unused.items()))
         raise ValueError(

@@ -81,7 +81,7 @@ class DataConfig(ConfigSection):
     video_key: str = "videos"
     """Column that lists a row's videos."""
     image_dir: str | None = None
-    """Folder that relative image and video paths start from."""
+    """Folder that relative image and video paths start from, and that none may leave; null lets data name any file."""
     video_fps: float = 2.0
     """Frames per second taken from a video."""
     max_prompt_length: int = 512

@@ -2,18 +2,14 @@
 """The command line: `python3 -m verl.trainer.main config=FILE key=value ...`."""
 
 import logging
-import os
-import socket
 import sys
-import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from verl.trainer.config import PPOConfig, load_config
 from verl.trainer.config_checks import effect_notes, has_built_in_algorithms, require_available
+from verl.trainer.ray_cluster import ray_session, require_cluster, set_worker_environment
 from verl.trainer.tracking import Tracker, require_loggers
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.checkpoint import refuse_to_start_anew
@@ -28,105 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("verl.trainer.main")  # __name__ is __main__ under `python -m`
 
-WORKER_ENVIRONMENT = {
-    "TOKENIZERS_PARALLELISM": "true",
-    "NCCL_DEBUG": "WARN",
-    "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
-"""Defaults for every process of a run; what the user has set stays."""
-
 TRAINER_MODULES = ("verl.data.loader", "verl.trainer.ray_trainer")
 """What this process imports while Ray starts."""
-
-RAY_START_NOTE = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
-"""Where `ray start` leaves the address of the cluster that this machine belongs to, and `ray stop` takes it away."""
-
-
-def set_worker_environment() -> None:
-    """Gives this process, and so those that it starts, the variables that the user has not set."""
-    for name, value in WORKER_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-
-
-@contextmanager
-def ray_session(config: PPOConfig) -> Iterator[None]:
-    """A Ray cluster for the run.
-
-    The one this process is connected to already, or the one that `RAY_ADDRESS` or `ray start` on this machine names,
-    or else a new one on this machine that ends with the run.
-    """
-    set_worker_environment()
-    joins = "RAY_ADDRESS" in os.environ or RAY_START_NOTE.exists()
-    if not joins:
-        # Nobody but this process talks to a cluster of its own, and a token would need a writable home.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    import ray
-
-    is_callers = ray.is_initialized()
-    if not is_callers:
-        logger.info("joining the Ray cluster" if joins else "starting Ray")
-    if not is_callers and joins:
-        # As a job, this process has the values of the job's runtime environment; Ray refuses to be told them again.
-        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-        variables = {name: os.environ[name] for name in WORKER_ENVIRONMENT}
-        ray.init(logging_level="ERROR", runtime_env={"env_vars": variables})
-    elif not is_callers:
-        workers = config.trainer.nnodes * config.trainer.n_gpus_per_node
-        # Workers mostly wait for each other and may share cores: the count is of processes, not of cores.
-        num_cpus = max(os.cpu_count() or 1, workers + config.worker.reward.num_cpus)
-        _start_ray(num_cpus=num_cpus)
-    try:
-        yield
-    finally:
-        if config.trainer.ray_timeline is not None:
-            ray.timeline(config.trainer.ray_timeline)
-        if not is_callers:
-            ray.shutdown()
-
-
-def require_cluster() -> None:
-    """Raise unless something answers at the Ray cluster that the run is to join; Ray itself would wait for minutes.
-
-    Raises:
-        ValueError: saying what named the cluster, and what to do.
-    """
-    if address := os.environ.get("RAY_ADDRESS"):
-        source, remedy = "RAY_ADDRESS", "unset it to start a cluster for the run, or start that one"
-    elif RAY_START_NOTE.exists():
-        address, source = RAY_START_NOTE.read_text(encoding="utf-8").strip(), str(RAY_START_NOTE)
-        remedy = "it was left by `ray start`: run `ray stop`, which takes it away, or start the cluster again"
-    else:
-        return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():  # such as `auto` and `local`, which Ray resolves by itself
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except OSError as error:
-        reason = error.strerror or str(error) or type(error).__name__
-        raise ValueError(
-            f"{source} names a Ray cluster at {address}, where nothing answers ({reason}); {remedy}"
-        ) from error
-
-
-def _start_ray(**options: Any) -> None:
-    import ray
-
-    try:
-        ray.init("local", include_dashboard=False, logging_level="ERROR", **options)
-    except OSError as error:
-        if "AF_UNIX" not in str(error):
-            raise
-        folder = os.environ.get("RAY_TMPDIR", tempfile.gettempdir())
-        raise ValueError(
-            f"Ray cannot make its sockets below {folder}, whose name is too long ({error}); set RAY_TMPDIR to a short "
-            "folder, such as /tmp"
-        ) from error
 
 
 def run(config: PPOConfig, processes: "WorkerProcesses | None" = None) -> None:

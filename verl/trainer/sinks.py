@@ -36,7 +36,7 @@ class Run:
     """What a sink may want to know about the run it reports on."""
 
     config: dict[str, Any]
-    """The whole configuration as plain dicts and lists."""
+    """The whole configuration as plain dicts and lists, without its secrets."""
     project_name: str
     experiment_name: str
     output_dir: Path
@@ -152,6 +152,8 @@ class ConsoleSink(Sink):
 class FileSink(Sink):
     """Three files beside the checkpoints: the configuration, a JSON line per `log`, the sampled generations.
 
+    The first is for its owner's eyes (mode 0600): what a user hands to a reward function may be secret under any name.
+
     Nothing that is in the last two is lost. When a run takes its first step, the lines that an earlier one wrote of
     this step and later ones move from `experiment_log.jsonl` to `experiment_log.cut.jsonl`; half a line does at once.
     """
@@ -163,7 +165,7 @@ class FileSink(Sink):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        write_json(run.output_dir / self.CONFIG, run.config)
+        write_json(run.output_dir / self.CONFIG, run.config, private=True)
         for name in (self.LOG, self.GENERATIONS):
             self._append(name, "")
         self._num_old_lines: int | None = self._cut_log(lambda index, line: True)

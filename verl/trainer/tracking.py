@@ -14,6 +14,7 @@ from verl.trainer.library_sinks import MlflowSink, SwanlabSink, TensorboardSink,
 from verl.trainer.sinks import ConsoleSink, FileSink, Generation, Run, Sink
 from verl.utils.checkpoint import ResumePoint
 from verl.utils.checkpoint_folder import write_json
+from verl.utils.masking import masked
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Tracker:
 
     Args:
         loggers: names out of `SINKS`.
-        config: the whole configuration as plain dicts and lists.
+        config: the whole configuration as plain dicts and lists. Loggers see it without its secrets (`masked`).
         project_name, experiment_name: how the run is labelled.
         output_dir: folder of the run's own files, made if missing. A run that goes on from a checkpoint in it keeps
             its log files and its ids at the servers; any other starts them anew.
@@ -90,7 +91,9 @@ class Tracker:
         continues = resume_point is not None and resume_point.is_under(str(output_dir))
         kept_ids = json.loads(ids_file.read_text("utf-8")) if continues and ids_file.exists() else {}
         resume_step = resume_point.step if resume_point is not None else 0
-        run = Run(config, project_name, experiment_name, output_dir, total_steps, resume_step, continues, kept_ids)
+        run = Run(
+            masked(config), project_name, experiment_name, output_dir, total_steps, resume_step, continues, kept_ids
+        )
 
         self._sinks: dict[str, Sink] = {}
         for name in dict.fromkeys(loggers):

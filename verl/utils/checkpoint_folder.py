@@ -129,8 +129,11 @@ def flush(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-def write_json(path: str | os.PathLike[str], content: Any) -> None:
+def write_json(path: str | os.PathLike[str], content: Any, private: bool = False) -> None:
     """Writes a file so that a reader sees the old one or the new one, never half of one.
+
+    Args:
+        private: nobody but its owner can read it (mode 0600).
 
     Raises:
         RuntimeError: it could not be written.
@@ -138,6 +141,8 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
     unfinished = f"{os.fspath(path)}.tmp"
     with told_of(path):
         with open(unfinished, "w", encoding="utf-8") as file:
+            if private:
+                os.fchmod(file.fileno(), 0o600)
             json.dump(content, file, indent=2, ensure_ascii=False)
             file.flush()
             os.fsync(file.fileno())

@@ -11,7 +11,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+from jinja2.exceptions import SecurityError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TokenizersBackend
+
+from verl.config import cut
+from verl.utils.remote_code import refused_remote_code
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -38,25 +42,34 @@ def check_torchvision() -> None:
         ) from error
 
 
-def get_tokenizer(path: str, override_chat_template: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
+def get_tokenizer(
+    path: str, override_chat_template: str | None = None, trust_remote_code: bool = False, **kwargs: Any
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, ready for generation: padding on the left, with a padding token.
 
     Args:
         path: folder or hub id of the model.
         override_chat_template: a jinja file that replaces the model's chat template, or the template itself.
+        trust_remote_code: run Python code that comes with the model.
         kwargs: passed on to `AutoTokenizer.from_pretrained`.
 
     Raises:
-        ValueError: `override_chat_template` is neither a file nor a template.
+        ValueError: `override_chat_template` is neither a file nor a template, the chat template reaches into Python,
+            or the model needs code of its own.
         OSError: transformers finds no tokenizer at `path`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+    with refused_remote_code(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
     if tokenizer.bos_token == "<bos>" and tokenizer.eos_token == "<eos>":
         tokenizer.eos_token = "<end_of_turn>"  # Gemma's chats never end with the <eos> that its tokenizer declares
-    return _prepared(tokenizer, override_chat_template)
+    tokenizer = _prepared(tokenizer, override_chat_template)
+    _require_safe_template(tokenizer, path, override_chat_template)
+    return tokenizer
 
 
-def get_processor(path: str, override_chat_template: str | None = None, **kwargs: Any) -> ProcessorMixin | None:
+def get_processor(
+    path: str, override_chat_template: str | None = None, trust_remote_code: bool = False, **kwargs: Any
+) -> ProcessorMixin | None:
     """Load the processor (tokenizer and image processor in one) of a model, None for a model of text alone.
 
     Arguments and errors as `get_tokenizer`; RuntimeError where torchvision cannot be imported.
@@ -64,12 +77,14 @@ def get_processor(path: str, override_chat_template: str | None = None, **kwargs
     check_torchvision()
     from transformers import AutoProcessor, ProcessorMixin  # this import already needs torchvision
 
-    processor = AutoProcessor.from_pretrained(path, **kwargs)
+    with refused_remote_code(path):
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
     if not isinstance(processor, ProcessorMixin):
         return None
     _prepared(processor.tokenizer, override_chat_template)
     if override_chat_template is not None:
         processor.chat_template = processor.tokenizer.chat_template
+    _require_safe_template(processor, path, override_chat_template)
     return processor
 
 
@@ -89,6 +104,21 @@ def _chat_template(file_or_template: str) -> str:
         raise ValueError(f"data.override_chat_template={file_or_template} is not a file; give a jinja chat template")
     with open(file_or_template, encoding="utf-8") as file:
         return file.read()
+
+
+def _require_safe_template(
+    owner: PreTrainedTokenizerBase | ProcessorMixin, path: str, override_chat_template: str | None
+) -> None:
+    """Raise for a template that transformers' sandbox refuses, before a row is said to be at fault."""
+    try:
+        if owner.chat_template is not None:
+            owner.apply_chat_template([{"role": "user", "content": "question"}], tokenize=False)
+    except SecurityError as error:
+        override = cut(override_chat_template or "")
+        source = f"data.override_chat_template={override}" if override else f"the chat template of {path}"
+        raise ValueError(f"{source} reaches for more than its messages: {error}") from None
+    except (TypeError, jinja2.TemplateError):  # a template that wants its contents in another form
+        return
 
 
 def eos_token_ids_of(generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -59,8 +59,9 @@ class ModelConfig(ConfigSection):
     """Values put over the model's own configuration."""
     enable_gradient_checkpointing: bool = True
     """Recompute activations in the backward pass instead of keeping them."""
-    trust_remote_code: bool = True
-    """Run Python code that comes with the model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model, with all the rights of the run; EasyR1's default is true. False
+    refuses a model that cannot be loaded without its own."""
     freeze_vision_tower: bool = False
     """Leave the vision encoder as it is: no gradient, no optimizer state, no adapter."""
     lora: LoraConfig = field(default_factory=LoraConfig)
