@@ -31,6 +31,9 @@ from verl.utils.checkpoint_folder import (
 )
 
 
+LEADING_OUT = '{"step": 4, "model_only": false, "saved_at": "", "files": {"%s": {"bytes": 1, "sha256": ""}}}'
+
+
 def save(root: Path, step: int, model_only: bool = False) -> Path:
     """A checkpoint of three files."""
     folder = Path(step_folder(str(root), step))
@@ -90,7 +93,10 @@ def test_a_changed_file_of_the_same_size_is_found_by_the_part_of_the_check_that_
     assert f"{path} is not the file that was saved" in found[1]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"step": 4}', '{"files": {"a": 1}}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"step": 4}', '{"files": {"a": 1}}', b"\xff\xfe", LEADING_OUT % "/a", LEADING_OUT % "a/../../b"],
+)
 def test_a_damaged_manifest_is_named(content: str | bytes, tmp_path: Path) -> None:
     folder = save(tmp_path, 4)
     (folder / MANIFEST).write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -209,6 +209,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
         files = {
             name: FileRecord(int(record["bytes"]), str(record["sha256"])) for name, record in content["files"].items()
         }
+        if outside := [name for name in files if name.startswith("/") or ".." in name.split("/")]:
+            raise ValueError(f"it names {outside[0]}, outside of the checkpoint")
         return Manifest(int(content["step"]), bool(content["model_only"]), str(content["saved_at"]), files)
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, not UTF-8, or of another shape
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
