@@ -30,7 +30,6 @@ from verl.utils.checkpoint_folder import (
     write_manifest,
 )
 
-
 LEADING_OUT = '{"step": 4, "model_only": false, "saved_at": "", "files": {"%s": {"bytes": 1, "sha256": ""}}}'
 
 
