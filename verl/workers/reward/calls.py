@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class Calls:
         self._is_async = inspect.iscoroutinefunction(function)
         self._runner: asyncio.Runner | None = None
 
-    def once(self, argument: Any, samples: str) -> Any:
+    def once(self, argument: Any, samples: Callable[[], str]) -> Any:
         """The result of one call.
 
         Args:
@@ -133,16 +134,16 @@ class Calls:
             answers = Answers([])
             try:
                 for index, argument in enumerate(arguments):
-                    answers.results.append(self._twice(index, argument, samples(index), answers.failures))
+                    answers.results.append(self._twice(index, argument, partial(samples, index), answers.failures))
                 return answers
             except _IsAsync:
                 self._is_async = True
         rounds = 2 * math.ceil(len(arguments) / self._max_concurrency)
-        return self._run(self._each_async(arguments), samples(None), rounds)
+        return self._run(self._each_async(arguments), partial(samples, None), rounds)
 
     # ---- plain functions ----
 
-    def _twice(self, index: int, argument: Any, samples: str, failures: dict[int, BaseException]) -> Any:
+    def _twice(self, index: int, argument: Any, samples: Callable[[], str], failures: dict[int, BaseException]) -> Any:
         try:
             return self._once(index, argument, samples)
         except CallFailed as failure:
@@ -153,7 +154,7 @@ class Calls:
         except CallFailed as failure:
             raise CallFailed(index, failures[index]) from failure.__cause__
 
-    def _once(self, index: int, argument: Any, samples: str) -> Any:
+    def _once(self, index: int, argument: Any, samples: Callable[[], str]) -> Any:
         try:
             with self._limited(self._timeout_s, samples):
                 result = self._function(self._copy(argument))
@@ -171,7 +172,7 @@ class Calls:
 
     # ---- async functions ----
 
-    def _run(self, work: Any, samples: str, rounds: int) -> Any:
+    def _run(self, work: Any, samples: Callable[[], str], rounds: int) -> Any:
         """Awaits `work` in one event loop for all batches, which clients that live in the user's module keep to.
 
         Args:
@@ -247,12 +248,12 @@ class Calls:
             raise CallFailed(index) from (self._timeout_error() if clock.expired() else error)
 
     @contextmanager
-    def _limited(self, seconds: float | None, samples: str) -> Iterator[None]:
+    def _limited(self, seconds: float | None, samples: Callable[[], str]) -> Iterator[None]:
         """Raises OutOfTime in the block when it takes longer, and has it watched; None lets it take any time."""
         if seconds is None:
             yield
             return
-        with self._watch(samples, seconds), _interrupted_after(seconds):
+        with self._watch(samples(), seconds), _interrupted_after(seconds):
             yield
 
     def _timeout_error(self) -> TimeoutError:

@@ -236,9 +236,12 @@ class SampleFunction(RewardFunction):
 
     def _all(self, samples: list[dict[str, Any]]) -> tuple[list[Any], list[str]]:
         everyone = f"samples 0 to {len(samples) - 1}"
-        first = f"{everyone}, the first of which is {describe(0, samples[0])}"
+
+        def whole(_: int | None) -> str:
+            return f"{everyone}, the first of which is {describe(0, samples[0])}"
+
         try:
-            answers = self._calls.each([samples], lambda _: first)
+            answers = self._calls.each([samples], whole)
         except CallFailed as failure:
             raise self._guilty(failure, samples) from failure.__cause__
         failures = self._failures(answers.failures, lambda _: everyone)
@@ -277,7 +280,7 @@ class SampleFunction(RewardFunction):
             middle = (first + end) // 2
             for half in ((first, middle), (middle, end)):
                 try:
-                    self._calls.once(samples[slice(*half)], f"samples {half[0]} to {half[1] - 1}")
+                    self._calls.once(samples[slice(*half)], partial("samples {} to {}".format, half[0], half[1] - 1))
                 except CallFailed as narrower:
                     error = narrower.__cause__
                     first, end = half
