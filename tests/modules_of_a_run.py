@@ -33,7 +33,7 @@ if __name__ == "__main__":
 
     def look_around(trainer, batch, record) -> None:
         update_actor(trainer, batch, record)
-        actors = {"worker": trainer.processes._actors[0], "reward": trainer.rewards._actor}
+        actors = {"worker": trainer.processes._actors[0], "reward": trainer.rewards._process._actor}
         loaded.update({name: ray.get(actor.__ray_call__.remote(packages)) for name, actor in actors.items()})
         loaded["trainer"] = packages()
 

@@ -74,6 +74,14 @@ def test_the_command_line_loads_nothing_but_python() -> None:
     assert (finished.returncode, finished.stdout.strip()) == (0, "['tqdm']"), finished.stderr
 
 
+def test_the_supervisor_of_the_reward_function_loads_nothing_but_python_and_psutil() -> None:
+    code = f"import sys, verl.workers.reward.supervisor; print(sorted({HEAVY!r} & set(sys.modules)))"
+    finished = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert (finished.returncode, finished.stdout.strip()) == (0, "[]"), finished.stderr
+
+
 def test_packages_that_are_kept_out_are_there_again_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] in UNUSED]:
         monkeypatch.delitem(sys.modules, name)

@@ -189,10 +189,10 @@ def test_there_is_a_pause_before_the_second_call(make_manager, tokenizer, monkey
         assert time.monotonic() - began >= 0.3
 
 
-def test_a_step_counts_its_retried_calls_and_warns_of_them(make_manager, tokenizer, ray_cluster, caplog):
+def test_a_step_counts_its_retried_calls_and_warns_of_them(make_manager, tokenizer, tmp_path, ray_cluster, caplog):
     config = make_manager(FAILS_ONCE.format(kind="sequential", start="def")).config
     batch, record = make_batch(tokenizer), StepRecord(1)
-    with RewardClient(config) as client:
+    with RewardClient(config, str(tmp_path)) as client:
         client.load(text_decoder(tokenizer))
         for _ in range(2):
             client.receive(batch.select(), client.send(batch, 1), record)
@@ -374,7 +374,7 @@ def test_spawned_processes_find_the_file_and_its_neighbours_and_ray_tasks_get_it
         "    assert pooled == remote\n"
         "    return [{'overall': verdict.score} for verdict in pooled]\n"
     )
-    with RewardClient(RewardConfig(reward_function=f"{tmp_path}/pooled_reward.py")) as client:
+    with RewardClient(RewardConfig(reward_function=f"{tmp_path}/pooled_reward.py"), str(tmp_path)) as client:
         client.load(text_decoder(tokenizer))
         scores, _ = client.validate(make_batch(tokenizer), step=1)
     assert scores == [len(text) for text in TEXTS]
@@ -400,7 +400,7 @@ def test_a_file_named_like_a_module_hides_nothing(make_manager, tmp_path, tokeni
 def test_a_file_that_changes_or_goes_while_a_run_has_it_changes_nothing(tmp_path, tokenizer, ray_cluster):
     path = tmp_path / "edited.py"
     path.write_text('REWARD_TYPE = "sequential"\ndef main(sample):\n    return {"overall": 1.0}\n')
-    with RewardClient(RewardConfig(reward_function=str(path))) as client:
+    with RewardClient(RewardConfig(reward_function=str(path)), str(tmp_path)) as client:
         client.load(text_decoder(tokenizer))
         for change in (lambda: path.write_text('REWARD_TYPE = "proto"\n'), path.unlink):
             change()

@@ -395,7 +395,7 @@ def client(tmp_path, monkeypatch, ray_cluster):
     )
     monkeypatch.chdir(tmp_path / "run")
     monkeypatch.setenv("JUDGE_SCALE", "2")
-    with RewardClient(RewardConfig(reward_function=f"{tmp_path}/judged.py")) as client:
+    with RewardClient(RewardConfig(reward_function=f"{tmp_path}/judged.py"), str(tmp_path)) as client:
         yield client
 
 
@@ -409,7 +409,7 @@ def test_the_process_has_the_runs_variables_and_folder_and_runs_the_file_once(cl
 def test_a_folder_that_is_not_there_and_a_mistake_in_the_file_are_told_by_load(client, tokenizer, tmp_path) -> None:
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(ValueError, match="cannot work in the run's folder .*: No such file or directory"):
-        ray.get(client._actor.load.remote(client._config, None, "", {}, f"{tmp_path}/run"))
+        ray.get(client._process.load(None, "", {}, f"{tmp_path}/run"))
     (tmp_path / "judged.py").write_text("def other(samples):\n    return 1\n")
     os.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"names the function 'main', but .*judged.py has \['other'\]") as caught:

@@ -4,6 +4,8 @@
 
 import os
 import re
+import signal
+import threading
 import time
 
 import psutil
@@ -14,6 +16,7 @@ import torch.distributed as dist
 
 from tests.pool import shared_processes
 from verl.protocol import DataProto
+from verl.single_controller import waiting
 from verl.single_controller.dispatch import DP_COMPUTE_METRIC, DP_COMPUTE_PROTO, ONE_TO_ALL, register
 from verl.single_controller.worker import Worker
 from verl.single_controller.worker_group import WorkerGroup
@@ -153,6 +156,27 @@ def test_a_worker_that_dies_ends_the_call_with_its_rank_and_node_and_leaves_no_p
     assert time.monotonic() - start < 20
     assert isinstance(failure.value.__cause__, ray.exceptions.ActorDiedError)
     assert _pids_gone(pids, seconds=10)
+
+
+def test_a_wait_for_a_rank_that_has_stopped_is_told_with_method_rank_node_and_time(group, monkeypatch, caplog) -> None:
+    """Rank 1 stops for a second and a half; rank 0 has answered by then and is not among those awaited."""
+    monkeypatch.setattr(waiting, "REPORT_SECONDS", 0.5)
+    pid = group.whereabouts()[1][3]
+    os.kill(pid, signal.SIGSTOP)
+    alarm = threading.Timer(1.7, os.kill, (pid, signal.SIGCONT))
+    alarm.start()
+    with caplog.at_level("INFO", "verl"):
+        assert [place[0] for place in group.whereabouts()] == [0, 1]
+    alarm.join()
+    lines = [record.message for record in caplog.records if "still waiting" in record.message]
+    assert 2 <= len(lines) <= 4
+    here = re.escape(ray.util.get_node_ip_address())
+    place = rf"ArithmeticWorker.whereabouts on rank 1 of node {here} \(Ray node \w+\)"
+    assert re.fullmatch(rf"still waiting, since \d\d:\d\d:\d\d \([01] s\), for {place}", lines[0])
+
+
+def test_ranks_that_are_awaited_are_told_by_node(group) -> None:
+    assert re.fullmatch(r"ranks 0, 1 of node [\d.]+ \(Ray node \w+\)", group.processes._places_of([0, 1]))
 
 
 def test_groups_live_side_by_side_in_the_same_processes(group) -> None:

@@ -11,6 +11,11 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryEr
 PROCESS_LOST = (RayActorError, ObjectLostError, OutOfMemoryError)
 """What asking for an answer raises when there is no process to give it, or no store to fetch it from."""
 
+HOW_TO_GO_ON = (
+    "The run's other processes were ended. Started again on as many workers, with trainer.find_last_checkpoint=true, "
+    "it goes on from the last checkpoint"
+)
+
 NODE_VERDICT_SECONDS = 60
 """Ray gives a node up after failed health checks: with its defaults 15 s after a crash, 60 s after silence."""
 
@@ -53,10 +58,7 @@ def run_ended_by(errors: Mapping[str, Exception], node_of_process: Mapping[str, 
                 f"{', '.join(names)} on node {node} died without a Python error, as a process does that is killed "
                 "for its memory or crashes in native code"
             )
-    return RuntimeError(
-        f"{'; '.join(news)}. The run's other processes were ended. Started again on as many workers, with "
-        "trainer.find_last_checkpoint=true, it goes on from the last checkpoint"
-    )
+    return RuntimeError(f"{'; '.join(news)}. {HOW_TO_GO_ON}")
 
 
 def _nodes_gone(nodes: Collection[Node], seconds: float) -> set[Node]:

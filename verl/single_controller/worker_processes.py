@@ -20,6 +20,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.single_controller.lost_processes import PROCESS_LOST, Node, run_ended_by
+from verl.single_controller.waiting import Waiting
 from verl.utils.lean_imports import import_modules, import_object
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
@@ -173,13 +174,17 @@ class WorkerProcesses:
         if not self._has_joined:
             self._join()
         name = f"{class_name} {uuid.uuid4().hex}"
-        methods = self._gather([actor.build.remote(name, worker_class, worker_kwargs) for actor in self._actors])
+        methods = self._gather(
+            f"{class_name}.__init__",
+            [actor.build.remote(name, worker_class, worker_kwargs) for actor in self._actors],
+        )
         return name, methods[0]
 
     def _join(self) -> None:
-        self._gather(self._imports)
-        address, port = self._gather([self._actors[0].free_address.remote()])[0]
-        self._gather([actor.join_process_group.remote(address, port) for actor in self._actors])
+        self._gather("the imports", self._imports)
+        address, port = self._gather("free_address", [self._actors[0].free_address.remote()])[0]
+        joins = [actor.join_process_group.remote(address, port) for actor in self._actors]
+        self._gather("join_process_group", joins)
         self._has_joined = True
 
     def call(self, name: str, method: str, parts: Sequence[tuple[tuple, dict]]) -> list[Any]:
@@ -191,10 +196,11 @@ class WorkerProcesses:
         self._require_alive(method)
         title = f"{name.partition(' ')[0]}.{method}"  # Ray names the process after it while the call lasts
         return self._gather(
+            title,
             [
                 actor.call.options(name=title).remote(name, method, args, kwargs)
                 for actor, (args, kwargs) in zip(self._actors, parts, strict=True)
-            ]
+            ],
         )
 
     def drop(self, name: str) -> None:
@@ -211,17 +217,24 @@ class WorkerProcesses:
         """False once the processes were ended, by their owner or by a failure."""
         return bool(self._actors)
 
-    def _gather(self, references: list[ray.ObjectRef]) -> list[Any]:
+    def _gather(self, called: str, references: list[ray.ObjectRef]) -> list[Any]:
         """The answers in the order of `references`, one a rank; raises at the first failure, whichever rank it is.
 
         A failure ends all processes, since the others may be waiting in a collective for the rank that failed.
+
+        Args:
+            called: what the ranks do, for those who wait.
         """
+
+        def unanswered(pending: Sequence[ray.ObjectRef]) -> str:
+            return f"{called} on {self._places_of([references.index(reference) for reference in pending])}"
+
         answers: dict[ray.ObjectRef, Any] = {}
-        pending = references
+        waiting, pending = Waiting(unanswered), references
         try:
             while pending:
                 # ray.get on the whole list could wait for a rank that waits for the failed one.
-                (ready,), pending = ray.wait(pending, num_returns=1)
+                ready, pending = waiting.first(pending)
                 answers[ready] = ray.get(ready)
             return [answers[reference] for reference in references]
         except Exception:
@@ -231,6 +244,15 @@ class WorkerProcesses:
                 raise
             places = {f"rank {rank}": node for rank, node in enumerate(self.node_of_rank)}
             raise run_ended_by(lost, places) from next(iter(lost.values()))
+
+    def _places_of(self, ranks: Sequence[int]) -> str:
+        """Ranks by node, such as `ranks 0, 1 of node 10.0.0.1 (Ray node 3fa9c210); rank 9 of node ...`."""
+        of_node: dict[Node, list[str]] = {}
+        for rank in ranks:
+            of_node.setdefault(self.node_of_rank[rank], []).append(str(rank))
+        return "; ".join(
+            f"rank{'s' * (len(names) > 1)} {', '.join(names)} of node {node}" for node, names in of_node.items()
+        )
 
     def shutdown(self) -> None:
         """Kills every process and gives its device back. Safe to call twice."""

@@ -164,7 +164,7 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> 
 
     model, trainer_config = config.worker.actor.model, config.trainer
     source = (model.tokenizer_path, config.data.override_chat_template)
-    with RewardClient(config.worker.reward) as rewards:
+    with RewardClient(config.worker.reward, trainer_config.save_checkpoint_path) as rewards:
         tokenizer = get_tokenizer(*source, trust_remote_code=model.trust_remote_code)
         processor = get_processor(*source, trust_remote_code=model.trust_remote_code)
         model_config = _fitting_model_config(config, tokenizer)

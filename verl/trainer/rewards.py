@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainer's side of the reward function: its process, what is sent to it, and what comes back.
+"""The trainer's side of the reward function: what is sent to its process, and what comes back.
 
 Shapes: N rows, R response length.
 """
@@ -12,18 +12,27 @@ import ray
 import torch
 
 from verl.protocol import DataProto
-from verl.single_controller.lost_processes import PROCESS_LOST, node_of, run_ended_by
+from verl.trainer.reward_actor import RewardActor
 from verl.trainer.step_record import StepRecord
 from verl.workers.reward.config import RewardConfig
 from verl.workers.reward.function import place_scores, reward_inputs
-from verl.workers.reward.process import RewardProcess, variables_of_run
+from verl.workers.reward.process import variables_of_run
 from verl.workers.reward.results import TOKEN_WEIGHTS, Scored, values_by_key
+from verl.workers.reward.supervision import Limits
 from verl.workers.reward.user_function import TextDecoder
 
 logger = logging.getLogger(__name__)
 
+LOG_FILE = "reward.log"
+"""In the run's folder: what the reward function prints."""
+
 FAILURES_SHOWN = 3
 """Of one batch."""
+
+GROWTH_TO_TELL = 2 * 2**30
+"""Bytes; a function that has also doubled what it held after its first batch is told of."""
+
+GIB = 2**30
 
 
 class RewardClient:
@@ -33,18 +42,20 @@ class RewardClient:
 
     Args:
         config: the function, and how many CPUs its process takes.
+        folder: of the run; `LOG_FILE` in it is for what the function prints.
+        limits: what the process may have.
     """
 
-    def __init__(self, config: RewardConfig) -> None:
+    def __init__(self, config: RewardConfig, folder: str, limits: Limits | None = None) -> None:
         self._config = config
-        self._actor = ray.remote(num_cpus=config.num_cpus)(RewardProcess).remote()
-        self._node = node_of(self._actor)
+        self._process = RewardActor(config, os.path.join(folder, LOG_FILE), limits or Limits())
+        self._growth = _Growth(config)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        ray.kill(self._actor)
+        self._process.kill()
 
     def load(self, decoder: TextDecoder, prefix: str = "") -> None:
         """Has the process run the user's file, with the variables and in the folder of this one.
@@ -59,7 +70,7 @@ class RewardClient:
         """
         run = (variables_of_run(), os.getcwd())
         try:
-            self._get(self._actor.load.remote(self._config, decoder, prefix, *run))
+            self._process.answer(self._process.load(decoder, prefix, *run), "loading its file")
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
 
@@ -71,19 +82,21 @@ class RewardClient:
         """Adds: `token_level_scores`, and `reward_results`, each row's own dict from the reward function.
 
         The metrics `reward/*` are means over every sample received in the step: with filtered groups, over those that
-        are dropped too, as in EasyR1. `reward/retried` counts the calls that failed and then gave a result. The
-        time recorded is the wait that nothing else hid.
+        are dropped too, as in EasyR1. `reward/retried` counts the calls that failed and then gave a result.
+        `perf/reward_memory_gb` is what the function's process and its children hold after a batch. The time recorded
+        is the wait that nothing else hid.
 
         Raises:
             RuntimeError: the function raised, or its process or node is gone.
         """
         with record.timed("reward"):
-            scored = self._answer(request)
+            scored, memory = self._answer(request, batch, f"step {record.step}")
             batch = batch.union(place_scores(batch, scored))
         numbers = numbers_by_key(batch)
         record.average({f"reward/{key}": values for key, values in numbers.items()})
         if "retried" not in numbers:  # else the name is the function's own
             record.count("reward/retried", len(scored.failures))
+        record.average({"perf/reward_memory_gb": [memory / GIB]})
         return batch
 
     def totals(self, batch: DataProto, step: int, record: StepRecord) -> torch.Tensor:
@@ -93,7 +106,8 @@ class RewardClient:
             RuntimeError: as `receive` does.
         """
         with record.timed("reward"):
-            return _totals(self._answer(self._send(batch, step, "train")))
+            scored, _ = self._answer(self._send(batch, step, "train"), batch, f"the baselines of step {step}")
+            return _totals(scored)
 
     def validate(self, batch: DataProto, step: int) -> tuple[list[float], dict[str, list[float]]]:
         """The score of each row of a held-out batch, and the function's numbers by key.
@@ -101,14 +115,15 @@ class RewardClient:
         Raises:
             RuntimeError: as `receive` does.
         """
-        scored = self._answer(self._send(batch, step, "val"))
+        scored, _ = self._answer(self._send(batch, step, "val"), batch, f"the validation after step {step}")
         return _totals(scored).tolist(), _without_token_weights(values_by_key(scored.results))
 
     def _send(self, batch: DataProto, step: int, split: str, streams: tuple[str, ...] = ()) -> ray.ObjectRef:
-        return self._actor.score.remote(reward_inputs(batch, self._config, step, split, streams))
+        return self._process.score(reward_inputs(batch, self._config, step, split, streams))
 
-    def _answer(self, request: ray.ObjectRef) -> Scored:
-        scored = self._get(request)
+    def _answer(self, request: ray.ObjectRef, batch: DataProto, of: str) -> tuple[Scored, int]:
+        """What was said of a batch, and the bytes that the process and its children held then."""
+        scored, memory = self._process.answer(request, f"scoring {len(batch)} samples of {of}", num_samples=len(batch))
         for failure in scored.failures[:FAILURES_SHOWN]:
             logger.warning(failure)
         if len(scored.failures) > FAILURES_SHOWN:
@@ -116,14 +131,31 @@ class RewardClient:
                 "%d more calls of the reward function failed and were made again",
                 len(scored.failures) - FAILURES_SHOWN,
             )
-        return scored
+        self._growth.look_at(memory)
+        return scored, memory
 
-    def _get(self, request: ray.ObjectRef) -> Any:
-        try:
-            return ray.get(request)
-        except PROCESS_LOST as error:
-            name = "the reward function's process"
-            raise run_ended_by({name: error}, {name: ray.get(self._node)}) from error
+
+class _Growth:
+    """Warns when the process holds twice what it held after its first batch, and at every doubling after that."""
+
+    def __init__(self, config: RewardConfig) -> None:
+        self._function = config.reward_function
+        self._first: int | None = None
+        self._next = 0
+
+    def look_at(self, memory: int) -> None:
+        """memory: bytes after a batch."""
+        if self._first is None:
+            self._first, self._next = memory, max(2 * memory, memory + GROWTH_TO_TELL)
+        elif memory >= self._next:
+            self._next = 2 * memory
+            logger.warning(
+                "the reward function %s and its children hold %.1f GiB, %.1f after the first batch; look for what it "
+                "keeps from call to call",
+                self._function,
+                memory / GIB,
+                self._first / GIB,
+            )
 
 
 def numbers_by_key(batch: DataProto) -> dict[str, list[float]]:

@@ -58,7 +58,7 @@ class BatchFunction(RewardFunction):
         batch = DataProto(given.batch, {**given.non_tensor_batch, **columns}, given.meta_info)
         everyone = f"the batch of {len(samples)} samples, the first of which is {describe(0, samples[0])}"
         try:
-            answers = self._calls.each([batch])
+            answers = self._calls.each([batch], lambda _: everyone)
         except CallFailed as failure:
             told = self._raised(failure.__cause__, everyone, failure.first)
             raise RuntimeError(f"{told}. In general, {self._right_forms}") from failure.__cause__

@@ -14,8 +14,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,15 @@ ALARM_REPEAT_SECONDS = 1.0
 """A function that catches everything is interrupted again."""
 
 
+Watch = Callable[[str, float], AbstractContextManager[None]]
+"""Given what a call is about and its time limit in seconds: somebody outside of this process looks that it ends."""
+
+
+def unwatched(samples: str, limit_s: float) -> AbstractContextManager[None]:
+    """The `Watch` of a process that nobody looks after."""
+    return nullcontext()
+
+
 class CallFailed(Exception):
     """The function raised or took too long; what it raised is the cause.
 
@@ -46,6 +56,11 @@ class CallFailed(Exception):
 
 class _IsAsync(Exception):
     """The function returned something to await, though it is not declared so."""
+
+
+def longest_seconds(timeout_s: float, num_samples: int) -> float:
+    """What the calls for a batch may take together: one for each sample, each made twice, or one and its halves."""
+    return (2 * num_samples + 2) * (timeout_s + RETRY_PAUSE_SECONDS)
 
 
 class OutOfTime(BaseException):
@@ -69,9 +84,9 @@ class Calls:
         function: of one positional argument. What it returns to iterate over is run to its end within the call, what
             it returns to await is awaited.
         copy: makes the argument of a call, lest the function changes what the next call and errors show.
-        timeout_s: seconds that a call may take; None for no limit. SIGALRM keeps the time: a function that sets
-            alarms of its own takes the limit over.
+        timeout_s: seconds that a call may take; None for no limit. SIGALRM keeps the time.
         max_concurrency: how many calls of an `async def` function run together.
+        watch: for what no signal can interrupt; told of every call that has a limit.
     """
 
     def __init__(
@@ -80,29 +95,37 @@ class Calls:
         copy: Callable[[Any], Any],
         timeout_s: float | None,
         max_concurrency: int,
+        watch: Watch = unwatched,
     ) -> None:
         self._function = function
         self._copy = copy
         self._timeout_s = timeout_s
         self._max_concurrency = max_concurrency
+        self._watch = watch
         self._is_async = inspect.iscoroutinefunction(function)
         self._runner: asyncio.Runner | None = None
 
-    def once(self, argument: Any) -> Any:
+    def once(self, argument: Any, samples: Callable[[], str]) -> Any:
         """The result of one call.
+
+        Args:
+            samples: what the call is about, for messages.
 
         Raises:
             CallFailed: it failed.
         """
         if not self._is_async:
             try:
-                return self._once(0, argument)
+                return self._once(0, argument, samples)
             except _IsAsync:
                 self._is_async = True
-        return self._run(self._once_async(0, argument), rounds=1)
+        return self._run(self._once_async(0, argument), samples, rounds=1)
 
-    def each(self, arguments: Sequence[Any]) -> Answers:
+    def each(self, arguments: Sequence[Any], samples: Callable[[int | None], str]) -> Answers:
         """One call for each argument, and a second one for those whose first failed.
+
+        Args:
+            samples: what the call of an argument, given by its index, is about, for messages; given None, all calls.
 
         Raises:
             CallFailed: a call failed twice. Others may not have been made.
@@ -111,29 +134,29 @@ class Calls:
             answers = Answers([])
             try:
                 for index, argument in enumerate(arguments):
-                    answers.results.append(self._twice(index, argument, answers.failures))
+                    answers.results.append(self._twice(index, argument, partial(samples, index), answers.failures))
                 return answers
             except _IsAsync:
                 self._is_async = True
         rounds = 2 * math.ceil(len(arguments) / self._max_concurrency)
-        return self._run(self._each_async(arguments), rounds)
+        return self._run(self._each_async(arguments), partial(samples, None), rounds)
 
     # ---- plain functions ----
 
-    def _twice(self, index: int, argument: Any, failures: dict[int, BaseException]) -> Any:
+    def _twice(self, index: int, argument: Any, samples: Callable[[], str], failures: dict[int, BaseException]) -> Any:
         try:
-            return self._once(index, argument)
+            return self._once(index, argument, samples)
         except CallFailed as failure:
             failures[index] = failure.__cause__
         time.sleep(RETRY_PAUSE_SECONDS)
         try:
-            return self._once(index, argument)
+            return self._once(index, argument, samples)
         except CallFailed as failure:
             raise CallFailed(index, failures[index]) from failure.__cause__
 
-    def _once(self, index: int, argument: Any) -> Any:
+    def _once(self, index: int, argument: Any, samples: Callable[[], str]) -> Any:
         try:
-            with _interrupted_after(self._timeout_s):
+            with self._limited(self._timeout_s, samples):
                 result = self._function(self._copy(argument))
                 if inspect.iscoroutine(result):
                     result.close()
@@ -149,17 +172,18 @@ class Calls:
 
     # ---- async functions ----
 
-    def _run(self, work: Any, rounds: int) -> Any:
+    def _run(self, work: Any, samples: Callable[[], str], rounds: int) -> Any:
         """Awaits `work` in one event loop for all batches, which clients that live in the user's module keep to.
 
         Args:
+            samples: what it is about.
             rounds: how many time limits it may take in all. A call that blocks the loop stops its own clock too.
         """
         if self._runner is None:
             self._runner = asyncio.Runner()
         limit = None if self._timeout_s is None else (rounds + 1) * (self._timeout_s + RETRY_PAUSE_SECONDS)
         try:
-            with _interrupted_after(limit):
+            with self._limited(limit, samples):
                 return self._runner.run(work)
         except (KeyboardInterrupt, CallFailed):
             raise
@@ -223,6 +247,15 @@ class Calls:
                 raise  # another call has failed for good
             raise CallFailed(index) from (self._timeout_error() if clock.expired() else error)
 
+    @contextmanager
+    def _limited(self, seconds: float | None, samples: Callable[[], str]) -> Iterator[None]:
+        """Raises OutOfTime in the block when it takes longer, and has it watched; None lets it take any time."""
+        if seconds is None:
+            yield
+            return
+        with self._watch(samples(), seconds), _interrupted_after(seconds):
+            yield
+
     def _timeout_error(self) -> TimeoutError:
         return TimeoutError(f"the call took longer than {TIMEOUT_KEY}={self._timeout_s:g}")
 
@@ -234,11 +267,8 @@ class Calls:
 
 
 @contextmanager
-def _interrupted_after(seconds: float | None) -> Iterator[None]:
-    """Raises OutOfTime in the block when it takes longer; None lets it take any time."""
-    if seconds is None:
-        yield
-        return
+def _interrupted_after(seconds: float) -> Iterator[None]:
+    """Raises OutOfTime in the block when it takes longer."""
     if threading.current_thread() is not threading.main_thread():
         raise ValueError(f"{TIMEOUT_KEY} is held by a signal, which only the main thread gets: score there")
 

@@ -23,8 +23,8 @@ class RewardConfig(ConfigSection):
     """CPU cores reserved for the function."""
     timeout_s: float | None = None
     """Seconds that one call of the function may take; null sets no limit. A call that takes longer counts as failed
-    and is made once more; a second failure ends the run. A function of one sample (REWARD_TYPE = "sequential") is
-    called for each, the others once for the batch."""
+    and is made once more; a second failure ends the run, and so does a call that cannot be interrupted. A function of
+    one sample (REWARD_TYPE = "sequential") is called for each, the others once for the batch."""
     max_concurrency: int = 32
     """How many calls of an `async def` function of one sample are awaited together."""
 

@@ -9,20 +9,47 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import psutil
 from ray import cloudpickle
 
+from verl.utils.process_tree import memory_of
 from verl.workers.reward.config import RewardConfig
 from verl.workers.reward.results import Scored
+from verl.workers.reward.supervision import Limits, Supervision
 from verl.workers.reward.user_function import TextDecoder, load_reward_function
 
 OF_THE_PROCESS = {"CUDA_VISIBLE_DEVICES", "PWD", "OLDPWD", "SHLVL", "_"}
 """Variables that belong to a process and do not follow a run; nor do Ray's own, which begin with RAY_."""
 
 
+@dataclass(frozen=True)
+class Whereabouts:
+    """Where to find the reward process and its last words, on its node."""
+
+    pid: int
+    last_words: str
+    """The file in which the supervisor leaves the reason, where it ends the process."""
+
+
 class RewardProcess:
-    """What the Ray actor is: nothing until `load`."""
+    """What the Ray actor is: under supervision from the beginning, and nothing else until `load`.
+
+    Args:
+        config: of the reward.
+        log: the file for what it prints.
+        limits: what it may have.
+    """
+
+    def __init__(self, config: RewardConfig, log: str, limits: Limits) -> None:
+        self._supervision = Supervision(f"the reward function {config.reward_function}", log, config.timeout_s, limits)
+        self._has_scored = False
+
+    def whereabouts(self) -> Whereabouts:
+        """As they are from its beginning on."""
+        return Whereabouts(os.getpid(), self._supervision.last_words)
 
     def load(
         self, config: RewardConfig, decoder: TextDecoder, prefix: str, variables: Mapping[str, str], folder: str
@@ -50,13 +77,24 @@ class RewardProcess:
             ) from error
         if folder not in sys.path:
             sys.path.append(folder)
-        self._function = load_reward_function(config, decoder, prefix)
+        self._function = load_reward_function(config, decoder, prefix, self._supervision.call)
         # The file's classes and functions travel whole: Ray's other processes cannot import it.
         cloudpickle.register_pickle_by_value(self._function.module)
+        self._supervision.settled(_memory())
 
-    def score(self, given: Any) -> Scored:
-        """As `RewardFunction.score`."""
-        return self._function.score(given)
+    def score(self, given: Any) -> tuple[Scored, int]:
+        """As `RewardFunction.score`; and the bytes that this process and its descendants hold then."""
+        scored = self._function.score(given)
+        memory = _memory()
+        if not self._has_scored:
+            self._has_scored = True
+            self._supervision.settled(memory)
+        return scored, memory
+
+
+def _memory() -> int:
+    process = psutil.Process()
+    return memory_of([process, *process.children(recursive=True)])
 
 
 def variables_of_run() -> dict[str, str]:

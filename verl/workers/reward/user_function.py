@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from verl.config import cut
 from verl.utils.user_code import find_function, load_module
-from verl.workers.reward.calls import CallFailed, Calls
+from verl.workers.reward.calls import CallFailed, Calls, Watch, unwatched
 from verl.workers.reward.config import RewardConfig
 from verl.workers.reward.results import TOKEN_WEIGHTS, Scored, is_columns, rows_of, shorten, to_number
 
@@ -53,13 +53,16 @@ class TextDecoder(Protocol):
     def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str: ...
 
 
-def load_reward_function(config: RewardConfig, decoder: TextDecoder | None, prefix: str = "") -> RewardFunction:
+def load_reward_function(
+    config: RewardConfig, decoder: TextDecoder | None, prefix: str = "", watch: Watch = unwatched
+) -> RewardFunction:
     """The function that `config.reward_function` names, ready to score.
 
     Args:
         config: `reward_function` is `path.py:name`; `reward_function_kwargs` are handed to every call.
         decoder: turns the responses' token ids into text; None where nothing will be scored.
         prefix: what the chat template wrote of every answer before the policy went on (`prefilled_text`).
+        watch: told of every call that has a time limit.
 
     Raises:
         ValueError: there is no such function, the keyword arguments do not fit it, it is annotated to take or return
@@ -79,16 +82,18 @@ def load_reward_function(config: RewardConfig, decoder: TextDecoder | None, pref
     if (reward_type == "proto") != config.takes_batch:
         raise ValueError(f'{path}: write REWARD_TYPE = "proto" out, at the top level: it is read before the file runs')
     if reward_type != "proto":
-        return SampleFunction(config, module, decoder, prefix)
+        return SampleFunction(config, module, decoder, prefix, watch)
     from verl.workers.reward.batch_function import BatchFunction  # which loads torch
 
-    return BatchFunction(config, module, decoder, prefix)
+    return BatchFunction(config, module, decoder, prefix, watch)
 
 
 class RewardFunction(ABC):
     """The user's function, and how it is applied. `load_reward_function` makes it."""
 
-    def __init__(self, config: RewardConfig, module: ModuleType, decoder: TextDecoder | None, prefix: str) -> None:
+    def __init__(
+        self, config: RewardConfig, module: ModuleType, decoder: TextDecoder | None, prefix: str, watch: Watch
+    ) -> None:
         self.config = config
         self.module = module
         self.reward_type = getattr(module, "REWARD_TYPE", "batch")
@@ -98,7 +103,7 @@ class RewardFunction(ABC):
         self._check_signature()
         self._text_of_token = cache(lambda token_id: decoder.decode([token_id], skip_special_tokens=False))
         function = partial(self._function, **config.reward_function_kwargs)
-        self._calls = Calls(function, self._copy, config.timeout_s, config.max_concurrency)
+        self._calls = Calls(function, self._copy, config.timeout_s, config.max_concurrency, watch)
 
     @abstractmethod
     def score(self, given: Any) -> Scored:
@@ -219,20 +224,27 @@ class SampleFunction(RewardFunction):
         return list(map(_copied, argument)) if self.reward_type == "batch" else _copied(argument)
 
     def _one_by_one(self, samples: list[dict[str, Any]]) -> tuple[list[Any], list[str]]:
+        def blame(index: int | None) -> str:
+            return f"one of {len(samples)} samples" if index is None else describe(index, samples[index])
+
         try:
-            answers = self._calls.each(samples)
+            answers = self._calls.each(samples, blame)
         except CallFailed as failure:
-            known = failure.index is not None
-            blame = describe(failure.index, samples[failure.index]) if known else f"one of {len(samples)} samples"
-            raise RuntimeError(self._raised(failure.__cause__, blame, failure.first)) from failure.__cause__
-        return answers.results, self._failures(answers.failures, lambda index: describe(index, samples[index]))
+            told = self._raised(failure.__cause__, blame(failure.index), failure.first)
+            raise RuntimeError(told) from failure.__cause__
+        return answers.results, self._failures(answers.failures, blame)
 
     def _all(self, samples: list[dict[str, Any]]) -> tuple[list[Any], list[str]]:
+        everyone = f"samples 0 to {len(samples) - 1}"
+
+        def whole(_: int | None) -> str:
+            return f"{everyone}, the first of which is {describe(0, samples[0])}"
+
         try:
-            answers = self._calls.each([samples])
+            answers = self._calls.each([samples], whole)
         except CallFailed as failure:
             raise self._guilty(failure, samples) from failure.__cause__
-        failures = self._failures(answers.failures, lambda _: f"samples 0 to {len(samples) - 1}")
+        failures = self._failures(answers.failures, lambda _: everyone)
         return self._rows(answers.results[0], samples), failures
 
     def _rows(self, returned: Any, samples: list[dict[str, Any]]) -> list[Any]:
@@ -268,7 +280,7 @@ class SampleFunction(RewardFunction):
             middle = (first + end) // 2
             for half in ((first, middle), (middle, end)):
                 try:
-                    self._calls.once(samples[slice(*half)])
+                    self._calls.once(samples[slice(*half)], partial("samples {} to {}".format, half[0], half[1] - 1))
                 except CallFailed as narrower:
                     error = narrower.__cause__
                     first, end = half

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process and all that came from it: what they hold in memory, and how to end them when the first one is gone."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Iterable, Iterator
+
+import psutil
+
+MARK = "VERL_PROCESS_TREE"
+"""Variable of the environment that descendants inherit; its value names their tree."""
+
+PR_SET_CHILD_SUBREAPER = 36
+"""Of prctl(2)."""
+
+
+def adopt_orphans() -> None:
+    """Makes this process the parent of descendants whose own parent ends, so that its tree stays whole.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+class ProcessTree:
+    """A process and its descendants.
+
+    When a process dies, its children become those of another, and nothing says any more where they came from. So
+    those that `refresh` sees are remembered; the others are found by the process group of the root, if it leads one,
+    and by `MARK` in their environment. One escapes that was born after the last `refresh`, and has left the group and
+    emptied its environment, or never started a program.
+
+    Args:
+        root: the process.
+        mark: the value of `MARK` in the environment of the programs that it starts.
+    """
+
+    def __init__(self, root: psutil.Process, mark: str) -> None:
+        self.root = root
+        self._mark = mark
+        self._leads_group = os.getpgid(root.pid) == root.pid
+        self._seen: set[psutil.Process] = set()
+
+    def refresh(self) -> None:
+        """Remembers the descendants that there are now."""
+        known = {process for process in self._seen if _is_alive(process)}
+        self._seen = known | set(_with_descendants(known | {self.root})) - {self.root}
+
+    def memory(self) -> int:
+        """Bytes that root and descendants hold, pages that several share divided among them (PSS)."""
+        self.refresh()
+        return memory_of({self.root, *self._seen})
+
+    def end_descendants(self, seconds: float) -> bool:
+        """Kills them, and what they start meanwhile.
+
+        Args:
+            seconds: how long to wait until they are gone.
+
+        Returns:
+            Whether they are.
+        """
+        deadline = time.monotonic() + seconds
+        while remaining := self._descendants():
+            if time.monotonic() > deadline:
+                return False
+            for process in remaining:
+                _kill(process)
+            time.sleep(0.02)
+        return True
+
+    def _descendants(self) -> set[psutil.Process]:
+        marked = {process for process in psutil.process_iter() if self._belongs(process)}
+        found = _with_descendants({process for process in self._seen | marked if _is_alive(process)})
+        self._seen = {process for process in found if _is_alive(process)} - {self.root, psutil.Process()}
+        return self._seen
+
+    def _belongs(self, process: psutil.Process) -> bool:
+        try:
+            in_group = self._leads_group and os.getpgid(process.pid) == self.root.pid
+            return in_group or process.environ().get(MARK) == self._mark
+        except (psutil.Error, OSError):
+            return False
+
+
+def memory_of(processes: Iterable[psutil.Process]) -> int:
+    """Bytes that processes hold, pages that several share divided among them (PSS); those that have ended count 0."""
+    total = 0
+    for process in processes:
+        try:
+            total += process.memory_full_info().pss
+        except psutil.Error:
+            continue
+    return total
+
+
+def _with_descendants(processes: set[psutil.Process]) -> set[psutil.Process]:
+    """In one look at all processes."""
+    children: dict[int, list[psutil.Process]] = {}
+    for process in psutil.process_iter():
+        try:
+            children.setdefault(process.ppid(), []).append(process)
+        except psutil.Error:
+            continue
+    return set(_walk(processes, children))
+
+
+def _walk(processes: Iterable[psutil.Process], children: dict[int, list[psutil.Process]]) -> Iterator[psutil.Process]:
+    pending = list(processes)
+    while pending:
+        process = pending.pop()
+        yield process
+        pending.extend(children.pop(process.pid, ()))
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _kill(process: psutil.Process) -> None:
+    try:
+        process.kill()
+    except psutil.Error:
+        pass  # it is gone, or another user's

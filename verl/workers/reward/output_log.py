@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the reward function's process prints: all of it to a file of bounded size, and to the run's console a little.
+
+The supervisor runs this file, which therefore loads nothing but Python.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+CONSOLE_BYTES_PER_MINUTE = 64 * 2**10
+"""A print a sample of a few hundred samples. What is beyond goes to the file alone."""
+
+FILE_BYTES_PER_MINUTE = 32 * 2**20
+"""What is beyond is dropped and counted."""
+
+FILE_BYTES = 64 * 2**20
+"""A file that has as much becomes `<name>.1`, in the place of the one before it."""
+
+LONGEST_LINE = 64 * 2**10
+"""Bytes; a longer line is cut into several."""
+
+CONSOLE_OF_ERRORS = 2
+
+RAY_PREFIXES = (b":actor_name:", b":job_id:", b":task_name:")
+"""Lines that Ray prints for itself into a worker's output."""
+
+
+class Output:
+    """Passes lines on, within the limits.
+
+    Args:
+        path: the file, made with its folder when there is a first line for it; it is appended to.
+        title: written before the first line.
+    """
+
+    def __init__(self, path: Path, title: str) -> None:
+        self._path = path
+        self._title = title
+        self._file: BinaryIO | None = None
+        self._for_file = _Allowance(FILE_BYTES_PER_MINUTE)
+        self._for_console = _Allowance(CONSOLE_BYTES_PER_MINUTE)
+        self._dropped = 0
+        self._is_broken = False
+        self._unfinished: dict[int, bytes] = {}
+
+    def take(self, chunk: bytes, console: int) -> None:
+        """Passes on what was printed, as far as its lines have ended.
+
+        Args:
+            console: the file descriptor of the console's stream that it belongs to.
+        """
+        *lines, rest = (self._unfinished.pop(console, b"") + chunk).split(b"\n")
+        while len(rest) > LONGEST_LINE:
+            lines.append(rest[:LONGEST_LINE])
+            rest = rest[LONGEST_LINE:]
+        self._unfinished[console] = rest
+        for line in lines:
+            self._pass_on(line, console)
+
+    def close(self) -> None:
+        """Passes on the lines that have not ended."""
+        for console, line in self._unfinished.items():
+            if line:
+                self._pass_on(line, console)
+        self._tell_of_dropped()
+        if self._file is not None:
+            self._file.close()
+
+    def _pass_on(self, line: bytes, console: int) -> None:
+        if line.startswith(RAY_PREFIXES):
+            _print(line, console)
+            return
+        size = len(line) + 1
+        if self._for_file.take(size):
+            self._tell_of_dropped()
+            self._write(line)
+        else:
+            self._dropped += 1
+        was_spent = self._for_console.is_spent
+        if self._for_console.take(size):
+            _print(line, console)
+        elif not was_spent:
+            limit = f"more than {CONSOLE_BYTES_PER_MINUTE // 2**10} KiB a minute"
+            _print(f"the reward function prints {limit}; what follows is in {self._path}".encode(), console)
+
+    def _write(self, line: bytes) -> None:
+        if self._is_broken:
+            return
+        try:
+            if self._file is None:
+                self._open()
+            elif self._file.tell() >= FILE_BYTES:
+                self._file.close()
+                self._path.replace(f"{self._path}.1")
+                self._open()
+            self._file.write(line + b"\n")
+        except OSError as error:
+            self._is_broken = True
+            told = (
+                f"{self._path} cannot be written ({error.strerror}); what the reward function prints is kept nowhere"
+            )
+            _print(told.encode(), CONSOLE_OF_ERRORS)
+
+    def _open(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("ab", buffering=0)
+        self._file.write(self._title.encode() + b"\n")
+
+    def _tell_of_dropped(self) -> None:
+        if self._dropped:
+            limit = f"beyond {FILE_BYTES_PER_MINUTE // 2**20} MiB a minute"
+            self._write(f"[{self._dropped} lines {limit} were dropped]".encode())
+            self._dropped = 0
+
+
+class _Allowance:
+    """Bytes that may pass in each minute."""
+
+    def __init__(self, bytes_per_minute: int) -> None:
+        self._bytes_per_minute = bytes_per_minute
+        self._left = bytes_per_minute
+        self._next_minute = time.monotonic() + 60
+        self.is_spent = False
+
+    def take(self, size: int) -> bool:
+        """Whether `size` bytes more may pass; once one line may not, none may until the minute is over."""
+        now = time.monotonic()
+        if now >= self._next_minute:
+            self._left, self._next_minute, self.is_spent = self._bytes_per_minute, now + 60, False
+        if self.is_spent or size > self._left:
+            self.is_spent = True
+            return False
+        self._left -= size
+        return True
+
+
+def _print(line: bytes, console: int) -> None:
+    try:
+        os.write(console, line + b"\n")
+    except OSError:
+        pass  # the console is gone, as where Ray's own files are on a full disk

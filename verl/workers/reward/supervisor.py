@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process beside the reward function's, on the same machine, which nothing that the function does can hold up.
+
+It passes on what the function prints; ends the function's process where a call does not end, where the process is
+stopped, and where it has filled the machine's memory, and leaves the reason; and when that process is gone, however it
+went, ends all that came from it. Then it ends too. `supervision.py` starts it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from verl.utils.machine_memory import memory_in_use
+from verl.utils.process_tree import ProcessTree
+from verl.workers.reward.output_log import Output
+from verl.workers.reward.supervision import Limits, Orders
+
+LOOK_SECONDS = 0.2
+"""Between two looks at the process and the machine's memory."""
+
+SEARCH_SECONDS = 1.0
+"""Between two looks at all processes of the machine, which take ten milliseconds or more."""
+
+END_SECONDS = 8.0
+"""For descendants to be gone that are killed."""
+
+DRAIN_SECONDS = 2.0
+"""For what was printed last."""
+
+CHUNK = 64 * 2**10
+"""Bytes read at a time."""
+
+GIB = 2**30
+
+
+class Supervisor:
+    """Looks after one process until it has ended. File descriptors 1 and 2 are that one's console."""
+
+    def __init__(self, orders: Orders) -> None:
+        self._orders = orders
+        self._root = psutil.Process(orders.pid)
+        self._tree = ProcessTree(self._root, orders.mark)
+        title = f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}, process {orders.pid} on {os.uname().nodename} ---"
+        self._output = Output(Path(orders.log), title)
+        self._heard = b""
+        self._samples: str | None = None
+        self._deadline: float | None = None
+        self._first_memory = 0
+        self._stopped_since: float | None = None
+        self._was_full = False
+        self._next_look = self._next_search = 0.0
+
+    def run(self) -> None:
+        """Returns when the process and all that came from it are gone."""
+        with selectors.DefaultSelector() as selector:
+            for console, fd in enumerate(self._orders.streams, start=1):
+                selector.register(fd, selectors.EVENT_READ, partial(self._output.take, console=console))
+            selector.register(self._orders.messages, selectors.EVENT_READ, self._hear)
+            while self._lives():
+                _pass_on(selector, LOOK_SECONDS)
+            self._tree.end_descendants(END_SECONDS)
+            end = time.monotonic() + DRAIN_SECONDS
+            while _pass_on(selector, 0) and time.monotonic() < end:
+                pass
+        self._output.close()
+
+    def _hear(self, chunk: bytes) -> None:
+        *lines, self._heard = (self._heard + chunk).split(b"\n")
+        for message in map(json.loads, lines):
+            if "memory" in message:
+                self._first_memory = message["memory"]
+            else:
+                self._samples, limit_s = message["call"], message["limit_s"]
+                end = None if limit_s is None else time.monotonic() + limit_s + self._orders.limits.grace_s
+                self._deadline = end
+
+    def _lives(self) -> bool:
+        now = time.monotonic()
+        if now < self._next_look:
+            return True
+        self._next_look = now + LOOK_SECONDS
+        try:
+            status = self._root.status()
+            if status == psutil.STATUS_ZOMBIE or not self._root.is_running():
+                return False
+            self._look_at_time(now, is_stopped=status == psutil.STATUS_STOPPED)
+            self._look_at_memory(now)
+        except psutil.NoSuchProcess:
+            return False
+        return True
+
+    def _look_at_time(self, now: float, is_stopped: bool) -> None:
+        self._stopped_since = (self._stopped_since or now) if is_stopped else None
+        if self._orders.timeout_s is None:
+            return
+        deadline = self._deadline
+        if deadline is None and is_stopped:  # before it could even begin
+            deadline = self._stopped_since + self._orders.timeout_s + self._orders.limits.grace_s
+        if deadline is None or now < deadline:
+            return
+        limit = f"worker.reward.timeout_s={self._orders.timeout_s:g}"
+        call = "" if self._samples is None else f" in the call for {self._samples}"
+        if is_stopped:
+            self._end(f"{self._orders.name} was stopped{call} (SIGSTOP) for longer than {limit} allows")
+        else:
+            self._end(
+                f"{self._orders.name} took longer than {limit}{call} and could not be interrupted: it stays in native "
+                "code, or blocks or replaces SIGALRM"
+            )
+
+    def _look_at_memory(self, now: float) -> None:
+        used, total = memory_in_use()
+        is_full, is_due = used >= self._orders.limits.full_share * total, now >= self._next_search
+        if is_due:
+            self._next_search = now + SEARCH_SECONDS
+            self._tree.refresh()
+        if is_full and (is_due or not self._was_full):
+            self._judge_memory(used, total)
+        self._was_full = is_full
+
+    def _judge_memory(self, used: int, total: int) -> None:
+        memory = self._tree.memory()
+        if memory - self._first_memory >= self._orders.limits.growth_share * total:
+            growth = f"have grown from {self._first_memory / GIB:.1f} to {memory / GIB:.1f} GiB"
+            machine = f"{used / GIB:.1f} of the machine's {total / GIB:.1f} GiB are in use"
+            remedy = "look for what it keeps from call to call"
+            self._end(f"{self._orders.name} and its children {growth}, and {machine}; {remedy}")
+
+    def _end(self, reason: str) -> None:
+        """Kills the process. The reason is there before it dies."""
+        path = Path(self._orders.last_words)
+        if not path.exists():
+            path.write_text(reason, encoding="utf-8")
+        self._root.kill()
+
+
+def _pass_on(selector: selectors.BaseSelector, seconds: float) -> bool:
+    """Hands on what comes within `seconds`; whether anything came."""
+    ready = selector.select(seconds)
+    for key, _ in ready:
+        if chunk := os.read(key.fd, CHUNK):
+            key.data(chunk)
+        else:
+            selector.unregister(key.fd)
+    return bool(ready)
+
+
+def main() -> None:
+    """Leaves the tree of the process that started this one, and supervises it."""
+    given = json.loads(sys.argv[1])
+    orders = Orders(**{**given, "limits": Limits(**given["limits"])})
+    supervisor = Supervisor(orders)
+    if os.fork():
+        os._exit(0)
+    supervisor.run()
+
+
+if __name__ == "__main__":
+    main()
