@@ -13,6 +13,7 @@ import os
 import socket
 import uuid
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import ray
@@ -119,26 +120,34 @@ class WorkerProcesses:
         num_nodes, workers_per_node: their product is the number of processes; rank = node * workers_per_node + local.
         device: "cuda" gives each process one GPU, "cpu" none.
         modules: what they import as soon as they have started.
+        variables: of their environment.
 
     Raises:
         ValueError: the Ray cluster has fewer GPUs or CPUs than asked for.
     """
 
-    def __init__(self, num_nodes: int, workers_per_node: int, device: str, modules: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        num_nodes: int,
+        workers_per_node: int,
+        device: str,
+        modules: Sequence[str] = (),
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.device = device
         self.world_size = num_nodes * workers_per_node
         _check_resources(num_nodes, workers_per_node, device)
         self._placement_groups = _reserve_nodes(num_nodes, workers_per_node, device)
         self.node_of_rank = [_node_of(group) for group in self._placement_groups for _ in range(workers_per_node)]
-        self._actors = self._start(workers_per_node)
+        self._actors = self._start(workers_per_node, variables)
         self._imports = [actor.import_modules.remote(modules) for actor in self._actors]
         self._has_joined = False
 
-    def _start(self, workers_per_node: int) -> list[ray.actor.ActorHandle]:
+    def _start(self, workers_per_node: int, variables: Mapping[str, str]) -> list[ray.actor.ActorHandle]:
         is_cuda = self.device == "cuda"
         # More than one thread per process makes CPU workers fight over the cores, many times slower. Not by way of a
         # runtime environment, for which Ray would start a process anew instead of taking one that waits.
-        variables = {} if is_cuda else {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        threads = {} if is_cuda else {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         actor_class = ray.remote(num_cpus=1, num_gpus=int(is_cuda))(WorkerProcess)
         return [
             actor_class.options(
@@ -148,7 +157,7 @@ class WorkerProcesses:
                 world_size=self.world_size,
                 local_rank=local_rank,
                 device=self.device,
-                variables=variables,
+                variables={**threads, **variables},
             )
             for node, group in enumerate(self._placement_groups)
             for local_rank in range(workers_per_node)

@@ -359,6 +359,9 @@ class TrainerConfig(ConfigSection):
     """Folder of the checkpoints; null is `checkpoints/<project_name>/<experiment_name>`."""
     load_checkpoint_path: str | None = None
     """A `global_step_<N>` folder to resume from."""
+    deterministic: bool = False
+    """Have workers choose algorithms that repeat themselves, at some cost in speed on a GPU, and seed their
+    generators, so that a run with the same seeds gives the same numbers. README says what holds where."""
     ray_timeline: str | None = None
     """File for Ray's timeline of the run."""
     find_last_checkpoint: bool = True

@@ -33,6 +33,7 @@ from verl.utils.attention_metrics import KeyVocabulary
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.checkpoint import damaged_checkpoint
 from verl.utils.checkpoint_folder import FileRecord, find_changes
+from verl.utils.determinism import set_determinism
 from verl.utils.tokenizer import get_processor, get_tokenizer
 from verl.workers.actor.config import FSDPConfig, ModelConfig
 from verl.workers.actor.dp_actor import DataParallelPPOActor
@@ -81,6 +82,7 @@ class FSDPWorker(Worker):
         self.signal_streams = signal_streams
         self.training_steps = training_steps
         self.with_videos = with_videos
+        set_determinism(config.trainer.deterministic, config.worker.rollout.seed + self.rank)
         self.writer = ThreadPoolExecutor(max_workers=1)
         self.saving: Future[dict[str, FileRecord]] | None = None
         self.mesh_of_size = cache(lambda fsdp_size: build_mesh(self.device, fsdp_size))
