@@ -363,11 +363,14 @@ class TrainerConfig(ConfigSection):
     """File for Ray's timeline of the run."""
     find_last_checkpoint: bool = True
     """Resume from the newest checkpoint in `save_checkpoint_path` when `load_checkpoint_path` is null."""
+    grace_s: float = 300.0
+    """Seconds that a run has to finish its step and save after SIGTERM or Ctrl-C; then it ends at once."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_at_least(1, "total_epochs", "max_steps", "nnodes", "n_gpus_per_node")
         self.require_at_least(0, "critic_warmup", "val_generations_to_log")
+        self.require_above_0("grace_s")
         useless = "has no effect while trainer.val_before_train=false; set that to true"
         self.require(self.val_before_train or not self.val_only, "val_only", useless)
         if self.save_checkpoint_path is None:

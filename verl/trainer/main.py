@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from verl.trainer.config import PPOConfig, load_config
 from verl.trainer.config_checks import effect_notes, has_built_in_algorithms, require_available
 from verl.trainer.ray_cluster import ray_session, require_cluster, set_worker_environment
+from verl.trainer.stop_request import StopRequest
 from verl.trainer.tracking import Tracker, require_loggers
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.checkpoint import refuse_to_start_anew
@@ -43,7 +44,8 @@ def run(config: PPOConfig, processes: "WorkerProcesses | None" = None) -> None:
     if processes is not None:
         _require_fit(config, plan, processes)
     set_worker_environment()  # before transformers is imported, which reads some of it
-    with ThreadPoolExecutor(max_workers=1) as background:
+    stop_request = StopRequest(config.trainer.grace_s)
+    with stop_request.listening(), ThreadPoolExecutor(max_workers=1) as background:
         # Ray takes seconds to start, most of which this process would only wait.
         imports = background.submit(import_modules, TRAINER_MODULES)
         with ray_session(config):
@@ -51,7 +53,7 @@ def run(config: PPOConfig, processes: "WorkerProcesses | None" = None) -> None:
             with nullcontext(processes) if processes is not None else start_processes(config) as places:
                 imports.result()
                 with frozen_objects():
-                    _train(config, plan, places)
+                    _train(config, plan, places, stop_request)
 
 
 def _require_fit(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> None:
@@ -146,7 +148,7 @@ def check_videos(config: PPOConfig, *datasets: "RLHFDataset") -> None:
                 raise ValueError(f"{dataset.data_path!r} has videos: {error}") from None
 
 
-def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> None:
+def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses", stop_request: StopRequest) -> None:
     logger.info("loading the tokenizer and the data")
     from verl.data.loader import create_dataloader
     from verl.trainer.ray_trainer import RayDAPOTrainer
@@ -190,7 +192,17 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> 
             resume_point=resume_point,
         ) as tracker:
             trainer = RayDAPOTrainer(
-                config, plan, steps, tokenizer, train_loader, val_loader, rewards, processes, tracker, resume_point
+                config,
+                plan,
+                steps,
+                tokenizer,
+                train_loader,
+                val_loader,
+                rewards,
+                processes,
+                tracker,
+                resume_point,
+                stop_request,
             )
             try:
                 trainer.init_workers()
