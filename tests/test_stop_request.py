@@ -53,10 +53,8 @@ def test_a_run_that_is_asked_to_end_saves_its_step_and_goes_on_bit_for_bit(
     assert signal.getsignal(number) is before
     folder = tmp_path / "parts"
     assert [path.name for path in folder.glob("global_step_*")] == ["global_step_2"]
-    assert [(line["step"], "val" in line) for line in lines_of(folder / "experiment_log.jsonl")] == [
-        (1, True),
-        (2, False),
-    ]
+    lines = lines_of(folder / "experiment_log.jsonl")
+    assert [(line["step"], "val" in line) for line in lines] == [(1, True), (2, False)]
 
     run_shared(load_config(args))
     run_shared(load_config(quiet(tiny_model_path, data_files, tmp_path / "whole", *settings)))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.trainer.config import PPOConfig
+from verl.utils.termination import termination_kept_from_children
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,8 @@ def _join_ray() -> None:
     # As a job, this process has the values of the job's runtime environment; Ray refuses to be told them again.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     variables = {name: os.environ[name] for name in WORKER_ENVIRONMENT}
-    ray.init(logging_level="ERROR", runtime_env={"env_vars": variables})
+    with termination_kept_from_children():
+        ray.init(logging_level="ERROR", runtime_env={"env_vars": variables})
 
 
 def _start_ray(**options: Any) -> None:
@@ -115,7 +117,8 @@ def _start_ray(**options: Any) -> None:
 
     try:
         # Where the user has said nothing, it asks for the token, and sets RAY_AUTH_MODE for the cluster's processes.
-        ray.init("local", include_dashboard=False, logging_level="ERROR", **options)
+        with termination_kept_from_children():
+            ray.init("local", include_dashboard=False, logging_level="ERROR", **options)
     except OSError as error:
         if "AF_UNIX" not in str(error):
             raise

@@ -375,7 +375,7 @@ class RayDAPOTrainer:
             self.tracker.log(self._validate().metrics, self.state.global_step)
 
     def _finish(self) -> None:
-        """The last step is always validated and saved, whatever the frequencies; saved alone where the run was asked to
+        """The last step is always validated and saved, whatever the frequencies; only saved if the run was asked to
         end."""
         if self.config.trainer.val_only:
             return

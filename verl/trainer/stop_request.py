@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a run is asked to end from outside: SIGTERM or Ctrl-C, once for the end of the step, twice for the end at once."""
+"""How a run is asked to end: SIGTERM or Ctrl-C, once to finish the step and save it, twice to end at once."""
 
 import math
 import os
