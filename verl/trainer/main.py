@@ -14,6 +14,7 @@ from verl.trainer.stop_request import StopRequest
 from verl.trainer.tracking import Tracker, require_loggers
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.checkpoint import refuse_to_start_anew
+from verl.utils.lasting_output import outlive_readers
 from verl.utils.lean_imports import frozen_objects, import_modules
 from verl.workers.rollout.config import ENGINES
 
@@ -248,6 +249,7 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         sys.stdout.write(USAGE)
         return
+    outlive_readers()  # before the loggers take sys.stderr
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("verl").setLevel(logging.INFO)
     try:
