@@ -4,8 +4,8 @@
 import logging
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, NoReturn
 
 from verl.trainer.config import PPOConfig, load_config
 from verl.trainer.config_checks import effect_notes, has_built_in_algorithms, require_available
@@ -16,6 +16,7 @@ from verl.utils.batch_plan import BatchPlan
 from verl.utils.checkpoint import refuse_to_start_anew
 from verl.utils.lasting_output import outlive_readers
 from verl.utils.lean_imports import frozen_objects, import_modules
+from verl.utils.run_lock import FolderInUse, locked_folder
 from verl.workers.rollout.config import ENGINES
 
 if TYPE_CHECKING:
@@ -38,15 +39,15 @@ def run(config: PPOConfig, processes: "WorkerProcesses | None" = None) -> None:
             and ends them with the run.
 
     Raises:
-        ValueError: the config asks for what this version lacks, its batch numbers do not fit together, or `processes`
-            do not fit the config.
+        ValueError: the config asks for what this version lacks, its batch numbers do not fit together, `processes`
+            do not fit the config, or (FolderInUse) another run has the folder of the checkpoints.
     """
     plan = prepare(config)
     if processes is not None:
         _require_fit(config, plan, processes)
     set_worker_environment()  # before transformers is imported, which reads some of it
     stop_request = StopRequest(config.trainer.grace_s)
-    with stop_request.listening(), ThreadPoolExecutor(max_workers=1) as background:
+    with _own_folder(config), stop_request.listening(), ThreadPoolExecutor(max_workers=1) as background:
         # Ray takes seconds to start, most of which this process would only wait.
         imports = background.submit(import_modules, TRAINER_MODULES)
         with ray_session(config):
@@ -55,6 +56,11 @@ def run(config: PPOConfig, processes: "WorkerProcesses | None" = None) -> None:
                 imports.result()
                 with frozen_objects():
                     _train(config, plan, places, stop_request)
+
+
+def _own_folder(config: PPOConfig) -> AbstractContextManager:
+    """A run that only validates saves nothing, and may look at the folder of a run that does."""
+    return nullcontext() if config.trainer.val_only else locked_folder(config.trainer.save_checkpoint_path)
 
 
 def _require_fit(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> None:
@@ -256,9 +262,16 @@ def main() -> None:
         config = load_config(sys.argv[1:])
         prepare(config)
     except ValueError as error:
-        sys.stderr.write(f"{error}\n")
-        raise SystemExit(2) from None
-    run(config)
+        _refuse(error)
+    try:
+        run(config)
+    except FolderInUse as error:
+        _refuse(error)
+
+
+def _refuse(error: ValueError) -> NoReturn:
+    sys.stderr.write(f"{error}\n")
+    raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
