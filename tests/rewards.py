@@ -101,3 +101,8 @@ def start_a_server(samples: list[dict]) -> list[dict[str, float]]:
     """Leaves a process behind, as a sandbox or a judge may."""
     subprocess.Popen(["sleep", "1000"], start_new_session=True)
     return compute_score(samples)
+
+
+def praise_all(samples: list[dict]) -> list[dict[str, float]]:
+    """Tells no answers apart."""
+    return [{"overall": 1.0} for _ in samples]

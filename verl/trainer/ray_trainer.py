@@ -35,6 +35,7 @@ from verl.trainer.metrics import (
 from verl.trainer.rewards import RewardClient
 from verl.trainer.rollouts import Rollouts
 from verl.trainer.run_state import RunState
+from verl.trainer.standstill import Standstill
 from verl.trainer.step_record import StepRecord
 from verl.trainer.stop_request import StopRequest
 from verl.trainer.streams import model_inputs, scores_beside, scores_measured, shares_prompts, streams_read_by
@@ -101,6 +102,7 @@ class RayDAPOTrainer:
         self.workers: WorkerGroup | None = None
         self.rollouts: Rollouts | None = None
         self.validator: Validator | None = None
+        self.standstill: Standstill | None = None
 
     # ---- life ----
 
@@ -120,6 +122,7 @@ class RayDAPOTrainer:
         )
         self.workers.init_model()
         self.rollouts = Rollouts(self.config, self.plan, self.workers, self.train_loader, self.rewards)
+        self.standstill = Standstill(self.config.trainer, self.plan, self.workers)
         self.validator = Validator(
             self.val_loader,
             self.rollouts.for_validation,
@@ -151,6 +154,7 @@ class RayDAPOTrainer:
                 batch = self._compute_advantages(batch, record)
                 self._update_critic(batch, record)
                 self._update_actor(batch, record)
+                self._watch_progress(batch, record)
                 self._validate_if_due(record)
                 self._save_if_due(record)
             self._log(batch, record)
@@ -329,6 +333,12 @@ class RayDAPOTrainer:
             return
         with record.timed("update_actor"):
             record.add(self.workers.update_actor(self._streams_for("update_actor", batch)))
+
+    def _watch_progress(self, batch: DataProto, record: StepRecord) -> None:
+        """A run that gets nowhere ends here, before the step is saved.
+
+        Reads: `response_mask`, `advantages`, `uid`, `prompt_text`."""
+        self.standstill.watch(batch, record)
 
     def _validate_if_due(self, record: StepRecord) -> None:
         """Not where the run was asked to end: what it still has time for is to save."""
