@@ -31,6 +31,17 @@ class Node:
         return f"{self.address} (Ray node {self.node_id[:8]})"
 
 
+class ProcessesLost(RuntimeError):
+    """Ends a run whose processes, or whose nodes, are gone; `news` says which."""
+
+    def __init__(self, news: str) -> None:
+        super().__init__(
+            f"{news}. The run's other processes were ended. Started again, with trainer.find_last_checkpoint=true, it "
+            "goes on from the last checkpoint; trainer.max_restarts has it do so by itself"
+        )
+        self.news = news
+
+
 def node_of(actor: ray.actor.ActorHandle) -> ray.ObjectRef:
     """A reference to the `Node` that `actor` runs on, there once it has started and still there when it has died."""
     return actor.__ray_call__.remote(
@@ -38,7 +49,7 @@ def node_of(actor: ray.actor.ActorHandle) -> ray.ObjectRef:
     )
 
 
-def run_ended_by(errors: Mapping[str, Exception], node_of_process: Mapping[str, Node]) -> RuntimeError:
+def run_ended_by(errors: Mapping[str, Exception], node_of_process: Mapping[str, Node]) -> ProcessesLost:
     """The error that ends a run; waits for Ray's verdict on the nodes where Ray has none yet.
 
     Args:
@@ -59,6 +70,7 @@ def run_ended_by(errors: Mapping[str, Exception], node_of_process: Mapping[str, 
                 "for its memory or crashes in native code"
             )
     return RuntimeError(f"{'; '.join(news)}. {HOW_TO_GO_ON}")
+    return ProcessesLost("; ".join(news))
 
 
 def _nodes_gone(nodes: Collection[Node], seconds: float) -> set[Node]:

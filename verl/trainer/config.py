@@ -368,15 +368,16 @@ class TrainerConfig(ConfigSection):
     the run with an error, unsaved; 0 never ends it."""
     max_uninformative_steps: int = 20
     """Steps in a row without any advantage other than 0, after which a warning says so; 0 never warns."""
+    max_restarts: int = 0
+    """Times that the run goes on by itself, from its last checkpoint, after a process or a node of it was lost."""
     grace_s: float = 300.0
     """Seconds that a run has to finish its step and save after SIGTERM or Ctrl-C; then it ends at once."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_at_least(1, "total_epochs", "max_steps", "nnodes", "n_gpus_per_node")
-        self.require_at_least(
-            0, "critic_warmup", "val_generations_to_log", "max_skipped_steps", "max_uninformative_steps"
-        )
+        self.require_at_least(0, "critic_warmup", "val_generations_to_log", "max_restarts")
+        self.require_at_least(0, "max_skipped_steps", "max_uninformative_steps")
         self.require_above_0("grace_s")
         useless = "has no effect while trainer.val_before_train=false; set that to true"
         self.require(self.val_before_train or not self.val_only, "val_only", useless)

@@ -3,7 +3,7 @@
 
 import logging
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NoReturn
 
@@ -52,10 +52,30 @@ def run(config: PPOConfig, processes: "WorkerProcesses | None" = None) -> None:
         imports = background.submit(import_modules, TRAINER_MODULES)
         with ray_session(config):
             _require_cpus(config, plan)
-            with nullcontext(processes) if processes is not None else start_processes(config) as places:
-                imports.result()
-                with frozen_objects():
-                    _train(config, plan, places, stop_request)
+            _train_on_cluster(config, plan, processes, stop_request, imports)
+
+
+def _train_on_cluster(
+    config: PPOConfig,
+    plan: BatchPlan,
+    processes: "WorkerProcesses | None",
+    stop_request: StopRequest,
+    imports: Future,
+) -> None:
+    from verl.single_controller.worker_processes import detect_device
+    from verl.trainer.restarts import train_through_losses
+
+    device = detect_device()  # for good: a cluster that has lost its GPUs is waited for
+
+    def train(attempt: PPOConfig) -> None:
+        is_given = processes is not None and processes.alive
+        with nullcontext(processes) if is_given else start_processes(attempt, device) as places:
+            imports.result()
+            with frozen_objects():
+                _train(attempt, plan, places, stop_request)
+
+    resources = {"CPU": _cpus_wanted(config, plan), "GPU": plan.world_size if device == "cuda" else 0}
+    train_through_losses(config, resources, stop_request, train)
 
 
 def _own_folder(config: PPOConfig) -> AbstractContextManager:
@@ -111,16 +131,19 @@ def _require_algorithms(config: PPOConfig) -> None:
         raise ValueError("\n".join(problems))
 
 
-def start_processes(config: PPOConfig) -> "WorkerProcesses":
+def start_processes(config: PPOConfig, device: str) -> "WorkerProcesses":
     """Processes for the workers, which import what these need while the trainer reads its data.
+
+    Args:
+        device: "cuda" or "cpu".
 
     Raises:
         ValueError: the Ray cluster is too small for them.
     """
-    from verl.single_controller.worker_processes import WorkerProcesses, detect_device
+    from verl.single_controller.worker_processes import WorkerProcesses
 
     nodes, workers_per_node = config.trainer.nnodes, config.trainer.n_gpus_per_node
-    return WorkerProcesses(nodes, workers_per_node, detect_device(), worker_modules(config.worker.rollout.name))
+    return WorkerProcesses(nodes, workers_per_node, device, worker_modules(config.worker.rollout.name))
 
 
 def worker_modules(engine: str) -> list[str]:
@@ -132,14 +155,17 @@ def _require_cpus(config: PPOConfig, plan: BatchPlan) -> None:
     """The reward actor waits for ever where the workers leave it no CPU: say so first."""
     import ray
 
-    workers, reward_cpus = plan.world_size, config.worker.reward.num_cpus
-    wanted, present = workers + reward_cpus, int(ray.cluster_resources().get("CPU", 0))
+    wanted, present = _cpus_wanted(config, plan), int(ray.cluster_resources().get("CPU", 0))
     if wanted > present:
         raise ValueError(
-            f"{workers} workers (trainer.nnodes x trainer.n_gpus_per_node) with one CPU each and "
-            f"worker.reward.num_cpus={reward_cpus} ask for {wanted} CPUs, but Ray sees {present}; lower them or add "
-            "nodes"
+            f"{plan.world_size} workers (trainer.nnodes x trainer.n_gpus_per_node) with one CPU each and "
+            f"worker.reward.num_cpus={config.worker.reward.num_cpus} ask for {wanted} CPUs, but Ray sees {present}; "
+            "lower them or add nodes"
         )
+
+
+def _cpus_wanted(config: PPOConfig, plan: BatchPlan) -> int:
+    return plan.world_size + config.worker.reward.num_cpus
 
 
 def check_videos(config: PPOConfig, *datasets: "RLHFDataset") -> None:

@@ -43,6 +43,10 @@ class StopRequest:
         """From here on there is work to save, and a first request waits for it."""
         self._waits_for_step = True
 
+    def end_at_once(self) -> None:
+        """From here on there is none, as while the run loads."""
+        self._waits_for_step = False
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Takes signals inside; the handlers from before stand again afterwards.
@@ -90,7 +94,7 @@ class StopRequest:
         os.kill(os.getpid(), signal.SIGTERM)  # the main thread alone can be interrupted, and by a signal alone
 
     def _later(self, seconds: float, action, *args: int) -> None:
-        timer = threading.Timer(seconds, action, args)
+        timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), action, args)
         timer.daemon = True
         timer.start()
         self._timers.append(timer)
