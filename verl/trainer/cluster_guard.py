@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -66,8 +66,9 @@ class ClusterGuard:
     def end_helpers(self) -> None:
         """Ends those of Ray's processes that the driver need not take leave of; Ray waits a second for each."""
         for process in psutil.Process().children():
-            if process.name() not in ("raylet", "gcs_server") and _has_mark(process, self._mark):
-                process.kill()
+            with suppress(psutil.NoSuchProcess):
+                if process.name() not in ("raylet", "gcs_server") and _has_mark(process, self._mark):
+                    process.kill()
 
 
 def wait_for_end(driver: int) -> str | None:
@@ -92,10 +93,8 @@ def end_marked(mark: str) -> None:
         if not found:
             return
         for process in found:
-            try:
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                continue
         psutil.wait_procs(found, timeout=1)
 
 

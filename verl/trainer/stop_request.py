@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from verl.utils.termination import ENDED_BY_SIGTERM
+
 ECHO_SECONDS = 1
 """`timeout` sends SIGTERM to its child and then to the child's group: what comes so soon is no second request."""
 
@@ -90,6 +92,7 @@ class StopRequest:
 
     def _end_of_grace(self) -> None:
         _say(f"the step was not done after trainer.grace_s={self.grace_s:g} s")
+        self._later(UNWIND_SECONDS, os._exit, ENDED_BY_SIGTERM)  # for a main thread that hangs outside of Python
         self._last_term = -math.inf
         os.kill(os.getpid(), signal.SIGTERM)  # the main thread alone can be interrupted, and by a signal alone
 
