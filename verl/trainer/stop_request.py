@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -66,7 +66,7 @@ class StopRequest:
             for timer in self._timers:
                 timer.cancel()
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not Python's
 
     def _hear(self, number: int, _: FrameType | None) -> None:
         now, before = time.monotonic(), self._last_term
@@ -96,7 +96,7 @@ class StopRequest:
         self._last_term = -math.inf
         os.kill(os.getpid(), signal.SIGTERM)  # the main thread alone can be interrupted, and by a signal alone
 
-    def _later(self, seconds: float, action, *args: int) -> None:
+    def _later(self, seconds: float, action: Callable[..., None], *args: int) -> None:
         timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), action, args)
         timer.daemon = True
         timer.start()
