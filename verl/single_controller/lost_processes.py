@@ -12,8 +12,8 @@ PROCESS_LOST = (RayActorError, ObjectLostError, OutOfMemoryError)
 """What asking for an answer raises when there is no process to give it, or no store to fetch it from."""
 
 HOW_TO_GO_ON = (
-    "The run's other processes were ended. Started again on as many workers, with trainer.find_last_checkpoint=true, "
-    "it goes on from the last checkpoint"
+    "The run's other processes were ended. Started again, by hand with trainer.find_last_checkpoint=true or by "
+    "trainer.max_restarts, it goes on from the last checkpoint"
 )
 
 NODE_VERDICT_SECONDS = 60
@@ -35,10 +35,7 @@ class ProcessesLost(RuntimeError):
     """Ends a run whose processes, or whose nodes, are gone; `news` says which."""
 
     def __init__(self, news: str) -> None:
-        super().__init__(
-            f"{news}. The run's other processes were ended. Started again, with trainer.find_last_checkpoint=true, it "
-            "goes on from the last checkpoint; trainer.max_restarts has it do so by itself"
-        )
+        super().__init__(f"{news}. {HOW_TO_GO_ON}")
         self.news = news
 
 
@@ -69,7 +66,6 @@ def run_ended_by(errors: Mapping[str, Exception], node_of_process: Mapping[str, 
                 f"{', '.join(names)} on node {node} died without a Python error, as a process does that is killed "
                 "for its memory or crashes in native code"
             )
-    return RuntimeError(f"{'; '.join(news)}. {HOW_TO_GO_ON}")
     return ProcessesLost("; ".join(news))
 
 
