@@ -3,6 +3,7 @@
 
 import json
 import os
+import subprocess
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -94,3 +95,14 @@ def wait_for(path: Path, seconds: float = 60) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{path.name} was not there after {seconds} s")
         time.sleep(0.02)
+
+
+def start_a_server(samples: list[dict]) -> list[dict[str, float]]:
+    """Leaves a process behind, as a sandbox or a judge may."""
+    subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    return compute_score(samples)
+
+
+def praise_all(samples: list[dict]) -> list[dict[str, float]]:
+    """Tells no answers apart."""
+    return [{"overall": 1.0} for _ in samples]

@@ -336,7 +336,7 @@ def test_a_run_with_a_critic_trains_it_from_the_first_step_and_logs_what_it_expe
     assert list(records) == [1, 2, 3]
     for step, record in records.items():
         names = {name for name in flat_names(record) if name.startswith("critic/")}
-        losses = {"vf_loss", "vf_clipfrac", "vpred_mean", "grad_norm", "lr", "vf_explained_var"}
+        losses = {"vf_loss", "vf_clipfrac", "vpred_mean", "grad_norm", "lr", "skipped_steps", "vf_explained_var"}
         spreads = {"score", "rewards", "advantages", "returns", "values"}
         assert names == {f"critic/{name}" for name in losses | spreads}
         assert {"values", "update_critic"} <= set(record["timing_s"])

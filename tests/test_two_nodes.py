@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # python -m pytest tests/test_two_nodes.py
-"""A cluster of two nodes trains as one node does, and a node that leaves ends the run."""
+"""A cluster of two nodes trains as one node does; a run that loses a node goes on with another, and ends without."""
 
 import json
 import os
@@ -42,6 +42,7 @@ def two_nodes(args: list[str], tmp_path_factory: pytest.TempPathFactory) -> tupl
     """
     folder = tmp_path_factory.mktemp("two")
     settings = [f"trainer.save_checkpoint_path={folder}", "trainer.nnodes=2", "trainer.n_gpus_per_node=2"]
+    settings += ["trainer.save_freq=2", "trainer.max_restarts=1"]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as ray_folder:
         finished = subprocess.run(
             [sys.executable, "-m", "tests.two_nodes", *args, *settings],
@@ -56,7 +57,7 @@ def two_nodes(args: list[str], tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 def test_ranks_are_numbered_node_by_node(two_nodes: tuple[dict[str, Any], list[dict]]) -> None:
-    nodes = two_nodes[0]["nodes"]
+    nodes = two_nodes[0]["nodes"][0]
     assert nodes[0] == nodes[1] != nodes[2] == nodes[3]
 
 
@@ -79,9 +80,17 @@ def test_two_nodes_train_as_one_does(
 def test_a_node_that_leaves_ends_the_run_with_its_name_and_its_ranks(
     two_nodes: tuple[dict[str, Any], list[dict]],
 ) -> None:
-    left, error = two_nodes[0]["left"], two_nodes[0]["error"]
+    left, error = two_nodes[0]["left"][-1], two_nodes[0]["error"]
     assert f"(Ray node {left[:8]}) has left the Ray cluster, and rank 2, rank 3 with it" in error
     assert "trainer.find_last_checkpoint=true" in error
+
+
+def test_a_run_goes_on_by_itself_with_a_node_that_came_later(two_nodes: tuple[dict[str, Any], list[dict]]) -> None:
+    first, second = two_nodes[0]["nodes"]
+    gone, stayed = first[2], first[0]
+    assert gone == two_nodes[0]["left"][0]
+    assert stayed in second and gone not in second
+    assert second[0] == second[1] != second[2] == second[3]
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -17,6 +17,7 @@ from verl.models.attention_recorder import record_attention_mass
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.ray_trainer import RayDAPOTrainer
+from verl.trainer.stop_request import StopRequest
 from verl.utils.batch_plan import BatchPlan
 
 COLLECT = "worker.rollout.collect_attentions=true"
@@ -370,6 +371,7 @@ def weigher(*overrides: str) -> RayDAPOTrainer:
         processes=None,
         tracker=None,
         resume_point=None,
+        stop_request=StopRequest(config.trainer.grace_s),
     )
 
 

@@ -12,8 +12,8 @@ PROCESS_LOST = (RayActorError, ObjectLostError, OutOfMemoryError)
 """What asking for an answer raises when there is no process to give it, or no store to fetch it from."""
 
 HOW_TO_GO_ON = (
-    "The run's other processes were ended. Started again on as many workers, with trainer.find_last_checkpoint=true, "
-    "it goes on from the last checkpoint"
+    "The run's other processes were ended. Started again, by hand with trainer.find_last_checkpoint=true or by "
+    "trainer.max_restarts, it goes on from the last checkpoint"
 )
 
 NODE_VERDICT_SECONDS = 60
@@ -31,6 +31,14 @@ class Node:
         return f"{self.address} (Ray node {self.node_id[:8]})"
 
 
+class ProcessesLost(RuntimeError):
+    """Ends a run whose processes, or whose nodes, are gone; `news` says which."""
+
+    def __init__(self, news: str) -> None:
+        super().__init__(f"{news}. {HOW_TO_GO_ON}")
+        self.news = news
+
+
 def node_of(actor: ray.actor.ActorHandle) -> ray.ObjectRef:
     """A reference to the `Node` that `actor` runs on, there once it has started and still there when it has died."""
     return actor.__ray_call__.remote(
@@ -38,7 +46,7 @@ def node_of(actor: ray.actor.ActorHandle) -> ray.ObjectRef:
     )
 
 
-def run_ended_by(errors: Mapping[str, Exception], node_of_process: Mapping[str, Node]) -> RuntimeError:
+def run_ended_by(errors: Mapping[str, Exception], node_of_process: Mapping[str, Node]) -> ProcessesLost:
     """The error that ends a run; waits for Ray's verdict on the nodes where Ray has none yet.
 
     Args:
@@ -58,7 +66,7 @@ def run_ended_by(errors: Mapping[str, Exception], node_of_process: Mapping[str, 
                 f"{', '.join(names)} on node {node} died without a Python error, as a process does that is killed "
                 "for its memory or crashes in native code"
             )
-    return RuntimeError(f"{'; '.join(news)}. {HOW_TO_GO_ON}")
+    return ProcessesLost("; ".join(news))
 
 
 def _nodes_gone(nodes: Collection[Node], seconds: float) -> set[Node]:

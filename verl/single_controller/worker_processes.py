@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from verl.single_controller.lost_processes import PROCESS_LOST, Node, run_ended_by
 from verl.single_controller.waiting import Waiting
 from verl.utils.lean_imports import import_modules, import_object
+from verl.utils.termination import leave_termination_to_the_driver
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
 """Longer than any phase in which ranks wait for each other (a slow rank may generate for most of an hour)."""
@@ -47,6 +48,7 @@ class WorkerProcess:
     """
 
     def __init__(self, rank: int, world_size: int, local_rank: int, device: str, variables: Mapping[str, str]) -> None:
+        leave_termination_to_the_driver()
         os.environ.update(variables)
         self.place = {"rank": rank, "world_size": world_size, "local_rank": local_rank, "device": device}
         self.workers: dict[str, Any] = {}

@@ -366,11 +366,22 @@ class TrainerConfig(ConfigSection):
     """File for Ray's timeline of the run."""
     find_last_checkpoint: bool = True
     """Resume from the newest checkpoint in `save_checkpoint_path` when `load_checkpoint_path` is null."""
+    max_skipped_steps: int = 10
+    """Steps in a row whose optimizer steps were all skipped, for gradients that are not finite: the last of them ends
+    the run with an error, unsaved; 0 never ends it."""
+    max_uninformative_steps: int = 20
+    """Steps in a row without any advantage other than 0, after which a warning says so; 0 never warns."""
+    max_restarts: int = 0
+    """Times that the run goes on by itself, from its last checkpoint, after a process or a node of it was lost."""
+    grace_s: float = 300.0
+    """Seconds that a run has to finish its step and save after SIGTERM or Ctrl-C; then it ends at once."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_at_least(1, "total_epochs", "max_steps", "nnodes", "n_gpus_per_node")
-        self.require_at_least(0, "critic_warmup", "val_generations_to_log")
+        self.require_at_least(0, "critic_warmup", "val_generations_to_log", "max_restarts")
+        self.require_at_least(0, "max_skipped_steps", "max_uninformative_steps")
+        self.require_above_0("grace_s")
         useless = "has no effect while trainer.val_before_train=false; set that to true"
         self.require(self.val_before_train or not self.val_only, "val_only", useless)
         if self.save_checkpoint_path is None:

@@ -3,17 +3,20 @@
 
 import logging
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, NoReturn
 
 from verl.trainer.config import PPOConfig, load_config
 from verl.trainer.config_checks import effect_notes, has_built_in_algorithms, require_available
 from verl.trainer.ray_cluster import ray_session, require_cluster, set_worker_environment
+from verl.trainer.stop_request import StopRequest
 from verl.trainer.tracking import Tracker, require_loggers
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.checkpoint import refuse_to_start_anew
+from verl.utils.lasting_output import outlive_readers
 from verl.utils.lean_imports import frozen_objects, import_modules
+from verl.utils.run_lock import FolderInUse, locked_folder
 from verl.workers.rollout.config import ENGINES
 
 if TYPE_CHECKING:
@@ -36,22 +39,48 @@ def run(config: PPOConfig, processes: "WorkerProcesses | None" = None) -> None:
             and ends them with the run.
 
     Raises:
-        ValueError: the config asks for what this version lacks, its batch numbers do not fit together, or `processes`
-            do not fit the config.
+        ValueError: the config asks for what this version lacks, its batch numbers do not fit together, `processes`
+            do not fit the config, or (FolderInUse) another run has the folder of the checkpoints.
     """
     plan = prepare(config)
     if processes is not None:
         _require_fit(config, plan, processes)
     set_worker_environment()  # before transformers is imported, which reads some of it
-    with ThreadPoolExecutor(max_workers=1) as background:
+    stop_request = StopRequest(config.trainer.grace_s)
+    with _own_folder(config), stop_request.listening(), ThreadPoolExecutor(max_workers=1) as background:
         # Ray takes seconds to start, most of which this process would only wait.
         imports = background.submit(import_modules, TRAINER_MODULES)
         with ray_session(config):
             _require_cpus(config, plan)
-            with nullcontext(processes) if processes is not None else start_processes(config) as places:
-                imports.result()
-                with frozen_objects():
-                    _train(config, plan, places)
+            _train_on_cluster(config, plan, processes, stop_request, imports)
+
+
+def _train_on_cluster(
+    config: PPOConfig,
+    plan: BatchPlan,
+    processes: "WorkerProcesses | None",
+    stop_request: StopRequest,
+    imports: Future,
+) -> None:
+    from verl.single_controller.worker_processes import detect_device
+    from verl.trainer.restarts import train_through_losses
+
+    device = detect_device()  # for good: a cluster that has lost its GPUs is waited for
+
+    def train(attempt: PPOConfig) -> None:
+        is_given = processes is not None and processes.alive
+        with nullcontext(processes) if is_given else start_processes(attempt, device) as places:
+            imports.result()
+            with frozen_objects():
+                _train(attempt, plan, places, stop_request)
+
+    resources = {"CPU": _cpus_wanted(config, plan), "GPU": plan.world_size if device == "cuda" else 0}
+    train_through_losses(config, resources, stop_request, train)
+
+
+def _own_folder(config: PPOConfig) -> AbstractContextManager:
+    """A run that only validates saves nothing, and may look at the folder of a run that does."""
+    return nullcontext() if config.trainer.val_only else locked_folder(config.trainer.save_checkpoint_path)
 
 
 def _require_fit(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> None:
@@ -102,16 +131,19 @@ def _require_algorithms(config: PPOConfig) -> None:
         raise ValueError("\n".join(problems))
 
 
-def start_processes(config: PPOConfig) -> "WorkerProcesses":
+def start_processes(config: PPOConfig, device: str) -> "WorkerProcesses":
     """Processes for the workers, which import what these need while the trainer reads its data.
+
+    Args:
+        device: "cuda" or "cpu".
 
     Raises:
         ValueError: the Ray cluster is too small for them.
     """
-    from verl.single_controller.worker_processes import WorkerProcesses, detect_device
+    from verl.single_controller.worker_processes import WorkerProcesses
 
     nodes, workers_per_node = config.trainer.nnodes, config.trainer.n_gpus_per_node
-    return WorkerProcesses(nodes, workers_per_node, detect_device(), worker_modules(config.worker.rollout.name))
+    return WorkerProcesses(nodes, workers_per_node, device, worker_modules(config.worker.rollout.name))
 
 
 def worker_modules(engine: str) -> list[str]:
@@ -123,14 +155,17 @@ def _require_cpus(config: PPOConfig, plan: BatchPlan) -> None:
     """The reward actor waits for ever where the workers leave it no CPU: say so first."""
     import ray
 
-    workers, reward_cpus = plan.world_size, config.worker.reward.num_cpus
-    wanted, present = workers + reward_cpus, int(ray.cluster_resources().get("CPU", 0))
+    wanted, present = _cpus_wanted(config, plan), int(ray.cluster_resources().get("CPU", 0))
     if wanted > present:
         raise ValueError(
-            f"{workers} workers (trainer.nnodes x trainer.n_gpus_per_node) with one CPU each and "
-            f"worker.reward.num_cpus={reward_cpus} ask for {wanted} CPUs, but Ray sees {present}; lower them or add "
-            "nodes"
+            f"{plan.world_size} workers (trainer.nnodes x trainer.n_gpus_per_node) with one CPU each and "
+            f"worker.reward.num_cpus={config.worker.reward.num_cpus} ask for {wanted} CPUs, but Ray sees {present}; "
+            "lower them or add nodes"
         )
+
+
+def _cpus_wanted(config: PPOConfig, plan: BatchPlan) -> int:
+    return plan.world_size + config.worker.reward.num_cpus
 
 
 def check_videos(config: PPOConfig, *datasets: "RLHFDataset") -> None:
@@ -146,7 +181,7 @@ def check_videos(config: PPOConfig, *datasets: "RLHFDataset") -> None:
                 raise ValueError(f"{dataset.data_path!r} has videos: {error}") from None
 
 
-def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> None:
+def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses", stop_request: StopRequest) -> None:
     logger.info("loading the tokenizer and the data")
     from verl.data.loader import create_dataloader
     from verl.trainer.ray_trainer import RayDAPOTrainer
@@ -190,7 +225,17 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses") -> 
             resume_point=resume_point,
         ) as tracker:
             trainer = RayDAPOTrainer(
-                config, plan, steps, tokenizer, train_loader, val_loader, rewards, processes, tracker, resume_point
+                config,
+                plan,
+                steps,
+                tokenizer,
+                train_loader,
+                val_loader,
+                rewards,
+                processes,
+                tracker,
+                resume_point,
+                stop_request,
             )
             try:
                 trainer.init_workers()
@@ -236,15 +281,23 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         sys.stdout.write(USAGE)
         return
+    outlive_readers()  # before the loggers take sys.stderr
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("verl").setLevel(logging.INFO)
     try:
         config = load_config(sys.argv[1:])
         prepare(config)
     except ValueError as error:
-        sys.stderr.write(f"{error}\n")
-        raise SystemExit(2) from None
-    run(config)
+        _refuse(error)
+    try:
+        run(config)
+    except FolderInUse as error:
+        _refuse(error)
+
+
+def _refuse(error: ValueError) -> NoReturn:
+    sys.stderr.write(f"{error}\n")
+    raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

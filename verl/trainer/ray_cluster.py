@@ -14,9 +14,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from verl.trainer.cluster_guard import ClusterGuard
 from verl.trainer.config import PPOConfig
+from verl.utils.termination import termination_kept_from_children
+
+if TYPE_CHECKING:
+    from ray._private.worker import RayContext
 
 logger = logging.getLogger(__name__)
 
@@ -52,19 +57,46 @@ def ray_session(config: PPOConfig) -> Iterator[None]:
     set_worker_environment()
     import ray
 
-    is_callers = ray.is_initialized()
-    joins = "RAY_ADDRESS" in os.environ or RAY_START_NOTE.exists()
-    with nullcontext() if is_callers or joins else token_authentication():
-        if not is_callers:
-            logger.info("joining the Ray cluster" if joins else "starting Ray")
-            _join_ray() if joins else _start_ray(num_cpus=_cpus_of(config))
+    if ray.is_initialized():
+        cluster = nullcontext()
+    elif "RAY_ADDRESS" in os.environ or RAY_START_NOTE.exists():
+        cluster = _joined_cluster()
+    else:
+        cluster = _own_cluster(config)
+    with cluster:
         try:
             yield
         finally:
             if config.trainer.ray_timeline is not None:
                 ray.timeline(config.trainer.ray_timeline)
-            if not is_callers:
-                ray.shutdown()
+
+
+@contextmanager
+def _joined_cluster() -> Iterator[None]:
+    import ray
+
+    logger.info("joining the Ray cluster")
+    _join_ray()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _own_cluster(config: PPOConfig) -> Iterator[None]:
+    import ray
+
+    logger.info("starting Ray")
+    with token_authentication(), ClusterGuard() as guard:
+        with guard.takes_in():
+            session = _start_ray(num_cpus=_cpus_of(config))
+        guard.remember(session.address_info["session_dir"])
+        try:
+            yield
+        finally:
+            guard.end_helpers()
+            ray.shutdown()
 
 
 @contextmanager
@@ -107,15 +139,17 @@ def _join_ray() -> None:
     # As a job, this process has the values of the job's runtime environment; Ray refuses to be told them again.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     variables = {name: os.environ[name] for name in WORKER_ENVIRONMENT}
-    ray.init(logging_level="ERROR", runtime_env={"env_vars": variables})
+    with termination_kept_from_children():
+        ray.init(logging_level="ERROR", runtime_env={"env_vars": variables})
 
 
-def _start_ray(**options: Any) -> None:
+def _start_ray(**options: Any) -> "RayContext":
     import ray
 
     try:
         # Where the user has said nothing, it asks for the token, and sets RAY_AUTH_MODE for the cluster's processes.
-        ray.init("local", include_dashboard=False, logging_level="ERROR", **options)
+        with termination_kept_from_children():
+            session = ray.init("local", include_dashboard=False, logging_level="ERROR", **options)
     except OSError as error:
         if "AF_UNIX" not in str(error):
             raise
@@ -130,6 +164,7 @@ def _start_ray(**options: Any) -> None:
             f"Ray {ray.__version__} would let anybody into the run's cluster: install the release of "
             "requirements.txt, which asks for a token, or set RAY_AUTH_MODE=disabled to do without one"
         )
+    return session
 
 
 def require_cluster() -> None:

@@ -35,7 +35,9 @@ from verl.trainer.metrics import (
 from verl.trainer.rewards import RewardClient
 from verl.trainer.rollouts import Rollouts
 from verl.trainer.run_state import RunState
+from verl.trainer.standstill import Standstill
 from verl.trainer.step_record import StepRecord
+from verl.trainer.stop_request import StopRequest
 from verl.trainer.streams import model_inputs, scores_beside, scores_measured, shares_prompts, streams_read_by
 from verl.trainer.token_weigher import TokenWeigher
 from verl.trainer.tracking import Tracker
@@ -67,6 +69,7 @@ class RayDAPOTrainer:
         processes: where the workers live; they stay their owner's to end.
         tracker: where metrics go.
         resume_point: the checkpoint to go on from; None starts from the model's own weights.
+        stop_request: true once the run is to end after the step it is in, with that step saved.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class RayDAPOTrainer:
         processes: WorkerProcesses,
         tracker: Tracker,
         resume_point: ResumePoint | None,
+        stop_request: StopRequest,
     ) -> None:
         self.config = config
         self.plan = plan
@@ -92,11 +96,13 @@ class RayDAPOTrainer:
         self.processes = processes
         self.tracker = tracker
         self.resume_point = resume_point
+        self.stop_request = stop_request
         self.state = RunState(config)
         self.weigher = TokenWeigher(config, tokenizer)
         self.workers: WorkerGroup | None = None
         self.rollouts: Rollouts | None = None
         self.validator: Validator | None = None
+        self.standstill: Standstill | None = None
 
     # ---- life ----
 
@@ -116,6 +122,7 @@ class RayDAPOTrainer:
         )
         self.workers.init_model()
         self.rollouts = Rollouts(self.config, self.plan, self.workers, self.train_loader, self.rewards)
+        self.standstill = Standstill(self.config.trainer, self.plan, self.workers)
         self.validator = Validator(
             self.val_loader,
             self.rollouts.for_validation,
@@ -147,6 +154,7 @@ class RayDAPOTrainer:
                 batch = self._compute_advantages(batch, record)
                 self._update_critic(batch, record)
                 self._update_actor(batch, record)
+                self._watch_progress(batch, record)
                 self._validate_if_due(record)
                 self._save_if_due(record)
             self._log(batch, record)
@@ -156,7 +164,8 @@ class RayDAPOTrainer:
     def _remaining_steps(self) -> Iterator[int]:
         if self.config.trainer.val_only:
             return
-        while self.state.global_step < self.training_steps:
+        self.stop_request.let_steps_finish()
+        while self.state.global_step < self.training_steps and not self.stop_request:
             self.state.global_step += 1
             yield self.state.global_step
 
@@ -325,13 +334,20 @@ class RayDAPOTrainer:
         with record.timed("update_actor"):
             record.add(self.workers.update_actor(self._streams_for("update_actor", batch)))
 
+    def _watch_progress(self, batch: DataProto, record: StepRecord) -> None:
+        """A run that gets nowhere ends here, before the step is saved.
+
+        Reads: `response_mask`, `advantages`, `uid`, `prompt_text`."""
+        self.standstill.watch(batch, record)
+
     def _validate_if_due(self, record: StepRecord) -> None:
-        if _is_due(record.step, self.config.trainer.val_freq):
+        """Not where the run was asked to end: what it still has time for is to save."""
+        if _is_due(record.step, self.config.trainer.val_freq) and not self.stop_request:
             with record.timed("validation"):
                 record.add(self._validate().metrics)
 
     def _save_if_due(self, record: StepRecord) -> None:
-        if _is_due(record.step, self.config.trainer.save_freq):
+        if _is_due(record.step, self.config.trainer.save_freq) or self.stop_request:
             with record.timed("save_checkpoint"):
                 self.state.save(self.workers, self.train_loader)
 
@@ -369,16 +385,20 @@ class RayDAPOTrainer:
             self.tracker.log(self._validate().metrics, self.state.global_step)
 
     def _finish(self) -> None:
-        """The last step is always validated and saved, whatever the frequencies."""
+        """The last step is always validated and saved, whatever the frequencies; only saved if the run was asked to
+        end."""
         if self.config.trainer.val_only:
             return
-        if not self.state.is_validated:
+        if not self.state.is_validated and not self.stop_request:
             self.tracker.log(self._validate().metrics, self.state.global_step)
         self.tracker.phase("save_checkpoint")
         if not self.state.is_saved:
             self.state.save(self.workers, self.train_loader)
         self.state.publish(self.workers)
         self.state.track_checkpoint()
+        if self.stop_request:
+            step, last = self.state.global_step, self.training_steps
+            self.tracker.note(f"ended as asked, saved at step {step} of {last}; started again, the run goes on")
 
     def _streams_for(self, phase: str, batch: DataProto) -> DataProto:
         """What the workers are sent in a phase: the streams that it reads."""

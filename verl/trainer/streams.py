@@ -173,6 +173,7 @@ PHASES: dict[str, Condition] = {
     "compute_advantages": always,
     "update_critic": critic,
     "update_actor": always,
+    "watch_progress": always,
     "log": always,
 }
 """The phases of a step that touch the batch, in their order, and the runs in which they act."""
@@ -197,7 +198,7 @@ STREAMS = (
     Stream("position_ids", "N S", _INT, "rollout", (*_PASSES, *_SCORES_BATCH), always),
     Stream("response_mask", "N R", _INT, "rollout", (
         ("balance_across_ranks", shares_prompts), "start_rewards", *_PASSES, "await_rewards", _WEIGHTS,
-        "compute_advantages", "log"), always),
+        "compute_advantages", "watch_progress", "log"), always),
     Stream("rollout_log_probs", "N R", _FLOAT, "rollout", (
         "compute_log_probs", (_WEIGHTS, asks_for("rollout_log_probs"))), always),
     Stream("multi_modal_data", "N", object, "rollout", (*_SCORES, *_PASSES), always),
@@ -206,8 +207,8 @@ STREAMS = (
         *_SCORES, ("balance_across_ranks", shares_prompts),
         *((phase, actor_shares_prompts) for phase in _ACTOR_PASSES),
         *((phase, critic_shares_prompts) for phase in _CRITIC_PASSES),
-        "compute_advantages", ("log", token_weights)), always),
-    Stream("prompt_text", "N", object, "rollout", _SCORES, always),
+        "compute_advantages", "watch_progress", ("log", token_weights)), always),
+    Stream("prompt_text", "N", object, "rollout", (*_SCORES, "watch_progress"), always),
     Stream("ground_truth", "N", object, "rollout", _SCORES, always),
     Stream("extra", "N", object, "rollout", _SCORES, always),
     Stream("raw_prompt_ids", "N", object, "rollout", (), always),
@@ -235,7 +236,7 @@ STREAMS = (
     Stream("reward_results", "N", object, "await_rewards", ((_WEIGHTS, token_weights),), scores_later),
     Stream("token_weights", "N R", _FLOAT, _WEIGHTS, ("update_actor", "log"), token_weights),
     Stream("token_level_rewards", "N R", _FLOAT, "compute_advantages", ("log",), always),
-    Stream("advantages", "N R", _FLOAT, "compute_advantages", ("update_actor", "log"), always),
+    Stream("advantages", "N R", _FLOAT, "compute_advantages", ("update_actor", "watch_progress", "log"), always),
     Stream("returns", "N R", _FLOAT, "compute_advantages", ("update_critic", "log"), always),
 )
 # fmt: on

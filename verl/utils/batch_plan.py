@@ -71,6 +71,12 @@ class ModelPlan:
             optimizer_steps_per_step=mini_batches * model.ppo_epochs,
         )
 
+    def rows_of_mini_batch(self, number: int, world_size: int) -> list[int]:
+        """Which of a step's sequences its `number`-th mini-batch has: the `number`-th part of every worker's share."""
+        size = self.sequences_per_rank_per_mini_batch
+        firsts = [(rank * self.mini_batches + number) * size for rank in range(world_size)]
+        return [row for first in firsts for row in range(first, first + size)]
+
     def describe(self, experience: str, update: str) -> list[str]:
         """Three lines for the log.
 

@@ -283,6 +283,11 @@ class FSDPWorker(Worker):
             return self.critic.update_critic(data)
 
     @register(ONE_TO_ALL)
+    def skipped_mini_batches(self, model: str) -> list[int]:
+        """The mini-batches of the last update of "actor" or "critic" whose gradient was not finite, by their place."""
+        return self.trained[model].skipped_mini_batches
+
+    @register(ONE_TO_ALL)
     def memory_metrics(self) -> dict[str, float]:
         """`perf/*` in GiB: what this node's processes hold now, and the most that tensors held on this device."""
         metrics = {"perf/cpu_memory_used_gb": psutil.virtual_memory().used / GIBIBYTE}

@@ -65,6 +65,8 @@ class TrainedModel:
         self.plan = plan
         if config.model.enable_gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.skipped_mini_batches: list[int] = []
+        """Of the last update, by their place in it, a place for each pass in which its step was skipped."""
         self.optimizer = build_optimizer(self.model, config.optim)
         self.scheduler = build_scheduler(self.optimizer, config.optim, training_steps)
         self.checkpoint = FSDPCheckpoint(self.model, self.optimizer, self.scheduler, described_by)
@@ -100,21 +102,26 @@ class TrainedModel:
         mini-batch over all ranks, so the result depends neither on micro-batches nor on the number of ranks.
 
         Returns metrics, the same on every rank: the objective's own, `grad_norm` before clipping, averaged over the
-        optimizer steps, and `lr`; by this rank's clock `perf/tflops_*`, the operations in 10^12 that a device did in a
-        second (those of a reference do not count), and `perf/mfu_*`, their share of what it is made for, where that is
-        known.
+        optimizer steps, `lr`, and `skipped_steps`, how many optimizer steps were left out because their gradient was
+        not finite (the schedule advances all the same: it counts training steps); by this rank's clock
+        `perf/tflops_*`, the operations in 10^12 that a device did in a second (those of a reference do not count), and
+        `perf/mfu_*`, their share of what it is made for, where that is known.
         """
         self.model.train()
         self.forward.work = Work()
         start = time.perf_counter()
         steps = []
+        self.skipped_mini_batches = []
         for _ in range(self.config.ppo_epochs):
-            for mini_batch in self._mini_batches(data):
+            for number, mini_batch in enumerate(self._mini_batches(data)):
                 steps.append(self._optimizer_step(mini_batch))
+                if not math.isfinite(steps[-1][f"{self.area}/grad_norm"]):
+                    self.skipped_mini_batches.append(number)
         learning_rate = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
         metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-        return {**metrics, f"{self.area}/lr": learning_rate, **self._throughput(start)}
+        metrics |= {f"{self.area}/lr": learning_rate, f"{self.area}/skipped_steps": len(self.skipped_mini_batches)}
+        return {**metrics, **self._throughput(start)}
 
     def _mini_batches(self, data: DataProto) -> list[DataProto]:
         size = self.plan.sequences_per_rank_per_mini_batch

@@ -16,6 +16,7 @@ import psutil
 from ray import cloudpickle
 
 from verl.utils.process_tree import memory_of
+from verl.utils.termination import leave_termination_to_the_driver
 from verl.workers.reward.config import RewardConfig
 from verl.workers.reward.results import Scored
 from verl.workers.reward.supervision import Limits, Supervision
@@ -67,6 +68,7 @@ class RewardProcess:
         Raises:
             ValueError: there is no such folder on this machine; or as `load_reward_function` does.
         """
+        leave_termination_to_the_driver()
         os.environ.update(variables)
         try:
             os.chdir(folder)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small process beside a run: it ends the processes of the run's own Ray cluster when the run is gone.
+
+Of a driver that was killed, Ray's agents stay for a minute and more, and what workers have started stays for good.
+
+    python verl/trainer/cluster_guard.py DRIVER_PID MARK
+
+What it reads is the folder of Ray's session, and the end of its input is the end of the session.
+"""
+
+import os
+import secrets
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+CLUSTER_MARK = "VERL_CLUSTER"
+"""The variable that every process of a cluster has from its start, and hands on to what it starts."""
+
+LOOKS_PER_SECOND = 2
+
+ATTEMPT_SECONDS = 10
+"""For as long, killed processes may still have started others."""
+
+
+class ClusterGuard:
+    """The driver's side: a context manager, at whose end nothing is left of the cluster that was started in it."""
+
+    def __enter__(self) -> Self:
+        self._mark = secrets.token_hex(8)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", __file__, str(os.getpid()), self._mark],
+            stdin=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C and the end of a terminal are not for it
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+    @contextmanager
+    def takes_in(self) -> Iterator[None]:
+        """Processes that are started inside belong to the cluster, and so does all that they start."""
+        os.environ[CLUSTER_MARK] = self._mark
+        try:
+            yield
+        finally:
+            del os.environ[CLUSTER_MARK]
+
+    def remember(self, session_folder: str) -> None:
+        """Tells where Ray keeps files of the session; in the end only the reader of its logs has a use for them."""
+        self._process.stdin.write(f"{session_folder}\n")
+        self._process.stdin.flush()
+
+    def end_helpers(self) -> None:
+        """Ends those of Ray's processes that the driver need not take leave of; Ray waits a second for each."""
+        for process in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                if process.name() not in ("raylet", "gcs_server") and _has_mark(process, self._mark):
+                    process.kill()
+
+
+def wait_for_end(driver: int) -> str | None:
+    """The session's folder, once the driver has closed this process' input or is gone."""
+    folder = None
+    while True:
+        is_gone = os.getppid() != driver
+        if select.select([sys.stdin], [], [], 0 if is_gone else 1 / LOOKS_PER_SECOND)[0]:
+            line = sys.stdin.readline()
+            if not line:
+                return folder
+            folder = line.rstrip("\n")
+        elif is_gone:  # and a process that it forked holds the other end
+            return folder
+
+
+def end_marked(mark: str) -> None:
+    """Kills the processes with this mark, and those that they start meanwhile."""
+    deadline = time.monotonic() + ATTEMPT_SECONDS
+    while time.monotonic() < deadline:
+        found = [process for process in psutil.process_iter() if _has_mark(process, mark)]
+        if not found:
+            return
+        for process in found:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(found, timeout=1)
+
+
+def _has_mark(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.environ().get(CLUSTER_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:  # gone, or another user's
+        return False
+
+
+def main() -> None:
+    """Waits, kills and tidies up."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    driver, mark = int(sys.argv[1]), sys.argv[2]
+    folder = wait_for_end(driver)
+    end_marked(mark)
+    if folder is not None:
+        for spilled in Path(folder).glob("ray_spilled_objects*"):
+            shutil.rmtree(spilled, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
