@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import torch
 from transformers import AutoModelForImageTextToText
 
@@ -30,6 +31,7 @@ from verl.trainer.ray_trainer import RayDAPOTrainer
 from verl.trainer.step_record import StepRecord
 from verl.utils.attention_metrics import vgr_from_mass
 from verl.utils.attention_token_weights import token_weights_from_vgr
+from verl.utils.checkpoint_folder import read_manifest
 from verl.workers.actor.config import ActorConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -371,6 +373,27 @@ def test_a_resumed_run_with_a_critic_ends_with_the_weights_of_one_that_was_never
     assert last[0]["step"] == last[1]["step"] == 3
     for area in ("actor", "critic", "reward"):
         assert last[0][area] == last[1][area]
+
+
+def test_deterministic_runs_of_one_seed_agree_to_the_last_bit(
+    tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster
+) -> None:
+    """On two workers: all that is logged, but for clocks and memory, and every file of weights and states."""
+    records = []
+    for name in ("one", "other"):
+        settings = ["trainer.deterministic=true", "trainer.n_gpus_per_node=2", "trainer.max_steps=2"]
+        run_shared(load_config(arguments(tiny_model_path, data_files, tmp_path / name, *settings)))
+        modes = [
+            actor.__ray_call__.remote(lambda _: torch.are_deterministic_algorithms_enabled())
+            for actor in shared_processes(2)._actors
+        ]
+        assert ray.get(modes) == [True, True]
+        lines = lines_of(tmp_path / name / "experiment_log.jsonl")
+        clocks = ("timing_s", "timing_per_token_ms", "perf")
+        records.append([{area: values for area, values in line.items() if area not in clocks} for line in lines])
+    assert records[0] == records[1]
+    saved = [read_manifest(tmp_path / name / "global_step_2").files for name in ("one", "other")]
+    assert all(saved[0][name] == saved[1][name] for name in saved[0] if name.endswith(".pt"))
 
 
 def test_a_loss_that_only_the_users_own_program_registers_trains_in_the_workers(

@@ -14,6 +14,7 @@ from verl.trainer.stop_request import StopRequest
 from verl.trainer.tracking import Tracker, require_loggers
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.checkpoint import refuse_to_start_anew
+from verl.utils.determinism import VARIABLES
 from verl.utils.lasting_output import outlive_readers
 from verl.utils.lean_imports import frozen_objects, import_modules
 from verl.utils.run_lock import FolderInUse, locked_folder
@@ -143,7 +144,8 @@ def start_processes(config: PPOConfig, device: str) -> "WorkerProcesses":
     from verl.single_controller.worker_processes import WorkerProcesses
 
     nodes, workers_per_node = config.trainer.nnodes, config.trainer.n_gpus_per_node
-    return WorkerProcesses(nodes, workers_per_node, device, worker_modules(config.worker.rollout.name))
+    modules = worker_modules(config.worker.rollout.name)
+    return WorkerProcesses(nodes, workers_per_node, device, modules, VARIABLES if config.trainer.deterministic else {})
 
 
 def worker_modules(engine: str) -> list[str]:

@@ -40,7 +40,7 @@ from verl.config import cut
 from verl.models.saved_files import add_legacy_rope, apply_umask
 from verl.models.trainable import ADAPTER, adapter_config
 from verl.utils.checkpoint import damaged_checkpoint, extra_state_file, model_file, optim_file
-from verl.utils.checkpoint_folder import FileRecord, record_files, told_of
+from verl.utils.checkpoint_folder import FileRecord, read_manifest, record_files, told_of
 from verl.utils.shards import sharding_group_size
 from verl.workers.adamw_bf16 import settle_compensation
 from verl.workers.saved_ranks import SavedRanks
@@ -188,7 +188,9 @@ class FSDPCheckpoint:
             return
         extra_state, optimizer_state = saved.extra_state(), saved.optimizer(patterns)
         with _refused_in(root):
-            self._require_fitting_states(optimizer_state, extra_state)
+            self._require_fitting_states(
+                optimizer_state, extra_state, is_proven=read_manifest(root.parent) is not None
+            )
             self._restore_optimizer(optimizer_state, extra_state["lr_scheduler"])
             if "rng" in extra_state:
                 _restore_random_states(extra_state["rng"])
@@ -240,8 +242,13 @@ class FSDPCheckpoint:
             return {}
         return get_optimizer_state_dict(self.model, self.optimizer, options=self.options)
 
-    def _require_fitting_states(self, optimizer_state: dict[str, Any], extra_state: dict[str, Any]) -> None:
+    def _require_fitting_states(
+        self, optimizer_state: dict[str, Any], extra_state: dict[str, Any], is_proven: bool
+    ) -> None:
         """What torch would take without a word, or fail on in the first step.
+
+        Args:
+            is_proven: whether a manifest has shown that the files are the ones that were saved.
 
         Raises:
             ValueError: naming the parameter and what of its state does not fit.
@@ -250,7 +257,8 @@ class FSDPCheckpoint:
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"the schedule stands at step {steps!r}")
         if not optimizer_state:
-            if steps > 0:
+            # A run whose every step was skipped saves none.
+            if steps > 0 and not is_proven:
                 raise ValueError(f"the optimizer state is empty, though the schedule stands at step {steps}")
             return
         for name, parameter in self._trained().items():
