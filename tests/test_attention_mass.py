@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -205,7 +206,9 @@ def test_a_packed_batch_gives_what_the_padded_one_gives(name):
     kinds, borders, (packed_query, packed_key) = packed(key_kinds, query, key)
 
     plan = KeyPlan.from_kinds(key_kinds, RESPONSE_LENGTH)
-    packed_plan = KeyPlan.from_packed_kinds(kinds, torch.tensor(borders, dtype=torch.int32), RESPONSE_LENGTH)
+    places = [torch.arange(start, end) for start, end in pairwise(borders)]
+    columns = [(row[-RESPONSE_LENGTH:] == KeyKind.RESPONSE).nonzero()[:, 0] for row in key_kinds]
+    packed_plan = KeyPlan.from_places(kinds, places, columns, RESPONSE_LENGTH)
     masses = measure(name, packed_query, packed_key, packed_plan)
     assert torch.equal(masses, measure(name, query, key, plan))
 
@@ -285,9 +288,12 @@ def test_a_prompt_key_after_the_response_began_is_refused():
         KeyPlan.from_kinds(torch.tensor([kinds_of("sttrrtr")]), 4)
 
 
-def test_a_packed_response_longer_than_the_result_is_refused():
-    with pytest.raises(AssertionError, match="a response is longer than 3"):
-        KeyPlan.from_packed_kinds(torch.tensor(kinds_of("strrstrrrr")), [0, 4, 10], 3)
+def test_columns_that_do_not_fit_a_packed_response_or_the_result_are_refused():
+    kinds, places = torch.tensor(kinds_of("strrstrrrr")), [torch.arange(4), torch.arange(4, 10)]
+    with pytest.raises(AssertionError, match="a column is not below 3"):
+        KeyPlan.from_places(kinds, places, [torch.arange(2), torch.arange(4)], 3)
+    with pytest.raises(AssertionError, match="not one column for each response token"):
+        KeyPlan.from_places(kinds, places, [torch.arange(2), torch.arange(3)], 4)
 
 
 def test_layers_are_normalised_by_the_prompt_mass_before_they_are_averaged():

@@ -34,7 +34,7 @@ from tests.vlm_zoo import (
     model_inputs,
     write_prompts,
 )
-from verl.models.attention_recorder import record_attention_mass, record_packed_attention_mass
+from verl.models.attention_recorder import record_attention_mass, record_mass_at
 from verl.models.position_ids import extend_position_ids, prompt_position_ids
 from verl.utils.attention_metrics import KeyKind, count_keys, mass_from_attentions, vgr_from_mass
 from verl.utils.attention_token_weights import (
@@ -278,12 +278,13 @@ def test_samples_packed_into_one_row_give_the_masses_and_weights_of_padded_ones(
         positions = prompt_position_ids(qwen.model.config, own, torch.ones_like(own), media)  # (4, own)
         parts.append(torch.cat([positions, extend_position_ids(positions, RESPONSE_LENGTHS[row])], dim=1))
     position_ids = torch.cat(parts, dim=1)[:, None]  # (4, 1, total)
-    cumulative_lengths = nn.functional.pad(is_real.sum(dim=1).cumsum(dim=0), (1, 0))  # (N + 1,)
+    places = torch.arange(int(is_real.sum())).split(is_real.sum(dim=1).tolist())
+    columns = [torch.arange(length) for length in RESPONSE_LENGTHS]
     inputs = {name: qwen.inputs[name] for name in ("pixel_values", "image_grid_thw")}
     inputs |= {"input_ids": ids[is_real][None], "position_ids": position_ids, "attention_mask": None}
 
     for last_k_layers in (1, None):
-        packed = partial(record_packed_attention_mass, qwen.model, kinds[is_real], cumulative_lengths)
+        packed = partial(record_mass_at, qwen.model, kinds[is_real], places, columns)
         with torch.no_grad(), packed(RESPONSE_LENGTH, last_k_layers) as recorder:
             qwen.model(**inputs, use_cache=False)
         expected = record(qwen.model, qwen.inputs, kinds, last_k_layers)

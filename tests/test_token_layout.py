@@ -128,6 +128,34 @@ def test_rows_without_a_response_take_no_part(tiny_model_path: str, batch: DataP
         assert found[stream][2:].any()
 
 
+@pytest.mark.parametrize("turns", ["between", "behind"])
+@pytest.mark.parametrize("layout", [[PADDED], [PACKED, "worker.actor.share_prompts=false"], [PACKED]])
+def test_tokens_of_other_turns_move_no_stream_to_another_token(
+    layout: list[str], turns: str, tiny_model_path: str, batch: DataProto, lone_process_group
+) -> None:
+    """A tool's tokens between two turns of a response, or behind its last, are read by the model and not the policy's.
+
+    Taken for such, they leave the streams of all other tokens as they were.
+    """
+    wanted = ["log_probs", "entropy", "image_kl", "attention_mass", "attention_keys", "hidden_cosine"]
+    signals = "algorithm.token_signals_to_log=[image_kl,hidden_cosine,entropy]"
+    worker = start_alone(make_config(tiny_model_path, COLLECT, signals, *layout))
+    rows = batch[torch.arange(len(batch))]
+    whole = worker.measured(rows, wanted).batch
+    mask = rows.batch["response_mask"]
+    for row in mask:
+        length = int(row.sum())
+        if length >= 3:
+            row[1 if turns == "between" else length - 1] = 0
+    assert (mask.sum(1) < batch.batch["response_mask"].sum(1)).sum() >= 5
+    found = worker.measured(rows, wanted).batch
+    assert torch.equal(found["attention_keys"], whole["attention_keys"])
+    for name in set(wanted) - {"attention_keys"}:
+        is_response = mask.bool() if name != "attention_mass" else mask[:, :, None].bool()
+        expected = torch.where(is_response, whole[name], 0)
+        torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-4, equal_nan=True, msg=name)
+
+
 def test_both_layouts_hold_the_same_tokens_in_the_same_order(batch: DataProto) -> None:
     is_response = batch.batch["response_mask"].bool()
     labels = batch.batch["responses"][is_response]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -181,45 +180,26 @@ def record_attention_mass(
 
 
 @contextmanager
-def record_packed_attention_mass(
-    model: nn.Module,
-    key_kinds: torch.Tensor,
-    cumulative_lengths: torch.Tensor | Sequence[int],
-    response_length: int,
-    layers: LayerChoice | int | None = None,
-    backend: str | None = None,
-    group: SequenceGroup | None = None,
-) -> Iterator[AttentionMassRecorder]:
-    """`record_attention_mass` for a forward on samples that lie end to end in one row.
-
-    Args:
-        key_kinds: (total,) `KeyKind` of the tokens.
-        cumulative_lengths: (N + 1,) where each sample begins, and the total.
-        response_length: R of the result; every response begins at its column 0.
-        group: the ranks that share the row with this one; its ranks all get the same result.
-    """
-    borders = torch.as_tensor(cumulative_lengths).tolist()
-    places = [torch.arange(start, end) for start, end in pairwise(borders)]
-    with record_mass_at(model, key_kinds, places, response_length, layers, backend, group) as recorder:
-        yield recorder
-
-
-@contextmanager
 def record_mass_at(
     model: nn.Module,
     key_kinds: torch.Tensor,
     places: Sequence[torch.Tensor],
+    columns: Sequence[torch.Tensor],
     response_length: int,
     layers: LayerChoice | int | None = None,
     backend: str | None = None,
     group: SequenceGroup | None = None,
 ) -> Iterator[AttentionMassRecorder]:
-    """`record_packed_attention_mass` where samples may have tokens in common.
+    """`record_attention_mass` for a forward on samples in one row, end to end or with tokens in common.
 
     Args:
+        key_kinds: (total,) `KeyKind` of the tokens.
         places: of each sample the places of its tokens in the row, ascending, in their order.
+        columns: of each sample the columns of the result that its response tokens go to, ascending.
+        response_length: R of the result.
+        group: the ranks that share the row with this one; its ranks all get the same result.
     """
-    plan = KeyPlan.from_places(key_kinds, places, response_length)
+    plan = KeyPlan.from_places(key_kinds, places, columns, response_length)
     recorder = AttentionMassRecorder(model, plan, (1, len(key_kinds)), layers, backend, group)
     with tapped_attention(recorder.observe):
         yield recorder

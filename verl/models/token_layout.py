@@ -22,7 +22,6 @@ from verl.models.attention_recorder import (
     AttentionMassRecorder,
     record_attention_mass,
     record_mass_at,
-    record_packed_attention_mass,
 )
 from verl.models.attention_table import NOT_A_MASK, PACKING_IMPLEMENTATIONS, SAMPLES, PackedSamples
 from verl.models.position_ids import swap_rope_rows
@@ -47,6 +46,10 @@ class TokenLayout(ABC):
         self.response_mask = rows.batch["response_mask"].bool()  # (N, R)
         self.length = int(response_ends(self.response_mask).max())
         """Response columns up to the end of the longest response."""
+        attention_mask = rows.batch["attention_mask"]
+        behind_prompt = response_columns(attention_mask.shape[1], self.response_mask.shape[1])
+        self.own_columns = [is_token.nonzero()[:, 0] for is_token in attention_mask[:, behind_prompt]]
+        """Of each row the response columns that hold a token, of the response or between its turns."""
 
     @abstractmethod
     def pieces(self) -> list[tuple[int, int]]:
@@ -105,20 +108,34 @@ class TokenLayout(ABC):
             is_chosen: (N, S) bool.
         """
 
-    @abstractmethod
     def as_wide(self, masses: torch.Tensor) -> torch.Tensor:
-        """(N, R, 2), zero outside `response_mask`, from the (N, length, 2) of the recorder."""
+        """(N, R, 2), zero outside `response_mask`, from the recorder's first columns."""
+        mask = self.response_mask.to(masses.device)
+        wide = nn.functional.pad(masses, (0, 0, 0, mask.shape[1] - masses.shape[1]))
+        return torch.where(mask[:, :, None], wide, 0)
 
     @abstractmethod
     def record_attention(
         self, model: nn.Module, key_kinds: torch.Tensor, layers: LayerChoice | int | None
     ) -> Iterator[AttentionMassRecorder]:
-        """A context around the model's forward; its recorder's mass is (N, length, 2).
+        """A context around the model's forward; its recorder's mass (N, columns, 2) is for `as_wide`.
 
         Args:
             key_kinds: (N, S) `KeyKind` of the rows' tokens.
             layers: as in `record_attention_mass`.
         """
+
+    def _record_in_one_row(
+        self,
+        model: nn.Module,
+        kinds: torch.Tensor,
+        places: Sequence[torch.Tensor],
+        layers: LayerChoice | int | None,
+        group: SequenceGroup | None = None,
+    ) -> Iterator[AttentionMassRecorder]:
+        """`record_attention` for rows that lie in one: `kinds` (T,) and of each row the places of its tokens."""
+        num_columns = max((int(columns[-1]) + 1 for columns in self.own_columns if len(columns) > 0), default=0)
+        return record_mass_at(model, kinds, places, self.own_columns, num_columns, layers, group=group)
 
 
 class PaddedLayout(TokenLayout):
@@ -152,12 +169,6 @@ class PaddedLayout(TokenLayout):
     def at_labels(self, kept: torch.Tensor) -> torch.Tensor:
         # What stands at a position is about the token after it: drop the last, keep the one before the response.
         return kept[:, :-1][self.is_label.to(kept.device)]
-
-    def as_wide(self, masses: torch.Tensor) -> torch.Tensor:
-        wide = masses.new_zeros(*self.response_mask.shape, masses.shape[2])
-        is_label = self.is_label.to(masses.device)
-        wide[:, : self.length][is_label] = masses[is_label]
-        return wide
 
     def label_rows(self) -> torch.Tensor:
         return self.response_mask.nonzero()[:, 0]
@@ -229,9 +240,6 @@ class PackedLayout(TokenLayout):
     def at_labels(self, kept: torch.Tensor) -> torch.Tensor:
         return kept[0]
 
-    def as_wide(self, masses: torch.Tensor) -> torch.Tensor:
-        return _from_first_columns(masses, self.response_mask)
-
     def label_rows(self) -> torch.Tensor:
         rows = self.response_mask.nonzero()[:, 0]
         return rows if self.group is None else rows[self.is_own]
@@ -263,7 +271,8 @@ class PackedLayout(TokenLayout):
     ) -> Iterator[AttentionMassRecorder]:
         packed = self._packed(key_kinds)
         packed = nn.functional.pad(packed, (0, len(self.input_ids) - len(packed)))
-        return record_packed_attention_mass(model, packed, self.borders, self.length, layers, group=self.group)
+        places = [torch.arange(start, end) for start, end in pairwise(self.borders)]
+        return self._record_in_one_row(model, packed, places, layers, self.group)
 
 
 class SharedPromptLayout(TokenLayout):
@@ -296,7 +305,7 @@ class SharedPromptLayout(TokenLayout):
             if len(members) > 1:  # a row alone is a piece by itself
                 borders.append(start + len(prompt))
             for row in members:
-                columns = first_column + is_real[row, first_column:].nonzero()[:, 0]
+                columns = first_column + self.own_columns[row]
                 token_rows.append(torch.full_like(columns, row))
                 token_columns.append(columns)
                 first = borders[-1] if len(members) > 1 else start + len(prompt)
@@ -345,13 +354,11 @@ class SharedPromptLayout(TokenLayout):
         means = [states[0, own.to(states.device)].float().mean(dim=0) for own in chosen]
         return torch.stack(means)
 
-    def as_wide(self, masses: torch.Tensor) -> torch.Tensor:
-        return _from_first_columns(masses, self.response_mask)
-
     def record_attention(
         self, model: nn.Module, key_kinds: torch.Tensor, layers: LayerChoice | int | None
     ) -> Iterator[AttentionMassRecorder]:
-        return record_mass_at(model, key_kinds[self.token_rows, self.token_columns], self._places, self.length, layers)
+        kinds = key_kinds[self.token_rows, self.token_columns]
+        return self._record_in_one_row(model, kinds, self._places, layers)
 
 
 def _rows_by(uids: Sequence[Any]) -> list[list[int]]:
@@ -360,15 +367,6 @@ def _rows_by(uids: Sequence[Any]) -> list[list[int]]:
     for row, uid in enumerate(uids):
         groups.setdefault(uid, []).append(row)
     return list(groups.values())
-
-
-def _from_first_columns(masses: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
-    """(N, R, 2), zero outside the mask, from (N, length, 2), where a response's tokens count from column 0 on."""
-    mask = response_mask.to(masses.device)
-    is_token = torch.arange(masses.shape[1], device=masses.device) < mask.sum(dim=1, keepdim=True)  # (N, length)
-    wide = masses.new_zeros(*mask.shape, masses.shape[2])
-    wide[mask] = masses[is_token]
-    return wide
 
 
 def why_not_packed(model: nn.Module) -> str | None:

@@ -94,36 +94,30 @@ class KeyPlan:
         return cls._of([(index, places, row) for index, row in enumerate(rows)], columns, response_length)
 
     @classmethod
-    def from_packed_kinds(
-        cls, key_kinds: torch.Tensor, cumulative_lengths: torch.Tensor | Sequence[int], response_length: int
+    def from_places(
+        cls,
+        key_kinds: torch.Tensor,
+        places: Sequence[torch.Tensor],
+        columns: Sequence[torch.Tensor],
+        response_length: int,
     ) -> KeyPlan:
-        """The plan of samples that lie end to end in a single batch row.
-
-        key_kinds: (total,) integers of `KeyKind`, on any device; the plan is made on the CPU.
-        cumulative_lengths: (N + 1,) integers; sample n begins at the nth of them and ends before the next.
-        response_length: R; no response is longer. Each response's result begins at column 0.
-        """
-        borders = torch.as_tensor(cumulative_lengths).tolist()
-        places = [torch.arange(start, end) for start, end in zip(borders[:-1], borders[1:], strict=True)]
-        return cls.from_places(key_kinds, places, response_length)
-
-    @classmethod
-    def from_places(cls, key_kinds: torch.Tensor, places: Sequence[torch.Tensor], response_length: int) -> KeyPlan:
         """The plan of samples whose tokens stand anywhere in a single batch row, some of them in several samples.
 
         key_kinds: (total,) integers of `KeyKind`, on any device; the plan is made on the CPU.
         places: of each sample the places of its tokens, ascending, in their order.
-        response_length: R; no response is longer. Each response's result begins at column 0.
+        columns: of each sample the columns of the result that its response tokens go to, ascending.
+        response_length: R, above every column.
         """
         tokens = key_kinds.cpu()
         spans = [(0, own, tokens[own]) for own in places]
-        columns = [torch.arange(int((kinds == KeyKind.RESPONSE).sum())) for _, _, kinds in spans]
-        assert all(len(own) <= response_length for own in columns), f"a response is longer than {response_length}"
+        for (_, _, kinds), own in zip(spans, columns, strict=True):
+            assert len(own) == int((kinds == KeyKind.RESPONSE).sum()), "not one column for each response token"
+            assert len(own) == 0 or int(own.max()) < response_length, f"a column is not below {response_length}"
         return cls._of(spans, columns, response_length)
 
     @classmethod
     def _of(
-        cls, spans: list[tuple[int, torch.Tensor, torch.Tensor]], columns: list[torch.Tensor], response_length: int
+        cls, spans: list[tuple[int, torch.Tensor, torch.Tensor]], columns: Sequence[torch.Tensor], response_length: int
     ) -> KeyPlan:
         """spans: batch row, positions and kinds of each sample. columns: of each one's response tokens."""
         samples: list[SamplePlan] = []
