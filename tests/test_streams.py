@@ -17,7 +17,7 @@ from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig, load_config
 from verl.trainer.ray_trainer import RayDAPOTrainer
 from verl.trainer.step_record import StepRecord
-from verl.trainer.streams import PHASES, STREAMS, streams_of, streams_read_by, streams_written_by
+from verl.trainer.streams import PHASES, STREAMS, streams_of, streams_read_by
 
 SURPRISE = f"{Path(__file__).parent}/signals.py:surprise"
 COLLECT = "worker.rollout.collect_attentions=true"
@@ -99,7 +99,7 @@ class Watch:
         return watched
 
     def check_written(self, phase: str, before: set[str], batch: DataProto, config: PPOConfig) -> None:
-        written = {stream.name: stream for stream in streams_written_by(phase, config)}
+        written = {stream.name: stream for stream in streams_of(config) if stream.writer == phase}
         assert keys_of(batch) - before == set(written), f"{phase} adds other streams than the table says"
         for name, stream in written.items():
             dtype = object if name in batch.non_tensor_batch else batch.batch[name].dtype

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import torch
 
+from verl.workers.critic.config import CriticConfig
+
 
 def clipped_value_loss(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, cliprange_value: float
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, config: CriticConfig
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Squared error of the values, which may gain nothing by moving far from those of the rollout.
 
@@ -20,11 +22,13 @@ def clipped_value_loss(
     2. c is in units of the value, on its own, and not the range of the policy's ratio.
 
     values, old_values, returns: (N, R). Only `values` carries a gradient.
+    config: the critic's section; c is its `cliprange_value`.
 
     Returns the loss (N, R), not masked, and metrics (N, R) without gradient, to be averaged over the real tokens:
     `vf_clipfrac` (1 where the clipped value decides), `vpred_mean` (the values).
     """
-    clipped_values = values.clamp(old_values - cliprange_value, old_values + cliprange_value)  # (N, R)
+    reach = config.cliprange_value
+    clipped_values = values.clamp(old_values - reach, old_values + reach)  # (N, R)
     loss_plain = (values - returns).square()
     loss_clipped = (clipped_values - returns).square()
     per_token_metrics = {"vf_clipfrac": (loss_clipped > loss_plain).float(), "vpred_mean": values.detach()}

@@ -261,8 +261,3 @@ def streams_read_by(phase: str, config: PPOConfig) -> tuple[list[str], list[str]
         [stream.name for stream in read if stream.dtype is not object],
         [stream.name for stream in read if stream.dtype is object],
     )
-
-
-def streams_written_by(phase: str, config: PPOConfig) -> list[Stream]:
-    """The streams that a phase adds in this run."""
-    return [stream for stream in streams_of(config) if stream.writer == phase]

@@ -33,9 +33,7 @@ class ValueObjective:
         response_mask = given["response_mask"]  # (N, R)
         counts = (num_tokens.to(self.forward.device), num_sequences)
         values = self.forward.measure(rows, ["values"])["values"]  # (N, R)
-        per_token_loss, per_token_metrics = clipped_value_loss(
-            values, given["values"], given["returns"], self.config.cliprange_value
-        )
+        per_token_loss, per_token_metrics = clipped_value_loss(values, given["values"], given["returns"], self.config)
         mode = self.config.loss_avg_mode
         loss = aggregate_loss(per_token_loss, response_mask, response_mask, mode, *counts)
         metrics = {
