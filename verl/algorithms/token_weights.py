@@ -11,6 +11,7 @@ Shapes: N sequences, R response length.
 from __future__ import annotations
 
 import inspect
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from verl.algorithms.registry import Registry
 from verl.trainer.config import AlgorithmConfig
 from verl.utils.attention_metrics import vgr_from_mass
 from verl.utils.attention_token_weights import (
+    BISECTIONS,
     importance_from_vgr,
     token_weights_from_lists,
     weights_from_importance,
@@ -38,6 +40,10 @@ DEFAULT_SIGNAL = AlgorithmConfig().token_weight_signal
 """Without attention it leaves the weights to the reward function, and one warning says so."""
 
 LOG_KEY = "algorithm.token_signals_to_log"
+
+LARGEST_LOG_SPREAD = 20.0
+"""Of the control `random`: at one end its weights differ by less than float32 can tell, at the other all lies on one
+token."""
 
 TokenSignal = Callable[..., torch.Tensor]
 
@@ -315,14 +321,21 @@ def _shuffled(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor
 
 
 def _random(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Log-normal numbers of the weights' mean, and of their variance as far as a draw goes; they are not clipped."""
+    """Log-normal numbers of the mean and the variance that the response's weights have; they are not clipped.
+
+    Of two tokens that leaves open only which of them has which weight.
+    """
     mean, variance = weights.double().mean(), weights.double().var(correction=0)
     if variance == 0 or mean == 0:
         return weights
-    log_variance = torch.log1p(variance / mean**2)
     normal = torch.randn(len(weights), generator=generator, dtype=torch.float64)
-    drawn = torch.exp(log_variance.sqrt() * normal)
-    return (drawn * (mean / drawn.mean())).float()
+    low, high = -LARGEST_LOG_SPREAD, LARGEST_LOG_SPREAD
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        drawn = mean * len(weights) * torch.softmax(math.exp(middle) * normal, 0)
+        # The more normal numbers spread, the more do their exponentials of a given mean.
+        low, high = (middle, high) if drawn.var(correction=0) < variance else (low, middle)
+    return drawn.float()
 
 
 CONTROLS: dict[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor]] = {

@@ -25,7 +25,7 @@ from verl.utils.attention_metrics import (
 )
 
 BISECTIONS = 50
-"""Of the logarithm of the factor that brings a mean back to one: beyond what float32 can tell for any importance."""
+"""Of the logarithm of a factor on weights: beyond what float32 can tell for any importance."""
 
 LARGEST_IMPORTANCE = 1e100
 """Sums of it are finite."""
