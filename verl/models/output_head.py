@@ -63,15 +63,15 @@ def forward_with_head(
 
     head.forward = in_place_of_head
     try:
-        logits = model(**inputs).logits
+        given = model(**inputs).logits  # what stood in for the head's logits, unless the model went on to change it
     finally:
         del head.forward
-    if len(results) != 1 or logits is not results[0]:
+    if len(results) != 1 or given is not results[0]:
         raise RuntimeError(
             f"{type(model).__name__} gives other logits than its output head does, and none of the fields "
             f"{', '.join(LOGIT_CHANGES)} of its config says so: it cannot be trained; use another model"
         )
-    return logits
+    return given
 
 
 @torch.no_grad()

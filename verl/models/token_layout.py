@@ -11,7 +11,7 @@ response tokens of all rows, H hidden size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -79,12 +79,21 @@ class TokenLayout(ABC):
         """(L, K) of all response tokens, from (L, K) of those that this rank's positions predict."""
         return at_labels
 
-    def as_streams(self, names: Sequence[str], at_labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """By name (N, R), zero outside `response_mask`, from the columns of (L, K) of this rank's `labels`."""
-        columns = self.of_all_ranks(at_labels).unbind(-1)
+    def as_streams(
+        self, names: Sequence[str], at_labels: torch.Tensor, constant: Collection[str] = ()
+    ) -> dict[str, torch.Tensor]:
+        """By name (N, R), zero outside `response_mask`, from the columns of (L, K) of this rank's `labels`.
+
+        Args:
+            constant: the names out of `names` whose streams carry no gradient.
+        """
         mask = self.response_mask.to(at_labels.device)
         zeros = at_labels.new_zeros(mask.shape)  # (N, R)
-        return {name: zeros.masked_scatter(mask, column) for name, column in zip(names, columns, strict=True)}
+        columns = dict(zip(names, self.of_all_ranks(at_labels).unbind(-1), strict=True))
+        return {
+            name: zeros.masked_scatter(mask, column.detach() if name in constant else column)
+            for name, column in columns.items()
+        }
 
     def label_states(self, states: torch.Tensor) -> torch.Tensor:
         """(L, H), the state that predicts each of this rank's `labels`.

@@ -44,7 +44,7 @@ def masked_whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def aggregate_loss(
     per_token_loss: torch.Tensor,
-    weights: torch.Tensor,
+    weighted_mask: torch.Tensor,
     response_mask: torch.Tensor,
     mode: str,
     num_tokens: torch.Tensor | float,
@@ -56,8 +56,8 @@ def aggregate_loss(
     `seq`: mean over sequences of each one's mean over its tokens, so every response counts the same.
 
     per_token_loss: (N, R), the rows of this micro-batch.
-    weights: (N, R), what each token's loss is multiplied by: the response mask, or the mask times token weights. The
-        denominators stay plain counts, so that weights of one change nothing.
+    weighted_mask: (N, R), what each token's loss is multiplied by: the response mask, or the mask times token weights.
+        The denominators stay plain counts, so that weights of one change nothing.
     response_mask: (N, R), 1 on response tokens.
     num_tokens, num_sequences: counts of the whole mini-batch over all micro-batches and all ranks.
 
@@ -65,10 +65,10 @@ def aggregate_loss(
     Raises ValueError for an unknown mode.
     """
     if mode == "token":
-        return masked_sum(per_token_loss, weights) / num_tokens
+        return masked_sum(per_token_loss, weighted_mask) / num_tokens
 
     if mode == "seq":
         tokens_of_row = response_mask.sum(-1).clamp(min=1)  # (N,)
-        return (masked_sum(per_token_loss, weights, dim=-1) / tokens_of_row).sum() / num_sequences
+        return (masked_sum(per_token_loss, weighted_mask, dim=-1) / tokens_of_row).sum() / num_sequences
 
     raise ValueError(f"loss_avg_mode='{mode}' is not known; use one of {', '.join(LOSS_AVG_MODES)}")

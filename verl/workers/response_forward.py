@@ -8,7 +8,7 @@ head, W ranks that share a row.
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from verl.models.output_head import forward_with_head
 from verl.models.registry import media_token_types
 from verl.models.sequence_parallel import SequenceGroup
 from verl.models.token_layout import PackedLayout, PaddedLayout, SharedPromptLayout, TokenLayout, why_not_packed
-from verl.models.trainable import vision_tower
+from verl.models.trainable import vision_tower, without_adapters
 from verl.protocol import DataProto
 from verl.utils.logprobs import LazyLogits
 from verl.utils.seqlen_balancing import prepare_dynamic_batch, restore_dynamic_batch
@@ -42,6 +42,7 @@ class ResponseForward(ABC):
         device: of the computation.
         config: of the trained model; `padding_free` and `dynamic_batching` are read.
         group: the ranks that share every row with this one, and have the same rows; None for a rank of its own.
+        is_base: runs the model without its adapters.
 
     Raises:
         ValueError: ranks are to share rows of a model that cannot be packed.
@@ -49,6 +50,8 @@ class ResponseForward(ABC):
 
     head_streams: tuple[str, ...]
     """Names of the streams (N, R) that the output head gives."""
+    constant_streams: tuple[str, ...] = ()
+    """The streams out of these that carry no gradient."""
     tap_streams: tuple[str, ...] = ()
     """Names of the streams that are observed inside the model."""
 
@@ -59,11 +62,13 @@ class ResponseForward(ABC):
         device: torch.device,
         config: TrainedModelConfig,
         group: SequenceGroup | None = None,
+        is_base: bool = False,
     ) -> None:
         self.model = model
         self.featurizer = featurizer
         self.device = device
         self.group = group
+        self.is_base = is_base
         obstacle = why_not_packed(model) if config.padding_free or group is not None else None
         if group is not None and obstacle is not None:
             raise ValueError(f"ulysses_size={group.size} needs rows without padding, but {obstacle}; use 1")
@@ -89,14 +94,15 @@ class ResponseForward(ABC):
         Returns:
             By name (N, R) float32, zero outside `response_mask`; a subclass says where a shape differs.
         """
-        self._require_known(wanted)
+        unknown = set(wanted) - {*self.head_streams, *self.tap_streams}
+        assert not unknown, f"{type(self).__name__} has no {sorted(unknown)}"
         names = [name for name in self.head_streams if name in wanted]
         layout = self._layout(rows)
         inputs = self._inputs(rows, layout)
         head = self._head(rows, layout, inputs, names)
-        with self._tap(rows, layout, wanted) as observed:
-            columns = self._run(head, inputs, layout)  # (L, K)
-        return layout.as_streams(names, columns) | observed
+        with self._adapters(), self._tap(rows, layout, wanted) as observed:
+            columns = forward_with_head(self.model, head, inputs, layout.at_labels)  # (L, K)
+        return layout.as_streams(names, columns, self.constant_streams) | observed
 
     @torch.no_grad()
     def measure_all(self, data: DataProto, wanted: Collection[str], micro_batch_size: int) -> dict[str, torch.Tensor]:
@@ -125,10 +131,6 @@ class ResponseForward(ABC):
             return PaddedLayout(rows)
         return SharedPromptLayout(rows) if self.shares_prompts else PackedLayout(rows, self.group)
 
-    def _require_known(self, wanted: Collection[str]) -> None:
-        known = {*self.head_streams, *self.tap_streams}
-        assert set(wanted) <= known, f"{type(self).__name__} has no {sorted(set(wanted) - known)}"
-
     def _inputs(self, rows: DataProto, layout: TokenLayout) -> dict[str, Any]:
         """All keywords of the model's forward, on the device; the forward counts as work done."""
         media = self._media(rows, layout)
@@ -150,6 +152,9 @@ class ResponseForward(ABC):
             name: value.to(self.device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
         }
 
+    def _adapters(self) -> AbstractContextManager:
+        return without_adapters(self.model) if self.is_base else nullcontext()
+
     @abstractmethod
     def _head(
         self, rows: DataProto, layout: TokenLayout, inputs: dict[str, Any], names: Sequence[str]
@@ -163,9 +168,3 @@ class ResponseForward(ABC):
     def _tap(self, rows: DataProto, layout: TokenLayout, wanted: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
         """A context around the forward; the streams that it observed are in the mapping afterwards."""
         yield {}
-
-    def _run(
-        self, head: Callable[[LazyLogits], torch.Tensor], inputs: dict[str, Any], layout: TokenLayout
-    ) -> torch.Tensor:
-        """(L, K), what `head` returned in one forward of the model."""
-        return forward_with_head(self.model, head, inputs, layout.at_labels)

@@ -49,11 +49,11 @@ class DataParallelPPOActor(TrainedModel):
         Args:
             data: `input_ids`, `attention_mask`, `position_ids`, `response_mask`, `old_log_probs`, `advantages`;
                 non-tensor `multi_modal_data`. With a KL loss other than `full`, which runs the reference itself, also
-                `ref_log_probs`. With `algorithm.enable_token_weights` also `token_weights` (N, any length): each
-                token's policy and KL loss is multiplied by its weight; tokens beyond the given ones weigh 1. Nothing
-                else sees the weights, and losses are divided by plain counts, so that weights of one change nothing,
-                bit for bit. With `worker.rollout.importance_cap` also `importance_weights` (N, R), which multiply the
-                policy loss alone.
+                `ref_log_probs`. With `algorithm.enable_token_weights` also `token_weights` (N, R): each
+                token's policy and KL loss is multiplied by its weight; with fewer columns than R, the tokens beyond
+                weigh 1. Nothing else sees the weights, and losses are divided by plain counts, so that weights of one
+                change nothing, bit for bit. With `worker.rollout.importance_cap` also `importance_weights` (N, R),
+                which multiply the policy loss alone.
 
         Returns:
             `actor/*` metrics, the same on every rank: means over the mini-batch's real response tokens, averaged

@@ -6,7 +6,7 @@ head, H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -21,13 +21,43 @@ from verl.models.output_head import capture_logits
 from verl.models.registry import media_token_ids
 from verl.models.sequence_parallel import SequenceGroup
 from verl.models.token_layout import TokenLayout
-from verl.models.trainable import without_adapters
 from verl.protocol import DataProto
 from verl.trainer.config import LayerChoice
 from verl.utils.attention_metrics import KeyKind, KeyVocabulary, count_keys
 from verl.utils.logprobs import LazyLogits, token_statistics
 from verl.workers.actor.config import ActorConfig
 from verl.workers.response_forward import ResponseForward
+
+
+@dataclass(frozen=True)
+class PolicyHead:
+    """What takes the place of a policy's output head: it is called with the logits, and gives (L, K)."""
+
+    names: Sequence[str]
+    """Of the K streams."""
+    labels: torch.Tensor
+    """(L,) the response tokens."""
+    temperature: float
+    """Logits are divided by it."""
+    banned_token_ids: Sequence[int]
+    """Tokens that cannot be sampled."""
+    reference: LazyLogits | None
+    """The reference's logits, for `kl`."""
+    spoilt: LazyLogits | None
+    """The policy's own with the images spoilt, for `image_kl`."""
+    has_media: torch.Tensor | None
+    """(L,) bool, whether the token's row has images or videos, for `image_kl`."""
+
+    def __call__(self, logits: LazyLogits) -> torch.Tensor:
+        """(L, K), a column for each name."""
+        if not self.names:
+            return self.labels.new_empty(len(self.labels), 0)
+        compare = partial(token_statistics, logits, self.labels, self.temperature, self.banned_token_ids)
+        statistics = compare(self.reference, with_entropy="entropy" in self.names)
+        columns = {"log_probs": statistics.log_probs, "entropy": statistics.entropy, "kl": statistics.kl}
+        if self.spoilt is not None:
+            columns["image_kl"] = torch.where(self.has_media, compare(self.spoilt, with_entropy=False).kl, 0)
+        return torch.stack([columns[name] for name in self.names], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -59,14 +89,14 @@ class PolicyForward(ResponseForward):
 
     Args:
         model: the policy or reference, sharded or whole.
-        featurizer, device, config, group: as in `ResponseForward`.
+        featurizer, device, config, group, is_base: as in `ResponseForward`.
         temperature: of the rollout; logits are divided by it.
-        is_base: runs the model without its adapters.
         reference: the policy that `kl` is measured from; its model takes the same inputs. None where no KL is wanted.
         signals: how the last four streams are measured; None where they are not wanted.
     """
 
     head_streams = ("log_probs", "entropy", "kl", "image_kl")
+    constant_streams = ("entropy",)
     tap_streams = ("attention_mass", "attention_keys", "hidden_cosine")
 
     def __init__(
@@ -81,57 +111,37 @@ class PolicyForward(ResponseForward):
         reference: Self | None = None,
         signals: SignalSettings | None = None,
     ) -> None:
-        super().__init__(model, featurizer, device, config, group)
+        super().__init__(model, featurizer, device, config, group, is_base)
         self.temperature = temperature
         self.banned_token_ids = media_token_ids(model.config)
-        self.is_base = is_base
         self.reference = reference
         self.signals = signals
-
-    def measure(self, rows: DataProto, wanted: Collection[str]) -> dict[str, torch.Tensor]:
-        """`ResponseForward.measure` of the streams above."""
-        streams = super().measure(rows, wanted)
-        if "entropy" in streams:
-            streams["entropy"] = streams["entropy"].detach()
-        if "image_kl" in streams:
-            media = rows.non_tensor_batch.get("multi_modal_data", [None] * len(rows))
-            has_media = torch.tensor([bool(handles) for handles in media], device=self.device)
-            streams["image_kl"] = torch.where(has_media[:, None], streams["image_kl"], 0)
-        return streams
 
     def logits_at_labels(self, layout: TokenLayout, inputs: dict[str, Any]) -> LazyLogits:
         """Logits (L, V) of the positions that predict `layout.labels()`, without gradient, to be used later."""
         with self._adapters():
             return capture_logits(self.model, inputs, layout.at_labels)
 
-    def _require_known(self, wanted: Collection[str]) -> None:
-        super()._require_known(wanted)
-        assert self.reference is not None or "kl" not in wanted, "there is no reference to measure kl from"
-        of_signals = {"image_kl", *self.tap_streams} & set(wanted)
-        assert self.signals is not None or not of_signals, f"{sorted(of_signals)} need SignalSettings"
-
     def _head(
         self, rows: DataProto, layout: TokenLayout, inputs: dict[str, Any], names: Sequence[str]
     ) -> Callable[[LazyLogits], torch.Tensor]:
-        others: dict[str, LazyLogits] = {}
-        if "kl" in names:
-            others["kl"] = self.reference.logits_at_labels(layout, inputs)
-        if "image_kl" in names:
-            spoilt = self._on_device(self._media(rows, layout, self.signals.noise))
-            others["image_kl"] = self.logits_at_labels(layout, inputs | spoilt)
-        return partial(self._statistics, layout, names, others)
-
-    def _statistics(
-        self, layout: TokenLayout, names: Sequence[str], others: dict[str, LazyLogits], logits: LazyLogits
-    ) -> torch.Tensor:
-        """(L, K); `others` are what the policy is compared with, by the name of the KL."""
         labels = layout.labels().to(self.device)  # (L,)
-        compare = partial(token_statistics, logits, labels, self.temperature, self.banned_token_ids)
-        statistics = compare(others.get("kl"), with_entropy="entropy" in names)
-        columns = {"log_probs": statistics.log_probs, "entropy": statistics.entropy, "kl": statistics.kl}
+        reference = spoilt = has_media = None
+        if "kl" in names:
+            assert self.reference is not None, "there is no reference to measure kl from"
+            reference = self.reference.logits_at_labels(layout, inputs)
         if "image_kl" in names:
-            columns["image_kl"] = compare(others["image_kl"], with_entropy=False).kl
-        return torch.stack([columns[name] for name in names], dim=-1) if names else labels.new_empty(len(labels), 0)
+            assert self.signals is not None, "image_kl needs SignalSettings"
+            media = self._on_device(self._media(rows, layout, self.signals.noise))
+            spoilt = self.logits_at_labels(layout, inputs | media)
+            has_media = self._rows_with_media(rows)[layout.label_rows()].to(self.device)  # (L,)
+        return PolicyHead(names, labels, self.temperature, self.banned_token_ids, reference, spoilt, has_media)
+
+    def _rows_with_media(self, rows: DataProto) -> torch.Tensor:
+        """(N,) bool."""
+        if self.featurizer is None:
+            return torch.zeros(len(rows), dtype=torch.bool)
+        return torch.tensor([bool(handles) for handles in rows.non_tensor_batch["multi_modal_data"]])
 
     @contextmanager
     def _tap(self, rows: DataProto, layout: TokenLayout, wanted: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
@@ -139,6 +149,7 @@ class PolicyForward(ResponseForward):
         if not set(self.tap_streams) & set(wanted):
             yield observed
             return
+        assert self.signals is not None, f"{', '.join(self.tap_streams)} need SignalSettings"
         batch = rows.batch
         key_kinds = self.signals.vocabulary.classify(
             batch["input_ids"], batch["attention_mask"], batch["response_mask"].shape[1]
@@ -162,12 +173,3 @@ class PolicyForward(ResponseForward):
                 of_labels, image_means[layout.label_rows().to(self.device)], dim=-1
             )
             observed |= layout.as_streams(["hidden_cosine"], cosine[:, None])
-
-    def _run(
-        self, head: Callable[[LazyLogits], torch.Tensor], inputs: dict[str, Any], layout: TokenLayout
-    ) -> torch.Tensor:
-        with self._adapters():
-            return super()._run(head, inputs, layout)
-
-    def _adapters(self) -> AbstractContextManager:
-        return without_adapters(self.model) if self.is_base else nullcontext()

@@ -42,17 +42,17 @@ class PolicyObjective:
         self._require_no_idle_weights(rows)
         given = rows.select(None, []).to(self.forward.device).batch
         response_mask, old_log_probs = given["response_mask"], given["old_log_probs"]  # (N, R)
-        loss_weights = response_mask
+        weighted_mask = response_mask
         if self.algorithm.enable_token_weights:
-            loss_weights = response_mask * align_token_weights(given["token_weights"], response_mask)  # (N, R)
+            weighted_mask = response_mask * align_token_weights(given["token_weights"], response_mask)  # (N, R)
         share = partial(
             aggregate_loss,
             response_mask=response_mask,
             num_tokens=num_tokens.to(self.forward.device),
             num_sequences=num_sequences,
         )
-        share_of_mean = partial(share, weights=response_mask, mode="token")
-        share_of_loss = partial(share, weights=loss_weights, mode=self.config.loss_avg_mode)
+        share_of_mean = partial(share, weighted_mask=response_mask, mode="token")
+        share_of_loss = partial(share, weighted_mask=weighted_mask, mode=self.config.loss_avg_mode)
 
         measured = self.forward.measure(rows, self.wanted)  # (N, R) each
         policy_loss, per_token_metrics = self.policy_loss(
