@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.batches import answer_at_random, make_prompts
+from tests.batches import answer_at_random, make_prompts, uids_of
 from tests.pool import run_shared
 from tests.probe import RESPONSE_LENGTH, WITH_CRITIC, make_config, start_alone
 from tests.test_training_run import arguments
@@ -17,7 +17,8 @@ from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig, load_config
 from verl.trainer.ray_trainer import RayDAPOTrainer
 from verl.trainer.step_record import StepRecord
-from verl.trainer.streams import PHASES, STREAMS, streams_of, streams_read_by
+from verl.trainer.streams import PHASES, PROMPT_STREAMS, STREAMS, prompt_streams_read_by, streams_of, streams_read_by
+from verl.workers.rollout.base import Sampling
 
 SURPRISE = f"{Path(__file__).parent}/signals.py:surprise"
 COLLECT = "worker.rollout.collect_attentions=true"
@@ -150,7 +151,7 @@ def test_workers_need_every_stream_that_they_are_sent(
     for stream in streams_of(config):
         if stream.shape == "N R" and stream.name not in batch.batch.keys():
             batch.batch[stream.name] = torch.rand(len(batch), RESPONSE_LENGTH) * batch.batch["response_mask"]
-    for phase in ("compute_values", "update_critic", "update_actor"):
+    for phase in ("compute_log_probs", "compute_values", "update_critic", "update_actor"):
         tensors, objects = streams_read_by(phase, config)
         for name in (*tensors, *objects):
             less = batch.select([key for key in tensors if key != name], [key for key in objects if key != name])
@@ -158,6 +159,38 @@ def test_workers_need_every_stream_that_they_are_sent(
                 getattr(worker, phase)(less)
         if tensors:
             getattr(worker, phase)(batch.select(tensors, objects))
+
+
+def test_prompts_have_the_streams_of_their_table_and_engines_need_what_they_are_sent(
+    tiny_model_path: str, tmp_path: Path, lone_process_group
+) -> None:
+    config = make_config(tiny_model_path)
+    prompts = make_prompts(tiny_model_path, tmp_path)
+    prompts.non_tensor_batch["uid"] = uids_of(len(prompts), 1)
+    assert keys_of(prompts) == {stream.name for stream in PROMPT_STREAMS}
+    for stream in PROMPT_STREAMS:
+        is_object = stream.name in prompts.non_tensor_batch
+        sizes = [len(prompts)] if is_object else prompts.batch[stream.name].shape
+        letters = {len(prompts): "B", config.data.max_prompt_length: "P"}
+        dtype = object if is_object else prompts.batch[stream.name].dtype
+        # Four prompts, and four rows of position ids.
+        shape = " ".join(letters[size] for size in (sizes[0], *sizes[1:][-1:]))
+        assert (shape, dtype) == (stream.shape, stream.dtype), stream.name
+    worker = start_alone(config)
+    worker.prepare_rollout_engine()
+    meta = {"sampling": Sampling.for_training(config.worker.rollout), "seed_parts": (0,)}
+    tensors, objects = prompt_streams_read_by("generate", config)
+    for name in (*tensors, *objects):
+        less = prompts.select([key for key in tensors if key != name], [key for key in objects if key != name], [])
+        less.meta_info = meta
+        with pytest.raises(KeyError, match=name):
+            worker.generate_sequences(less)
+    given = prompts.select(tensors, objects, [])
+    given.meta_info = meta
+    rows = worker.generate_sequences(given)
+    described = prompts.select(*prompt_streams_read_by("repeat", config), [])
+    drawn = {stream.name for stream in streams_of(config) if stream.writer == "rollout"}
+    assert keys_of(rows) | keys_of(described) == drawn
 
 
 def test_every_row_of_the_table_is_met_by_a_kind_of_run(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from verl.trainer.run_state import RunState
 from verl.trainer.standstill import Standstill
 from verl.trainer.step_record import StepRecord
 from verl.trainer.stop_request import StopRequest
-from verl.trainer.streams import model_inputs, scores_beside, scores_measured, shares_prompts, streams_read_by
+from verl.trainer.streams import scores_beside, scores_measured, shares_prompts, streams_read_by
 from verl.trainer.token_weigher import TokenWeigher
 from verl.trainer.tracking import Tracker
 from verl.trainer.validator import ValidationResult, Validator
@@ -148,6 +148,7 @@ class RayDAPOTrainer:
                 batch = self._balance_across_ranks(batch, record)
                 rewards = self._start_rewards(batch)
                 batch = self._compute_log_probs(batch, record)
+                batch = self._compare_with_rollout(batch, record)
                 batch = self._compute_values(batch, record)
                 batch = self._await_rewards(batch, rewards, record)
                 batch = self._attach_token_weights(batch, record)
@@ -208,19 +209,13 @@ class RayDAPOTrainer:
         return self.rewards.send(batch, self.state.global_step) if scores_beside(self.config) else None
 
     def _compute_log_probs(self, batch: DataProto, record: StepRecord) -> DataProto:
-        """Reads: the model's inputs, `rollout_log_probs`. Adds: `old_log_probs`; what the run's token signals want
-        measured, and `attention_mass` and `attention_keys` if they are collected; unless KL is off `ref_log_probs`,
-        or, of a full KL, `ref_kl` if it is for the reward; `importance_weights` if asked for."""
+        """Reads: the model's inputs. Adds: `old_log_probs`; what the run's token signals want measured, and
+        `attention_mass` and `attention_keys` if they are collected; unless KL is off `ref_log_probs`, or, of a full
+        KL, `ref_kl` if it is for the reward."""
         algorithm = self.config.algorithm
-        sequences = batch.select(*model_inputs(self.config), [])
+        sequences = self._streams_for("compute_log_probs", batch)
         with record.timed("old"):
             batch = batch.union(self.workers.compute_log_probs(sequences))
-        streams, cap = batch.batch, self.config.worker.rollout.importance_cap
-        if cap is not None:
-            streams["importance_weights"] = truncated_importance_weights(
-                streams["old_log_probs"], streams["rollout_log_probs"], streams["response_mask"], cap
-            )
-        record.add(compute_rollout_metrics(batch, cap))
         if self.config.worker.rollout.collect_attentions:
             record.add(compute_attention_metrics(batch))
         if algorithm.full_kl_in_reward:
@@ -229,6 +224,16 @@ class RayDAPOTrainer:
         if algorithm.estimates_kl:
             with record.timed("ref"):
                 batch = batch.union(self.workers.compute_ref_log_probs(sequences))
+        return batch
+
+    def _compare_with_rollout(self, batch: DataProto, record: StepRecord) -> DataProto:
+        """Reads: `old_log_probs`, `rollout_log_probs`, `response_mask`. Adds: `importance_weights` if asked for."""
+        streams, cap = batch.batch, self.config.worker.rollout.importance_cap
+        if cap is not None:
+            streams["importance_weights"] = truncated_importance_weights(
+                streams["old_log_probs"], streams["rollout_log_probs"], streams["response_mask"], cap
+            )
+        record.add(compute_rollout_metrics(batch, cap))
         return batch
 
     def _compute_values(self, batch: DataProto, record: StepRecord) -> DataProto:

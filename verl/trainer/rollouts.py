@@ -21,6 +21,7 @@ from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.config import PPOConfig
 from verl.trainer.rewards import RewardClient, numbers_by_key
 from verl.trainer.step_record import StepRecord
+from verl.trainer.streams import prompt_streams_read_by
 from verl.utils.batch_plan import BatchPlan
 from verl.workers.rollout.base import Sampling
 
@@ -120,18 +121,12 @@ class Rollouts:
 
     def _generate(self, prompts: DataProto, sampling: Sampling, seed_parts: tuple[int, ...]) -> DataProto:
         """Responses for B prompts beside the prompts' own streams, repeated: N rows."""
-        inputs = prompts.select(
-            ["input_ids", "attention_mask", "position_ids"], ["raw_prompt_ids", "multi_modal_data"], []
-        )
+        inputs = prompts.select(*prompt_streams_read_by("generate", self.config), [])
         inputs.meta_info = {"sampling": sampling, "seed_parts": seed_parts}
         padded, pad_size = pad_dataproto_to_divisor(inputs, self.plan.world_size)
         responses = unpad_dataproto(self.workers.generate_sequences(padded), pad_size * sampling.n)
-        carried = prompts.select(
-            [],
-            ["uid", "ground_truth", "prompt_text", "extra", "raw_prompt_ids", "multi_modal_data", "image_grid_thw"],
-            [],
-        )
-        return responses.union(carried.repeat(sampling.n, interleave=True))
+        described = prompts.select(*prompt_streams_read_by("repeat", self.config), [])
+        return responses.union(described.repeat(sampling.n, interleave=True))
 
     def _keep_informative(self, draw: DataProto, record: StepRecord) -> DataProto:
         """The rows of those groups that carry signal, with their rewards; all as they are if none is to be filtered.

@@ -3,9 +3,11 @@
 
 A stream is on the batch in every step of a run, or in none. The configuration decides: no phase asks whether a stream
 is there. Phases are the methods of `RayDAPOTrainer` that `fit` lists, here without their underscore. What the workers
-are sent is selected by this table; a test holds everything else in it against what the phases do.
+are sent is selected by this table; a test holds everything else in it against what the phases do. A smaller table has
+the streams of prompts before they are answered.
 
-Shapes: N rows, P prompt length, R response length, S = P + R. `position_ids` are (N, 4, S) under multimodal rope.
+Shapes: B prompts, N rows, P prompt length, R response length, S = P + R. `position_ids` are (N, 4, S), or (B, 4, P),
+under multimodal rope.
 """
 
 from __future__ import annotations
@@ -40,9 +42,7 @@ class Stream:
     """The runs that have it. A name may have several rows, of which a run has one at most."""
 
     def is_read_by(self, phase: str, config: PPOConfig) -> bool:
-        """Whether a phase reads the stream in this run."""
-        if not PHASES[phase](config):
-            return False
+        """Whether a phase that acts in this run reads the stream."""
         readers = [(reader, always) if isinstance(reader, str) else reader for reader in self.readers]
         return any(name == phase and condition(config) for name, condition in readers)
 
@@ -75,6 +75,11 @@ def scores_measured(config: PPOConfig) -> bool:
 def scores_batch_beside(config: PPOConfig) -> bool:
     """The reward function takes the whole batch, while the log-prob passes run."""
     return scores_beside(config) and config.worker.reward.takes_batch
+
+
+def takes_raw_ids(config: PPOConfig) -> bool:
+    """The engine puts the tokens of images into the prompts itself."""
+    return config.worker.rollout.name == "vllm"
 
 
 def baselines(config: PPOConfig) -> bool:
@@ -167,6 +172,7 @@ PHASES: dict[str, Condition] = {
     "balance_across_ranks": always,
     "start_rewards": scores_beside,
     "compute_log_probs": always,
+    "compare_with_rollout": always,
     "compute_values": critic,
     "await_rewards": scores_later,
     "attach_token_weights": signals,
@@ -178,7 +184,6 @@ PHASES: dict[str, Condition] = {
 }
 """The phases of a step that touch the batch, in their order, and the runs in which they act."""
 
-_MODEL_INPUTS = (["input_ids", "attention_mask", "position_ids", "response_mask"], ["multi_modal_data"])
 _ACTOR_PASSES, _CRITIC_PASSES = ("compute_log_probs", "update_actor"), ("compute_values", "update_critic")
 _PASSES = (*_ACTOR_PASSES, *_CRITIC_PASSES)
 _INT, _FLOAT = torch.int64, torch.float32
@@ -197,10 +202,10 @@ STREAMS = (
         "balance_across_ranks", *_PASSES, *_SCORES_BATCH, "log"), always),
     Stream("position_ids", "N S", _INT, "rollout", (*_PASSES, *_SCORES_BATCH), always),
     Stream("response_mask", "N R", _INT, "rollout", (
-        ("balance_across_ranks", shares_prompts), "start_rewards", *_PASSES, "await_rewards", _WEIGHTS,
-        "compute_advantages", "watch_progress", "log"), always),
+        ("balance_across_ranks", shares_prompts), "start_rewards", *_PASSES, "compare_with_rollout", "await_rewards",
+        _WEIGHTS, "compute_advantages", "watch_progress", "log"), always),
     Stream("rollout_log_probs", "N R", _FLOAT, "rollout", (
-        "compute_log_probs", (_WEIGHTS, asks_for("rollout_log_probs"))), always),
+        "compare_with_rollout", (_WEIGHTS, asks_for("rollout_log_probs"))), always),
     Stream("multi_modal_data", "N", object, "rollout", (*_SCORES, *_PASSES), always),
     Stream("image_grid_thw", "N", object, "rollout", _SCORES_BATCH, always),
     Stream("uid", "N", object, "rollout", (
@@ -216,12 +221,11 @@ STREAMS = (
     Stream("reward_results", "N", object, "rollout", ((_WEIGHTS, token_weights),), filters),
     Stream("reward_baselines", "N", _FLOAT, "rollout", ("compute_advantages",), baselines),
     Stream("old_log_probs", "N R", _FLOAT, "compute_log_probs", (
-        (_WEIGHTS, asks_for("old_log_probs")), ("compute_advantages", estimates_kl_in_reward), "update_actor",
-    ), always),
+        "compare_with_rollout", (_WEIGHTS, asks_for("old_log_probs")),
+        ("compute_advantages", estimates_kl_in_reward), "update_actor"), always),
     Stream("ref_log_probs", "N R", _FLOAT, "compute_log_probs", (
         ("compute_advantages", estimates_kl_in_reward), ("update_actor", estimates_kl_in_loss)), estimates_kl),
     Stream("ref_kl", "N R", _FLOAT, "compute_log_probs", ("compute_advantages",), full_kl_in_reward),
-    Stream("importance_weights", "N R", _FLOAT, "compute_log_probs", ("update_actor",), importance),
     Stream("entropy", "N R", _FLOAT, "compute_log_probs", (_WEIGHTS,), measures("entropy")),
     Stream("image_kl", "N R", _FLOAT, "compute_log_probs", (_WEIGHTS,), measures("image_kl")),
     Stream("hidden_cosine", "N R", _FLOAT, "compute_log_probs", (_WEIGHTS,), measures("hidden_cosine")),
@@ -231,6 +235,7 @@ STREAMS = (
     Stream("attention_keys", "N 2", _INT, "compute_log_probs", (
         ("await_rewards", reward_asks_for("attention_keys")), (_WEIGHTS, asks_for("attention_keys"))),
         measures("attention_keys")),
+    Stream("importance_weights", "N R", _FLOAT, "compare_with_rollout", ("update_actor",), importance),
     Stream("values", "N R", _FLOAT, "compute_values", ("compute_advantages", "update_critic", "log"), critic),
     Stream("token_level_scores", "N R", _FLOAT, "await_rewards", ("compute_advantages", "log"), scores_later),
     Stream("reward_results", "N", object, "await_rewards", ((_WEIGHTS, token_weights),), scores_later),
@@ -242,11 +247,19 @@ STREAMS = (
 # fmt: on
 """Rows in the order in which a step adds their streams."""
 
-
-def model_inputs(config: PPOConfig) -> tuple[list[str], list[str]]:
-    """Names of the tensors and of the object columns that a forward pass of the policy over whole sequences reads."""
-    tensors, objects = _MODEL_INPUTS
-    return tensors, [*objects, "uid"] if actor_shares_prompts(config) else objects
+PROMPT_STREAMS = (
+    Stream("input_ids", "B P", _INT, "draw", ("generate",), always),
+    Stream("attention_mask", "B P", _INT, "draw", ("generate",), always),
+    Stream("position_ids", "B P", _INT, "draw", ("generate",), always),
+    Stream("raw_prompt_ids", "B", object, "draw", (("generate", takes_raw_ids), "repeat"), always),
+    Stream("multi_modal_data", "B", object, "draw", ("generate", "repeat"), always),
+    Stream("image_grid_thw", "B", object, "draw", ("repeat",), always),
+    Stream("uid", "B", object, "draw", ("repeat",), always),
+    Stream("prompt_text", "B", object, "draw", ("repeat",), always),
+    Stream("ground_truth", "B", object, "draw", ("repeat",), always),
+    Stream("extra", "B", object, "draw", ("repeat",), always),
+)
+"""Of drawn prompts, in the phase `rollout`: workers `generate` from some, and the rows of responses `repeat` some."""
 
 
 def streams_of(config: PPOConfig) -> list[Stream]:
@@ -256,7 +269,17 @@ def streams_of(config: PPOConfig) -> list[Stream]:
 
 def streams_read_by(phase: str, config: PPOConfig) -> tuple[list[str], list[str]]:
     """Names of the tensors and of the object columns that a phase reads in this run."""
-    read = [stream for stream in streams_of(config) if stream.is_read_by(phase, config)]
+    if not PHASES[phase](config):
+        return [], []
+    return _names_of([stream for stream in streams_of(config) if stream.is_read_by(phase, config)])
+
+
+def prompt_streams_read_by(step: str, config: PPOConfig) -> tuple[list[str], list[str]]:
+    """The same of drawn prompts, for `generate` or `repeat`."""
+    return _names_of([stream for stream in PROMPT_STREAMS if stream.is_read_by(step, config)])
+
+
+def _names_of(read: list[Stream]) -> tuple[list[str], list[str]]:
     return (
         [stream.name for stream in read if stream.dtype is not object],
         [stream.name for stream in read if stream.dtype is object],
