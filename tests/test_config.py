@@ -26,7 +26,7 @@ from packaging.specifiers import SpecifierSet
 from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS
 from verl.algorithms.policy_loss import POLICY_LOSSES
 from verl.algorithms.token_weights import TOKEN_SIGNALS
-from verl.config import ConfigSection
+from verl.config import ConfigSection, ConfigValueError
 from verl.trainer import config
 from verl.trainer.config import (
     ADV_ESTIMATORS,
@@ -36,10 +36,11 @@ from verl.trainer.config import (
     TrainerConfig,
     load_config,
 )
-from verl.trainer.config_checks import effect_notes, require_available
+from verl.trainer.config_checks import CONTRADICTIONS, effect_notes, require_available
 from verl.trainer.main import main, prepare
 from verl.trainer.ray_cluster import _start_ray
-from verl.workers.actor.config import LOSS_TYPES, ActorConfig, LoraConfig, OptimConfig
+from verl.workers.actor.config import LOSS_TYPES, ActorConfig, FSDPConfig, LoraConfig, OptimConfig
+from verl.workers.config import WorkerConfig
 from verl.workers.reward.config import RewardConfig
 from verl.workers.rollout.config import RolloutConfig
 
@@ -731,6 +732,73 @@ def test_a_derived_key_is_ignored_with_one_warning_that_names_its_origin(argumen
 # Sections built from Python
 
 
+CONTRADICTORY = {
+    "pixels_from_few_to_many": (
+        lambda: DataConfig(min_pixels=9, max_pixels=4),
+        "min_pixels=9 is above max_pixels=4",
+    ),
+    "adaptive_kl_has_a_target": (
+        lambda: AlgorithmConfig(kl_type="adaptive", kl_horizon=0.0),
+        "kl_horizon=0.0 is not above 0",
+    ),
+    "filter_from_low_to_high": (
+        lambda: AlgorithmConfig(filter_low=0.5, filter_high=0.5),
+        "filter_low=0.5 is not below filter_high=0.5",
+    ),
+    "random_control_of_graded_weights": (
+        lambda: AlgorithmConfig(token_weight_top_share=0.4, token_weight_control="random"),
+        "token_weight_control=random draws log-normal numbers for token_weight_top_share, whose weights are 0 or 1; "
+        "use shuffled",
+    ),
+    "layers_are_said_once": (
+        lambda: AlgorithmConfig(token_weight_layers="all", token_weight_last_k_layers=2),
+        "token_weight_layers=all is given beside token_weight_last_k_layers=2; use one of them",
+    ),
+    "validation_alone_validates": (
+        lambda: TrainerConfig(val_only=True, val_before_train=False),
+        "val_only=true has no effect while trainer.val_before_train=false; set that to true",
+    ),
+    "optimizer_knows_the_precision": (
+        lambda: ActorConfig(fsdp=FSDPConfig(torch_dtype="fp16"), optim=OptimConfig(strategy="adamw_bf16")),
+        "fsdp.torch_dtype=fp16 holds weights that optim.strategy=adamw_bf16 does not know; use bf16 or fp32",
+    ),
+    "greedy_validation_answers_once": (
+        lambda: RolloutConfig(val_override_config={"temperature": 0, "n": 2}),
+        "val_override_config.n=2 asks for answers that temperature=0 makes all alike",
+    ),
+    "vllm_takes_a_whole_sequence": (
+        lambda: PPOConfig(worker=WorkerConfig(rollout=RolloutConfig(name="vllm", max_model_len=1000))),
+        "worker.rollout.max_model_len=1000 is below data.max_prompt_length + data.max_response_length = 1024",
+    ),
+    "vllm_takes_a_whole_prompt_at_once": (
+        lambda: PPOConfig(worker=WorkerConfig(rollout=RolloutConfig(name="vllm", max_model_len=9000))),
+        "worker.rollout.max_model_len=9000 is above worker.rollout.max_num_batched_tokens=8192, and prompts are not "
+        "taken in chunks",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [check.__name__ for checks in CONTRADICTIONS.values() for check in checks])
+def test_values_that_contradict_each_other_are_refused_when_their_section_is_built(name):
+    build, message = CONTRADICTORY[name]
+    with pytest.raises(ConfigValueError) as refused:
+        build()
+    assert str(refused.value) == message
+
+
+def test_sections_check_their_values_one_by_one():
+    """A condition under which a section refuses a value looks at no other field; `config_checks.py` has those."""
+    for path in (ROOT / "verl").rglob("config.py"):
+        for owner in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)):
+            names = {node.target.id for node in owner.body if isinstance(node, ast.AnnAssign)}
+            calls = [
+                node for node in ast.walk(owner) if isinstance(node, ast.Call) and last_name(node.func) == "require"
+            ]
+            for call in calls:
+                read = {node.attr for node in ast.walk(call) if isinstance(node, ast.Attribute)} & names
+                assert read <= {getattr(call.args[1], "value", None)}, f"{path}: {ast.unparse(call)}"
+
+
 def test_sections_built_in_python_are_checked_too():
     with pytest.raises(ValueError, match="loss_avg_mode=row is not one of token, seq"):
         ActorConfig(loss_avg_mode="row")
@@ -1049,14 +1117,60 @@ def docstrings_of_fields(section: type[ConfigSection]) -> dict[str, str]:
     return found
 
 
-def test_every_field_is_read_somewhere_or_says_that_it_has_no_effect() -> None:
-    trees = [ast.parse(path.read_text()) for path in (ROOT / "verl").rglob("*.py")]
-    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+def last_name(node: ast.AST) -> str:
+    """`c` of the expressions `a.b.c` and `c`."""
+    return getattr(node, "attr", None) or getattr(node, "id", "")
+
+
+def reads_of(source: str) -> set[tuple[str, str]]:
+    """Attributes that a module reads: the name or the class of what each is read from, and the attribute's name.
+
+    What a variable is, the module's annotations and assignments say; `self` is the class around it.
+    """
+    tree = ast.parse(source)
+    known: dict[str, set[str]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.arg, ast.AnnAssign)) and node.annotation is not None:
+            name = node.arg if isinstance(node, ast.arg) else last_name(node.target)
+            known.setdefault(name, set()).update(re.findall(r"\w+", ast.unparse(node.annotation)))
+        if isinstance(node, ast.Assign):
+            (target, *_), value = node.targets, node.value
+            pairs = [(target, value)]
+            if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+                pairs = zip(target.elts, value.elts, strict=True)
+            for one, given in pairs:
+                known.setdefault(last_name(one), set()).add(last_name(given))
+    found = set()
+    for owner in (tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))):
+        for node in ast.walk(owner):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                name = last_name(node.value)
+                names = {owner.name} if name == "self" and owner is not tree else {name, *known.get(name, ())}
+                found |= {(one, node.attr) for one in names}
+    return found
+
+
+def is_read(section: type[ConfigSection], key: str, reads: set[tuple[str, str]]) -> bool:
+    """Whether the field is read from its section: from something of the section's name in the key, or of its class."""
+    *_, word, name = key.split(".")
+    return any((owner, name) in reads for owner in (word, *(parent.__name__ for parent in section.__mro__)))
+
+
+def test_every_field_is_read_from_its_section_or_says_that_it_has_no_effect() -> None:
+    reads = set().union(*(reads_of(path.read_text()) for path in (ROOT / "verl").rglob("*.py")))
     for section, name, key in declared_fields(PPOConfig):
         docstring = docstrings_of_fields(section)[name]
-        assert docstring.startswith("Accepted for existing configurations, no effect") or name in read, (
-            f"{key} is never read"
-        )
+        assert docstring.startswith("Accepted for existing configurations, no effect") or is_read(
+            section, key, reads
+        ), f"{key} is never read"
+
+
+def test_a_field_of_the_same_name_in_another_section_is_no_read() -> None:
+    source = "def f(config: RolloutConfig, optim):\n    one = config.actor\n    return config.seed, optim.lr, one.x\n"
+    reads = reads_of(source)
+    assert is_read(RolloutConfig, "worker.rollout.seed", reads) and not is_read(DataConfig, "data.seed", reads)
+    assert is_read(OptimConfig, "worker.actor.optim.lr", reads) and is_read(ActorConfig, "worker.actor.x", reads)
+    assert not is_read(OptimConfig, "worker.actor.optim.seed", reads)
 
 
 @pytest.mark.parametrize("key", ["algorithm.adv_estimator", "worker.actor.loss_type"])

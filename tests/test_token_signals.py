@@ -457,7 +457,7 @@ def test_a_signal_that_writes_into_what_it_is_given_changes_nothing_and_runs_onc
         (f"algorithm.token_signals_to_log=[{ROOT}/tests/no.py:f]", "token_signals_to_log=.* names no file"),
         (
             f"algorithm.token_signals_to_log=[{ATTENDS}]",
-            "to_log=.*:attends needs worker.rollout.collect",
+            "to_log has .*:attends, which needs worker.rollout.collect",
         ),
         (f"algorithm.token_weight_signal={ATTENDS}", "signal=.*:attends needs worker.rollout.collect"),
         (

@@ -73,6 +73,16 @@ class ConfigSection:
             value = getattr(self, key)
             self.require(value is None or low <= value <= high, key, f"is not between {low} and {high}")
 
+    def refuse_contradictions(self) -> None:
+        """Raise the first of the section's `CONTRADICTIONS` (`verl/trainer/config_checks.py`) that holds.
+
+        For the end of `__post_init__`, once each value has been checked by itself.
+        """
+        from verl.trainer.config_checks import contradictions  # it imports every section
+
+        for error in contradictions(self):
+            raise error
+
     def settle(self, key: str, value: Any) -> None:
         """Write a normal form over what was given. For `__post_init__` alone: afterwards sections do not change."""
         object.__setattr__(self, key, value)

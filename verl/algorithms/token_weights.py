@@ -36,9 +36,6 @@ MEASURED_STREAMS = ("entropy", "image_kl", "hidden_cosine", "attention_mass", "a
 PRESENT_STREAMS = ("responses", "response_mask", "old_log_probs", "rollout_log_probs")
 """What a signal may ask for beside: it is there in every run."""
 
-DEFAULT_SIGNAL = AlgorithmConfig().token_weight_signal
-"""Without attention it leaves the weights to the reward function, and one warning says so."""
-
 LOG_KEY = "algorithm.token_signals_to_log"
 
 LARGEST_LOG_SPREAD = 20.0
@@ -203,22 +200,6 @@ def signals_of(algorithm: AlgorithmConfig) -> dict[str, Signal]:
         if signals.setdefault(signal.name, signal) is not signal:
             raise ValueError(f"two token signals are named {signal.name}; rename the function of one")
     return signals
-
-
-def require_signals(algorithm: AlgorithmConfig, collects_attention: bool) -> None:
-    """Raise unless the run's signals are there and can be measured.
-
-    Raises:
-        ValueError: naming the key; see `find_signal`. Or a signal, other than the default, needs attention that the
-            run does not collect.
-    """
-    find_signal(algorithm.token_weight_signal)
-    signals_of(algorithm)
-    named = [(TOKEN_SIGNALS.key, algorithm.token_weight_signal)] if algorithm.enable_token_weights else []
-    named = [(key, name) for key, name in named if name != DEFAULT_SIGNAL]
-    for key, name in (*named, *((LOG_KEY, name) for name in algorithm.token_signals_to_log)):
-        if find_signal(name).needs_attention and not collects_attention:
-            raise ValueError(f"{key}={name} needs worker.rollout.collect_attentions=true")
 
 
 def measured_streams(algorithm: AlgorithmConfig, collects_attention: bool) -> list[str]:

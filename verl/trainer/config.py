@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from verl.config import ConfigSection, ConfigValueError, RetiredKey, absolute, looks_local
+from verl.config import ConfigSection, RetiredKey, absolute, looks_local
 from verl.workers.actor.config import TrainedModelConfig
 from verl.workers.config import WorkerConfig
 
@@ -133,8 +133,7 @@ class DataConfig(ConfigSection):
         self.require_above_0("video_fps")
         val_batch_size = self.val_batch_size
         self.require(val_batch_size == -1 or val_batch_size > 0, "val_batch_size", "is neither -1 nor above 0")
-        if self.min_pixels is not None and self.max_pixels is not None:
-            self.require(self.min_pixels <= self.max_pixels, "min_pixels", f"is above max_pixels={self.max_pixels}")
+        self.refuse_contradictions()
 
     def _settle_data(self, key: str) -> None:
         """Make local paths absolute and leave hub ids as they are, splits and weights kept on both."""
@@ -235,10 +234,6 @@ class AlgorithmConfig(ConfigSection):
         self.settle_functions("token_signals_to_log")
         self.require_between(0, 1, "gamma", "lam")
         self.require_at_least(0, "kl_coef")
-        if self.kl_type == "adaptive":  # existing configurations with a fixed coefficient hold 0 here
-            self.require_above_0("kl_horizon", "kl_target")
-        bound = f"is not below filter_high={self.filter_high}"
-        self.require(self.filter_low < self.filter_high, "filter_low", bound)
         bounds = self.token_weight_clip
         are_bounds = len(bounds) == 2 and 0 <= bounds[0] <= 1 <= bounds[1]
         self.require(are_bounds, "token_weight_clip", "is not [low, high] with 0 <= low <= 1 <= high")
@@ -248,17 +243,12 @@ class AlgorithmConfig(ConfigSection):
         share = self.token_weight_top_share
         self.require(share is None or 0 < share <= 1, "token_weight_top_share", "is not above 0 and at most 1")
         self.require_between(0, 1, "token_weight_image_noise_share")
-        is_binary = share is not None and self.token_weight_control == "random"
-        choice = "draws log-normal numbers for token_weight_top_share, whose weights are 0 or 1; use shuffled"
-        self.require(not is_binary, "token_weight_control", choice)
         self._settle_layers()
+        self.refuse_contradictions()
 
     def _settle_layers(self) -> None:
-        """A list becomes a tuple of numbers; the older key for the last layers says the same as `last:K`."""
+        """A list becomes a tuple of numbers."""
         layers = self.token_weight_layers
-        if layers is not None and self.token_weight_last_k_layers is not None:
-            problem = f"is given beside token_weight_last_k_layers={self.token_weight_last_k_layers}; use one of them"
-            raise ConfigValueError("token_weight_layers", layers, problem)
         if isinstance(layers, (list, tuple)):
             are_numbers = bool(layers) and all(type(number) is int and number >= 0 for number in layers)
             self.require(are_numbers, "token_weight_layers", "is not a list of layer numbers from 0 on")
@@ -382,8 +372,6 @@ class TrainerConfig(ConfigSection):
         self.require_at_least(0, "critic_warmup", "val_generations_to_log", "max_restarts")
         self.require_at_least(0, "max_skipped_steps", "max_uninformative_steps")
         self.require_above_0("grace_s")
-        useless = "has no effect while trainer.val_before_train=false; set that to true"
-        self.require(self.val_before_train or not self.val_only, "val_only", useless)
         if self.save_checkpoint_path is None:
             self.settle("save_checkpoint_path", os.path.join("checkpoints", self.project_name, self.experiment_name))
         self.settle_path("save_checkpoint_path", "output")
@@ -392,6 +380,7 @@ class TrainerConfig(ConfigSection):
         if self.load_checkpoint_path is not None:
             is_step = "global_step_" in os.path.basename(self.load_checkpoint_path)
             self.require(is_step, "load_checkpoint_path", "is not a checkpoint's own folder, global_step_<N>")
+        self.refuse_contradictions()
 
 
 @dataclass(frozen=True)
@@ -405,9 +394,7 @@ class PPOConfig(ConfigSection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from verl.trainer.config_checks import refuse_contradictions
-
-        refuse_contradictions(self)
+        self.refuse_contradictions()
 
     @property
     def trained_models(self) -> dict[str, TrainedModelConfig]:

@@ -1,30 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every check that looks at more than one section of the configuration, in three lists.
+"""Every check that looks at more than one field of the configuration, in three lists.
 
-1. `CONTRADICTIONS` are refused as soon as a configuration is built.
+1. `CONTRADICTIONS` are refused as soon as a section is built, or the whole configuration.
 2. `UNAVAILABLE` are refused before a run starts: what the run must be given, and what this version or machine lacks.
 3. `NOTES` are taken with a warning: settings that do less, or more, than their names promise.
 
-A section checks its own values. Divisibility of batch sizes is `BatchPlan`'s (`verl/utils/batch_plan.py`), names of
-estimators and losses are the registries' (`verl/algorithms/registry.py`).
+A section checks its values one by one. Divisibility of batch sizes is `BatchPlan`'s (`verl/utils/batch_plan.py`),
+names of estimators and losses are the registries' (`verl/algorithms/registry.py`).
 """
 
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
 
-from verl.config import ConfigValueError, as_yaml
+from verl.config import ConfigSection, ConfigValueError, as_yaml
 from verl.trainer.config import (
     ADV_ESTIMATORS,
     TOKEN_SIGNAL_NAMES,
     AlgorithmConfig,
+    DataConfig,
     PPOConfig,
+    TrainerConfig,
     data_sources,
     split_data_path,
 )
-from verl.workers.actor.config import LOSS_TYPES, FSDPConfig, OffloadConfig
+from verl.workers.actor.config import LOSS_TYPES, FSDPConfig, OffloadConfig, TrainedModelConfig
+from verl.workers.rollout.config import RolloutConfig
 
 # ---- refused when built ----
+
+
+def pixels_from_few_to_many(data: DataConfig) -> Iterator[ConfigValueError]:
+    least, most = data.min_pixels, data.max_pixels
+    if least is not None and most is not None and least > most:
+        yield ConfigValueError("min_pixels", least, f"is above max_pixels={most}")
+
+
+def adaptive_kl_has_a_target(algorithm: AlgorithmConfig) -> Iterator[ConfigValueError]:
+    if algorithm.kl_type != "adaptive":  # existing configurations with a fixed coefficient hold 0 here
+        return
+    for key in ("kl_horizon", "kl_target"):
+        value = getattr(algorithm, key)
+        if value <= 0:
+            yield ConfigValueError(key, value, "is not above 0")
+
+
+def filter_from_low_to_high(algorithm: AlgorithmConfig) -> Iterator[ConfigValueError]:
+    if algorithm.filter_low >= algorithm.filter_high:
+        yield ConfigValueError("filter_low", algorithm.filter_low, f"is not below filter_high={algorithm.filter_high}")
+
+
+def random_control_of_graded_weights(algorithm: AlgorithmConfig) -> Iterator[ConfigValueError]:
+    control = algorithm.token_weight_control
+    if algorithm.token_weight_top_share is not None and control == "random":
+        problem = "draws log-normal numbers for token_weight_top_share, whose weights are 0 or 1; use shuffled"
+        yield ConfigValueError("token_weight_control", control, problem)
+
+
+def layers_are_said_once(algorithm: AlgorithmConfig) -> Iterator[ConfigValueError]:
+    layers, last = algorithm.token_weight_layers, algorithm.token_weight_last_k_layers
+    if layers is not None and last is not None:
+        problem = f"is given beside token_weight_last_k_layers={last}; use one of them"
+        yield ConfigValueError("token_weight_layers", layers, problem)
+
+
+def validation_alone_validates(trainer: TrainerConfig) -> Iterator[ConfigValueError]:
+    if trainer.val_only and not trainer.val_before_train:
+        problem = "has no effect while trainer.val_before_train=false; set that to true"
+        yield ConfigValueError("val_only", trainer.val_only, problem)
+
+
+def optimizer_knows_the_precision(model: TrainedModelConfig) -> Iterator[ConfigValueError]:
+    dtype = model.fsdp.torch_dtype
+    trains_them = model.model.lora.rank == 0
+    if trains_them and model.optim.strategy == "adamw_bf16" and dtype in ("fp16", "float16"):
+        problem = "holds weights that optim.strategy=adamw_bf16 does not know; use bf16 or fp32"
+        yield ConfigValueError("fsdp.torch_dtype", dtype, problem)
+
+
+def greedy_validation_answers_once(rollout: RolloutConfig) -> Iterator[ConfigValueError]:
+    n, temperature = (rollout.val_override_config.get(name, 1) for name in ("n", "temperature"))
+    if temperature == 0 and n > 1:
+        yield ConfigValueError("val_override_config.n", n, "asks for answers that temperature=0 makes all alike")
 
 
 def vllm_takes_a_whole_sequence(config: PPOConfig) -> Iterator[ConfigValueError]:
@@ -48,10 +105,20 @@ def vllm_takes_a_whole_prompt_at_once(config: PPOConfig) -> Iterator[ConfigValue
         yield ConfigValueError("worker.rollout.max_model_len", longest, problem)
 
 
-CONTRADICTIONS: tuple[Callable[[PPOConfig], Iterator[ConfigValueError]], ...] = (
-    vllm_takes_a_whole_sequence,
-    vllm_takes_a_whole_prompt_at_once,
-)
+CONTRADICTIONS: dict[type[ConfigSection], tuple[Callable[..., Iterator[ConfigValueError]], ...]] = {
+    DataConfig: (pixels_from_few_to_many,),
+    AlgorithmConfig: (
+        adaptive_kl_has_a_target,
+        filter_from_low_to_high,
+        random_control_of_graded_weights,
+        layers_are_said_once,
+    ),
+    TrainerConfig: (validation_alone_validates,),
+    TrainedModelConfig: (optimizer_knows_the_precision,),
+    RolloutConfig: (greedy_validation_answers_once,),
+    PPOConfig: (vllm_takes_a_whole_sequence, vllm_takes_a_whole_prompt_at_once),
+}
+"""By the section that they look at, which is refused."""
 
 # ---- refused before a run ----
 
@@ -90,15 +157,19 @@ def whole_critic(config: PPOConfig) -> Iterator[str]:
         yield f"worker.critic.model.lora.rank={rank} asks for adapters on the critic, which trains whole; use 0"
 
 
-def attention_for_signals(config: PPOConfig) -> Iterator[str]:
+def attention_for_signals(
+    config: PPOConfig, is_by_attention: Callable[[str], bool] = ("vgr", "vision_density").__contains__
+) -> Iterator[str]:
+    """`is_by_attention` knows the package's own signals; whoever has loaded the others gives another."""
     if config.worker.rollout.collect_attentions:
         return
-    algorithm, by_attention = config.algorithm, ("vgr", "vision_density")
-    used = algorithm.token_weight_signal if algorithm.enable_token_weights else None
-    if used == "vision_density":  # vgr, the default, leaves the weights to the reward function and warns in training
+    algorithm = config.algorithm
+    used = algorithm.token_weight_signal if algorithm.enable_token_weights else "vgr"
+    # vgr, the default, leaves the weights to the reward function and warns in training.
+    if used != "vgr" and is_by_attention(used):
         yield f"algorithm.token_weight_signal={used} needs worker.rollout.collect_attentions=true"
     for name in algorithm.token_signals_to_log:
-        if name in by_attention:
+        if is_by_attention(name):
             yield f"algorithm.token_signals_to_log has {name}, which needs worker.rollout.collect_attentions=true"
 
 
@@ -261,15 +332,12 @@ NOTES: tuple[Callable[[PPOConfig], Iterator[str]], ...] = (
 )
 
 
-def refuse_contradictions(config: PPOConfig) -> None:
-    """Raise the first of the `CONTRADICTIONS` that holds.
-
-    Raises:
-        ConfigValueError: naming the key, its value and what it contradicts.
-    """
-    for check in CONTRADICTIONS:
-        for error in check(config):
-            raise error
+def contradictions(section: ConfigSection) -> Iterator[ConfigValueError]:
+    """Those of the `CONTRADICTIONS` that hold for a section, each with key, value and what it contradicts."""
+    for kind, checks in CONTRADICTIONS.items():
+        if isinstance(section, kind):
+            for check in checks:
+                yield from check(section)
 
 
 def require_available(config: PPOConfig) -> None:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NoReturn
 
 from verl.trainer.config import PPOConfig, load_config
-from verl.trainer.config_checks import effect_notes, has_built_in_algorithms, require_available
+from verl.trainer.config_checks import attention_for_signals, effect_notes, has_built_in_algorithms, require_available
 from verl.trainer.ray_cluster import ray_session, require_cluster, set_worker_environment
 from verl.trainer.stop_request import StopRequest
 from verl.trainer.tracking import Tracker, require_loggers
@@ -115,12 +115,11 @@ def _require_algorithms(config: PPOConfig) -> None:
     # The registries load torch, so every other mistake is told first.
     from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS
     from verl.algorithms.policy_loss import POLICY_LOSSES
-    from verl.algorithms.token_weights import require_signals
 
     checks = (
         lambda: ADVANTAGE_ESTIMATORS.find(config.algorithm.adv_estimator),
         lambda: POLICY_LOSSES.find(config.worker.actor.loss_type),
-        lambda: require_signals(config.algorithm, config.worker.rollout.collect_attentions),
+        lambda: _require_signals(config),
     )
     problems = []
     for check in checks:
@@ -128,6 +127,16 @@ def _require_algorithms(config: PPOConfig) -> None:
             check()
         except ValueError as error:
             problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _require_signals(config: PPOConfig) -> None:
+    from verl.algorithms.token_weights import find_signal, signals_of
+
+    find_signal(config.algorithm.token_weight_signal)  # also where nothing is weighed
+    signals_of(config.algorithm)
+    problems = list(attention_for_signals(config, lambda name: find_signal(name).needs_attention))
     if problems:
         raise ValueError("\n".join(problems))
 

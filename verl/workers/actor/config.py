@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
-from verl.config import ConfigSection, ConfigValueError, looks_local
+from verl.config import ConfigSection, looks_local
 
 Dtype = Literal["fp16", "float16", "bf16", "bfloat16", "fp32", "float32"]
 
@@ -196,11 +196,7 @@ class TrainedModelConfig(ConfigSection):
         self.require_at_least(1, "micro_batch_size_per_device_for_update")
         self.require_at_least(1, "micro_batch_size_per_device_for_experience")
         self.require_above_0("max_grad_norm")
-        dtype = self.fsdp.torch_dtype
-        trains_them = self.model.lora.rank == 0
-        if trains_them and self.optim.strategy == "adamw_bf16" and dtype in ("fp16", "float16"):
-            problem = "holds weights that optim.strategy=adamw_bf16 does not know; use bf16 or fp32"
-            raise ConfigValueError("fsdp.torch_dtype", dtype, problem)
+        self.refuse_contradictions()
 
     @property
     def shares_prompts(self) -> bool:

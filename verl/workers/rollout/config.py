@@ -90,6 +90,4 @@ class RolloutConfig(ConfigSection):
             types, is_in_range, expected = VALIDATION_SETTINGS[name]
             if type(value) not in types or not is_in_range(value):
                 raise ConfigValueError(key, value, f"is not {expected}")
-        n, temperature = (self.val_override_config.get(name, 1) for name in ("n", "temperature"))
-        if temperature == 0 and n > 1:
-            raise ConfigValueError("val_override_config.n", n, "asks for answers that temperature=0 makes all alike")
+        self.refuse_contradictions()
