@@ -6,7 +6,7 @@ Shapes: B prompts, n responses each, N = B * n, P prompt length, R response leng
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ class Sampling:
     @classmethod
     def for_training(cls, config: RolloutConfig) -> "Sampling":
         """The settings of `worker.rollout`."""
-        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+        return cls(config.n, config.temperature, config.top_p, config.top_k, config.ignore_eos)
 
     @classmethod
     def for_validation(cls, config: RolloutConfig) -> "Sampling":
