@@ -13,15 +13,15 @@ import ray
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS, AdvantageInputs
 from verl.algorithms.importance import truncated_importance_weights
-from verl.algorithms.kl import adapt_kl_coef, apply_kl_penalty, compute_kl
 from verl.algorithms.policy_loss import POLICY_LOSSES
 from verl.algorithms.token_weights import measured_streams
 from verl.data.loader import BatchLoader, PromptLoader
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.single_controller.worker_processes import WorkerProcesses
+from verl.trainer.advantage_phase import compute_advantages
+from verl.trainer.balance_phase import balance_across_ranks
 from verl.trainer.config import PPOConfig
 from verl.trainer.metrics import (
     compute_attention_metrics,
@@ -38,14 +38,12 @@ from verl.trainer.run_state import RunState
 from verl.trainer.standstill import Standstill
 from verl.trainer.step_record import StepRecord
 from verl.trainer.stop_request import StopRequest
-from verl.trainer.streams import scores_beside, scores_measured, shares_prompts, streams_read_by
+from verl.trainer.streams import scores_beside, scores_measured, streams_read_by
 from verl.trainer.token_weigher import TokenWeigher
 from verl.trainer.tracking import Tracker
 from verl.trainer.validator import ValidationResult, Validator
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.checkpoint import ResumePoint
-from verl.utils.response_span import prompt_lengths
-from verl.utils.seqlen_balancing import TokenCosts, balanced_order, seqlen_metrics
 from verl.workers.reward.results import values_by_key
 
 logger = logging.getLogger(__name__)
@@ -183,21 +181,8 @@ class RayDAPOTrainer:
         return batch
 
     def _balance_across_ranks(self, batch: DataProto, record: StepRecord) -> DataProto:
-        """Reorders rows so that every rank gets as many rows and about as many tokens.
-
-        Groups that share their prompt stay together where they divide over the ranks.
-
-        Reads: `attention_mask`, and where prompts are shared `response_mask` and `uid`. Mini-batches keep their rows,
-        so the optimizer steps do not depend on W.
-        """
-        lengths = batch.batch["attention_mask"].sum(dim=1).tolist()
-        costs = None
-        if shares_prompts(self.config):
-            prompts = prompt_lengths(batch.batch["attention_mask"], batch.batch["response_mask"]).tolist()
-            costs = TokenCosts.of_groups(lengths, prompts, batch.non_tensor_batch["uid"])
-        order = balanced_order(lengths, self.plan.world_size, self.plan.pieces_to_balance, costs)
-        batch.reorder(torch.tensor(order))
-        record.add(seqlen_metrics(lengths, order, self.plan.world_size))
+        """Reads: what `balance_across_ranks` reads."""
+        record.add(balance_across_ranks(batch, self.config, self.plan))
         return batch
 
     def _start_rewards(self, batch: DataProto) -> ray.ObjectRef | None:
@@ -281,45 +266,11 @@ class RayDAPOTrainer:
         return self.weigher.weights(batch, reward_metrics, self.state.global_step)
 
     def _compute_advantages(self, batch: DataProto, record: StepRecord) -> DataProto:
-        """Reads: `token_level_scores`, `response_mask`, `uid`; for KL in the reward `ref_kl`, or `old_log_probs` and
-        `ref_log_probs`; `values` (N, R) or `reward_baselines` (N,) where the estimator needs them. Adds:
-        `token_level_rewards`, `advantages`, `returns`."""
-        algorithm = self.config.algorithm
-        streams = batch.batch
+        """Reads, adds: what `compute_advantages` does."""
         with record.timed("adv"):
-            streams["token_level_rewards"] = streams["token_level_scores"]
-            if algorithm.kl_in_reward:
-                record.add(self._take_kl_off_the_rewards(batch, adapts=self._actor_learns(record.step)))
-            inputs = AdvantageInputs(
-                streams["token_level_rewards"],
-                streams["response_mask"],
-                batch.non_tensor_batch["uid"],
-                algorithm,
-                scores=streams["token_level_scores"].sum(-1) if algorithm.kl_in_reward else None,
-                values=streams["values"] if algorithm.needs_critic else None,
-                reward_baselines=streams["reward_baselines"] if algorithm.needs_baselines else None,
-            )
-            estimate = ADVANTAGE_ESTIMATORS.find(algorithm.adv_estimator)
-            streams["advantages"], streams["returns"] = estimate(inputs)
+            may_adapt = self._actor_learns(record.step)
+            record.add(compute_advantages(batch, self.config.algorithm, self.state, may_adapt))
         return batch
-
-    def _take_kl_off_the_rewards(self, batch: DataProto, adapts: bool) -> dict[str, float]:
-        """Writes over `token_level_rewards`; an adaptive coefficient then follows the KL, for the next step.
-
-        Args:
-            adapts: whether it may; a policy that only waits for its critic has no KL to follow.
-        """
-        algorithm, streams, kl_coef = self.config.algorithm, batch.batch, self.state.kl_coef
-        if algorithm.full_kl_in_reward:
-            kl = streams["ref_kl"]
-        else:
-            kl = compute_kl(streams["old_log_probs"], streams["ref_log_probs"], algorithm.kl_penalty)
-        streams["token_level_rewards"], mean_kl = apply_kl_penalty(
-            streams["token_level_scores"], kl, streams["response_mask"], kl_coef
-        )
-        if algorithm.kl_coef_adapts and adapts:
-            self.state.kl_coef = adapt_kl_coef(kl_coef, mean_kl, len(batch), algorithm.kl_target, algorithm.kl_horizon)
-        return {"actor/kl_penalty": mean_kl, "actor/kl_coef": kl_coef}
 
     def _update_critic(self, batch: DataProto, record: StepRecord) -> None:
         """Reads: the model's inputs, `values`, `returns`."""
