@@ -22,6 +22,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from process_memory import forget_peak, status_of_process
 
+from verl.algorithms.token_weights import MEASURED_STREAMS, TOKEN_SIGNALS, find_signal
 from verl.models.kernels.attention_mass import default_backend
 from verl.models.registry import media_token_ids
 from verl.protocol import DataProto
@@ -60,7 +62,7 @@ SHAPES = {
         mrope_section=[16, 24, 24],
     ),
 }
-EAGER = "eager"
+PLAIN, EAGER = "plain", "eager maps"
 
 
 def build_model(shape: str, device: torch.device) -> Qwen2_5_VLForConditionalGeneration:
@@ -98,8 +100,18 @@ def build_rows(length: int, response_length: int) -> DataProto:
             "position_ids": torch.arange(length).expand(1, 4, length).contiguous(),
             "responses": input_ids[:, -response_length:].contiguous(),
             "response_mask": torch.ones(1, response_length, dtype=torch.int64),
-        }
+        },
+        {"uid": np.array(["prompt"], dtype=object)},
     )
+
+
+def passes_of_signals() -> dict[str, list[str]]:
+    """What a pass measures, by the signals that it is enough for; first the pass that measures log-probs alone."""
+    names: dict[tuple[str, ...], list[str]] = {(): [PLAIN]}
+    for name in TOKEN_SIGNALS:
+        wanted = tuple(stream for stream in MEASURED_STREAMS if stream in find_signal(name).streams)
+        names.setdefault(wanted, []).append(f"`{name}`")
+    return {", ".join(signals): ["log_probs", *wanted] for wanted, signals in names.items()}
 
 
 def variants_of(
@@ -108,15 +120,14 @@ def variants_of(
     """The passes to compare, by name, the plain one first."""
     vocabulary = KeyVocabulary((IMAGE,), {"vision_start": VISION_START, "vision_end": VISION_END}, ())
     num_layers = model.config.text_config.num_hidden_layers
-    plain = PolicyForward(model, None, device, ActorConfig())
-    variants: dict[str, Callable[[], object]] = {"plain": partial(plain.measure, rows, ["log_probs"])}
-    for count in sorted({1, min(4, num_layers), num_layers}):
-        settings = SignalSettings(vocabulary, f"last:{count}")
-        forward = PolicyForward(model, None, device, ActorConfig(), signals=settings)
-        wanted = ["log_probs", "attention_mass", "attention_keys"]
-        variants[f"vgr, {count} of {num_layers} layers"] = partial(forward.measure, rows, wanted)
-    for name in ("entropy", "hidden_cosine", "image_kl"):
-        variants[name] = partial(forward.measure, rows, ["log_probs", name])
+    variants: dict[str, Callable[[], object]] = {}
+    for label, wanted in passes_of_signals().items():
+        by_attention = "attention_mass" in wanted
+        for count in sorted({1, min(4, num_layers), num_layers}) if by_attention else [num_layers]:
+            settings = SignalSettings(vocabulary, f"last:{count}")
+            forward = PolicyForward(model, None, device, ActorConfig(), signals=settings)
+            layers = f", {count} of {num_layers} layers" if by_attention else ""
+            variants[label + layers] = partial(forward.measure, rows, wanted)
     variants[EAGER] = lambda: eager_pass(model, rows, device)
     return variants
 
@@ -161,6 +172,7 @@ def measure_times(
     variants: dict[str, Callable[[], object]], device: torch.device, repeats: int, eager_repeats: int
 ) -> dict[str, tuple[float, float]]:
     """Seconds (median) and ratio to the plain pass (median of the ratios within a repeat), by variant."""
+    first = next(iter(variants))
     times: dict[str, list[float]] = {name: [] for name in variants}
     for name, run in variants.items():
         if name != EAGER or eager_repeats:
@@ -172,7 +184,7 @@ def measure_times(
     return {
         name: (
             statistics.median(seconds),
-            statistics.median(one / plain for one, plain in zip(seconds, times["plain"], strict=False)),
+            statistics.median(one / plain for one, plain in zip(seconds, times[first], strict=False)),
         )
         for name, seconds in times.items()
         if seconds
@@ -219,7 +231,7 @@ def table_of(results: dict[int, dict[str, dict[str, float]]]) -> str:
 def cell_text(name: str, figures: dict[str, float] | None) -> str:
     if figures is None:
         return ""
-    time = f"{figures['seconds']:.2f} s" if name == "plain" else ratio_text(figures["ratio"])
+    time = f"{figures['seconds']:.2f} s" if name.startswith(PLAIN) else ratio_text(figures["ratio"])
     return f"{time}, {figures['peak']:.0f} MiB"
 
 
@@ -232,8 +244,10 @@ def draw(results: dict[int, dict[str, dict[str, float]]], path: Path, title: str
     times, peaks = figure.subplots(1, 2)
     for name in next(iter(results.values())):
         lengths = [length for length, by_variant in results.items() if name in by_variant]
-        times.plot(lengths, [results[length][name]["ratio"] for length in lengths], marker="o", label=name)
-        peaks.plot(lengths, [results[length][name]["peak"] for length in lengths], marker="o", label=name)
+        times.plot(
+            lengths, [results[length][name]["ratio"] for length in lengths], marker="o", label=name.replace("`", "")
+        )
+        peaks.plot(lengths, [results[length][name]["peak"] for length in lengths], marker="o")
     times.set(xlabel="tokens", ylabel="time / plain pass", xscale="log", yscale="log", title=title)
     peaks.set(xlabel="tokens", ylabel="peak memory of the pass [MiB]", xscale="log", yscale="log")
     for axis in (times, peaks):

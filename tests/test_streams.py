@@ -12,7 +12,7 @@ import torch
 from tests.batches import answer_at_random, make_prompts, uids_of
 from tests.pool import run_shared
 from tests.probe import RESPONSE_LENGTH, WITH_CRITIC, make_config, start_alone
-from tests.test_training_run import arguments
+from tests.test_training_run import arguments, lines_of
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig, load_config
 from verl.trainer.ray_trainer import RayDAPOTrainer
@@ -47,6 +47,8 @@ KINDS = {
         COLLECT,
     ],
 }
+WEIGHED = ("vgr", "signals", "own signal")
+"""The kinds whose tokens weigh more and less."""
 REORDERS = "balance_across_ranks"
 
 
@@ -137,6 +139,9 @@ def test_a_step_adds_and_reads_what_the_table_says(
     run_shared(config)
     assert watch.seen == list(PHASES)
     assert watch.needless == {}
+    if kind in WEIGHED:
+        (record,) = (line for line in lines_of(tmp_path / "experiment_log.jsonl") if "actor" in line)
+        assert record["token_weights"]["std"] > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,11 +4,14 @@
 
 import math
 import re
+from itertools import groupby
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
+from bench_vgr import build_model, build_rows, passes_of_signals, variants_of
 from PIL import Image
 from torch.distributions import Categorical
 from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
@@ -16,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedC
 from tests.batches import answer_at_random, make_prompts, response_logits
 from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, ProbeWorker, make_config, start_alone, start_two
 from verl.algorithms.token_weights import (
+    CONTROLS,
     MEASURED_STREAMS,
     TOKEN_SIGNALS,
     compute_token_weights,
@@ -532,8 +536,41 @@ def test_the_layers_of_the_configuration_are_measured(
 
 @pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
 def test_the_readme_lists_the_signals_that_there_are(readme: str) -> None:
-    names = re.findall(r"^\| `(\w+)` \|", (ROOT / readme).read_text().partition("token_weight_signal")[2], re.M)
-    assert names[: len(TOKEN_SIGNALS)] == list(TOKEN_SIGNALS)
+    first_cells = [re.findall(r"^\| (.*?) \|", table, re.M)[1:] for table in tables_of(readme)]
+    (signals,) = (cells for cells in first_cells if "`path.py:function`" in cells)
+    assert signals == [*(f"`{name}`" for name in TOKEN_SIGNALS), "`path.py:function`"]
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
+def test_the_readme_tells_the_cost_of_every_signal_as_the_benchmark_has_them(readme: str) -> None:
+    (costs,) = (table for table in tables_of(readme) if "T=512" in table)
+    rows = [re.findall(r"`(\w+)`", row) for row in costs.splitlines()[2:]]
+    passes = [re.findall(r"`(\w+)`", label) for label in passes_of_signals()]
+    assert sorted(name for names in passes for name in names) == sorted(TOKEN_SIGNALS)
+    assert [names for names, _ in groupby(rows)] == [*passes, []]
+
+
+@torch.no_grad()
+def test_every_pass_of_the_benchmark_runs() -> None:
+    device = torch.device("cpu")
+    for run in variants_of(build_model("small", device), build_rows(64, 16), device).values():
+        run()
+
+
+def tables_of(readme: str) -> list[str]:
+    return re.findall(r"(?:^\|.*\n)+", (ROOT / readme).read_text(), re.M)
+
+
+def test_the_controls_of_the_configuration_are_those_that_there_are_and_another_is_an_error() -> None:
+    assert get_args(get_type_hints(AlgorithmConfig)["token_weight_control"]) == tuple(CONTROLS)
+    with pytest.raises(
+        ValueError, match="token_weight_control=reversed is not one of none, shuffled, inverse, random"
+    ):
+        AlgorithmConfig(token_weight_control="reversed")
+    config = AlgorithmConfig()
+    object.__setattr__(config, "token_weight_control", "reversed")  # as where a choice is added to the keys alone
+    with pytest.raises(KeyError, match="reversed"):
+        compute_token_weights(IMPORTANCE, None, RESPONSES, MASK, config, 1)
 
 
 # ---- what is logged ----

@@ -229,7 +229,7 @@ def compute_token_weights(
     Args:
         importance: (N, R) of the run's signal; None where it could not be measured.
         lists: what the reward function returned, as `token_weights_from_lists` takes it; None if it returned nothing.
-        responses: (N, R) token ids, which seed the control of each response; None where there is none in `CONTROLS`.
+        responses: (N, R) token ids, which seed the control of each response; None where the control draws nothing.
         response_mask: (N, R), 1 on response tokens.
         algorithm: the keys `token_weight_*`.
         step: of the training, from 1 on.
@@ -237,6 +237,7 @@ def compute_token_weights(
     Raises:
         ValueError: as `token_weights_from_lists` and `weights_from_importance`.
     """
+    control = CONTROLS[algorithm.token_weight_control]
     given, is_given = None, torch.zeros(len(response_mask), dtype=torch.bool)
     if lists is not None:
         given, is_given = token_weights_from_lists(lists, response_mask)
@@ -245,14 +246,13 @@ def compute_token_weights(
     ones = response_mask.to(torch.float32, copy=True)
     weights = ones if importance is None else _shape(importance, response_mask, algorithm, step)
     if is_given.any():
-        if algorithm.token_weight_control == "inverse":
+        if control.inverts:
             given = _inverse_of_given(given, response_mask)
         weights = torch.where(is_given[:, None], given, weights)
-    control = CONTROLS.get(algorithm.token_weight_control)
-    if control is None:
+    if control.draw is None:
         return weights
     for row, (ids, is_token) in enumerate(zip(responses, response_mask.bool(), strict=True)):
-        weights[row, is_token] = control(weights[row, is_token], _generator_of(ids[is_token], step))
+        weights[row, is_token] = control.draw(weights[row, is_token], _generator_of(ids[is_token], step))
     return weights
 
 
@@ -260,7 +260,7 @@ def _shape(
     importance: torch.Tensor, response_mask: torch.Tensor, algorithm: AlgorithmConfig, step: int
 ) -> torch.Tensor:
     """Weights of a signal, warmed up: 1 + s (w - 1), where s goes from 0 in the first step to 1."""
-    if algorithm.token_weight_control == "inverse":
+    if CONTROLS[algorithm.token_weight_control].inverts:
         importance = _reciprocal(importance, response_mask)
     weights = weights_from_importance(
         importance,
@@ -319,8 +319,20 @@ def _random(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return drawn.float()
 
 
-CONTROLS: dict[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor]] = {
-    "shuffled": _shuffled,
-    "random": _random,
+@dataclass(frozen=True)
+class Control:
+    """What is trained in place of the weights that a signal or the reward function gives."""
+
+    inverts: bool = False
+    """Whether importance counts by its reciprocal."""
+    draw: Callable[[torch.Tensor, torch.Generator], torch.Tensor] | None = None
+    """What becomes of a response's weights (tokens,) at the end."""
+
+
+CONTROLS = {
+    "none": Control(),
+    "shuffled": Control(draw=_shuffled),
+    "inverse": Control(inverts=True),
+    "random": Control(draw=_random),
 }
-"""What is done with a response's weights (tokens,) at the end; `inverse` acts on the importance instead."""
+"""By the values of `algorithm.token_weight_control`."""

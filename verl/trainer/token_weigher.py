@@ -46,7 +46,7 @@ class TokenWeigher:
     def weights(self, batch: DataProto, reward_values: dict[str, list[Any]], step: int) -> torch.Tensor | None:
         """Weights (N, R) float32, as `compute_token_weights` makes them; None and one warning where nothing gives any.
 
-        Reads: `response_mask`, what the signal asks for, `responses` for a control.
+        Reads: `response_mask`, what the signal asks for, `responses` for a control that draws.
 
         Args:
             reward_values: values per sample of every key that the reward function returned.
@@ -57,7 +57,7 @@ class TokenWeigher:
         weights = compute_token_weights(
             self._weighed_by.get(name),
             reward_values.get(TOKEN_WEIGHTS),
-            streams["responses"] if self.algorithm.token_weight_control in CONTROLS else None,
+            streams["responses"] if CONTROLS[self.algorithm.token_weight_control].draw is not None else None,
             streams["response_mask"],
             self.algorithm,
             step,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decides what VGR means for the loss: one weight per response token, of mean one, more for those that look at images.
+"""Turns the importance of response tokens into their weights in the loss: smoothed, of mean one, clipped.
 
-Where the weights come from (attention, or the user's reward function) and how they are brought to a batch's shape. The
-attention itself is measured in `attention_metrics`.
+Also what VGR says of importance, the lists that a reward function gives, and the shape that a batch needs. The
+attention itself is measured in `attention_metrics`, and other signals are in `verl/algorithms/token_weights.py`.
 
 Shapes: N samples, P prompt length, R response length.
 """
