@@ -97,6 +97,48 @@ def test_attention_signals_by_hand() -> None:
 
 
 @torch.no_grad()
+def test_vgr_and_vision_density_are_those_of_eager_attention_row_by_row_in_float64(
+    tiny_model_path: str, batch: DataProto, measured: dict[str, torch.Tensor]
+) -> None:
+    """The attention maps of transformers, of each row alone, and the definition: in every layer the mean over heads,
+    as a share of the attention to the prompt without its first token; then the mean over layers; then densities."""
+    model = AutoModelForImageTextToText.from_pretrained(
+        tiny_model_path, dtype=torch.float64, attn_implementation="eager"
+    ).eval()
+    processor = AutoProcessor.from_pretrained(tiny_model_path)
+    special_ids = torch.tensor(list(processor.tokenizer.get_added_vocab().values()))
+    vgr, density = importance_of("vgr", measured), importance_of("vision_density", measured)
+    for index in range(len(batch)):
+        row = batch[index]
+        ids = row.batch["input_ids"][row.batch["attention_mask"].bool()]
+        length = int(row.batch["response_mask"].sum())
+        num_prompt = len(ids) - length
+        prompt, is_image = ids[:num_prompt], ids[None] == model.config.image_token_id
+        assert "system" not in processor.tokenizer.decode(prompt)
+        handles = row.non_tensor_batch["multi_modal_data"]
+        if not handles:
+            assert vgr[index, :length].isnan().all() and density[index, :length].isnan().all()
+            continue
+        media = processor.image_processor([handle.load() for handle in handles], return_tensors="pt")
+        inputs = dict(input_ids=ids[None], mm_token_type_ids=is_image.long(), **media)
+        maps = model(**inputs, output_attentions=True).attentions
+        is_vision = is_image[0, :num_prompt]
+        is_text = ~torch.isin(prompt, special_ids)
+        is_text[0] = False
+        shares = []
+        for of_heads in maps:  # (1, heads, tokens, tokens)
+            attention = of_heads[0].mean(0)[num_prompt - 1 : -1, :num_prompt]  # (length, prompt)
+            of_prompt = attention[:, 1:].sum(-1)
+            shares.append([attention[:, which].sum(-1) / of_prompt for which in (is_text, is_vision)])
+        text, vision = (sum(of_layers) / len(maps) for of_layers in zip(*shares, strict=True))
+        text_density, vision_density = text / is_text.sum(), vision / is_vision.sum()
+        eps = 1e-6 / (is_text.sum() + is_vision.sum())
+        torch.testing.assert_close(density[index, :length], vision_density, atol=0, rtol=1e-4)
+        torch.testing.assert_close(vgr[index, :length], (vision_density + eps) / text_density, atol=0, rtol=1e-4)
+        assert vgr[index, :length].std() > 1e-4 or length < 2
+
+
+@torch.no_grad()
 def test_entropy_and_image_kl_are_those_of_the_bare_model_row_by_row_in_float64(
     tiny_model_path: str, batch: DataProto, measured: dict[str, torch.Tensor]
 ) -> None:

@@ -266,6 +266,31 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_never_interrupted(
     assert coefficients[0] == 0.5 and len(set(coefficients)) == 3
 
 
+@pytest.mark.parametrize("control", ["shuffled", "random"])
+def test_a_resumed_run_draws_the_controls_of_one_that_was_never_interrupted(
+    control: str, tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster
+) -> None:
+    options = [
+        "trainer.val_before_train=false",
+        "algorithm.disable_kl=true",
+        "algorithm.enable_token_weights=true",
+        "worker.rollout.collect_attentions=true",
+        f"algorithm.token_weight_control={control}",
+    ]
+    for name, steps in (("whole", 2), ("parts", 1), ("parts", 2)):
+        until = f"trainer.max_steps={steps}"
+        run_shared(load_config(arguments(tiny_model_path, data_files, tmp_path / name, *options, until)))
+    assert not is_changed(weights_at(tmp_path / "whole", 2), weights_at(tmp_path / "parts", 2))
+    whole, parts = (
+        [record for record in lines_of(tmp_path / name / "experiment_log.jsonl") if "actor" in record]
+        for name in ("whole", "parts")
+    )
+    assert [record["step"] for record in parts] == [1, 2]
+    for area in ("token_weights", "actor", "reward"):
+        assert [record[area] for record in whole] == [record[area] for record in parts]
+    assert all(record["token_weights"]["std"] > 1e-4 for record in whole)
+
+
 @pytest.mark.parametrize("place", ["reward", "loss"])
 def test_a_run_with_the_kl_over_the_whole_vocabulary_by_way_of_the_reward_or_the_loss(
     place: str, tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster
