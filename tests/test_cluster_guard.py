@@ -28,7 +28,10 @@ with ClusterGuard() as guard:
         member = subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL, start_new_session=True)
     outsider = subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL, start_new_session=True)
     guard.remember(sys.argv[1])
-    print(member.pid, outsider.pid, flush=True)
+    loader = os.fork()  # as those of a data loader, it holds all pipes of the driver
+    if loader == 0:
+        time.sleep(1000)
+    print(member.pid, outsider.pid, loader, flush=True)
     if sys.argv[2] == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -39,9 +42,10 @@ def test_the_clusters_processes_and_spilled_objects_go_and_others_stay(end: str,
     (tmp_path / "ray_spilled_objects_1").mkdir()
     (tmp_path / "logs").mkdir()
     script = [sys.executable, "-c", DRIVER, str(tmp_path), end]
-    driver = subprocess.run(script, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60)
-    member, outsider = map(int, driver.stdout.split())
+    driver = subprocess.Popen(script, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    member, outsider, loader = map(int, driver.stdout.readline().split())
     try:
+        driver.wait(timeout=SECONDS)
         deadline = time.monotonic() + SECONDS
         while is_running(member) or (tmp_path / "ray_spilled_objects_1").exists():
             assert time.monotonic() < deadline
@@ -50,6 +54,7 @@ def test_the_clusters_processes_and_spilled_objects_go_and_others_stay(end: str,
         assert (tmp_path / "logs").exists()
     finally:
         os.kill(outsider, signal.SIGKILL)
+        os.kill(loader, signal.SIGKILL)
 
 
 def is_running(pid: int) -> bool:

@@ -5,7 +5,7 @@ Of a driver that was killed, Ray's agents stay for a minute and more, and what w
 
     python verl/trainer/cluster_guard.py DRIVER_PID MARK
 
-What it reads is the folder of Ray's session, and the end of its input is the end of the session.
+What it reads is the folder of Ray's session. An empty line, or the end of its input, is the end of the session.
 """
 
 import os
@@ -46,7 +46,9 @@ class ClusterGuard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # it was killed
+            self._process.stdin.write("\n")  # closing would not do: what the driver forked holds this end too
+            self._process.stdin.close()
         self._process.wait()
 
     @contextmanager
@@ -78,7 +80,7 @@ def wait_for_end(driver: int) -> str | None:
         is_gone = os.getppid() != driver
         if select.select([sys.stdin], [], [], 0 if is_gone else 1 / LOOKS_PER_SECOND)[0]:
             line = sys.stdin.readline()
-            if not line:
+            if not line.strip():
                 return folder
             folder = line.rstrip("\n")
         elif is_gone:  # and a process that it forked holds the other end
