@@ -74,17 +74,19 @@ class ClusterGuard:
 
 
 def wait_for_end(driver: int) -> str | None:
-    """The session's folder, once the driver has closed this process' input or is gone."""
-    folder = None
+    """The session's folder, once the driver has said that it ends, has closed this process' input, or is gone."""
+    heard = b""
     while True:
         is_gone = os.getppid() != driver
-        if select.select([sys.stdin], [], [], 0 if is_gone else 1 / LOOKS_PER_SECOND)[0]:
-            line = sys.stdin.readline()
-            if not line.strip():
-                return folder
-            folder = line.rstrip("\n")
-        elif is_gone:  # and a process that it forked holds the other end
-            return folder
+        if select.select([0], [], [], 0 if is_gone else 1 / LOOKS_PER_SECOND)[0]:
+            chunk = os.read(0, 4096)  # not by lines: what Python has read ahead, `select` does not see
+            heard += chunk
+            if chunk and not heard.startswith(b"\n") and b"\n\n" not in heard:
+                continue
+        elif not is_gone:  # else a process that it forked holds the other end
+            continue
+        folder = heard.split(b"\n")[0].decode()
+        return folder or None
 
 
 def end_marked(mark: str) -> None:
