@@ -32,6 +32,7 @@ from verl.trainer.step_record import StepRecord
 from verl.utils.attention_metrics import vgr_from_mass
 from verl.utils.attention_token_weights import token_weights_from_vgr
 from verl.utils.checkpoint_folder import read_manifest
+from verl.utils.process_tree import has_variable
 from verl.workers.actor.config import ActorConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,9 +93,9 @@ def processes_marked(mark: str) -> list[int]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("VERL_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+            if has_variable(process, "VERL_TEST_MARK", mark) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process.pid)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
+        except (psutil.Error, OSError):
             continue
     return found
 

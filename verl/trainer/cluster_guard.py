@@ -3,7 +3,7 @@
 
 Of a driver that was killed, Ray's agents stay for a minute and more, and what workers have started stays for good.
 
-    python verl/trainer/cluster_guard.py DRIVER_PID MARK
+    python -m verl.trainer.cluster_guard DRIVER_PID MARK
 
 What it reads is the folder of Ray's session. An empty line, or the end of its input, is the end of the session.
 """
@@ -23,6 +23,8 @@ from typing import Self
 
 import psutil
 
+from verl.utils.process_tree import has_variable, package_environment
+
 CLUSTER_MARK = "VERL_CLUSTER"
 """The variable that every process of a cluster has from its start, and hands on to what it starts."""
 
@@ -38,7 +40,9 @@ class ClusterGuard:
     def __enter__(self) -> Self:
         self._mark = secrets.token_hex(8)
         self._process = subprocess.Popen(
-            [sys.executable, "-P", __file__, str(os.getpid()), self._mark],
+            [sys.executable, "-m", "verl.trainer.cluster_guard", str(os.getpid()), self._mark],
+            env=package_environment(),
+            cwd="/",
             stdin=subprocess.PIPE,
             text=True,
             start_new_session=True,  # Ctrl-C and the end of a terminal are not for it
@@ -104,8 +108,8 @@ def end_marked(mark: str) -> None:
 
 def _has_mark(process: psutil.Process, mark: str) -> bool:
     try:
-        return process.environ().get(CLUSTER_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:  # gone, or another user's
+        return has_variable(process, CLUSTER_MARK, mark) and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, OSError):  # gone, or another user's
         return False
 
 

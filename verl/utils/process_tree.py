@@ -7,8 +7,11 @@ import ctypes
 import os
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import psutil
+
+import verl
 
 MARK = "VERL_PROCESS_TREE"
 """Variable of the environment that descendants inherit; its value names their tree."""
@@ -84,9 +87,27 @@ class ProcessTree:
     def _belongs(self, process: psutil.Process) -> bool:
         try:
             in_group = self._leads_group and os.getpgid(process.pid) == self.root.pid
-            return in_group or process.environ().get(MARK) == self._mark
+            return in_group or has_variable(process, MARK, self._mark)
         except (psutil.Error, OSError):
             return False
+
+
+def has_variable(process: psutil.Process, name: str, value: str) -> bool:
+    """Whether a process was started with this variable in its environment.
+
+    psutil's own reader ends at the hole that a process leaves which has changed its title, as Ray's do.
+
+    Raises:
+        OSError: the process is gone, or another user's.
+    """
+    variables = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+    return f"{name}={value}".encode() in variables
+
+
+def package_environment() -> dict[str, str]:
+    """The environment for a process that runs a module of this package, wherever it is started."""
+    paths = (str(Path(verl.__file__).parent.parent), os.environ.get("PYTHONPATH"))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def memory_of(processes: Iterable[psutil.Process]) -> int:

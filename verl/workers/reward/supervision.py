@@ -15,11 +15,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import verl
-from verl.utils.process_tree import MARK, adopt_orphans
+from verl.utils.process_tree import MARK, adopt_orphans, package_environment
 
 
 @dataclass(frozen=True)
@@ -76,11 +74,10 @@ class Supervision:
         outputs, messages = [os.pipe() for _ in range(2)], os.pipe()
         read_ends = (*(read for read, _ in outputs), messages[0])
         orders = Orders(os.getpid(), name, mark, log, self.last_words, read_ends[:2], messages[0], timeout_s, limits)
-        paths = (str(Path(verl.__file__).parent.parent), os.environ.get("PYTHONPATH"))
         # It leaves this process's tree at once, and the command returns: else it would be ended with the tree.
         subprocess.run(
             [sys.executable, "-m", "verl.workers.reward.supervisor", json.dumps(asdict(orders))],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            env=package_environment(),
             cwd="/",
             pass_fds=read_ends,
             start_new_session=True,
