@@ -4,10 +4,14 @@
 
 import dataclasses
 import json
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from PIL import Image
 from torch.utils.data import SequentialSampler
@@ -232,3 +236,25 @@ def test_a_long_prompt_is_refused_when_drawn_where_none_is_dropped(
 def test_no_data_is_refused_by_the_key_that_should_name_it(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data.val_files is empty"):
         create_dataloader(data_config(tmp_path, val_files=""), tokenizer, None)
+
+
+def test_processes_that_read_end_with_the_one_they_read_for(
+    make_set: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed, that one ends nobody itself."""
+    monkeypatch.setattr("verl.data.loader.ROWS_WORTH_WORKERS", 1)
+    loader = PromptLoader(make_set(40), batch_size=4, shuffle=False, seed=1)
+    read_end, write_end = os.pipe()
+    reader = os.fork()
+    if reader == 0:
+        loader.draw()
+        children = [child.pid for child in psutil.Process().children() if child.name() == "pt_data_worker"]
+        os.write(write_end, " ".join(map(str, children)).encode())
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(reader, 0)
+    children = [int(pid) for pid in os.read(read_end, 1000).split()]
+    assert children
+    deadline = time.monotonic() + 2
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

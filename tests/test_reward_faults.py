@@ -18,7 +18,7 @@ import pytest
 import ray
 
 from tests.test_reward_function import TEXTS, make_batch
-from tests.test_training_run import ROOT
+from tests.test_training_run import ROOT, processes_marked
 from verl.single_controller import waiting
 from verl.trainer import rewards
 from verl.trainer.rewards import RewardClient
@@ -305,15 +305,7 @@ def test_nothing_outlives_a_driver_and_a_raylet_that_are_killed(tmp_path, tiny_m
         driver.wait()
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     assert are_gone([reward.pid, *pids])
-    marked = [process for process in psutil.process_iter() if _mark_of(process) == mark]
-    assert are_gone([process.pid for process in marked])
-
-
-def _mark_of(process: psutil.Process) -> str | None:
-    try:
-        return process.environ().get("VERL_TEST_MARK")
-    except psutil.Error:
-        return None
+    assert are_gone(processes_marked(mark))
 
 
 # ---- what it prints ----

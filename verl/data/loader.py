@@ -17,6 +17,7 @@ from verl.data.dataset import RLHFDataset, collate_fn
 from verl.data.order import epoch_order, mixed_order
 from verl.data.sources import JoinedDataset
 from verl.trainer.config import DataConfig, data_sources
+from verl.utils.process_tree import end_with_parent
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -130,6 +131,7 @@ class BatchLoader:
             collate_fn=collate_fn,
             num_workers=num_workers,
             prefetch_factor=1 if num_workers else None,
+            worker_init_fn=_begin_worker,
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -141,6 +143,10 @@ class BatchLoader:
                 pieces = []
         if pieces:
             yield _join(pieces)
+
+
+def _begin_worker(_: int) -> None:
+    end_with_parent()
 
 
 def _join(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -28,6 +28,9 @@ from verl.utils.process_tree import has_variable, package_environment
 CLUSTER_MARK = "VERL_CLUSTER"
 """The variable that every process of a cluster has from its start, and hands on to what it starts."""
 
+KEEP_ENVIRONMENT = {"SPT_NOENV": "1"}
+"""Ray's processes change their titles, and would write over their environments: https://pypi.org/project/setproctitle."""
+
 LOOKS_PER_SECOND = 2
 
 ATTEMPT_SECONDS = 10
@@ -58,11 +61,16 @@ class ClusterGuard:
     @contextmanager
     def takes_in(self) -> Iterator[None]:
         """Processes that are started inside belong to the cluster, and so does all that they start."""
-        os.environ[CLUSTER_MARK] = self._mark
+        variables = {CLUSTER_MARK: self._mark, **KEEP_ENVIRONMENT}
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
         try:
             yield
         finally:
-            del os.environ[CLUSTER_MARK]
+            for name, value in before.items():
+                del os.environ[name]
+                if value is not None:
+                    os.environ[name] = value
 
     def remember(self, session_folder: str) -> None:
         """Tells where Ray keeps files of the session; in the end only the reader of its logs has a use for them."""
