@@ -51,6 +51,7 @@ SETTINGS = (
     "trainer.find_last_checkpoint=true",
     "trainer.save_freq=5",
     "trainer.save_limit=2",
+    "trainer.deterministic=true",
 )
 
 PATIENCE_SECONDS = 120
