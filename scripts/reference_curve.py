@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Holds 20 steps of the quickstart against the committed curve: `python scripts/reference_curve.py [--renew]`.
+
+Data and warm start are made anew if they are not there, as in `scripts/quickstart.sh`. On one machine and one release
+of torch a seed repeats itself; on others the warm start rounds otherwise and samples other answers, so means over the
+steps are compared, within tolerances that the quickstart's other seeds keep too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import make_digits
+from report_quickstart import read_log
+
+from verl.trainer.config import PPOConfig, load_config
+from verl.trainer.main import run
+
+ROOT = Path(__file__).resolve().parent.parent
+CURVE = ROOT / "examples" / "reference_curve.json"
+STEPS = 20
+
+TOLERANCES = {
+    "reward/overall": 0.10,
+    "val/accuracy_reward": 0.10,
+    "response_length/mean": 1.5,
+    "actor/grad_norm": 0.25,
+    "actor/entropy_loss": 0.15,
+    "token_weights/mean": 0.05,
+    "token_weights/std": 0.10,
+    "vgr/mean": 0.25,
+}
+"""How far the mean over the steps may be from the committed one."""
+
+
+def settings(data: Path, folder: Path) -> PPOConfig:
+    """The quickstart of seed 0, for `STEPS` steps."""
+    return load_config(
+        [
+            f"config={ROOT}/examples/quickstart.yaml",
+            f"data.train_files={data}/train.parquet",
+            f"data.val_files={data}/test.parquet",
+            f"worker.actor.model.model_path={data}/model",
+            f"worker.reward.reward_function={ROOT}/examples/reward_function/digits.py:compute_score",
+            f"trainer.save_checkpoint_path={folder}",
+            f"trainer.max_steps={STEPS}",
+            "trainer.val_freq=-1",
+            "trainer.logger=[file]",
+        ]
+    )
+
+
+def curve_of(folder: Path) -> dict[str, list[float]]:
+    """The values of each metric that is compared, step by step."""
+    log = read_log(folder)
+    return {name: values for name in TOLERANCES if (values := list(_values(log, name)))}
+
+
+def _values(log: Mapping[int, Mapping[str, Any]], name: str) -> list[float]:
+    area, _, key = name.partition("/")
+    return [round(record[area][key], 4) for record in log.values() if key in record.get(area, {})]
+
+
+def compare(curve: Mapping[str, Sequence[float]], reference: Mapping[str, Sequence[float]]) -> list[tuple]:
+    """(metric, mean here, committed mean, tolerance) of every metric."""
+    rows = []
+    for name, tolerance in TOLERANCES.items():
+        here, there = curve.get(name, ()), reference[name]
+        if len(here) != len(there):
+            raise ValueError(f"{name} has {len(here)} values, the committed curve {len(there)}")
+        rows.append((name, sum(here) / len(here), sum(there) / len(there), tolerance))
+    return rows
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Runs, compares or renews; 1 where a metric is too far away."""
+    data = arguments.data
+    if not (data / "model").exists():
+        make_digits.main(data, seed=0)
+    with tempfile.TemporaryDirectory(prefix="reference_curve_") as folder:
+        run(settings(data, Path(folder) / "run"))
+        curve = curve_of(Path(folder) / "run")
+    if arguments.renew:
+        CURVE.write_text(json.dumps(curve, indent=1) + "\n")
+        print(f"written: {CURVE}")
+        return 0
+    rows = compare(curve, json.loads(CURVE.read_text()))
+    print(f"{'mean over the steps':24}{'here':>10}{'committed':>12}{'tolerance':>12}")
+    for name, here, there, tolerance in rows:
+        mark = "" if abs(here - there) <= tolerance else "  too far"
+        print(f"{name:24}{here:10.4f}{there:12.4f}{tolerance:12.4f}{mark}")
+    return int(any(abs(here - there) > tolerance for _, here, there, tolerance in rows))
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--renew", action="store_true", help="write the curve of this machine in place of comparing")
+    parser.add_argument("--data", type=Path, default=ROOT / "data" / "quickstart" / "seed_0")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse()))
