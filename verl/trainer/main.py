@@ -177,6 +177,7 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses", sto
             total_steps=steps,
             resume_point=resume_point,
         ) as tracker:
+            tracker.add_files(rewards.files)
             trainer = RayDAPOTrainer(
                 config,
                 plan,
