@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from verl.trainer.config import load_config
 from verl.trainer.console import Figures
+from verl.trainer.run_state import RunState
 from verl.trainer.run_summary import duration
 from verl.trainer.sinks import WrittenFile
 from verl.trainer.tracking import Tracker
-from verl.utils.checkpoint import ResumePoint
+from verl.utils.checkpoint import DATALOADER_FILE, ResumePoint
 
 SAMPLES = [("What digit?", "It is 7.", "7", 1.0)]
 
@@ -155,3 +157,16 @@ def test_a_validation_has_a_bar_of_its_own_that_goes_when_it_is_done(make_tracke
         assert re.search(r"\r +\x1b\[A", after), "its line is cleared"
         tracker.validated(0, 5)  # the next one begins anew, and an error breaks it off
     assert sys.stderr.getvalue().count("validation 0/5 prompts") >= 2
+
+
+def test_of_many_checkpoints_the_best_and_the_last_are_named(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        (tmp_path / f"global_step_{step}").mkdir()
+        (tmp_path / f"global_step_{step}" / DATALOADER_FILE).touch()
+    state = RunState(load_config([f"trainer.save_checkpoint_path={tmp_path}"]))
+    state.best_step, state.last_saved_step = 2, 4
+    tracker = ("checkpoint tracker", tmp_path / "checkpoint_tracker.json")
+    best, last = (("best checkpoint", tmp_path / "global_step_2"), ("last checkpoint", tmp_path / "global_step_4"))
+    assert state.files() == [best, last, ("2 other checkpoints", tmp_path), tracker]
+    state.best_step = 4
+    assert state.files() == [last, ("3 other checkpoints", tmp_path), tracker]

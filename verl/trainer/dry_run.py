@@ -142,24 +142,21 @@ def _require_devices(config: PPOConfig) -> None:
 def _read_data(config: PPOConfig, report: Report) -> None:
     set_worker_environment()  # before transformers is imported, which reads some of it
     import_modules(["verl.data.loader"])
+    from verl.data.dataset import RLHFDataset
     from verl.data.loader import require_full_batch
     from verl.utils.tokenizer import get_processor, get_tokenizer
 
     model, data = config.worker.actor.model, config.data
     source = (model.tokenizer_path, data.override_chat_template)
+    # The first rows may all be too long, or damaged, where the whole set is not.
+    each_row = replace(data, filter_overlong_prompts=False, check_media=False)
     with report.collects_refusals():
         tokenizer = get_tokenizer(*source, trust_remote_code=model.trust_remote_code)
         processor = get_processor(*source, trust_remote_code=model.trust_remote_code)
-        model_config = fitting_model_config(config, tokenizer)
+        options = dict(config=each_row, model_config=fitting_model_config(config, tokenizer), first_rows=ROWS_READ)
 
         def first_rows_of(path: str) -> RLHFDataset:
-            from verl.data.dataset import RLHFDataset
-
-            # The first rows may all be too long, or damaged, where the whole set is not.
-            each_row = replace(data, filter_overlong_prompts=False, check_media=False)
-            return RLHFDataset(
-                path, tokenizer, processor, config=each_row, model_config=model_config, first_rows=ROWS_READ
-            )
+            return RLHFDataset(path, tokenizer, processor, **options)
 
         num_prompts = _read_files(config, "train_files", first_rows_of, report)
         with report.collects_refusals():

@@ -143,11 +143,13 @@ class Tracker:
 
     def close(self, failed: bool = False) -> None:
         """Writes out and releases every logger; `failed` is whether an exception ends the run."""
-        files = [file for source in self._file_sources for file in source()]
-        self._tell(lambda sink: files.extend(sink.files()))
-        files = [file for file in files if file.path.exists()]
-        self._tell(lambda sink: sink.written(files))
-        self._tell(lambda sink: sink.close(failed))
+        try:
+            files = [file for source in self._file_sources for file in source()]
+            self._tell(lambda sink: files.extend(sink.files()))
+            there = [file for file in files if file.path.exists()]
+            self._tell(lambda sink: sink.written(there))
+        finally:
+            self._tell(lambda sink: sink.close(failed))
 
     def _tell(self, report: Callable[[Sink], None]) -> None:
         for name, sink in self._sinks.items():
