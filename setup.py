@@ -36,4 +36,5 @@ setup(
     packages=find_packages(include=["verl", "verl.*"]),
     install_requires=list(PINS.values()),
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["verl = verl.trainer.main:main"]},
 )

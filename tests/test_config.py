@@ -4,7 +4,6 @@
 
 import ast
 import importlib.util
-import inspect
 import logging
 import os
 import pickle
@@ -12,11 +11,9 @@ import re
 import socket
 import subprocess
 import sys
-import textwrap
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 from importlib.metadata import metadata
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -37,7 +34,8 @@ from verl.trainer.config import (
     load_config,
 )
 from verl.trainer.config_checks import CONTRADICTIONS, effect_notes, require_available
-from verl.trainer.main import main, prepare
+from verl.trainer.help_text import docstrings_of_fields
+from verl.trainer.main import prepare
 from verl.trainer.ray_cluster import _start_ray
 from verl.workers.actor.config import LOSS_TYPES, ActorConfig, FSDPConfig, LoraConfig, OptimConfig
 from verl.workers.config import WorkerConfig
@@ -1106,17 +1104,6 @@ def declared_fields(section: type[ConfigSection], prefix: str = "") -> Iterator[
             yield section, field.name, prefix + field.name
 
 
-def docstrings_of_fields(section: type[ConfigSection]) -> dict[str, str]:
-    """By name, of the section and of those that it extends."""
-    found: dict[str, str] = {}
-    for owner in reversed(section.__mro__[:-1]):
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
-        for node, after in pairwise(tree.body):
-            if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr):
-                found[node.target.id] = after.value.value
-    return found
-
-
 def last_name(node: ast.AST) -> str:
     """`c` of the expressions `a.b.c` and `c`."""
     return getattr(node, "attr", None) or getattr(node, "id", "")
@@ -1187,15 +1174,6 @@ def test_an_estimator_and_a_loss_may_be_functions_in_a_file(key, runnable, tmp_p
     for wrong, message in (("no.py:mine", "names no file"), ("mine.py", "names no function; write path.py:function")):
         with pytest.raises(ValueError, match=f"{key}={wrong} {message}"):
             load_config([f"{key}={wrong}"])
-
-
-def test_help_is_the_usage_and_exit_code_0(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for flag in ("-h", "--help"):
-        monkeypatch.setattr(sys, "argv", ["main.py", "trainer.max_steps=1", flag])
-        main()
-        assert capsys.readouterr().out.startswith("usage: python3 -m verl.trainer.main [config=FILE] [key=value ...]")
 
 
 def test_reading_a_configuration_loads_nothing_heavy():

@@ -2,16 +2,19 @@
 # python -m pytest tests/test_lasting_output.py
 """A run goes on when nobody reads its console any more: behind a pipe, or after its terminal was closed."""
 
+import fcntl
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 
-from tests.test_stop_request import quiet, wait_for_steps
-from tests.test_training_run import ROOT, lines_of
+from tests.test_stop_request import wait_for_steps
+from tests.test_training_run import ROOT, arguments, lines_of
 
 PROGRAM = """
 import logging, subprocess, sys
@@ -47,13 +50,14 @@ def test_a_run_goes_on_when_its_terminal_is_closed(
     tiny_model_path: str, data_files: list[str], tmp_path: Path
 ) -> None:
     """The terminal sends SIGHUP to all of the run's processes that belong to it, and takes no more output."""
-    args = quiet(tiny_model_path, data_files, tmp_path, "trainer.max_steps=12", "trainer.logger=[console,file]")
+    args = arguments(tiny_model_path, data_files, tmp_path, "trainer.max_steps=12", "trainer.logger=[console,file]")
     pid, terminal = pty.fork()
     if pid == 0:
+        fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))  # a second bar takes a second row
         os.chdir(ROOT)
         os.execv(sys.executable, [sys.executable, "-m", "verl.trainer.main", *args])
     seen = b""
-    while b"step" not in seen:  # of the progress bar, which a terminal alone has
+    while b"validation 5/5 prompts" not in seen:  # of a progress bar, which a terminal alone has
         seen += os.read(terminal, 1000)
     wait_for_steps(tmp_path, 1)
     os.close(terminal)

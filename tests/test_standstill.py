@@ -3,6 +3,7 @@
 """Runs that get nowhere: their optimizer steps are skipped, or there is nothing to learn from."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -51,14 +52,28 @@ def test_skipped_optimizer_steps_are_counted_and_their_samples_named(
 
 
 def test_steps_that_are_all_skipped_end_the_run_and_are_not_saved(
-    tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster, monkeypatch
+    tiny_model_path: str,
+    data_files: list[str],
+    tmp_path: Path,
+    ray_cluster,
+    monkeypatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """The table at the end says where samples and checkpoints are; the first of these is as good as the last."""
     poison(monkeypatch, [0, 8], steps=[2, 3])
     settings = ["trainer.max_steps=5", "trainer.save_freq=1", "trainer.max_skipped_steps=2", "trainer.val_freq=1"]
+    settings.append("trainer.logger=[console,file]")
     message = r"in trainer.max_skipped_steps=2 steps in a row, up to step 3, every optimizer step of the actor was "
     with pytest.raises(RuntimeError, match=message) as ended:
         run_shared(load_config(quiet(tiny_model_path, data_files, tmp_path, *settings)))
     assert len(str(ended.value)) < 500
+    summary = capsys.readouterr().err.partition("easy_r1/demo broke off at step 2 of 5\n")[2]
+    for content, name in (
+        ("best checkpoint", "global_step_1"),
+        ("last checkpoint", "global_step_2"),
+        ("samples of skipped updates", SKIPPED_SAMPLES),
+    ):
+        assert re.search(rf"^  {content} +{tmp_path}/{name}$", summary, re.MULTILINE), summary
     assert sorted(path.name for path in tmp_path.glob("global_step_*")) == ["global_step_1", "global_step_2"]
     assert not is_changed(weights_at(tmp_path, 1), weights_at(tmp_path, 2))
     assert json.loads((tmp_path / "checkpoint_tracker.json").read_text())["last_global_step"] == 2

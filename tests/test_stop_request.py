@@ -41,17 +41,26 @@ def quiet(model: str, data: list[str], folder: Path, *overrides: str) -> list[st
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_asked_to_end_saves_its_step_and_goes_on_bit_for_bit(
-    number: signal.Signals, tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster, monkeypatch
+    number: signal.Signals,
+    tiny_model_path: str,
+    data_files: list[str],
+    tmp_path: Path,
+    ray_cluster,
+    monkeypatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The step's validation is left out, for the sake of the time there is. The handlers from before stand again."""
     before = signal.getsignal(number)
-    settings = ["trainer.val_freq=1"]
+    settings = ["trainer.val_freq=1", "trainer.logger=[console,file]"]
     args = quiet(tiny_model_path, data_files, tmp_path / "parts", *settings)
     with monkeypatch.context() as patch:
         act_in_step(patch, 2, ask(number))
         run_shared(load_config(args))
     assert signal.getsignal(number) is before
     folder = tmp_path / "parts"
+    summary = capsys.readouterr().err.partition("easy_r1/demo ")[2]
+    assert summary.startswith("ended at step 2 of 3\n")
+    assert f"last checkpoint     {folder}/global_step_2\n" in summary
     assert [path.name for path in folder.glob("global_step_*")] == ["global_step_2"]
     lines = lines_of(folder / "experiment_log.jsonl")
     assert [(line["step"], "val" in line) for line in lines] == [(1, True), (2, False)]
@@ -71,6 +80,7 @@ def test_asked_twice_it_ends_at_once(
     tmp_path: Path,
     ray_cluster,
     monkeypatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def twice() -> None:
         ask(number)()
@@ -80,9 +90,11 @@ def test_asked_twice_it_ends_at_once(
 
     act_in_step(monkeypatch, 2, twice)
     with pytest.raises(error) as ended:
-        run_shared(load_config(quiet(tiny_model_path, data_files, tmp_path)))
+        run_shared(load_config(quiet(tiny_model_path, data_files, tmp_path, "trainer.logger=[console,file]")))
     if error is SystemExit:
         assert ended.value.code == 143
+    summary = capsys.readouterr().err.partition("easy_r1/demo ")[2]
+    assert summary.startswith("broke off at step 1 of 3\n") and f"{tmp_path}/experiment_log.jsonl" in summary
     assert not list(tmp_path.glob("global_step_*"))
     assert len(lines_of(tmp_path / "experiment_log.jsonl")) == 1
 

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # python -m pytest tests/test_tracking.py
 
-import io
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
 import uuid
@@ -25,13 +23,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 CONFIG = {"trainer": {"logger": ["file"], "max_steps": None}, "worker": {"actor": {"optim": {"lr": 1e-6}}}}
 SAMPLES = [("What digit?", "It is 7.", "7", 1.0), ("And this?", "九", "9", 0.0)]
-
-
-class Terminal(io.StringIO):
-    """A stderr that says it is a terminal, so that the progress bar shows itself."""
-
-    def isatty(self):
-        return True
 
 
 class ServedSink(Sink):
@@ -290,44 +281,6 @@ def test_libraries_are_imported_only_when_they_are_asked_for(tmp_path):
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
     )
     assert finished.returncode == 0, finished.stderr
-
-
-def test_a_log_file_gets_one_line_a_step_and_two_a_validation(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with make_tracker(tmp_path, "console") as tracker:
-        tracker.log({"val/reward_score": 0.25, "val/accuracy_reward": 0.2}, step=0)
-        tracker.phase("gen")
-        tracker.phase("validation", "validating 510 prompts")
-        tracker.log({"reward/overall": 0.5, "response_length/mean": 12.34, "perf/time_per_step": 2.0, "x": 1}, step=1)
-        tracker.log({"reward/overall": 0.6}, step=2)
-        tracker.note("saved")
-    assert sys.stderr.getvalue().splitlines() == [
-        "validation at step 0: reward_score 0.250, accuracy_reward 0.200",
-        "validating 510 prompts",
-        "step 1/4: reward 0.500, held-out 0.250, length 12.3, s/step 2.0",
-        "step 2/4: reward 0.600, held-out 0.250, length 12.3, s/step 2.0",
-        "saved",
-    ]
-
-
-def test_a_terminal_sees_a_bar_with_the_phase_and_the_latest_figures(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    handler = logging.StreamHandler()
-    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
-    with make_tracker(tmp_path, "console", resume_step=1) as tracker:
-        assert "starting:  25%" in sys.stderr.getvalue(), "one of four steps lies behind a run resumed after step 1"
-        tracker.phase("update_actor", "updating")
-        logging.getLogger().warning("a message")
-        tracker.log({"reward/overall": 0.5, "val/reward_score": 0.25}, step=2)
-        tracker.log_generations(SAMPLES[:1], step=2)
-    shown = sys.stderr.getvalue()
-    assert "update_actor" in shown and "updating" not in shown
-    assert "\ra message\n" in re.sub(" {2,}", "", shown), "a log message begins its own line, above the bar"
-    assert logging.getLogger().handlers == [handler]
-    assert "2/4" in shown
-    assert "reward 0.500, held-out 0.250" in shown
-    assert "validation at step 2: reward_score 0.250" in shown
-    assert "step 2, sample 1 of 1, score 1.000\n[prompt] What digit?\n[output] It is 7.\n[ground_truth] 7" in shown
 
 
 def test_a_number_that_is_not_finite_is_null_in_the_log_since_json_has_no_word_for_it(tmp_path):

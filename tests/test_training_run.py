@@ -4,6 +4,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -176,6 +177,20 @@ def test_three_steps_on_two_workers_leave_logs_checkpoints_and_curves(
     assert len(list(tmp_path.glob(f"swanlab_log/run-*-{ids['swanlab']}/media/text/*.txt"))) == 6
     assert len(list(tmp_path.glob(f"mlruns/1/{ids['mlflow']}/artifacts/val/generations/step_*.txt"))) == 3
     assert "training goes on" not in finished.stderr
+
+    summary = finished.stderr.partition("easy_r1/demo ended at step 3 of 3\n")[2]
+    tokens = sum(int(record["perf"]["total_num_tokens"]) for record in records if "perf" in record)
+    assert f" s, {tokens:,} tokens" in summary
+    first, last = (f"{record['val']['reward_score']:.3f}" for record in (records[0], records[-1]))
+    assert f"\nheld-out reward  {first} (step 0)  {last} (step 3)  " in summary
+    listed = {Path(path) for path in re.findall(r"  (/.+)$", summary, re.MULTILINE)}
+    assert all(path.exists() for path in listed)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    forgotten = [path for path in written if not listed & {path, *path.parents} - {tmp_path}]
+    # The lock says nothing, and the others are the libraries' own, beside the runs that they keep.
+    assert {path.name for path in forgotten} <= {"run.lock", "debug.log", "debug-internal.log", ".gitignore"}
+    for name in ("wandb", "swanlab"):
+        assert [path for path in listed if ids[name] in path.name], name
 
 
 def test_token_weights_follow_their_rows_through_balancing_to_the_update(

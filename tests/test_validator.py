@@ -3,6 +3,7 @@
 """The held-out set is scored a batch at a time, with the numbers of the whole and without keeping its images."""
 
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ def response_to(row: int) -> dict[str, torch.Tensor]:
     return {"responses": 260 + row * mask, "response_mask": mask, "attention_mask": torch.cat([torch.ones(2), mask])}
 
 
-def validate(tokenizer, batch_size: int) -> tuple[ValidationResult, list[int]]:
+def validate(
+    tokenizer, batch_size: int, on_progress: Callable[[int], None] = lambda num_done: None
+) -> tuple[ValidationResult, list[int]]:
     """The result, and how many rows' images there were at each generation, its own among them."""
     images: list[weakref.ref] = []
     alive: list[int] = []
@@ -49,7 +52,7 @@ def validate(tokenizer, batch_size: int) -> tuple[ValidationResult, list[int]]:
         return scores, {"overall": scores, "high": [row for row in rows if row > 2]}
 
     batches = [{"rows": list(range(first, first + batch_size))} for first in range(0, ROWS, batch_size)]
-    return Validator(batches, generate, score, tokenizer).run(), alive
+    return Validator(batches, generate, score, tokenizer, on_progress).run(), alive
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
@@ -67,3 +70,9 @@ def test_batches_give_what_the_whole_set_does(tokenizer, batch_size: int) -> Non
 def test_no_more_than_two_batches_images_are_held(tokenizer) -> None:
     _, alive = validate(tokenizer, 1)
     assert alive == [1, 2, 2, 2, 2, 2]
+
+
+def test_progress_is_told_at_the_start_and_after_each_batch(tokenizer) -> None:
+    told: list[int] = []
+    validate(tokenizer, 2, told.append)
+    assert told == [0, 2, 4, 6]

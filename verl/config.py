@@ -169,25 +169,27 @@ def did_you_mean(wrong: str, choices: Sequence[str]) -> str:
 
 def expectation(expected: Any, value: Any) -> str:
     """Say in words what a field takes, with the nearest choice."""
-    message = f"is not {_in_words(expected)}"
+    message = f"is not {in_words(expected)}"
     for wrong in _wrong_items(expected, value) if _choices(expected) else []:
         return message + did_you_mean(str(wrong), _choices(expected))
     return message
 
 
-def _in_words(expected: Any) -> str:
+def in_words(expected: Any) -> str:
+    """The type of a field, as a reader knows it; `Any` stands for a text or a list."""
     origin, arguments = get_origin(expected), get_args(expected)
     if origin is Literal:
         return f"one of {', '.join(arguments)}"
     if NoneType in arguments:
-        return f"{_in_words(next(part for part in arguments if part is not NoneType))} or null"
+        return f"{in_words(next(part for part in arguments if part is not NoneType))} or null"
     if origin is tuple:
         return f"a list of {len(arguments)} numbers"
     if origin is list:
-        return f"a list, each item {_in_words(arguments[0])}"
+        return f"a list, each item {in_words(arguments[0])}"
     if origin is dict:
         return "a mapping such as {key: value}"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[expected]
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Any: "a text or a list"}
+    return words[expected]
 
 
 def as_yaml(value: Any) -> str:

@@ -54,6 +54,11 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+
+class PromptTooLong(ValueError):
+    """A prompt has more tokens than `data.max_prompt_length`."""
+
+
 MEDIA = (ImageFeature, VideoFeature, Audio, Pdf, Nifti, Mesh)
 """What `datasets` decodes when a row is read."""
 
@@ -146,6 +151,7 @@ class RLHFDataset(torch.utils.data.Dataset):
             and is text in a row without any. A video is a file (path or bytes) or the list of its frames. Prompts are
             texts or chat messages (`conversation.py`).
         model_config: the model's config; read from where the tokenizer came from if None and there is a processor.
+        first_rows: how many to take from the beginning; None takes all.
         truncation: "error" alone: a prompt cut short would lose the opening of the answer, or its question.
         options: any of `OPTIONS`, as EasyR1's callers give them; they override `config`. Without a config prompts have
             at most 1024 tokens, and images stay as large as they are.
@@ -154,8 +160,8 @@ class RLHFDataset(torch.utils.data.Dataset):
         ValueError: when loading, for an option that is none or cannot be taken, a column that is not there, a prompt
             that is neither a text nor a chat, placeholders that do not match the media, media that the model does not
             take, a file that is not there, no row left. When drawing, for a row that cannot be decoded or is longer
-            than P. Messages count rows from 0, as `load_rows` returns them: within a slice, and with those that are
-            later dropped for their length.
+            than P (`PromptTooLong`). Messages count rows from 0, as `load_rows` returns them: within a slice, and with
+            those that are later dropped for their length.
     """
 
     def __init__(
@@ -166,6 +172,7 @@ class RLHFDataset(torch.utils.data.Dataset):
         *,
         config: DataConfig | None = None,
         model_config: PretrainedConfig | None = None,
+        first_rows: int | None = None,
         truncation: str = "error",
         **options: Any,
     ) -> None:
@@ -192,6 +199,10 @@ class RLHFDataset(torch.utils.data.Dataset):
         self.video_limits = VideoLimits(self.config.video_fps, self.config.min_pixels, self.config.max_pixels)
 
         rows = load_rows(data_path)
+        self.rows_in_files = len(rows)
+        """As loaded, before any is dropped."""
+        if first_rows is not None:
+            rows = rows.select(range(min(first_rows, len(rows))))
         self._check_columns(rows)
         # Media are read as arrow, which hands them out as they were stored: nothing decodes one before it is drawn.
         self._media_keys = {
@@ -318,7 +329,7 @@ class RLHFDataset(torch.utils.data.Dataset):
     def _require_fit(self, index: int, length: int) -> None:
         longest = self.config.max_prompt_length
         if length > longest:
-            raise ValueError(
+            raise PromptTooLong(
                 f"{self._name(index)} has {length} tokens, data.max_prompt_length={longest}; raise it, lower "
                 "data.max_pixels, or set data.filter_overlong_prompts=true to drop such rows"
             )

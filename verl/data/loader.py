@@ -183,12 +183,7 @@ class PromptLoader:
     ) -> None:
         self.num_prompts = len(dataset) - (len(dataset.skipped) if weights is None else 0)
         """Of an epoch; in a mixture other rows take the places of skipped ones."""
-        if self.num_prompts < batch_size:
-            raise ValueError(
-                f"the training set has {self.num_prompts} prompts, fewer than the {batch_size} of one batch; lower "
-                "data.rollout_batch_size (or data.mini_rollout_batch_size), or raise data.max_prompt_length if too "
-                "many were dropped for their length"
-            )
+        require_full_batch(self.num_prompts, batch_size)
         self.dataset = dataset
         self.batch_size = batch_size
         sizes = () if weights is None else dataset.sizes
@@ -247,6 +242,20 @@ class PromptLoader:
         self._sampler.epoch = state["epoch"]
         self._sampler.position = state["position"]
         self._batches = None
+
+
+def require_full_batch(num_prompts: int, batch_size: int) -> None:
+    """Raise unless a training set makes a batch.
+
+    Raises:
+        ValueError: it has fewer prompts.
+    """
+    if num_prompts < batch_size:
+        raise ValueError(
+            f"the training set has {num_prompts} prompts, fewer than the {batch_size} of one batch; lower "
+            "data.rollout_batch_size (or data.mini_rollout_batch_size), or raise data.max_prompt_length if too "
+            "many were dropped for their length"
+        )
 
 
 def create_dataloader(

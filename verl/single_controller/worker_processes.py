@@ -282,8 +282,16 @@ class WorkerProcesses:
 
 def _check_resources(num_nodes: int, workers_per_node: int, device: str) -> None:
     resource = "GPU" if device == "cuda" else "CPU"
+    require_devices(num_nodes, workers_per_node, resource, int(ray.cluster_resources().get(resource, 0)))
+
+
+def require_devices(num_nodes: int, workers_per_node: int, resource: str, present: int) -> None:
+    """Raise unless there are as many GPUs, or CPUs, as workers.
+
+    Raises:
+        ValueError: there are fewer.
+    """
     wanted = num_nodes * workers_per_node
-    present = int(ray.cluster_resources().get(resource, 0))
     if wanted > present:
         raise ValueError(
             f"trainer.nnodes={num_nodes} x trainer.n_gpus_per_node={workers_per_node} asks for {wanted} {resource}s, "

@@ -11,7 +11,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-from verl.trainer.sinks import Generation, Run, Sink
+from verl.trainer.sinks import Generation, Run, Sink, WrittenFile
 
 GENERATIONS = "val/generations"
 """Name of the sampled generations at every logger."""
@@ -30,6 +30,7 @@ class TensorboardSink(Sink):
 
         super().__init__(run)
         folder = Path(os.environ.get("TENSORBOARD_DIR", "tensorboard_log")) / run.project_name / run.experiment_name
+        self._folder = folder.absolute()
         self._writer = SummaryWriter(str(folder), purge_step=run.resume_step + 1 if run.resume_step else 0)
         self._writer.add_hparams(hyper_parameters(run.config), metric_dict={}, run_name=".")
 
@@ -46,6 +47,9 @@ class TensorboardSink(Sink):
         ]
         self._writer.add_text(GENERATIONS, "\n\n".join(blocks), step)
         self._writer.flush()
+
+    def files(self) -> list[WrittenFile]:
+        return [WrittenFile("tensorboard", self._folder)]
 
     def close(self, failed: bool) -> None:
         self._writer.close()
@@ -99,6 +103,9 @@ class WandbSink(Sink):
             self._step, self._row = step, max(step, self._row + 1)
         self._wandb_run.log({**values, self.STEP: step}, step=self._row)
 
+    def files(self) -> list[WrittenFile]:
+        return [WrittenFile("wandb", Path(self._wandb_run.dir).parent)]
+
     def close(self, failed: bool) -> None:
         self._wandb_run.finish(exit_code=int(failed))
 
@@ -117,12 +124,13 @@ class SwanlabSink(Sink):
 
         super().__init__(run)
         kept = run.kept_ids.get("swanlab")
+        self._folder = Path(os.environ.get("SWANLAB_DIR", "swanlab_log"))
         self._text_of = swanlab.Text
         self._swanlab_run = swanlab.init(
             project=run.project_name,
             name=run.experiment_name,
             config=run.config,
-            log_dir=os.environ.get("SWANLAB_DIR", "swanlab_log"),
+            log_dir=str(self._folder),
             id=kept,
             resume="allow" if kept else None,
         )
@@ -137,6 +145,10 @@ class SwanlabSink(Sink):
             for number, sample in enumerate(samples, start=1)
         ]
         self._swanlab_run.log({GENERATIONS: texts}, step)
+
+    def files(self) -> list[WrittenFile]:
+        folders = self._folder.absolute().glob(f"run-*-{self.run_id}")
+        return [WrittenFile("swanlab", folder) for folder in folders]
 
     def close(self, failed: bool) -> None:
         if failed:
@@ -178,6 +190,12 @@ class MlflowSink(Sink):
         """A text of each validation among the run's artifacts; mlflow's own tables take the text 7 for a number."""
         text = "\n\n".join(f"{sample.tagged()}\n[score] {sample.score}" for sample in samples)
         self._mlflow.log_text(text, f"{GENERATIONS}/step_{step:06}.txt", self.run_id)
+
+    def files(self) -> list[WrittenFile]:
+        """The database and the artifacts, where they are on this machine."""
+        database = self._mlflow.get_tracking_uri().removeprefix("sqlite:///")
+        artifacts = self._mlflow.get_artifact_uri().removeprefix("file://")
+        return [WrittenFile("mlflow", Path(place)) for place in (database, artifacts) if "://" not in place]
 
     def close(self, failed: bool) -> None:
         self._mlflow.flush_async_logging()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `python3 -m verl.trainer.main config=FILE key=value ...`."""
+"""The command line: `verl config=FILE key=value ...`, which is `python3 -m verl.trainer.main`."""
 
 import logging
 import sys
@@ -8,12 +8,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NoReturn
 
 from verl.trainer.config import PPOConfig, load_config
-from verl.trainer.config_checks import attention_for_signals, effect_notes, has_built_in_algorithms, require_available
-from verl.trainer.ray_cluster import ray_session, require_cluster, set_worker_environment
+from verl.trainer.config_checks import effect_notes
+from verl.trainer.dry_run import DRY_RUN, dry_run
+from verl.trainer.help_text import help_text
+from verl.trainer.preparation import check_videos, fitting_model_config, prepare
+from verl.trainer.ray_cluster import ray_session, set_worker_environment
 from verl.trainer.stop_request import StopRequest
-from verl.trainer.tracking import Tracker, require_loggers
+from verl.trainer.tracking import Tracker
 from verl.utils.batch_plan import BatchPlan
-from verl.utils.checkpoint import refuse_to_start_anew
 from verl.utils.determinism import VARIABLES
 from verl.utils.lasting_output import outlive_readers
 from verl.utils.lean_imports import frozen_objects, import_modules
@@ -21,9 +23,6 @@ from verl.utils.run_lock import FolderInUse, locked_folder
 from verl.workers.rollout.config import ENGINES
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-    from verl.data.dataset import RLHFDataset
     from verl.single_controller.worker_processes import WorkerProcesses
 
 logger = logging.getLogger("verl.trainer.main")  # __name__ is __main__ under `python -m`
@@ -97,50 +96,6 @@ def _require_fit(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses
         )
 
 
-def prepare(config: PPOConfig) -> BatchPlan:
-    """The run's batch numbers; everything that can be refused without starting a process is refused here."""
-    require_available(config)
-    require_cluster()
-    require_loggers(config.trainer.logger)
-    if not config.trainer.val_only:  # which may look at the folder of another run
-        places = (config.trainer.save_checkpoint_path, config.trainer.load_checkpoint_path)
-        refuse_to_start_anew(*places, config.trainer.find_last_checkpoint)
-    plan = BatchPlan.from_config(config, config.trainer.nnodes * config.trainer.n_gpus_per_node)
-    if not has_built_in_algorithms(config):
-        _require_algorithms(config)
-    return plan
-
-
-def _require_algorithms(config: PPOConfig) -> None:
-    # The registries load torch, so every other mistake is told first.
-    from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS
-    from verl.algorithms.policy_loss import POLICY_LOSSES
-
-    checks = (
-        lambda: ADVANTAGE_ESTIMATORS.find(config.algorithm.adv_estimator),
-        lambda: POLICY_LOSSES.find(config.worker.actor.loss_type),
-        lambda: _require_signals(config),
-    )
-    problems = []
-    for check in checks:
-        try:
-            check()
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
-def _require_signals(config: PPOConfig) -> None:
-    from verl.algorithms.token_weights import find_signal, signals_of
-
-    find_signal(config.algorithm.token_weight_signal)  # also where nothing is weighed
-    signals_of(config.algorithm)
-    problems = list(attention_for_signals(config, lambda name: find_signal(name).needs_attention))
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
 def start_processes(config: PPOConfig, device: str) -> "WorkerProcesses":
     """Processes for the workers, which import what these need while the trainer reads its data.
 
@@ -179,19 +134,6 @@ def _cpus_wanted(config: PPOConfig, plan: BatchPlan) -> int:
     return plan.world_size + config.worker.reward.num_cpus
 
 
-def check_videos(config: PPOConfig, *datasets: "RLHFDataset") -> None:
-    """Refuse data that the rollout engine would only refuse when the first row with a video is drawn."""
-    from verl.models.registry import family_of
-    from verl.workers.rollout.base import require_videos
-
-    for dataset in datasets:
-        if dataset.has_videos:
-            try:
-                require_videos(config.worker.rollout.name, family_of(dataset.model_config))
-            except ValueError as error:
-                raise ValueError(f"{dataset.data_path!r} has videos: {error}") from None
-
-
 def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses", stop_request: StopRequest) -> None:
     logger.info("loading the tokenizer and the data")
     from verl.data.loader import create_dataloader
@@ -213,7 +155,7 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses", sto
     with RewardClient(config.worker.reward, trainer_config.save_checkpoint_path) as rewards:
         tokenizer = get_tokenizer(*source, trust_remote_code=model.trust_remote_code)
         processor = get_processor(*source, trust_remote_code=model.trust_remote_code)
-        model_config = _fitting_model_config(config, tokenizer)
+        model_config = fitting_model_config(config, tokenizer)
         # A mistake in the user's file is told before any data or model is loaded.
         rewards.load(text_decoder(tokenizer), prefilled_text(tokenizer))
         train_loader, val_loader = create_dataloader(config.data, tokenizer, processor, model_config)
@@ -235,6 +177,7 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses", sto
             total_steps=steps,
             resume_point=resume_point,
         ) as tracker:
+            tracker.add_files(rewards.files)
             trainer = RayDAPOTrainer(
                 config,
                 plan,
@@ -255,48 +198,21 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses", sto
                 trainer.shutdown()
 
 
-def _fitting_model_config(config: PPOConfig, tokenizer: "PreTrainedTokenizerBase") -> "PretrainedConfig":
-    """The policy's, once tokenizer and run are known to fit it.
-
-    Raises:
-        ValueError: they do not.
-    """
-    from verl.models.attention_recorder import require_layers
-    from verl.models.loader import load_generation_config, load_model_config, require_room_for_tokens
-    from verl.utils.tokenizer import eos_token_ids_of, warn_of_other_turn_ends
-
-    model = config.worker.actor.model
-    model_config = load_model_config(model)
-    require_room_for_tokens(tokenizer, model_config, model.tokenizer_path, model.model_path)
-    if config.worker.rollout.collect_attentions:
-        require_layers(model_config, config.algorithm.attention_layers)
-    generation_config = load_generation_config(model.model_path, model_config)
-    warn_of_other_turn_ends(tokenizer, eos_token_ids_of(generation_config, tokenizer))
-    return model_config
-
-
-USAGE = """\
-usage: python3 -m verl.trainer.main [config=FILE] [key=value ...]
-
-Trains a vision-language model with reinforcement learning. FILE is a YAML file of keys; key=value sets one key and
-overrides the file, as in worker.rollout.n=8. Four keys are required: data.train_files, data.val_files,
-worker.actor.model.model_path and worker.reward.reward_function.
-
-Keys begin with data, algorithm, worker or trainer. examples/config.yaml has the usual ones, and the config.py files of
-the package describe all of them.
-"""
-
-
 def main() -> None:
     """Parses the command line and runs; a mistake in it ends with a readable message and exit code 2."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        sys.stdout.write(USAGE)
-        return
     outlive_readers()  # before the loggers take sys.stderr
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("verl").setLevel(logging.INFO)
+    arguments = sys.argv[1:]
+    asks_for_help = [place for place, argument in enumerate(arguments) if argument in ("-h", "--help")]
     try:
-        config = load_config(sys.argv[1:])
+        if asks_for_help:
+            names = [argument for argument in arguments[asks_for_help[0] :] if not argument.startswith("-")]
+            sys.stdout.write(help_text(PPOConfig, [name for name in names if "=" not in name]))
+            return
+        config = load_config([argument for argument in arguments if argument != DRY_RUN])
+        if DRY_RUN in arguments:
+            raise SystemExit(dry_run(config, sys.stdout))
         prepare(config)
     except ValueError as error:
         _refuse(error)

@@ -47,6 +47,11 @@ def set_worker_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def joins_cluster() -> bool:
+    """Whether the environment or this machine names a cluster that runs already."""
+    return "RAY_ADDRESS" in os.environ or RAY_START_NOTE.exists()
+
+
 @contextmanager
 def ray_session(config: PPOConfig) -> Iterator[None]:
     """A Ray cluster for the run.
@@ -59,7 +64,7 @@ def ray_session(config: PPOConfig) -> Iterator[None]:
 
     if ray.is_initialized():
         cluster = nullcontext()
-    elif "RAY_ADDRESS" in os.environ or RAY_START_NOTE.exists():
+    elif joins_cluster():
         cluster = _joined_cluster()
     else:
         cluster = _own_cluster(config)
@@ -69,6 +74,7 @@ def ray_session(config: PPOConfig) -> Iterator[None]:
         finally:
             if config.trainer.ray_timeline is not None:
                 ray.timeline(config.trainer.ray_timeline)
+                logger.info("Ray's timeline is in %s", config.trainer.ray_timeline)
 
 
 @contextmanager

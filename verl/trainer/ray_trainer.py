@@ -96,6 +96,7 @@ class RayDAPOTrainer:
         self.resume_point = resume_point
         self.stop_request = stop_request
         self.state = RunState(config)
+        self.tracker.add_files(self.state.files)
         self.weigher = TokenWeigher(config, tokenizer)
         self.workers: WorkerGroup | None = None
         self.rollouts: Rollouts | None = None
@@ -121,11 +122,13 @@ class RayDAPOTrainer:
         self.workers.init_model()
         self.rollouts = Rollouts(self.config, self.plan, self.workers, self.train_loader, self.rewards)
         self.standstill = Standstill(self.config.trainer, self.plan, self.workers)
+        self.tracker.add_files(self.standstill.files)
         self.validator = Validator(
             self.val_loader,
             self.rollouts.for_validation,
             lambda batch: self.rewards.validate(batch, self.state.global_step),
             self.tokenizer,
+            lambda num_done: self.tracker.validated(num_done, self.val_loader.num_prompts),
         )
 
     def shutdown(self) -> None:

@@ -6,6 +6,7 @@ Shapes: N rows, R response length.
 
 import logging
 import os
+from pathlib import Path
 from typing import Any, Self
 
 import ray
@@ -13,6 +14,7 @@ import torch
 
 from verl.protocol import DataProto
 from verl.trainer.reward_actor import RewardActor
+from verl.trainer.sinks import WrittenFile
 from verl.trainer.step_record import StepRecord
 from verl.workers.reward.config import RewardConfig
 from verl.workers.reward.function import place_scores, reward_inputs
@@ -48,7 +50,8 @@ class RewardClient:
 
     def __init__(self, config: RewardConfig, folder: str, limits: Limits | None = None) -> None:
         self._config = config
-        self._process = RewardActor(config, os.path.join(folder, LOG_FILE), limits or Limits())
+        self._log_file = os.path.join(folder, LOG_FILE)
+        self._process = RewardActor(config, self._log_file, limits or Limits())
         self._growth = _Growth(config)
 
     def __enter__(self) -> Self:
@@ -56,6 +59,11 @@ class RewardClient:
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
+
+    def files(self) -> list[WrittenFile]:
+        """What the function prints; the second file is there once the first was full."""
+        paths = (self._log_file, f"{self._log_file}.1")
+        return [WrittenFile("output of the reward function", Path(path)) for path in paths]
 
     def load(self, decoder: TextDecoder, prefix: str = "") -> None:
         """Has the process run the user's file, with the variables and in the folder of this one.

@@ -4,14 +4,17 @@
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from verl.data.loader import PromptLoader
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.config import PPOConfig
+from verl.trainer.sinks import WrittenFile
 from verl.trainer.validator import ValidationResult
 from verl.utils.checkpoint import (
+    CHECKPOINT_TRACKER,
     DATALOADER_FILE,
     KL_COEF_FILE,
     ResumePoint,
@@ -20,6 +23,7 @@ from verl.utils.checkpoint import (
     read_kl_coef,
     remove_obsolete_ckpt,
     step_folder,
+    steps_on_disk,
     write_kl_coef,
     write_tracker,
 )
@@ -144,6 +148,20 @@ class RunState:
         root = trainer.save_checkpoint_path
         write_tracker(root, step, self.best_step, self.best_score)
         remove_obsolete_ckpt(root, step, self.best_step, trainer.save_limit)
+
+    def files(self) -> list[WrittenFile]:
+        """The checkpoints that are there, and what tells which is which; the last and the best by their steps."""
+        if self.config.trainer.val_only:
+            return []
+        root = self.config.trainer.save_checkpoint_path
+        steps = steps_on_disk(root)
+        named = {
+            step: kind for step, kind in ((self.best_step, "best"), (self.last_saved_step, "last")) if step in steps
+        }
+        files = [WrittenFile(f"{kind} checkpoint", Path(step_folder(root, step))) for step, kind in named.items()]
+        if others := len(steps) - len(named):
+            files.append(WrittenFile(f"{others} other checkpoint{'s' if others > 1 else ''}", Path(root)))
+        return [*files, WrittenFile("checkpoint tracker", Path(root, CHECKPOINT_TRACKER))]
 
     def resume(self, point: ResumePoint, workers: WorkerGroup, loader: PromptLoader) -> None:
         """Takes up model, optimizer, data and this state where the checkpoint left them.

@@ -5,15 +5,10 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
-
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from verl.utils.checkpoint_folder import told_of, write_json
 
@@ -29,6 +24,14 @@ class Generation(NamedTuple):
     def tagged(self) -> str:
         """The three texts, each behind its tag."""
         return f"[prompt] {self.input}\n[output] {self.output}\n[ground_truth] {self.label}"
+
+
+class WrittenFile(NamedTuple):
+    """A file or a folder that a run leaves behind."""
+
+    content: str
+    """What is in it, in a word or two."""
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -73,80 +76,21 @@ class Sink:
     def phase(self, name: str, line: str | None) -> None:
         """Hears which phase begins, and the line that says so where there is no room for its name alone."""
 
+    def validated(self, num_done: int, num_prompts: int) -> None:
+        """Hears how many of the held-out prompts have been answered and scored, from 0 to all of them."""
+
     def note(self, text: str) -> None:
         """Takes a line for the person who watches the run."""
 
+    def files(self) -> Sequence[WrittenFile]:
+        """What it writes on this machine; what is not there, as before the first line, is passed over."""
+        return ()
+
+    def written(self, files: Sequence[WrittenFile]) -> None:
+        """Hears, just before `close`, which files and folders the run leaves behind."""
+
     def close(self, failed: bool) -> None:
         """Writes out what is buffered; `failed` is whether an exception ends the run."""
-
-
-class ConsoleSink(Sink):
-    """A progress bar over the steps on a terminal, log messages above it; elsewhere a compact line a step.
-
-    Where there is no bar to show the phase, what takes long before and between the steps gets a line too.
-    """
-
-    SHOWN = {
-        "reward/overall": ("reward", ".3f"),
-        "val/reward_score": ("held-out", ".3f"),
-        "response_length/mean": ("length", ".1f"),
-        "perf/time_per_step": ("s/step", ".1f"),
-    }
-    """Metrics worth the line: name -> (label, format)."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
-        self._latest: dict[str, float] = {}
-        self._at_close = ExitStack()
-        self._bar = self._at_close.enter_context(
-            tqdm(
-                total=run.total_steps,
-                initial=run.resume_step,
-                desc="starting",
-                unit="step",
-                dynamic_ncols=True,
-                file=sys.stderr,
-                disable=not sys.stderr.isatty(),
-            )
-        )
-        if not self._bar.disable:
-            self._at_close.enter_context(logging_redirect_tqdm())
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self._latest.update((name, value) for name, value in metrics.items() if name in self.SHOWN)
-        held_out = {name.removeprefix("val/"): value for name, value in metrics.items() if name.startswith("val/")}
-        if held_out:
-            scores = ", ".join(f"{name} {value:.3f}" for name, value in held_out.items())
-            self.note(f"validation at step {step}: {scores}")
-
-        shown = [
-            (label, form, self._latest[name]) for name, (label, form) in self.SHOWN.items() if name in self._latest
-        ]
-        figures = ", ".join(f"{label} {value:{form}}" for label, form, value in shown)
-        if not self._bar.disable:
-            self._bar.set_postfix_str(figures, refresh=False)
-            self._bar.update(step - self._bar.n)
-            self._bar.refresh()
-        elif "reward/overall" in metrics:
-            self.note(f"step {step}/{self.run.total_steps}: {figures}")
-
-    def log_generations(self, samples: Sequence[Generation], step: int) -> None:
-        for number, sample in enumerate(samples, start=1):
-            self.note(
-                f"--- step {step}, sample {number} of {len(samples)}, score {sample.score:.3f}\n{sample.tagged()}"
-            )
-
-    def phase(self, name: str, line: str | None) -> None:
-        if not self._bar.disable:
-            self._bar.set_description(name)
-        elif line is not None:
-            self.note(line)
-
-    def note(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
-
-    def close(self, failed: bool) -> None:
-        self._at_close.close()
 
 
 class FileSink(Sink):
@@ -204,6 +148,15 @@ class FileSink(Sink):
     def log_generations(self, samples: Sequence[Generation], step: int) -> None:
         for sample in samples:
             self._append(self.GENERATIONS, f"{sample.tagged()}\n[score] {sample.score}\n\n")
+
+    def files(self) -> list[WrittenFile]:
+        names = {
+            "configuration": self.CONFIG,
+            "metrics": self.LOG,
+            "metrics of steps taken again": self.CUT,
+            "generations": self.GENERATIONS,
+        }
+        return [WrittenFile(content, self.run.output_dir / name) for content, name in names.items()]
 
     def _append(self, name: str, text: str) -> None:
         path = self.run.output_dir / name

@@ -13,6 +13,7 @@ from verl.config import cut
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.config import TrainerConfig
+from verl.trainer.sinks import WrittenFile
 from verl.trainer.step_record import StepRecord
 from verl.utils.batch_plan import BatchPlan, ModelPlan
 
@@ -61,6 +62,10 @@ class Standstill:
                 self._name_samples(model, plan, batch.non_tensor_batch["uid"], prompts, record.step)
             self.skipped[model] = self.skipped[model] + 1 if skipped == plan.optimizer_steps_per_step else 0
             self._require_progress(model, record.step)
+
+    def files(self) -> list[WrittenFile]:
+        """Where samples of skipped mini-batches are named, if there were any."""
+        return [WrittenFile("samples of skipped updates", Path(self.config.save_checkpoint_path, SKIPPED_SAMPLES))]
 
     def _count_uninformative(self, has_signal: bool, record: StepRecord) -> None:
         self.uninformative = 0 if has_signal else self.uninformative + 1

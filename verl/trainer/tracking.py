@@ -10,8 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from verl.trainer.console import ConsoleSink
 from verl.trainer.library_sinks import MlflowSink, SwanlabSink, TensorboardSink, WandbSink
-from verl.trainer.sinks import ConsoleSink, FileSink, Generation, Run, Sink
+from verl.trainer.sinks import FileSink, Generation, Run, Sink, WrittenFile
 from verl.utils.checkpoint import ResumePoint
 from verl.utils.checkpoint_folder import write_json
 from verl.utils.masking import masked
@@ -96,6 +97,9 @@ class Tracker:
         )
 
         self._sinks: dict[str, Sink] = {}
+        self._file_sources: list[Callable[[], Iterable[WrittenFile]]] = [
+            lambda: [WrittenFile("ids of loggers' runs", ids_file)]
+        ]
         for name in dict.fromkeys(loggers):
             try:
                 self._sinks[name] = SINKS[name](run)
@@ -125,13 +129,27 @@ class Tracker:
         """Says which phase begins, and in a line what it does where nothing else would be heard of it for long."""
         self._tell(lambda sink: sink.phase(name, line))
 
+    def validated(self, num_done: int, num_prompts: int) -> None:
+        """Says how many of the held-out prompts have been answered and scored."""
+        self._tell(lambda sink: sink.validated(num_done, num_prompts))
+
     def note(self, text: str) -> None:
         """Says a line to the person who watches the run."""
         self._tell(lambda sink: sink.note(text))
 
+    def add_files(self, source: Callable[[], Iterable[WrittenFile]]) -> None:
+        """Has `source` asked, when the run ends, for what it wrote beside the loggers' files."""
+        self._file_sources.append(source)
+
     def close(self, failed: bool = False) -> None:
         """Writes out and releases every logger; `failed` is whether an exception ends the run."""
-        self._tell(lambda sink: sink.close(failed))
+        try:
+            files = [file for source in self._file_sources for file in source()]
+            self._tell(lambda sink: files.extend(sink.files()))
+            there = [file for file in files if file.path.exists()]
+            self._tell(lambda sink: sink.written(there))
+        finally:
+            self._tell(lambda sink: sink.close(failed))
 
     def _tell(self, report: Callable[[Sink], None]) -> None:
         for name, sink in self._sinks.items():

@@ -40,6 +40,7 @@ class Validator:
             side by side).
         score: batch in, (score per row, values per row of every reward key) out.
         tokenizer: for the samples' texts.
+        on_progress: called with the number of prompts that are done, at the start and after every batch.
     """
 
     def __init__(
@@ -48,17 +49,21 @@ class Validator:
         generate: Callable[[dict, int], DataProto],
         score: Callable[[DataProto], tuple[list[float], dict[str, list[float]]]],
         tokenizer: PreTrainedTokenizerBase,
+        on_progress: Callable[[int], None],
     ) -> None:
         self.batches = batches
         self.generate = generate
         self.score = score
         self.tokenizer = tokenizer
+        self.on_progress = on_progress
 
     def run(self) -> ValidationResult:
         """One pass over the whole held-out set, of which no more than two batches' images are held at a time."""
         parts: list[DataProto] = []
         scores: list[float] = []
         rewards: dict[str, list[float]] = {}
+        num_done = 0
+        self.on_progress(num_done)
         for number, features in enumerate(self.batches):
             part = self.generate(features, number)
             of_part, rewards_of_part = self.score(part)
@@ -66,6 +71,8 @@ class Validator:
             scores.extend(of_part)
             for key, values in rewards_of_part.items():
                 rewards.setdefault(key, []).extend(values)
+            num_done += len(next(iter(features.values())))
+            self.on_progress(num_done)
         batch = DataProto.concat(parts)
         score = float(np.mean(scores))
         metrics = {"val/reward_score": score}

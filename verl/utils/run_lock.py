@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import socket
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,10 @@ logger = logging.getLogger(__name__)
 
 LOCK_FILE = "run.lock"
 """In the run's folder, where it stays: the lock is on the file, and not that there is one."""
+
+
+FLOCK = "hhqqi0q"
+"""Linux' `struct flock`: kind of lock, whence, start, length, process."""
 
 
 class FolderInUse(ValueError):
@@ -40,16 +45,35 @@ def locked_folder(folder: str) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise FolderInUse(
-                    f"trainer.save_checkpoint_path={folder} is in use by another run, {_owner(file)}: end it or wait "
-                    "for its end, or give this run a folder of its own"
-                ) from None
+                raise _in_use(folder, file) from None
             logger.warning("%s cannot be locked (%s): see to it that no other run uses it", folder, error.strerror)
         else:
             file.truncate(0)
             file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
             file.flush()
         yield
+
+
+def require_free_folder(folder: str) -> None:
+    """Raise where another process holds the lock of `folder`; takes no lock and makes no file.
+
+    Raises:
+        FolderInUse: as `locked_folder` does.
+    """
+    path = Path(folder, LOCK_FILE)
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8") as file:
+        answer = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        if struct.unpack(FLOCK, answer)[0] != fcntl.F_UNLCK:
+            raise _in_use(folder, file)
+
+
+def _in_use(folder: str, file: TextIO) -> FolderInUse:
+    return FolderInUse(
+        f"trainer.save_checkpoint_path={folder} is in use by another run, {_owner(file)}: end it or wait "
+        "for its end, or give this run a folder of its own"
+    )
 
 
 def _owner(file: TextIO) -> str:
