@@ -12,8 +12,10 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -61,22 +63,40 @@ def settings(data: Path, folder: Path) -> PPOConfig:
 def curve_of(folder: Path) -> dict[str, list[float]]:
     """The values of each metric that is compared, step by step."""
     log = read_log(folder)
-    return {name: values for name in TOLERANCES if (values := list(_values(log, name)))}
+    return {name: list(_values(log, name)) for name in TOLERANCES}
 
 
-def _values(log: Mapping[int, Mapping[str, Any]], name: str) -> list[float]:
+def _values(log: Mapping[int, Mapping[str, Any]], name: str) -> Iterator[float]:
     area, _, key = name.partition("/")
-    return [round(record[area][key], 4) for record in log.values() if key in record.get(area, {})]
+    return (round(record[area][key], 4) for record in log.values() if key in record.get(area, {}))
 
 
-def compare(curve: Mapping[str, Sequence[float]], reference: Mapping[str, Sequence[float]]) -> list[tuple]:
-    """(metric, mean here, committed mean, tolerance) of every metric."""
+@dataclass(frozen=True)
+class Row:
+    """One metric's mean over the steps."""
+
+    name: str
+    here: float
+    committed: float
+    tolerance: float
+
+    @property
+    def is_near(self) -> bool:
+        return abs(self.here - self.committed) <= self.tolerance
+
+
+def compare(curve: Mapping[str, Sequence[float]], reference: Mapping[str, Sequence[float]]) -> list[Row]:
+    """The means of every metric.
+
+    Raises:
+        ValueError: a metric has not as many values as in the committed curve.
+    """
     rows = []
     for name, tolerance in TOLERANCES.items():
         here, there = curve.get(name, ()), reference[name]
         if len(here) != len(there):
             raise ValueError(f"{name} has {len(here)} values, the committed curve {len(there)}")
-        rows.append((name, sum(here) / len(here), sum(there) / len(there), tolerance))
+        rows.append(Row(name, fmean(here), fmean(there), tolerance))
     return rows
 
 
@@ -94,10 +114,10 @@ def main(arguments: argparse.Namespace) -> int:
         return 0
     rows = compare(curve, json.loads(CURVE.read_text()))
     print(f"{'mean over the steps':24}{'here':>10}{'committed':>12}{'tolerance':>12}")
-    for name, here, there, tolerance in rows:
-        mark = "" if abs(here - there) <= tolerance else "  too far"
-        print(f"{name:24}{here:10.4f}{there:12.4f}{tolerance:12.4f}{mark}")
-    return int(any(abs(here - there) > tolerance for _, here, there, tolerance in rows))
+    for row in rows:
+        mark = "" if row.is_near else "  too far"
+        print(f"{row.name:24}{row.here:10.4f}{row.committed:12.4f}{row.tolerance:12.4f}{mark}")
+    return int(not all(row.is_near for row in rows))
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
