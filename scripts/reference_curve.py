@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Holds 20 steps of the quickstart against the committed curve: `python scripts/reference_curve.py [--renew]`.
 
-Data and warm start are made anew if they are not there, as in `scripts/quickstart.sh`. On one machine and one release
-of torch a seed repeats itself; on others the warm start rounds otherwise and samples other answers, so means over the
-steps are compared, within tolerances that the quickstart's other seeds keep too.
+Data and warm start are made anew if they are not there, as in `scripts/quickstart.sh`. Means over the steps are compared.
+Where the warm start gives the very model that the curve was made from, as on the same kind of CPU with the same release
+of torch, they have to agree to rounding. Elsewhere the warm start rounds otherwise and ends in another model, and the
+tolerance is what other seeds and instruction sets were seen to differ by, and some more.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import tempfile
@@ -29,18 +31,22 @@ from verl.trainer.main import run
 ROOT = Path(__file__).resolve().parent.parent
 CURVE = ROOT / "examples" / "reference_curve.json"
 STEPS = 20
+MODEL = "model_sha256"
+
+SAME_MODEL_TOLERANCE = 0.002
 
 TOLERANCES = {
-    "reward/overall": 0.10,
-    "val/accuracy_reward": 0.10,
-    "response_length/mean": 1.5,
-    "actor/grad_norm": 0.25,
-    "actor/entropy_loss": 0.15,
+    "reward/overall": 0.30,
+    "val/accuracy_reward": 0.25,
+    "response_length/mean": 1.0,
+    "actor/grad_norm": 0.30,
+    "actor/entropy_loss": 0.08,
     "token_weights/mean": 0.05,
-    "token_weights/std": 0.10,
+    "token_weights/std": 0.05,
     "vgr/mean": 0.25,
 }
-"""How far the mean over the steps may be from the committed one."""
+"""How far the mean over the steps may be from the committed one, from another model. Seeds 0 and 2, and seed 0 with AVX2
+in place of AVX-512, were up to 0.21, 0.16, 0.12, 0.19, 0.04, 0.03, 0.01 and 0.13 apart."""
 
 
 def settings(data: Path, folder: Path) -> PPOConfig:
@@ -60,10 +66,12 @@ def settings(data: Path, folder: Path) -> PPOConfig:
     )
 
 
-def curve_of(folder: Path) -> dict[str, list[float]]:
-    """The values of each metric that is compared, step by step."""
+def curve_of(data: Path, folder: Path) -> dict[str, Any]:
+    """The values of each metric that is compared, step by step, and the SHA-256 sum of the model from before them."""
     log = read_log(folder)
-    return {name: list(_values(log, name)) for name in TOLERANCES}
+    with open(data / "model" / "model.safetensors", "rb") as file:
+        model = hashlib.file_digest(file, "sha256").hexdigest()
+    return {MODEL: model, **{name: list(_values(log, name)) for name in TOLERANCES}}
 
 
 def _values(log: Mapping[int, Mapping[str, Any]], name: str) -> Iterator[float]:
@@ -85,7 +93,7 @@ class Row:
         return abs(self.here - self.committed) <= self.tolerance
 
 
-def compare(curve: Mapping[str, Sequence[float]], reference: Mapping[str, Sequence[float]]) -> list[Row]:
+def compare(curve: Mapping[str, Any], reference: Mapping[str, Any]) -> list[Row]:
     """The means of every metric.
 
     Raises:
@@ -93,10 +101,11 @@ def compare(curve: Mapping[str, Sequence[float]], reference: Mapping[str, Sequen
     """
     rows = []
     for name, tolerance in TOLERANCES.items():
-        here, there = curve.get(name, ()), reference[name]
+        here, there = curve[name], reference[name]
         if len(here) != len(there):
             raise ValueError(f"{name} has {len(here)} values, the committed curve {len(there)}")
-        rows.append(Row(name, fmean(here), fmean(there), tolerance))
+        is_same = curve[MODEL] == reference[MODEL]
+        rows.append(Row(name, fmean(here), fmean(there), SAME_MODEL_TOLERANCE if is_same else tolerance))
     return rows
 
 
@@ -107,7 +116,7 @@ def main(arguments: argparse.Namespace) -> int:
         make_digits.main(data, seed=0)
     with tempfile.TemporaryDirectory(prefix="reference_curve_") as folder:
         run(settings(data, Path(folder) / "run"))
-        curve = curve_of(Path(folder) / "run")
+        curve = curve_of(data, Path(folder) / "run")
     if arguments.renew:
         CURVE.write_text(json.dumps(curve, indent=1) + "\n")
         print(f"written: {CURVE}")
