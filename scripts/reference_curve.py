@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Holds 20 steps of the quickstart against the committed curve: `python scripts/reference_curve.py [--renew]`.
 
-Data and warm start are made anew if they are not there, as in `scripts/quickstart.sh`. Means over the steps are compared.
-Where the warm start gives the very model that the curve was made from, as on the same kind of CPU with the same release
-of torch, they have to agree to rounding. Elsewhere the warm start rounds otherwise and ends in another model, and the
-tolerance is what other seeds and instruction sets were seen to differ by, and some more.
+Data and warm start are made anew if they are not there, as in `scripts/quickstart.sh`. Means over the steps are
+compared. Where the warm start gives the very model that the curve was made from, as on the same kind of CPU with the
+same release of torch, they have to agree to rounding. Elsewhere the warm start rounds otherwise and ends in another
+model, and the tolerance is what other seeds and instruction sets were seen to differ by, and some more.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ TOLERANCES = {
     "token_weights/std": 0.05,
     "vgr/mean": 0.25,
 }
-"""How far the mean over the steps may be from the committed one, from another model. Seeds 0 and 2, and seed 0 with AVX2
-in place of AVX-512, were up to 0.21, 0.16, 0.12, 0.19, 0.04, 0.03, 0.01 and 0.13 apart."""
+"""How far the mean over the steps may be from the committed one, from another model. Seeds 0 and 2, and seed 0 with
+AVX2 in place of AVX-512, were up to 0.21, 0.16, 0.12, 0.19, 0.04, 0.03, 0.01 and 0.13 apart."""
 
 
 def settings(data: Path, folder: Path) -> PPOConfig:
