@@ -22,7 +22,9 @@ from tests.probe import (
 from tests.test_families import make_family_prompts
 from tests.tiny import CORPUS, build_tokenizer, make_tiny_text_model
 from tests.vlm_zoo import TEXT_CONFIG, make_model
+from verl.models.attention_maps import AttentionMaps, MapRequest
 from verl.models.attention_table import SAMPLES
+from verl.models.kernels.attention_mass import KeyPlan
 from verl.models.sequence_parallel import SequenceGroup, share_rows
 from verl.protocol import DataProto
 from verl.utils.batch_plan import BatchPlan
@@ -69,6 +71,34 @@ def test_two_ranks_that_share_rows_see_what_one_sees(
         for name, value in getattr(pair, compute)(batch).batch.items():
             torch.testing.assert_close(value, expected.pop(name), atol=1e-5, rtol=0)
         assert not expected
+
+
+def test_two_ranks_that_share_heads_see_the_maps_that_one_sees(
+    tiny_model_path: str, batch: DataProto, pair, lone_process_group
+) -> None:
+    wanted = torch.tensor([True, False] * (len(batch) // 2))
+    asked = DataProto(
+        batch=batch.batch.clone(recurse=False).set("is_mapped", wanted), non_tensor_batch=batch.non_tensor_batch
+    )
+    alone = start_alone(make_config(tiny_model_path, COLLECT)).compute_log_probs(asked)
+    shared = pair.compute_log_probs(asked)
+    masses = shared.batch["attention_mass"]
+    for row, (one, other) in enumerate(
+        zip(*(found.non_tensor_batch["attention_maps"] for found in (alone, shared)), strict=True)
+    ):
+        assert (one is None) == (other is None) == (not wanted[row])
+        if one is not None:
+            assert other.vision == pytest.approx(one.vision, abs=1e-5)
+            of_row = masses[row, batch.batch["response_mask"][row].bool()]
+            assert other.layer_masses.mean(axis=0) == pytest.approx(of_row.numpy(), abs=1e-6)
+
+
+def test_groups_of_heads_are_refused_where_ranks_share_the_heads() -> None:
+    plan = KeyPlan.from_kinds(torch.tensor([[1, 2, 3, 5]]), 1)
+    group = SequenceGroup(None, size=2, rank=0)
+    AttentionMaps(plan, MapRequest(rows=(0,)), [0], group)
+    with pytest.raises(ValueError, match="head_groups=2: groups of heads are not told apart where 2 ranks"):
+        AttentionMaps(plan, MapRequest(rows=(0,), head_groups=2), [0], group)
 
 
 @pytest.mark.parametrize("mode", ["token", "seq"])

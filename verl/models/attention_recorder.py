@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.module_tracker import ModuleTracker
 from transformers import PretrainedConfig
 
+from verl.models.attention_maps import AttentionMap, AttentionMaps, MapRequest
 from verl.models.attention_table import tapped_attention, window_of_layer
 from verl.models.kernels.attention_mass import BACKENDS, KeyPlan, default_backend, normalised_layer_mean
 from verl.models.sequence_parallel import SequenceGroup
@@ -42,9 +43,10 @@ class AttentionMassRecorder:
         layers: of the language model's full-attention layers; see `choose_layers`.
         backend: one of `BACKENDS`; None for the default of the device.
         group: the ranks that share the heads with this one; None for all heads here.
+        maps: the rows whose attention is wanted image token by image token; None for no row.
 
     Raises:
-        ValueError: `layers` is no choice of layers.
+        ValueError: `layers` is no choice of layers, or `maps` asks for what `AttentionMaps` refuses.
         RuntimeError: no layer has full attention.
     """
 
@@ -56,6 +58,7 @@ class AttentionMassRecorder:
         layers: LayerChoice | int | None,
         backend: str | None,
         group: SequenceGroup | None = None,
+        maps: MapRequest | None = None,
     ) -> None:
         inner = _unwrapped(model)
         implementation = inner.config.get_text_config()._attn_implementation
@@ -67,6 +70,7 @@ class AttentionMassRecorder:
         self._backend = backend
         self._group = group
         self._masses: dict[int, torch.Tensor] = {}
+        self._maps = None if maps is None else AttentionMaps(plan, maps, self.layers, group)
 
     def mass(self) -> torch.Tensor:
         """(N, R, 2) float32, attention of the query that predicts response token r on text keys and on vision keys.
@@ -78,6 +82,23 @@ class AttentionMassRecorder:
         Raises:
             RuntimeError: a layer was not seen.
         """
+        self._require_all_layers()
+        masses = torch.stack([self._masses[layer] for layer in self.layers])  # (L, N, R, 3)
+        return normalised_layer_mean(masses if self._group is None else self._group.mean(masses))
+
+    def maps(self, response_mask: torch.Tensor) -> dict[int, AttentionMap]:
+        """What the rows that were asked for look at, by row; a row without a response has none.
+
+        Args:
+            response_mask: (N, at least R) bool, the tokens whose attention is given.
+
+        Raises:
+            RuntimeError: a layer was not seen.
+        """
+        self._require_all_layers()
+        return {} if self._maps is None else self._maps.of_rows(response_mask)
+
+    def _require_all_layers(self) -> None:
         missing = [layer for layer in self.layers if layer not in self._masses]
         if missing:
             raise RuntimeError(
@@ -85,8 +106,6 @@ class AttentionMassRecorder:
                 "no forward ran, or these layers do not take their attention function from transformers' common "
                 f"table; set algorithm.token_weight_layers to layers that do, or {REMEDY}"
             )
-        masses = torch.stack([self._masses[layer] for layer in self.layers])  # (L, N, R, 3)
-        return normalised_layer_mean(masses if self._group is None else self._group.mean(masses))
 
     # Traced, a back end's loops over samples would be unrolled, and compiled anew for every batch.
     @torch.compiler.disable
@@ -112,15 +131,12 @@ class AttentionMassRecorder:
             )
         self._check(layer, module, query, key, options)
         scaling = options.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        softcap, sinks = options.get("softcap"), options.get("s_aux")
         measure = BACKENDS[self._backend or default_backend(query.device)]
-        self._masses[layer] = measure(
-            query,
-            key,
-            self._plan,
-            query.shape[-1] ** -0.5 if scaling is None else scaling,
-            softcap=options.get("softcap"),
-            sinks=options.get("s_aux"),
-        )
+        self._masses[layer] = measure(query, key, self._plan, scaling, softcap=softcap, sinks=sinks)
+        if self._maps is not None:
+            self._maps.observe(layer, query, key, scaling, softcap, sinks)
 
     def _check(
         self, layer: int, module: nn.Module, query: torch.Tensor, key: torch.Tensor, options: dict[str, Any]
@@ -154,6 +170,7 @@ def record_attention_mass(
     response_length: int,
     layers: LayerChoice | int | None = None,
     backend: str | None = None,
+    maps: MapRequest | None = None,
 ) -> Iterator[AttentionMassRecorder]:
     """Around one forward of `model` on a padded batch; afterwards the recorder's `mass()` has the result.
 
@@ -166,15 +183,16 @@ def record_attention_mass(
         response_length: R, the last columns.
         layers: which of the language model's full-attention layers to measure; see `choose_layers`.
         backend: one of `BACKENDS`; None takes the default of the device.
+        maps: the rows whose attention is wanted image token by image token, in `maps()`; None for no row.
 
     Raises:
-        ValueError: `layers` is no choice of layers.
+        ValueError: `layers` is no choice of layers, or `maps` has groups that do not divide the heads.
         RuntimeError: the model has no layer of full attention; from the forward, where the attention of a layer to be
             measured goes through a window shorter than a sample, or otherwise not over all earlier tokens, where the
             forward's shape is not that of `key_kinds`, and where it is the context's second.
     """
     plan = KeyPlan.from_kinds(key_kinds, response_length)
-    recorder = AttentionMassRecorder(model, plan, tuple(key_kinds.shape), layers, backend)
+    recorder = AttentionMassRecorder(model, plan, tuple(key_kinds.shape), layers, backend, maps=maps)
     with tapped_attention(recorder.observe):
         yield recorder
 
@@ -189,6 +207,7 @@ def record_mass_at(
     layers: LayerChoice | int | None = None,
     backend: str | None = None,
     group: SequenceGroup | None = None,
+    maps: MapRequest | None = None,
 ) -> Iterator[AttentionMassRecorder]:
     """`record_attention_mass` for a forward on samples in one row, end to end or with tokens in common.
 
@@ -200,7 +219,7 @@ def record_mass_at(
         group: the ranks that share the row with this one; its ranks all get the same result.
     """
     plan = KeyPlan.from_places(key_kinds, places, columns, response_length)
-    recorder = AttentionMassRecorder(model, plan, (1, len(key_kinds)), layers, backend, group)
+    recorder = AttentionMassRecorder(model, plan, (1, len(key_kinds)), layers, backend, group, maps)
     with tapped_attention(recorder.observe):
         yield recorder
 

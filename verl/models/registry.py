@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from transformers import MODEL_MAPPING, PretrainedConfig
 
+from verl.models.token_grid import TokenGrid, grid_of_patches, grid_of_sized_image, grid_of_tiles
+
 # ---- blank images: the smallest that a vision tower takes, as inputs of `get_image_features` ----
 
 
@@ -48,6 +50,8 @@ class ModelFamily:
     """Config fields with the placeholder ids, in the order of transformers' media types: 1 image, 2 video."""
     blank_image: Callable[[PretrainedConfig], dict[str, torch.Tensor]] | None = None
     """Makes an image without content, to pass the vision tower's gradient; None where there is no tower."""
+    token_grid: Callable[..., TokenGrid] | None = None
+    """Says where the tokens of an image lie on it: one of those in `token_grid.py`; None where there is no tower."""
     token_types: str | None = None
     """Name of the model input that marks media tokens; None where the model takes none."""
     uses_mrope: bool = False
@@ -80,13 +84,14 @@ FUSED_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 QWEN = {
     "media_token_fields": ("image_token_id", "video_token_id"),
     "blank_image": blank_patches,
+    "token_grid": grid_of_patches,
     "token_types": "mm_token_type_ids",
     "uses_mrope": True,
     "takes_videos": True,
 }
 QWEN3 = {**QWEN, "marks_each_frame": True, "vllm_reads_videos": True}
 GLM = {**QWEN, "takes_videos": False}
-TILES = {"media_token_fields": ("image_token_id",), "blank_image": blank_tile}
+TILES = {"media_token_fields": ("image_token_id",), "blank_image": blank_tile, "token_grid": grid_of_tiles}
 
 MODEL_FAMILIES = (
     ModelFamily("Qwen2-VL", ("qwen2_vl",), **QWEN),
@@ -98,7 +103,7 @@ MODEL_FAMILIES = (
     ModelFamily("LLaVA", ("llava",), **TILES, copies_pixels=True),
     ModelFamily("InternVL", ("internvl",), **TILES),
     ModelFamily("Gemma 3", ("gemma3",), **TILES, token_types="token_type_ids", attends_both_ways=True),
-    ModelFamily("Mistral 3", ("mistral3",), ("image_token_id",), blank_sized_image),
+    ModelFamily("Mistral 3", ("mistral3",), ("image_token_id",), blank_sized_image, grid_of_sized_image),
 )
 
 NESTED_TOWERS = {"clip_vision_model", "siglip_vision_model"}

@@ -18,11 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from verl.models.attention_recorder import (
-    AttentionMassRecorder,
-    record_attention_mass,
-    record_mass_at,
-)
+from verl.models.attention_maps import MapRequest
+from verl.models.attention_recorder import AttentionMassRecorder, record_attention_mass, record_mass_at
 from verl.models.attention_table import NOT_A_MASK, PACKING_IMPLEMENTATIONS, SAMPLES, PackedSamples
 from verl.models.position_ids import swap_rope_rows
 from verl.models.registry import packs
@@ -125,13 +122,17 @@ class TokenLayout(ABC):
 
     @abstractmethod
     def record_attention(
-        self, model: nn.Module, key_kinds: torch.Tensor, layers: LayerChoice | int | None
+        self,
+        model: nn.Module,
+        key_kinds: torch.Tensor,
+        layers: LayerChoice | int | None,
+        maps: MapRequest | None = None,
     ) -> Iterator[AttentionMassRecorder]:
         """A context around the model's forward; its recorder's mass (N, columns, 2) is for `as_wide`.
 
         Args:
             key_kinds: (N, S) `KeyKind` of the rows' tokens.
-            layers: as in `record_attention_mass`.
+            layers, maps: as in `record_attention_mass`.
         """
 
     def _record_in_one_row(
@@ -140,11 +141,12 @@ class TokenLayout(ABC):
         kinds: torch.Tensor,
         places: Sequence[torch.Tensor],
         layers: LayerChoice | int | None,
+        maps: MapRequest | None,
         group: SequenceGroup | None = None,
     ) -> Iterator[AttentionMassRecorder]:
         """`record_attention` for rows that lie in one: `kinds` (T,) and of each row the places of its tokens."""
         num_columns = max((int(columns[-1]) + 1 for columns in self.own_columns if len(columns) > 0), default=0)
-        return record_mass_at(model, kinds, places, self.own_columns, num_columns, layers, group=group)
+        return record_mass_at(model, kinds, places, self.own_columns, num_columns, layers, group=group, maps=maps)
 
 
 class PaddedLayout(TokenLayout):
@@ -187,9 +189,13 @@ class PaddedLayout(TokenLayout):
         return torch.einsum("ns,nsh->nh", chosen, states.float()) / chosen.sum(dim=1, keepdim=True)
 
     def record_attention(
-        self, model: nn.Module, key_kinds: torch.Tensor, layers: LayerChoice | int | None
+        self,
+        model: nn.Module,
+        key_kinds: torch.Tensor,
+        layers: LayerChoice | int | None,
+        maps: MapRequest | None = None,
     ) -> Iterator[AttentionMassRecorder]:
-        return record_attention_mass(model, key_kinds[:, self.columns], self.length, layers)
+        return record_attention_mass(model, key_kinds[:, self.columns], self.length, layers, maps=maps)
 
 
 class PackedLayout(TokenLayout):
@@ -276,12 +282,16 @@ class PackedLayout(TokenLayout):
         return self.group.gather(at_positions)[self.predictors.to(at_labels.device)]
 
     def record_attention(
-        self, model: nn.Module, key_kinds: torch.Tensor, layers: LayerChoice | int | None
+        self,
+        model: nn.Module,
+        key_kinds: torch.Tensor,
+        layers: LayerChoice | int | None,
+        maps: MapRequest | None = None,
     ) -> Iterator[AttentionMassRecorder]:
         packed = self._packed(key_kinds)
         packed = nn.functional.pad(packed, (0, len(self.input_ids) - len(packed)))
         places = [torch.arange(start, end) for start, end in pairwise(self.borders)]
-        return self._record_in_one_row(model, packed, places, layers, self.group)
+        return self._record_in_one_row(model, packed, places, layers, maps, self.group)
 
 
 class SharedPromptLayout(TokenLayout):
@@ -364,10 +374,14 @@ class SharedPromptLayout(TokenLayout):
         return torch.stack(means)
 
     def record_attention(
-        self, model: nn.Module, key_kinds: torch.Tensor, layers: LayerChoice | int | None
+        self,
+        model: nn.Module,
+        key_kinds: torch.Tensor,
+        layers: LayerChoice | int | None,
+        maps: MapRequest | None = None,
     ) -> Iterator[AttentionMassRecorder]:
         kinds = key_kinds[self.token_rows, self.token_columns]
-        return self._record_in_one_row(model, kinds, self._places, layers)
+        return self._record_in_one_row(model, kinds, self._places, layers, maps)
 
 
 def _rows_by(uids: Sequence[Any]) -> list[list[int]]:

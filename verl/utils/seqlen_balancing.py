@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -244,10 +245,13 @@ def _fill_padded(prompts: Sequence[int], responses: Sequence[int], max_token_len
     return index_lists
 
 
-def restore_dynamic_batch(tensor: torch.Tensor, index_lists: Sequence[Sequence[int]]) -> torch.Tensor:
+def restore_dynamic_batch(
+    column: torch.Tensor | np.ndarray, index_lists: Sequence[Sequence[int]]
+) -> torch.Tensor | np.ndarray:
     """Undo `prepare_dynamic_batch`: rows concatenated in micro-batch order go back to their places. (N, ...)."""
-    order = torch.tensor([row for rows in index_lists for row in rows], device=tensor.device)
-    return tensor[order.argsort()]
+    order = torch.tensor([row for rows in index_lists for row in rows])
+    places = order.argsort()
+    return column[places.to(column.device)] if isinstance(column, torch.Tensor) else column[places.numpy()]
 
 
 def _tokens(lengths: Sequence[int], rows: Sequence[int]) -> int:

@@ -37,11 +37,12 @@ from verl.utils.determinism import set_determinism
 from verl.utils.tokenizer import get_processor, get_tokenizer
 from verl.workers.actor.config import FSDPConfig, ModelConfig
 from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.actor.forward import PolicyForward, SignalSettings
+from verl.workers.actor.forward import MAPPED_ROWS, PolicyForward, SignalSettings
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
 from verl.workers.critic.forward import ValueForward
 from verl.workers.fsdp2 import build_mesh, fill_from_rank0, resident, shard_model, whole_tensors
 from verl.workers.fsdp_checkpoint import SavesPretrained
+from verl.workers.response_forward import Column
 from verl.workers.rollout.base import Sampling, draw_seed, engine_class
 from verl.workers.trained_model import TrainedModel
 from verl.workers.weight_sync import stream_weights
@@ -119,11 +120,9 @@ class FSDPWorker(Worker):
         self.reference: PolicyForward | None = None
         if not algorithm.disable_kl:
             self.reference = self._forward_of(self.ref_model, is_base=not self.config.needs_reference_model)
-        signals: SignalSettings | None = None
-        if self.signal_streams:
-            noise = ImageNoise(algorithm.token_weight_image_noise, algorithm.token_weight_image_noise_share)
-            vocabulary = KeyVocabulary.of(policy.config, self.processor or self.tokenizer)
-            signals = SignalSettings(vocabulary, algorithm.attention_layers, noise)
+        noise = ImageNoise(algorithm.token_weight_image_noise, algorithm.token_weight_image_noise_share)
+        vocabulary = KeyVocabulary.of(policy.config, self.processor or self.tokenizer)
+        signals = SignalSettings(vocabulary, algorithm.attention_layers, noise)
         described_by = [policy.config, policy.generation_config, self._tokenizer_files()]
         self.actor = DataParallelPPOActor(
             self.config,
@@ -236,11 +235,14 @@ class FSDPWorker(Worker):
     def compute_log_probs(self, data: DataProto) -> DataProto:
         """Adds `old_log_probs` (N, R): the current policy's, before this step's update.
 
-        From the same passes also the run's `signal_streams`: see `PolicyForward`.
+        From the same passes also the run's `signal_streams`, and `attention_maps` (N,) objects if the data has
+        `is_mapped` (N,), which says of which rows: see `PolicyForward`.
         """
+        maps = ["attention_maps"] if MAPPED_ROWS in data.batch else []
         with self.actor.resident():
-            streams = self._measure_all(self.actor.forward, data, ["log_probs", *self.signal_streams])
-        return DataProto.from_dict({"old_log_probs": streams.pop("log_probs"), **streams})
+            streams = self._measure_all(self.actor.forward, data, ["log_probs", *self.signal_streams, *maps])
+        objects = {name: streams.pop(name) for name in maps}
+        return DataProto.from_dict({"old_log_probs": streams.pop("log_probs"), **streams}, objects)
 
     @register(DP_COMPUTE_PROTO, shared_by="actor")
     def compute_ref_log_probs(self, data: DataProto) -> DataProto:
@@ -259,7 +261,7 @@ class FSDPWorker(Worker):
             streams = self._measure_all(self.actor.forward, data, ["kl"])
         return DataProto.from_dict({"ref_kl": streams["kl"]})
 
-    def _measure_all(self, forward: PolicyForward, data: DataProto, wanted: list[str]) -> dict[str, torch.Tensor]:
+    def _measure_all(self, forward: PolicyForward, data: DataProto, wanted: list[str]) -> dict[str, Column]:
         return forward.measure_all(data, wanted, self.plan.actor.experience_micro_batch_size)
 
     @register(DP_COMPUTE_PROTO, shared_by="critic")

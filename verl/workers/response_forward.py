@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -29,6 +30,9 @@ from verl.utils.seqlen_balancing import prepare_dynamic_batch, restore_dynamic_b
 from verl.workers.actor.config import TrainedModelConfig
 
 logger = logging.getLogger(__name__)
+
+Column = torch.Tensor | np.ndarray
+"""A stream of a batch: numbers (N, ...), or an array (N,) of Python objects."""
 
 
 class ResponseForward(ABC):
@@ -83,7 +87,7 @@ class ResponseForward(ABC):
         if self.packs:
             extend_attention()
 
-    def measure(self, rows: DataProto, wanted: Collection[str]) -> dict[str, torch.Tensor]:
+    def measure(self, rows: DataProto, wanted: Collection[str]) -> dict[str, Column]:
         """The wanted streams of a micro-batch, from one forward, with gradient where autograd is on.
 
         Args:
@@ -92,7 +96,7 @@ class ResponseForward(ABC):
             wanted: names out of `head_streams` and `tap_streams`.
 
         Returns:
-            By name (N, R) float32, zero outside `response_mask`; a subclass says where a shape differs.
+            By name (N, R) float32, zero outside `response_mask`; a subclass says where a shape or a type differs.
         """
         unknown = set(wanted) - {*self.head_streams, *self.tap_streams}
         assert not unknown, f"{type(self).__name__} has no {sorted(unknown)}"
@@ -105,12 +109,12 @@ class ResponseForward(ABC):
         return layout.as_streams(names, columns, self.constant_streams) | observed
 
     @torch.no_grad()
-    def measure_all(self, data: DataProto, wanted: Collection[str], micro_batch_size: int) -> dict[str, torch.Tensor]:
+    def measure_all(self, data: DataProto, wanted: Collection[str], micro_batch_size: int) -> dict[str, Column]:
         """`measure` for any number of rows, in micro-batches, without gradient; the streams are on the CPU."""
         self.model.eval()
         micro_batches, places = self.micro_batches(data, micro_batch_size)
-        parts = [{name: stream.cpu() for name, stream in self.measure(rows, wanted).items()} for rows in micro_batches]
-        return {name: restore_dynamic_batch(torch.cat([part[name] for part in parts]), places) for name in parts[0]}
+        parts = [_on_cpu(self.measure(rows, wanted)) for rows in micro_batches]
+        return {name: restore_dynamic_batch(_joined([part[name] for part in parts]), places) for name in parts[0]}
 
     def micro_batches(self, data: DataProto, size: int) -> tuple[list[DataProto], list[Sequence[int]]]:
         """Pieces that go through the model at once, and the rows of `data` that each has; as many on every rank.
@@ -165,6 +169,14 @@ class ResponseForward(ABC):
         """
 
     @contextmanager
-    def _tap(self, rows: DataProto, layout: TokenLayout, wanted: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
+    def _tap(self, rows: DataProto, layout: TokenLayout, wanted: Collection[str]) -> Iterator[dict[str, Column]]:
         """A context around the forward; the streams that it observed are in the mapping afterwards."""
         yield {}
+
+
+def _on_cpu(streams: dict[str, Column]) -> dict[str, Column]:
+    return {name: stream.cpu() if isinstance(stream, torch.Tensor) else stream for name, stream in streams.items()}
+
+
+def _joined(parts: Sequence[Column]) -> Column:
+    return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else np.concatenate(parts)

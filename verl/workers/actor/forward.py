@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import nn
 
 from verl.data.features import Featurizer
 from verl.data.image_noise import ImageNoise
+from verl.models.attention_maps import MapRequest
 from verl.models.hidden_states import observe_hidden_states
 from verl.models.output_head import capture_logits
 from verl.models.registry import media_token_ids
@@ -26,7 +28,7 @@ from verl.trainer.config import LayerChoice
 from verl.utils.attention_metrics import KeyKind, KeyVocabulary, count_keys
 from verl.utils.logprobs import LazyLogits, token_statistics
 from verl.workers.actor.config import ActorConfig
-from verl.workers.response_forward import ResponseForward
+from verl.workers.response_forward import Column, ResponseForward
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,12 @@ class SignalSettings:
     """The full-attention layers that attention is taken from."""
     noise: ImageNoise = ImageNoise("patches", 0.5)
     """What spoils images for `image_kl`."""
+    head_groups: int | None = None
+    """The groups of heads that `attention_maps` tell apart; None for none."""
+
+
+MAPPED_ROWS = "is_mapped"
+"""(N,) bool, the rows of a batch whose `attention_maps` are wanted."""
 
 
 class PolicyForward(ResponseForward):
@@ -82,6 +90,8 @@ class PolicyForward(ResponseForward):
       exactly 0 for rows without images and videos. It is meant for passes without gradient.
     - `attention_mass` (N, R, 2): each token's attention on the prompt's text and on its images, without gradient.
     - `attention_keys` (N, 2) int64: how many tokens each of the two has.
+    - `attention_maps` (N,) objects: an `AttentionMap` for each row that the batch's `is_mapped` names and that has a
+      response, None for the others, whose other streams are the same bit for bit.
     - `hidden_cosine`: cosine of the last hidden state that predicts the token and the mean last hidden state of the
       prompt's image tokens, without gradient; NaN on the response tokens of rows without images and videos.
 
@@ -92,12 +102,12 @@ class PolicyForward(ResponseForward):
         featurizer, device, config, group, is_base: as in `ResponseForward`.
         temperature: of the rollout; logits are divided by it.
         reference: the policy that `kl` is measured from; its model takes the same inputs. None where no KL is wanted.
-        signals: how the last four streams are measured; None where they are not wanted.
+        signals: how the last five streams are measured; None where they are not wanted.
     """
 
     head_streams = ("log_probs", "entropy", "kl", "image_kl")
     constant_streams = ("entropy",)
-    tap_streams = ("attention_mass", "attention_keys", "hidden_cosine")
+    tap_streams = ("attention_mass", "attention_keys", "attention_maps", "hidden_cosine")
 
     def __init__(
         self,
@@ -144,8 +154,8 @@ class PolicyForward(ResponseForward):
         return torch.tensor([bool(handles) for handles in rows.non_tensor_batch["multi_modal_data"]])
 
     @contextmanager
-    def _tap(self, rows: DataProto, layout: TokenLayout, wanted: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
-        observed: dict[str, torch.Tensor] = {}
+    def _tap(self, rows: DataProto, layout: TokenLayout, wanted: Collection[str]) -> Iterator[dict[str, Column]]:
+        observed: dict[str, Column] = {}
         if not set(self.tap_streams) & set(wanted):
             yield observed
             return
@@ -154,15 +164,22 @@ class PolicyForward(ResponseForward):
         key_kinds = self.signals.vocabulary.classify(
             batch["input_ids"], batch["attention_mask"], batch["response_mask"].shape[1]
         )  # (N, S)
+        maps = None
+        if "attention_maps" in wanted:
+            maps = MapRequest(batch[MAPPED_ROWS].nonzero()[:, 0].tolist(), self.signals.head_groups)
         with ExitStack() as taps:
-            if "attention_mass" in wanted:
-                attention = layout.record_attention(self.model, key_kinds, self.signals.layers)
+            if maps is not None or "attention_mass" in wanted:
+                attention = layout.record_attention(self.model, key_kinds, self.signals.layers, maps)
                 recorder = taps.enter_context(attention)
             if "hidden_cosine" in wanted:
                 seen_states = taps.enter_context(observe_hidden_states(self.model))
             yield observed
         if "attention_mass" in wanted:
             observed["attention_mass"] = layout.as_wide(recorder.mass())  # (N, R, 2)
+        if maps is not None:
+            observed["attention_maps"] = np.full(len(rows), None, dtype=object)  # (N,)
+            for row, of_row in recorder.maps(layout.response_mask).items():
+                observed["attention_maps"][row] = of_row
         if "attention_keys" in wanted:
             observed["attention_keys"] = count_keys(key_kinds)  # (N, 2)
         if "hidden_cosine" in wanted:
