@@ -34,6 +34,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["verl", "verl.*"]),
+    package_data={"verl.report": ["templates/*"]},
     install_requires=list(PINS.values()),
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["verl = verl.trainer.main:main"]},

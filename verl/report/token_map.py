@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Responses as a page: every token coloured by its weight, beside the images with the attention that it gives them.
+
+The page is one file that asks for nothing else. What models and data wrote is escaped by the template, and the page's
+own policy lets no script run but the one that is part of it.
+
+Shapes: T tokens of a response.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from verl.data.image_grids import PictureMap
+
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("verl.report"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+)
+"""Everything that a page shows goes through one of these. `token_map.html` has the macros of a sample."""
+
+COLOURS = 11
+"""Classes c0 (weighs least) to c10 (weighs most) of the style sheet; the one in the middle weighs 1."""
+
+MOST_TOKENS = 30_000
+"""Of a page: what is beyond is left out of the middle of its longest responses."""
+
+MAP_BYTES = 1_600_000
+"""Of a page's maps, a byte for each field: they become coarser, and tokens share one, until they fit."""
+
+FEWEST_FIELDS = 36
+"""Of a map, unless it has fewer to begin with: below, neighbouring tokens share one instead."""
+
+VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
+"""Control characters, which show nothing, as the pictures that Unicode has for them."""
+
+LONGEST_TEXT = 6_000
+"""Characters of a prompt or an answer that are shown."""
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """A response and all that the page tells of it."""
+
+    tokens: Sequence[str]
+    """T texts, as `token_texts` gives them: an empty one belongs to the character before it."""
+    weights: Sequence[float]
+    """T, of the tokens in the loss."""
+    vgr: Sequence[float]
+    """T, NaN where it is undefined."""
+    prompt: str
+    images: Sequence[str] = ()
+    """`data:` addresses of the prompt's pictures; see `picture_uris`."""
+    maps: Sequence[PictureMap] = ()
+    """One for each picture, (T, rows, columns): each token's attention on its fields."""
+    answer: str | None = None
+    """What would be right."""
+    reward: float | None = None
+    advantage: float | None = None
+    title: str = ""
+    """Such as where the sample is from."""
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.tokens), len(self.weights), len(self.vgr), *(len(one.values) for one in self.maps)}
+        assert len(lengths) == 1, f"tokens, weights, vgr and maps have {sorted(lengths)} entries"
+        assert len(self.maps) in (0, len(self.images)), f"{len(self.maps)} maps for {len(self.images)} pictures"
+        assert all(uri.startswith("data:image/") for uri in self.images), "a picture is no part of the page"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers above the samples."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def token_map_html(
+    samples: Sequence[TokenMap],
+    title: str = "Token weights",
+    notes: Sequence[str] = (),
+    tables: Sequence[Table] = (),
+    bounds: tuple[float, float] = (0.2, 3.0),
+) -> str:
+    """The page, below 5 MB for 32 samples with pictures of `picture_uris`.
+
+    Args:
+        notes: sentences below the title.
+        bounds: lowest and highest weight of the colours, below 1 and above 1; weights beyond have theirs.
+    """
+    return render(
+        "token_map_page.html",
+        title=title,
+        notes=notes,
+        tables=tables,
+        samples=[*page_samples(samples, bounds)],
+        scale=colour_scale(bounds),
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template that extends `page.html`, with a policy that allows its style and script and no other."""
+    style, script = (TEMPLATES.loader.get_source(TEMPLATES, f"token_map.{kind}")[0] for kind in ("css", "js"))
+    policy = (
+        f"default-src 'none'; img-src data:; style-src '{_hash_of(style)}'; script-src '{_hash_of(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    template = TEMPLATES.get_template(template)
+    return template.render(style=Markup(style), script=Markup(script), policy=policy, **values)
+
+
+def page_samples(samples: Sequence[TokenMap], bounds: tuple[float, float]) -> list[dict[str, Any]]:
+    """What the macro `sample` takes, for all samples of a page, which share its space."""
+    most_tokens = _share_of_longest([len(sample.tokens) for sample in samples], MOST_TOKENS)
+    num_maps = sum(min(len(sample.tokens), most_tokens) * len(sample.maps) for sample in samples)
+    fields = MAP_BYTES // max(1, num_maps)
+    return [_page_sample(sample, bounds, most_tokens, fields) for sample in samples]
+
+
+def colour_scale(bounds: tuple[float, float]) -> list[tuple[str, str]]:
+    """The class of each colour, least weight first, and the weight in its middle."""
+    low, high = _ends(bounds)
+    middle = COLOURS // 2
+    steps = [(place - middle) / middle for place in range(COLOURS)]
+    weights = [low**-step if step < 0 else high**step for step in steps]
+    return [(f"c{place}", f"{weight:.2g}") for place, weight in enumerate(weights)]
+
+
+def colour_of(weight: float, bounds: tuple[float, float]) -> int:
+    """The number of a weight's colour: even steps of its logarithm from the lower bound to 1, and from 1 to the
+    upper."""
+    low, high = _ends(bounds)
+    middle = COLOURS // 2
+    if weight <= low:
+        return 0
+    share = math.log(weight) / math.log(high) if weight > 1 else -math.log(weight) / math.log(low)
+    return middle + round(middle * min(share, 1.0))
+
+
+def _ends(bounds: tuple[float, float]) -> tuple[float, float]:
+    """Bounds between which there is room on both sides of 1, on a logarithmic scale."""
+    return min(max(bounds[0], 0.05), 0.9), max(bounds[1], 1.1)
+
+
+def _page_sample(sample: TokenMap, bounds: tuple[float, float], most_tokens: int, fields: int) -> dict[str, Any]:
+    kept = _kept_places(len(sample.tokens), most_tokens)  # (t,)
+    looks = None
+    if sample.maps:
+        of_images = sum(one.values.reshape(len(one.values), -1).sum(axis=1, dtype=np.float64) for one in sample.maps)
+        looks = [_short(of_images[place]) for place in kept]
+    gap = next((place for place in range(1, len(kept)) if kept[place] != kept[place - 1] + 1), None)
+    data = {
+        "weights": [_short(sample.weights[place]) for place in kept],
+        "vgr": [_short(sample.vgr[place]) for place in kept],
+        "looks": looks,
+        "gap": None if gap is None else [gap, len(sample.tokens) - len(kept)],
+        "pictures": [_packed_map(one, kept, fields) for one in sample.maps],
+    }
+    return {
+        "title": sample.title,
+        "prompt": _cut(sample.prompt),
+        "answer": None if sample.answer is None else _cut(sample.answer),
+        "reward": None if sample.reward is None else f"{sample.reward:.3g}",
+        "advantage": None if sample.advantage is None else f"{sample.advantage:+.3g}",
+        "num_tokens": len(sample.tokens),
+        "pieces": _pieces(sample, kept, gap, bounds),
+        "images": sample.images,
+        "data": data,
+    }
+
+
+def _pieces(
+    sample: TokenMap, kept: Sequence[int], gap: int | None, bounds: tuple[float, float]
+) -> list[tuple[str, int, int, bool]]:
+    """Visible text, number of tokens, colour and whether it breaks the line; no token at all is the gap.
+
+    Tokens that share a character are one piece, whose colour is of their mean weight.
+    """
+    runs: list[list[int]] = []
+    for number, place in enumerate(kept):
+        if number == gap:
+            runs.append([])
+        if runs and runs[-1] and sample.tokens[place] == "":
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    pieces = []
+    for run in runs:
+        text = "".join(sample.tokens[place] for place in run).translate(VISIBLE)
+        weight = sum(sample.weights[place] for place in run) / len(run) if run else 1.0
+        pieces.append((text, len(run), colour_of(weight, bounds), "\n" in text))
+    return pieces
+
+
+def _kept_places(num_tokens: int, most: int) -> list[int]:
+    """Three quarters of what is shown from the beginning, the rest from the end."""
+    if num_tokens <= most:
+        return list(range(num_tokens))
+    first = most * 3 // 4
+    return [*range(first), *range(num_tokens - (most - first), num_tokens)]
+
+
+def _share_of_longest(lengths: Sequence[int], total: int) -> int:
+    """The largest number at which lengths may be cut so that their sum is no more than `total`."""
+    left = total
+    for place, length in enumerate(sorted(lengths)):
+        share = left // (len(lengths) - place)
+        if length > share:
+            return share
+        left -= length
+    return max(lengths, default=0)
+
+
+def _packed_map(picture: PictureMap, kept: Sequence[int], fields: int) -> dict[str, Any]:
+    """A byte for each field, by the map's own highest; the last map is the mean of all tokens."""
+    values = np.asarray(picture.values, dtype=np.float32)  # (T, rows, columns)
+    pooled = _pooled(values[list(kept)], max(fields, FEWEST_FIELDS))
+    stride = math.ceil(pooled[:1].size / max(1, fields))
+    starts = np.arange(0, len(pooled), stride)
+    shared = np.add.reduceat(pooled, starts, axis=0) if len(pooled) else pooled
+    whole = _pooled(values.mean(axis=0, keepdims=True), max(fields, FEWEST_FIELDS)) if len(values) else pooled
+    maps = np.concatenate([shared, whole])  # (maps, rows, columns)
+    peaks = maps.max(axis=(1, 2), keepdims=True, initial=0.0)
+    levels = np.divide(maps, peaks, out=np.zeros_like(maps), where=peaks > 0)
+    data = np.round(255 * levels).astype(np.uint8).tobytes()
+    return {
+        "rows": maps.shape[1],
+        "columns": maps.shape[2],
+        "box": [round(edge, 4) for edge in picture.box],
+        "stride": stride,
+        "data": base64.b64encode(data).decode("ascii"),
+    }
+
+
+def _pooled(values: np.ndarray, most: int) -> np.ndarray:
+    """(T, fewer rows, fewer columns), means over blocks, with at most so many fields."""
+    _, rows, columns = values.shape
+    side = 1
+    while math.ceil(rows / side) * math.ceil(columns / side) > most:
+        side += 1
+    if side == 1:
+        return values
+    sums = np.add.reduceat(
+        np.add.reduceat(values, np.arange(0, rows, side), axis=1), np.arange(0, columns, side), axis=2
+    )
+    heights, widths = (np.diff([*range(0, length, side), length]) for length in (rows, columns))
+    return sums / (heights[:, None] * widths)
+
+
+def _short(number: float) -> float | None:
+    return float(f"{number:.3g}") if math.isfinite(number) else None
+
+
+def _cut(text: str) -> str:
+    if len(text) <= LONGEST_TEXT:
+        return text
+    return f"{text[:LONGEST_TEXT]} … ({len(text) - LONGEST_TEXT:,} more characters)"
+
+
+def _hash_of(source: str) -> str:
+    digest = hashlib.sha256(source.encode("utf-8")).digest()
+    return f"sha256-{base64.b64encode(digest).decode('ascii')}"
