@@ -151,8 +151,7 @@ class Inspector:
         """The measurements of all rows.
 
         Raises:
-            ValueError: a row cannot be read, has a video or is too long; a response holds a token that stands for an
-                image.
+            ValueError: a row cannot be read or is too long; a response holds a token that stands for an image.
         """
         prompts, images = self._prompts(rows)
         batch = self._answered(prompts, rows)
@@ -424,6 +423,8 @@ def _row(given: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: response is {response!r:.80}; it must be a text, or left out to be decoded")
     if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
         raise ValueError(f"{where}: images is {images!r:.80}; it must be a list of paths")
+    if given.get("videos"):
+        raise ValueError(f"{where}: it has videos, whose tokens cannot be laid over pictures; give images alone")
     if images and "<image>" not in prompt:
         prompt = "<image>" * len(images) + prompt
     paths = [str((folder / path).resolve()) for path in images]
@@ -451,7 +452,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--layers", type=layer_choice, default="all", help="for weights and maps: last:K, middle, all, or 3,5,7"
     )
-    groups = "of neighbouring heads, told apart in each layer; one for each of its keys if not given"
+    groups = "of neighbouring heads, told apart in each layer; as many as key heads if not given"
     parser.add_argument("--head-groups", type=int, metavar="G", help=groups)
     algorithm, data = AlgorithmConfig(), DataConfig()
     bounds = "algorithm.token_weight_clip"

@@ -4,7 +4,7 @@
 
 The layers, low to high; a module imports its own layer and those below:
 protocol, config_loading, config_checks and every config.py, utils, algorithms, models, data, single_controller,
-workers, trainer, trainer/main.py.
+workers, report, trainer, trainer/main.py.
 """
 
 import ast
@@ -17,7 +17,7 @@ import pytest
 import verl.utils
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ["utils", "algorithms", "models", "data", "single_controller", "workers", "trainer"]
+LAYERS = ["utils", "algorithms", "models", "data", "single_controller", "workers", "report", "trainer"]
 LOWEST = ("verl", "verl/__init__.py", "verl/protocol.py", "verl/config_loading.py")
 MODULES = sorted(path for path in (ROOT / "verl").rglob("*.py") if path.name != "__init__.py")
 PACKAGES = sorted((ROOT / "verl").rglob("__init__.py"))

@@ -149,6 +149,7 @@ def test_one_prompt_on_the_command_line_is_answered_greedily(
             ["--head-groups", "3"],
             "head_groups=3 does not divide the 4 heads",
         ),
+        ({"prompt": "What?", "videos": ["0.mp4"]}, [], "it has videos"),
         ({"prompt": 3}, [], "prompt is 3; it must be a text"),
     ],
 )
