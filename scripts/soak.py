@@ -38,6 +38,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 MEBIBYTE = 2**20
 
+TEMPORARY = "t"
+"""Folder of the runs' temporary files; the names of sockets in it must be short."""
+
 SETTINGS = (
     "data.rollout_batch_size=4",
     "data.max_response_length=8",
@@ -91,7 +94,9 @@ class Trainer:
         self.starts += 1
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder.with_suffix(".txt"), "a") as output:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+            temporary = str(self.folder.parent / TEMPORARY)
+            environment = {**os.environ, "TMPDIR": temporary, "RAY_TMPDIR": temporary}
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
 
     @property
     def step(self) -> int:
@@ -221,15 +226,18 @@ def differences(left: object, right: object, place: str = "") -> list[str]:
     return [] if is_equal else [place]
 
 
-def leftovers() -> dict[str, int]:
-    """What runs might leave on this machine."""
-    mine = os.getuid()
-    names = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
-    temporary, shared = Path(tempfile.gettempdir()), Path("/dev/shm")
+def leftovers(temporary: Path) -> dict[str, int]:
+    """What runs might leave on this machine.
+
+    Args:
+        temporary: the folder for their temporary files. Ray's logs stay there.
+    """
+    titles = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    shared = [path for path in Path("/dev/shm").rglob("*") if path.is_file()]
     return {
-        "processes of Ray": sum("ray::" in name or "raylet" in name or "gcs_server" in name for name in names),
-        "shared memory, MiB": sum(path.stat().st_size for path in shared.rglob("*") if path.is_file()) // MEBIBYTE,
-        "temporary folders": sum(path.stat().st_uid == mine for path in temporary.iterdir() if path.name != "ray"),
+        "processes": sum(str(temporary.parent) in title for title in titles),
+        "shared memory, MiB": sum(path.stat().st_size for path in shared) // MEBIBYTE,
+        "temporary folders and files": sum(path.name != "ray" for path in temporary.iterdir()),
         "sockets of Ray": sum(1 for _ in temporary.glob("ray/session_*/sockets/*")),
     }
 
@@ -293,9 +301,11 @@ def main(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="soak_") as own:
         folder = arguments.folder or Path(own)
         data = make_data(folder / "data", arguments.seed)
-        before = leftovers()
-        for name in ("whole", "faulty"):
+        for name in ("whole", "faulty", TEMPORARY):
             shutil.rmtree(folder / name, ignore_errors=True)
+        temporary = folder / TEMPORARY
+        temporary.mkdir()
+        before = leftovers(temporary)
         print(f"{arguments.steps} steps without faults", flush=True)
         run_without_faults(data, folder / "whole", arguments.steps)
         print(f"{arguments.steps} steps with a fault every {arguments.fault_every}", flush=True)
@@ -303,7 +313,7 @@ def main(arguments: argparse.Namespace) -> None:
         require_equal(folder / "whole", folder / "faulty", arguments.steps)
         print("weights, optimizer and schedule are equal bit for bit; the log has every step once")
         time.sleep(5)  # Ray's agents take a moment to end
-        after = leftovers()
+        after = leftovers(temporary)
         for name, value in after.items():
             print(f"{name}: {before[name]} before, {value} after")
         more = [name for name, value in after.items() if value > before[name]]

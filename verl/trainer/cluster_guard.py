@@ -129,8 +129,8 @@ def main() -> None:
     folder = wait_for_end(driver)
     end_marked(mark)
     if folder is not None:
-        for spilled in Path(folder).glob("ray_spilled_objects*"):
-            shutil.rmtree(spilled, ignore_errors=True)
+        for useless in (*Path(folder).glob("ray_spilled_objects*"), Path(folder, "sockets")):
+            shutil.rmtree(useless, ignore_errors=True)
 
 
 if __name__ == "__main__":
