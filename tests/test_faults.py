@@ -4,6 +4,9 @@
 
 import random
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import torch
 
 from tests.faults import Ended, fault_before
 from tests.pool import run_shared
-from tests.test_training_run import arguments, is_changed, lines_of, weights_at
+from tests.test_training_run import ROOT, arguments, is_changed, lines_of, weights_at
 from verl.trainer.config import load_config
 from verl.utils.safe_load import load_tensors
 
@@ -82,3 +85,18 @@ def test_a_run_that_ends_anywhere_goes_on_to_the_same_weights_with_every_step_lo
     assert {path.name for path in tmp_path.glob("global_step_*")} == {"global_step_2", "global_step_3"}
     assert not list(tmp_path.glob("**/*.tmp"))
     assert random_numbers(whole) == random_numbers(tmp_path)
+
+
+def test_a_driver_that_is_killed_between_log_and_name_goes_on_to_the_same_weights(
+    whole: Path, tiny_model_path: str, data_files: list[str], tmp_path: Path
+) -> None:
+    """With a cluster of its own, as from the command line."""
+    args = arguments(tiny_model_path, data_files, tmp_path, *SETTINGS)
+    place, call, _ = POINTS["between log and name of step 2"]
+    killed = subprocess.run([sys.executable, "-m", "tests.faults", place, str(call), *args], cwd=ROOT, timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    assert steps_logged(tmp_path) == [1, 2]
+    assert {path.name for path in tmp_path.glob("global_step_*")} == {"global_step_1", "global_step_2.unfinished"}
+    run_shared(load_config(args))
+    assert steps_logged(tmp_path) == [1, 2, 3]
+    assert not is_changed(weights_at(whole, 3), weights_at(tmp_path, 3))
