@@ -125,12 +125,26 @@ def test_without_a_tracker_the_checkpoint_that_was_saved_last_counts(tmp_path: P
 def test_a_save_without_room_ends_before_it_writes_with_what_is_needed_and_free(tmp_path: Path) -> None:
     folder = step_folder(str(tmp_path), 4)
     require_room(folder, 1)
-    with pytest.raises(RuntimeError, match=rf"{folder} needs 1048576.00 GiB, and its file system has [\d.]+ GiB free"):
+    with pytest.raises(RuntimeError, match=rf"{folder} needs 1048576.00 GiB, and its file system has [\d.]+ .iB free"):
         require_room(folder, 2**50)
     (tmp_path / "full.json.tmp").symlink_to("/dev/full")
     with pytest.raises(RuntimeError, match=r"full.json could not be written \(No space left on device; its file"):
         write_json(tmp_path / "full.json", {})
     assert not (tmp_path / "full.json").exists()
+
+
+def test_steps_of_which_none_is_whole_are_not_begun_anew_beside(tmp_path: Path) -> None:
+    for step in (2, 10):
+        (save(tmp_path, step) / "actor" / "model.pt").write_text("cut")
+    with pytest.raises(ValueError) as refusal:
+        find_resume_point(str(tmp_path), None, find_last=True)
+    assert f"none of them is whole: {tmp_path}/global_step_10/actor/model.pt has 3 bytes" in str(refusal.value)
+    assert "name it with trainer.load_checkpoint_path" in str(refusal.value)
+    for step in (2, 10):
+        (tmp_path / f"global_step_{step}" / MANIFEST).unlink()
+        (tmp_path / f"global_step_{step}" / "dataloader.pt").unlink()
+    with pytest.raises(ValueError, match="global_step_10 has neither manifest.json nor dataloader.pt"):
+        find_resume_point(str(tmp_path), None, find_last=True)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,6 @@ def test_later_steps_and_folders_of_other_names_are_not_touched(tmp_path):
 
 def test_the_latest_checkpoint_needs_the_tracker_and_the_folder_it_names(tmp_path, caplog):
     root = str(tmp_path)
-    make_folders(root, [5])
     assert find_latest_ckpt(root) == (None, {})
 
     write_tracker(root, last_global_step=10, best_global_step=5, best_val_reward_score=0.25)

@@ -63,19 +63,24 @@ CHANGES = {
         lambda state: with_nan(state["state"][WEIGHT]["exp_avg"]),
         f"optimizer state of {WEIGHT} has numbers that are not finite: 1 of",
     ),
-    "an optimizer of another program": ("optim", lambda state: {"a": 1}, "KeyError: 'state'"),
+    "an optimizer of another program": ("optim", lambda state: {"a": 1}, "optim.* holds no optimizer state"),
     "a schedule that stands at no step": (
         "extra_state",
         lambda state: state["lr_scheduler"].update(last_epoch=-3),
         "schedule stands at step -3",
     ),
-    "no schedule": ("extra_state", lambda state: drop(state, "lr_scheduler"), "KeyError: 'lr_scheduler'"),
+    "no schedule": ("extra_state", lambda state: drop(state, "lr_scheduler"), "extra_state.* holds no schedule"),
     "random states of another kind": (
         "extra_state",
         lambda state: state["rng"].update(cpu=torch.zeros(3)),
         "RNG state must be a torch.ByteTensor|expected",
     ),
-    "a list": ("optim", lambda state: [1], "holds a list, not a dictionary"),
+    "a list": ("optim", lambda state: [1], "holds no optimizer state"),
+    "an optimizer in the place of a model": (
+        "model",
+        lambda state: {"state": {}, "param_groups": []},
+        "model_world_size_1_rank_0.pt holds no weights",
+    ),
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import ray
 
-from verl.trainer.ray_cluster import token_authentication
+from verl.trainer.ray_cluster import require_cluster, token_authentication
 
 pytestmark = pytest.mark.ray
 
@@ -125,8 +125,33 @@ def test_what_the_user_chose_stays(chosen: dict[str, str], monkeypatch: pytest.M
     for name, value in chosen.items():
         monkeypatch.setenv(name, value)
     with token_authentication():
-        assert authentication() == chosen
+        inside = authentication()
     assert authentication() == chosen
+    if chosen.get("RAY_AUTH_MODE") == "disabled":
+        assert inside == chosen
+        return
+    assert "RAY_AUTH_MODE" not in inside, "`ray.init` sets it"
+    own = {name: value for name, value in chosen.items() if name != "RAY_AUTH_MODE"}
+    if own:
+        assert inside == own
+    else:
+        assert len(inside["RAY_AUTH_TOKEN"]) == 64
+
+
+@pytest.mark.parametrize("mode", ["", "token"])
+def test_a_mode_that_is_empty_or_said_to_be_token_keeps_strangers_out_as_well(mode: str, tmp_path: Path) -> None:
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", RUN], env=environment(RAY_AUTH_MODE=mode), **pipes) as process:
+        said = json.loads(process.stdout.readline())
+        assert said["works"] == 42
+        assert "Authentication" in enters(said["address"], tmp_path / "touched", {})
+        process.communicate("\n", timeout=60)
+
+
+def test_a_mode_that_ray_would_take_for_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "tokens")
+    with pytest.raises(ValueError, match="RAY_AUTH_MODE=tokens is neither token nor disabled"):
+        require_cluster()
 
 
 def test_a_process_has_one_secret_and_keeps_nothing_of_it_behind(monkeypatch: pytest.MonkeyPatch) -> None:

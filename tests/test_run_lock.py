@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_training_run import ROOT, arguments, command
-from verl.utils.run_lock import FolderInUse, locked_folder
+from verl.utils.run_lock import FolderInUse, FolderRefused, locked_folder
 
 HOLDER = """
 import os, sys, time
@@ -68,3 +68,11 @@ def test_the_command_line_refuses_a_folder_in_use_within_seconds_and_leaves_it_a
     assert time.monotonic() - start < 20
     assert log.read_text() == '{"step": 1}\n'
     assert (tmp_path / "global_step_2.unfinished").is_dir()
+
+
+@pytest.mark.parametrize("place", ["a_file", "a_file/below", "/proc/no/such"])
+def test_a_folder_that_cannot_be_made_is_refused_by_the_key(place: str, tmp_path: Path) -> None:
+    (tmp_path / "a_file").touch()
+    with pytest.raises(FolderRefused, match=r"trainer.save_checkpoint_path=.* cannot be written to \(.*\); name a"):
+        with locked_folder(str(tmp_path / place)):
+            pass

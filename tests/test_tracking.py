@@ -155,7 +155,7 @@ def test_a_server_that_is_gone_costs_its_own_reports_and_nothing_else(tmp_path, 
 def test_a_logger_without_a_server_fails_with_the_run(tmp_path, more_sinks):
     with (
         pytest.raises(
-            RuntimeError, match=r"experiment_log.jsonl could not be written \(Is a directory; .* GiB free\)"
+            RuntimeError, match=r"experiment_log.jsonl could not be written \(Is a directory; .* .iB free\)"
         ),
         make_tracker(tmp_path, "listening", "file") as tracker,
     ):

@@ -416,6 +416,19 @@ def test_a_resumed_run_with_a_critic_ends_with_the_weights_of_one_that_was_never
         assert last[0][area] == last[1][area]
 
 
+def test_a_checkpoint_of_another_program_goes_on_with_its_model_and_starts_the_data_anew(
+    tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As EasyR1's: no manifest, and a data loader of torchdata's."""
+    for steps in (1, 2):
+        run_shared(load_config(arguments(tiny_model_path, data_files, tmp_path, f"trainer.max_steps={steps}")))
+        if steps == 1:
+            (tmp_path / "global_step_1" / "manifest.json").unlink()
+            torch.save({"_snapshot": {"_main_snapshot": {}}}, tmp_path / "global_step_1" / "dataloader.pt")
+    assert "dataloader.pt was written by another program: the data starts from its first epoch" in caplog.text
+    assert [line["step"] for line in lines_of(tmp_path / "experiment_log.jsonl") if "actor" in line] == [1, 2]
+
+
 def test_deterministic_runs_of_one_seed_agree_to_the_last_bit(
     tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster
 ) -> None:

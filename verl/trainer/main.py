@@ -19,7 +19,7 @@ from verl.utils.batch_plan import BatchPlan
 from verl.utils.determinism import VARIABLES
 from verl.utils.lasting_output import outlive_readers
 from verl.utils.lean_imports import frozen_objects, import_modules
-from verl.utils.run_lock import FolderInUse, locked_folder
+from verl.utils.run_lock import FolderRefused, locked_folder
 from verl.workers.rollout.config import ENGINES
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def run(config: PPOConfig, processes: "WorkerProcesses | None" = None) -> None:
 
     Raises:
         ValueError: the config asks for what this version lacks, its batch numbers do not fit together, `processes`
-            do not fit the config, or (FolderInUse) another run has the folder of the checkpoints.
+            do not fit the config, or (FolderRefused) the run cannot have the folder of the checkpoints.
     """
     plan = prepare(config)
     if processes is not None:
@@ -218,7 +218,7 @@ def main() -> None:
         _refuse(error)
     try:
         run(config)
-    except FolderInUse as error:
+    except FolderRefused as error:
         _refuse(error)
 
 

@@ -113,18 +113,36 @@ def token_authentication() -> Iterator[None]:
     `RAY_AUTH_TOKEN_PATH`). The secret is in the environment of this process and of the cluster's: other users cannot
     read it there, and unlike Ray's own token file it needs no home folder.
     """
-    if "RAY_AUTH_MODE" in os.environ:
+    mode = _users_mode()
+    if mode == "disabled":
         yield
         return
+    os.environ.pop("RAY_AUTH_MODE", None)  # `ray.init` sets it; set before, Ray would make a token in the home folder
     is_users = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
     if not is_users:
         os.environ["RAY_AUTH_TOKEN"] = _secret()
     try:
         yield
     finally:
-        os.environ.pop("RAY_AUTH_MODE", None)  # `ray.init` sets it
+        os.environ.pop("RAY_AUTH_MODE", None)
+        if mode is not None:
+            os.environ["RAY_AUTH_MODE"] = mode
         if not is_users:
             del os.environ["RAY_AUTH_TOKEN"]
+
+
+def _users_mode() -> str | None:
+    """`token` or `disabled`, as RAY_AUTH_MODE says; None where it is unset or empty.
+
+    Raises:
+        ValueError: it says anything else, which Ray would take for `disabled`.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE", "")
+    if mode.lower() not in ("", "token", "disabled"):
+        raise ValueError(
+            f"RAY_AUTH_MODE={mode} is neither token nor disabled; unset it, and the cluster takes a token"
+        )
+    return mode.lower() or None
 
 
 @functools.cache
@@ -164,7 +182,7 @@ def _start_ray(**options: Any) -> "RayContext":
             f"Ray cannot make its sockets below {folder}, whose name is too long ({error}); set RAY_TMPDIR to a short "
             "folder, such as /tmp"
         ) from error
-    if "RAY_AUTH_MODE" not in os.environ:
+    if _users_mode() is None:
         ray.shutdown()
         raise ValueError(
             f"Ray {ray.__version__} would let anybody into the run's cluster: install the release of "
@@ -177,8 +195,9 @@ def require_cluster() -> None:
     """Raise unless something answers at the Ray cluster that the run is to join; Ray itself would wait for minutes.
 
     Raises:
-        ValueError: saying what named the cluster, and what to do.
+        ValueError: saying what named the cluster, and what to do; or RAY_AUTH_MODE is no mode.
     """
+    _users_mode()
     if address := os.environ.get("RAY_ADDRESS"):
         source, remedy = "RAY_ADDRESS", "unset it to start a cluster for the run, or start that one"
     elif RAY_START_NOTE.exists():

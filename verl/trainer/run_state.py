@@ -31,6 +31,7 @@ from verl.utils.checkpoint_folder import (
     UNFINISHED,
     FileRecord,
     publish,
+    read_manifest,
     record_files,
     require_room,
     told_of,
@@ -190,7 +191,14 @@ class RunState:
             state = load_tensors(path)
         except ValueError as error:
             raise damaged_checkpoint(folder, str(error)) from error
-        loader.load_state_dict(state)
+        is_ours = isinstance(state, dict) and "position" in state
+        if not is_ours and read_manifest(folder) is None:  # such as EasyR1's, which has another data loader
+            logger.warning("%s was written by another program: the data starts from its first epoch", path)
+            return
+        try:
+            loader.load_state_dict(state)
+        except ValueError as error:
+            raise damaged_checkpoint(folder, f"{path}: {error}") from error
 
     def _resume_kl_coef(self, folder: str) -> None:
         kl_coef = read_kl_coef(folder)

@@ -145,7 +145,7 @@ def find_latest_ckpt(path: str) -> tuple[str | None, dict[str, Any]]:
         problem = f"names {folder}, which does not exist"
     steps = steps_on_disk(path)
     if not steps:
-        if tracker or os.path.exists(os.path.join(path, CHECKPOINT_TRACKER)):
+        if not _step_folders(path) and os.path.exists(os.path.join(path, CHECKPOINT_TRACKER)):
             logger.warning(
                 "%s in %s %s, and there is no whole checkpoint beside it: nothing to resume from. To start from one "
                 "elsewhere, set trainer.load_checkpoint_path",
@@ -238,7 +238,8 @@ def find_resume_point(save_path: str, load_path: str | None, find_last: bool) ->
     The best step and score come from the tracker file under `save_path`; a `load_path` from another run brings none.
 
     Raises:
-        ValueError: the checkpoint lacks a file of its manifest, or has one of another size.
+        ValueError: the checkpoint lacks a file of its manifest, or has one of another size; or none of the steps under
+            `save_path` is whole.
     """
     if load_path is None and not find_last:
         return None
@@ -247,6 +248,7 @@ def find_resume_point(save_path: str, load_path: str | None, find_last: bool) ->
     else:
         folder, (tracker, _) = load_path, _read_tracker(os.path.join(save_path, CHECKPOINT_TRACKER))
     if folder is None:
+        _refuse_steps_without_a_whole_one(save_path)
         return None
     if (damage := find_damage(folder)) is not None:
         raise damaged_checkpoint(folder, damage)
@@ -264,9 +266,7 @@ def refuse_to_start_anew(save_path: str, load_path: str | None, find_last: bool)
         ValueError: with the three ways on.
     """
     is_resumed = find_last if load_path is None else ResumePoint(load_path, step_of(load_path)).is_under(save_path)
-    names = [path.name for path in Path(save_path).glob("global_step_*")]
-    matches = [re.fullmatch(r"global_step_(\d+)", name) for name in names]
-    steps = sorted(int(match.group(1)) for match in matches if match is not None)
+    steps = [step_of(folder.name) for folder in _step_folders(save_path)]
     if steps and not is_resumed:
         listed = ", ".join(map(str, steps[-5:]))
         raise ValueError(
@@ -275,6 +275,25 @@ def refuse_to_start_anew(save_path: str, load_path: str | None, find_last: bool)
             "trainer.load_checkpoint_path; to keep both runs, set another trainer.save_checkpoint_path (or, where it "
             "follows from that, trainer.experiment_name); to start over, move the folder away"
         )
+
+
+def _refuse_steps_without_a_whole_one(save_path: str) -> None:
+    """A run that began anew there would replace what may be worth mending."""
+    folders = _step_folders(save_path)
+    if folders:
+        last = folders[-1]
+        problem = find_damage(last) or f"{last} has neither {MANIFEST} nor {DATALOADER_FILE}"
+        raise ValueError(
+            f"trainer.save_checkpoint_path={save_path} holds steps of an earlier run, and none of them is whole: "
+            f"{problem}. To go on from one of them, name it with trainer.load_checkpoint_path; to keep them, set "
+            "another trainer.save_checkpoint_path; to start over, move the folder away"
+        )
+
+
+def _step_folders(path: str) -> list[Path]:
+    """Those that hold a step, whole or not, in the order of their steps."""
+    folders = [folder for folder in Path(path).glob("global_step_*") if re.fullmatch(r"global_step_\d+", folder.name)]
+    return sorted(folders, key=lambda folder: step_of(folder.name))
 
 
 def remove_obsolete_ckpt(path: str, global_step: int, best_global_step: int | None, save_limit: int) -> None:

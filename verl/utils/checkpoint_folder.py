@@ -25,7 +25,7 @@ MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
 REPLACED = ".replaced"
 
-GIBIBYTE = 2**30
+GIBIBYTE, MEBIBYTE = 2**30, 2**20
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +50,8 @@ def require_room(folder: str, num_bytes: int) -> None:
     free = shutil.disk_usage(os.path.dirname(folder)).free
     if free < num_bytes:
         raise RuntimeError(
-            f"{folder} needs {num_bytes / GIBIBYTE:.2f} GiB, and its file system has {free / GIBIBYTE:.2f} GiB free: "
-            "nothing was written, and the checkpoints before it are whole. Make room, or keep fewer with "
-            "trainer.save_limit, and start the run again"
+            f"{folder} needs {_size(num_bytes)}, and its file system has {_size(free)} free: nothing was written, and "
+            "what was saved before is whole. Make room, or keep fewer with trainer.save_limit, and start the run again"
         )
 
 
@@ -69,9 +68,13 @@ def told_of(path: str | os.PathLike[str]) -> Iterator[None]:
         free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
         raise RuntimeError(
-            f"{path} could not be written ({reason}; its file system has {free / GIBIBYTE:.2f} GiB free). The "
-            "checkpoints before it are whole: started again, with room to write, the run goes on from the last of them"
+            f"{path} could not be written ({reason}; its file system has {_size(free)} free). What was saved before "
+            "is whole: started again, with room to write, the run goes on from its last checkpoint, if it has one"
         ) from error
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIBIBYTE:.2f} GiB" if num_bytes >= GIBIBYTE else f"{num_bytes / MEBIBYTE:.1f} MiB"
 
 
 def publish(folder: str) -> None:

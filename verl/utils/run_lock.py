@@ -23,8 +23,12 @@ FLOCK = "hhqqi0q"
 """Linux' `struct flock`: kind of lock, whence, start, length, process."""
 
 
-class FolderInUse(ValueError):
-    """Another run has the folder."""
+class FolderRefused(ValueError):
+    """The run cannot have the folder."""
+
+
+class FolderInUse(FolderRefused):
+    """Another run has it."""
 
 
 @contextmanager
@@ -37,10 +41,18 @@ def locked_folder(folder: str) -> Iterator[None]:
 
     Raises:
         FolderInUse: naming the folder, and the process and the host that have it.
+        FolderRefused: the folder cannot be made or written to.
     """
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        lock = open(Path(folder, LOCK_FILE), "a+", encoding="utf-8")
+    except OSError as error:
+        raise FolderRefused(
+            f"trainer.save_checkpoint_path={folder} cannot be written to ({error.strerror}: {error.filename}); name a "
+            "folder that this user may make and write to"
+        ) from None
     # Whoever in this process closes the file, opened here or elsewhere, gives the lock up.
-    with open(Path(folder, LOCK_FILE), "a+", encoding="utf-8") as file:
+    with lock as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

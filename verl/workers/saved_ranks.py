@@ -14,6 +14,13 @@ from verl.utils.checkpoint import damaged_checkpoint, extra_state_file, model_fi
 from verl.utils.safe_load import load_tensors
 from verl.utils.shards import assemble, cut_like, sharding_group_size
 
+CONTENTS: dict[Callable[[int, int], str], tuple[str, Callable[[dict[str, Any]], bool]]] = {
+    model_file: ("weights", lambda state: all(isinstance(value, torch.Tensor) for value in state.values())),
+    optim_file: ("optimizer state", lambda state: not state or {"state", "param_groups"} <= state.keys()),
+    extra_state_file: ("schedule", lambda state: isinstance(state.get("lr_scheduler"), dict)),
+}
+"""By file: what it holds, and whether a dictionary is that."""
+
 
 class SavedRanks:
     """The files in `<checkpoint>/actor/` or `<checkpoint>/critic/`, as one rank of a run reads them.
@@ -106,8 +113,9 @@ class SavedRanks:
             state = load_tensors(path, mmap=mapped)
         except ValueError as error:
             raise damaged_checkpoint(self.root.parent, str(error)) from error
-        if not isinstance(state, dict):
-            raise damaged_checkpoint(self.root.parent, f"{path} holds a {type(state).__name__}, not a dictionary")
+        content, is_content = CONTENTS[file_name]
+        if not isinstance(state, dict) or not is_content(state):
+            raise damaged_checkpoint(self.root.parent, f"{path} holds no {content}, but something else")
         return state
 
     def _load_all(self, file_name: Callable[[int, int], str]) -> list[dict[str, Any]]:

@@ -179,7 +179,8 @@ def draw_not_finite(row: int, column: int, log_prob: float) -> RuntimeError:
     """The error of a token that was drawn, or was to be drawn, without a finite log-probability."""
     return RuntimeError(
         f"the rollout engine drew token {column} of response {row} with log-probability {log_prob}: the policy's "
-        "weights, or its logits in worker.rollout.dtype, are not finite"
+        "weights, or its logits in worker.rollout.dtype, are not finite. Where it has diverged, an earlier step by "
+        "trainer.load_checkpoint_path and a lower worker.actor.optim.lr go on"
     )
 
 
