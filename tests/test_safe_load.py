@@ -156,11 +156,19 @@ def test_broken_and_foreign_files_are_refused_in_one_line_with_the_cause(tmp_pat
     path = tmp_path / "a.pt"
     torch.save({"w": torch.ones(1000)}, path)
     whole = path.read_bytes()
+    second_disk = b"PK\x06\x07" + (1).to_bytes(4, "little") + bytes(8) + (2).to_bytes(4, "little")  # an end of zip64
     causes = {
         b"": "is empty",
         whole[: len(whole) // 2]: "is cut short",
         whole[:-1]: "is cut short",
         whole[:10]: "is cut short",
+        # An end that speaks of a second disk.
+        whole[:-42]
+        + b"PK\x06\x07"
+        + (1).to_bytes(4, "little")
+        + bytes(8)
+        + (2).to_bytes(4, "little")
+        + whole[-22:]: "is",
         b"a text": "is damaged, or not a file of torch.save",
         pickle.dumps([1, 2]): "is damaged, or not a file of torch.save",
         whole[:60] + b"\xff" * 40 + whole[100:]: "is damaged, or not a file of torch.save",

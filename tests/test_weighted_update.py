@@ -4,6 +4,7 @@
 
 import logging
 import math
+from tempfile import gettempdir
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.ray_trainer import RayDAPOTrainer
 from verl.trainer.stop_request import StopRequest
+from verl.trainer.tracking import Tracker
 from verl.utils.batch_plan import BatchPlan
 
 COLLECT = "worker.rollout.collect_attentions=true"
@@ -369,7 +371,7 @@ def weigher(*overrides: str) -> RayDAPOTrainer:
         val_loader=(),
         rewards=None,
         processes=None,
-        tracker=None,
+        tracker=Tracker([], {}, "project", "experiment", gettempdir(), total_steps=1),
         resume_point=None,
         stop_request=StopRequest(config.trainer.grace_s),
     )

@@ -105,10 +105,17 @@ def _require_whole(path: Path) -> None:
             raise ValueError(f"{path} is empty: writing it was cut off, or the disk was full")
         with path.open("rb") as file:
             is_archive = file.read(len(START_OF_ARCHIVE)) == START_OF_ARCHIVE
-        if is_archive and not zipfile.is_zipfile(path):
+        if is_archive and not _has_end_of_archive(path):
             raise ValueError(f"{path} is cut short: its end is missing, so that it was not written or copied whole")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _has_end_of_archive(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # raised for an end that is there and makes no sense
+        return False
 
 
 def _cause(error: Exception) -> str:

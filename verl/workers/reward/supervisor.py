@@ -54,13 +54,14 @@ class Supervisor:
         self._samples: str | None = None
         self._deadline: float | None = None
         self._first_memory = 0
+        self._selector = selectors.DefaultSelector()
         self._stopped_since: float | None = None
         self._was_full = False
         self._next_look = self._next_search = 0.0
 
     def run(self) -> None:
         """Returns when the process and all that came from it are gone."""
-        with selectors.DefaultSelector() as selector:
+        with self._selector as selector:
             for console, fd in enumerate(self._orders.streams, start=1):
                 selector.register(fd, selectors.EVENT_READ, partial(self._output.take, console=console))
             selector.register(self._orders.messages, selectors.EVENT_READ, self._hear)
@@ -128,6 +129,7 @@ class Supervisor:
 
     def _judge_memory(self, used: int, total: int) -> None:
         memory = self._tree.memory()
+        _pass_on(self._selector, 0)  # measuring takes time, in which the process may have said what it holds
         if memory - self._first_memory >= self._orders.limits.growth_share * total:
             growth = f"have grown from {self._first_memory / GIB:.1f} to {memory / GIB:.1f} GiB"
             machine = f"{used / GIB:.1f} of the machine's {total / GIB:.1f} GiB are in use"
