@@ -4,7 +4,7 @@
 Two runs of tiny steps on the quickstart's digits. In the second one, every `--fault-every` steps something is lost: a
 worker, the reward function's process, the driver, the disk for a while, or the machine asks the run to end (SIGTERM).
 What the run does not survive by itself (`trainer.max_restarts`) is started again. In the end weights, optimizer and
-log must be what the first run has, and processes, shared memory and temporary folders what they were before. Memory
+log must be what the first run has, and processes, shared memory and temporary files what they were before. Memory
 and open files of the processes of the run without faults are shown as it goes.
 """
 
@@ -230,14 +230,16 @@ def leftovers(temporary: Path) -> dict[str, int]:
     """What runs might leave on this machine.
 
     Args:
-        temporary: the folder for their temporary files. Ray's logs stay there.
+        temporary: the folder for their temporary files. Ray's logs and torch's compiled code stay there, and empty
+            folders of Python's multiprocessing.
     """
+    own = [path for path in temporary.iterdir() if path.name != "ray" and not path.name.startswith("torchinductor_")]
     titles = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
     shared = [path for path in Path("/dev/shm").rglob("*") if path.is_file()]
     return {
         "processes": sum(str(temporary.parent) in title for title in titles),
         "shared memory, MiB": sum(path.stat().st_size for path in shared) // MEBIBYTE,
-        "temporary folders and files": sum(path.name != "ray" for path in temporary.iterdir()),
+        "temporary files": sum(path.is_file() for folder in own for path in (folder, *folder.rglob("*"))),
         "sockets of Ray": sum(1 for _ in temporary.glob("ray/session_*/sockets/*")),
     }
 
