@@ -282,7 +282,7 @@ def run_with_faults(data: Path, folder: Path, steps: int, fault_every: int) -> N
     """The run that something happens to."""
     trainer = Trainer(data, folder, steps, max_restarts=steps)
     trainer.start()
-    for step, name in zip(range(fault_every, steps, fault_every), itertools.cycle(FAULTS), strict=False):
+    for step, name in zip(range(fault_every, steps - 3, fault_every), itertools.cycle(FAULTS), strict=False):
         # Between two checkpoints, so that steps are taken again.
         trainer.wait_for(step + 2)
         started = time.monotonic()
