@@ -24,11 +24,10 @@ from verl.utils.checkpoint_folder import (
     find_damage,
     publish,
     record_files,
-    require_room,
     unfinished_folder,
-    write_json,
     write_manifest,
 )
+from verl.utils.writing import require_room, write_json
 
 LEADING_OUT = '{"step": 4, "model_only": false, "saved_at": "", "files": {"%s": {"bytes": 1, "sha256": ""}}}'
 

@@ -33,12 +33,11 @@ from verl.utils.checkpoint_folder import (
     publish,
     read_manifest,
     record_files,
-    require_room,
-    told_of,
     unfinished_folder,
     write_manifest,
 )
 from verl.utils.safe_load import load_tensors
+from verl.utils.writing import naming_write_errors, require_room
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +101,7 @@ class RunState:
 
     def _write_own(self, folder: str, loader: PromptLoader) -> dict[str, FileRecord]:
         paths = [os.path.join(folder, DATALOADER_FILE)]
-        with told_of(paths[0]):
+        with naming_write_errors(paths[0]):
             torch.save(loader.state_dict(), paths[0])
         if self.config.algorithm.kl_coef_adapts:
             paths.append(write_kl_coef(folder, self.kl_coef))

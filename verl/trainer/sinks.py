@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from verl.utils.checkpoint_folder import told_of, write_json
+from verl.utils.writing import naming_write_errors, write_json
 
 
 class Generation(NamedTuple):
@@ -134,7 +134,7 @@ class FileSink(Sink):
         """
         path = self.run.output_dir / self.LOG
         kept, cut = [], []
-        with told_of(path):
+        with naming_write_errors(path):
             for index, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(keepends=True)):
                 record = _whole_record(line)
                 (kept if record is not None and stays(index, record) else cut).append(line)
@@ -160,7 +160,7 @@ class FileSink(Sink):
 
     def _append(self, name: str, text: str) -> None:
         path = self.run.output_dir / name
-        with told_of(path), open(path, "a", encoding="utf-8") as file:
+        with naming_write_errors(path), open(path, "a", encoding="utf-8") as file:
             file.write(text)
 
 

@@ -14,8 +14,8 @@ from verl.trainer.console import ConsoleSink
 from verl.trainer.library_sinks import MlflowSink, SwanlabSink, TensorboardSink, WandbSink
 from verl.trainer.sinks import FileSink, Generation, Run, Sink, WrittenFile
 from verl.utils.checkpoint import ResumePoint
-from verl.utils.checkpoint_folder import write_json
 from verl.utils.masking import masked
+from verl.utils.writing import write_json
 
 logger = logging.getLogger(__name__)
 

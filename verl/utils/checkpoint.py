@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from verl.utils.checkpoint_folder import MANIFEST, find_damage, read_manifest, write_json
+from verl.utils.checkpoint_folder import MANIFEST, find_damage, read_manifest
+from verl.utils.writing import write_json
 
 CHECKPOINT_TRACKER = "checkpoint_tracker.json"
 DATALOADER_FILE = "dataloader.pt"

@@ -8,24 +8,21 @@ without one, such as EasyR1's, are taken as they are.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+
+from verl.utils.writing import flush, flush_all, write_json
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
 REPLACED = ".replaced"
-
-GIBIBYTE, MEBIBYTE = 2**30, 2**20
 
 logger = logging.getLogger(__name__)
 
@@ -39,42 +36,6 @@ def unfinished_folder(folder: str) -> str:
     _remove(unfinished)
     os.makedirs(unfinished)
     return unfinished
-
-
-def require_room(folder: str, num_bytes: int) -> None:
-    """Raise unless the file system of `folder`, whose parent exists, has room for as many bytes.
-
-    Raises:
-        RuntimeError: naming the folder, what is needed and what is free.
-    """
-    free = shutil.disk_usage(os.path.dirname(folder)).free
-    if free < num_bytes:
-        raise RuntimeError(
-            f"{folder} needs {_size(num_bytes)}, and its file system has {_size(free)} free: nothing was written, and "
-            "what was saved before is whole. Make room, or keep fewer with trainer.save_limit, and start the run again"
-        )
-
-
-@contextmanager
-def told_of(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Names the file that is written inside where that fails, and the room that is left.
-
-    Raises:
-        RuntimeError: in place of an OSError, and of the RuntimeError of torch, which names no file.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
-        raise RuntimeError(
-            f"{path} could not be written ({reason}; its file system has {_size(free)} free). What was saved before "
-            "is whole: started again, with room to write, the run goes on from its last checkpoint, if it has one"
-        ) from error
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / GIBIBYTE:.2f} GiB" if num_bytes >= GIBIBYTE else f"{num_bytes / MEBIBYTE:.1f} MiB"
 
 
 def publish(folder: str) -> None:
@@ -112,44 +73,6 @@ def _remove(path: str | os.PathLike[str]) -> None:
         os.unlink(path)
     elif os.path.exists(path):
         shutil.rmtree(path)
-
-
-def flush_all(folder: str | os.PathLike[str]) -> None:
-    """`flush` for a folder and all in it."""
-    for path in (Path(folder), *Path(folder).rglob("*")):
-        flush(path)
-
-
-def flush(path: str | os.PathLike[str]) -> None:
-    """Has the storage keep what this machine wrote to a file or a folder, whatever happens next."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems have no such call for folders
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: str | os.PathLike[str], content: Any, private: bool = False) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never half of one.
-
-    Args:
-        private: nobody but its owner can read it (mode 0600).
-
-    Raises:
-        RuntimeError: it could not be written.
-    """
-    unfinished = f"{os.fspath(path)}.tmp"
-    with told_of(path):
-        with open(unfinished, "w", encoding="utf-8") as file:
-            if private:
-                os.fchmod(file.fileno(), 0o600)
-            json.dump(content, file, indent=2, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
 
 
 # ---- the manifest ----

@@ -40,8 +40,9 @@ from verl.config import cut
 from verl.models.saved_files import add_legacy_rope, apply_umask
 from verl.models.trainable import ADAPTER, adapter_config
 from verl.utils.checkpoint import damaged_checkpoint, extra_state_file, model_file, optim_file
-from verl.utils.checkpoint_folder import FileRecord, read_manifest, record_files, told_of
+from verl.utils.checkpoint_folder import FileRecord, read_manifest, record_files
 from verl.utils.shards import sharding_group_size
+from verl.utils.writing import naming_write_errors
 from verl.workers.adamw_bf16 import settle_compensation
 from verl.workers.saved_ranks import SavedRanks
 
@@ -145,14 +146,14 @@ class FSDPCheckpoint:
         written = []
         for name, content in contents:
             written.append(root / name)
-            with told_of(root / name):
+            with naming_write_errors(root / name):
                 if name == ADAPTER_FOLDER:
                     self._save_adapters(root / name, content)
                 else:
                     torch.save(content, root / name)
         if self.rank == 0:
             written.append(root / "huggingface")
-            with told_of(root / "huggingface"):
+            with naming_write_errors(root / "huggingface"):
                 for description in self.described_by:
                     description.save_pretrained(root / "huggingface")
                 add_legacy_rope(root / "huggingface")
