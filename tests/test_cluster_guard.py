@@ -13,8 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.processes import are_gone, is_running, processes_marked
 from tests.test_stop_request import quiet, wait_for_steps
-from tests.test_training_run import ROOT, processes_marked
+from tests.test_training_run import ROOT
 
 SECONDS = 10
 """In which all has to be gone."""
@@ -57,10 +58,6 @@ def test_the_clusters_processes_and_spilled_objects_go_and_others_stay(end: str,
         os.kill(loader, signal.SIGKILL)
 
 
-def is_running(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
 @pytest.mark.ray
 def test_a_killed_driver_leaves_no_process_of_its_run(
     tiny_model_path: str, data_files: list[str], tmp_path: Path
@@ -76,11 +73,11 @@ def test_a_killed_driver_leaves_no_process_of_its_run(
         stderr=subprocess.DEVNULL,
     )
     wait_for_steps(tmp_path, 1)
-    commands = [" ".join(psutil.Process(pid).cmdline()) for pid in processes_marked(mark)]
+    members = [child.pid for child in psutil.Process(driver.pid).children(recursive=True)]
+    marked = processes_marked(mark)
+    commands = [" ".join(psutil.Process(pid).cmdline()) for pid in marked]
     assert any("raylet" in command for command in commands) and "sleep 1000" in commands
     driver.kill()
     driver.wait()
-    deadline = time.monotonic() + SECONDS
-    while left := processes_marked(mark):
-        assert time.monotonic() < deadline, [psutil.Process(pid).cmdline() for pid in left]
-        time.sleep(0.2)
+    assert are_gone({*members, *marked}, SECONDS)
+    assert processes_marked(mark) == []

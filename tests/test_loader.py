@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from PIL import Image
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerBase
 
+from tests.processes import are_gone
 from verl.data.dataset import RLHFDataset
 from verl.data.loader import BatchLoader, PromptLoader, ResumableSampler, create_dataloader
 from verl.trainer.config import DataConfig
@@ -254,7 +254,4 @@ def test_processes_that_read_end_with_the_one_they_read_for(
     os.waitpid(reader, 0)
     children = [int(pid) for pid in os.read(read_end, 1000).split()]
     assert children
-    deadline = time.monotonic() + 2
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in children):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    assert are_gone(children, 2)

@@ -17,8 +17,9 @@ import psutil
 import pytest
 import ray
 
+from tests.processes import are_gone, processes_marked
 from tests.test_reward_function import TEXTS, make_batch
-from tests.test_training_run import ROOT, processes_marked
+from tests.test_training_run import ROOT
 from verl.single_controller import waiting
 from verl.trainer import rewards
 from verl.trainer.rewards import RewardClient
@@ -61,15 +62,6 @@ def supervisor_of(client: RewardClient) -> psutil.Process:
     processes = (process for process in psutil.process_iter() if process.status() != psutil.STATUS_ZOMBIE)
     (found,) = (process for process in processes if any(pid in argument for argument in process.cmdline()))
     return found
-
-
-def are_gone(pids: list[int], seconds: float = 10) -> bool:
-    deadline = time.monotonic() + seconds
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
 
 
 @contextmanager

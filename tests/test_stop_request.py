@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.pool import run_shared
-from tests.test_training_run import ROOT, arguments, is_changed, lines_of, processes_marked, weights_at
+from tests.processes import processes_marked
+from tests.test_training_run import ROOT, arguments, is_changed, lines_of, weights_at
 from verl.trainer.config import load_config
 from verl.trainer.ray_trainer import RayDAPOTrainer
 from verl.trainer.stop_request import ECHO_SECONDS

@@ -12,7 +12,6 @@ import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 import torch
@@ -21,6 +20,7 @@ from transformers import AutoModelForImageTextToText
 from tests.batches import ROWS, write_dataset
 from tests.pool import run_shared, shared_processes
 from tests.probe import WITH_CRITIC
+from tests.processes import processes_marked
 from tests.rewards import wait_for, weights_by_length
 from tests.tiny import make_tiny_model
 from verl.algorithms.policy_loss import POLICY_LOSSES, PolicyLossInputs
@@ -33,7 +33,6 @@ from verl.trainer.step_record import StepRecord
 from verl.utils.attention_metrics import vgr_from_mass
 from verl.utils.attention_token_weights import token_weights_from_vgr
 from verl.utils.checkpoint_folder import read_manifest
-from verl.utils.process_tree import has_variable
 from verl.workers.actor.config import ActorConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,17 +87,6 @@ def command(*args: str, mark: str = "", cwd: Path = ROOT, **variables: str) -> s
         text=True,
         timeout=400,
     )
-
-
-def processes_marked(mark: str) -> list[int]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if has_variable(process, "VERL_TEST_MARK", mark) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.pid)
-        except (psutil.Error, OSError):
-            continue
-    return found
 
 
 def lines_of(log: Path) -> list[dict]:

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from tests.batches import ROWS, write_dataset
-from tests.test_training_run import arguments, command, lines_of, processes_marked
+from tests.processes import processes_marked
+from tests.test_training_run import arguments, command, lines_of
 from tests.tiny import make_tiny_model
 from verl.trainer.config import load_config
 from verl.trainer.main import run
