@@ -16,6 +16,7 @@ from verl.trainer.config import TrainerConfig
 from verl.trainer.sinks import WrittenFile
 from verl.trainer.step_record import StepRecord
 from verl.utils.batch_plan import BatchPlan, ModelPlan
+from verl.utils.writing import naming_write_errors
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +82,10 @@ class Standstill:
             )
 
     def _name_samples(self, model: str, plan: ModelPlan, uids, prompts: dict[str, str], step: int) -> None:
+        path = Path(self.config.save_checkpoint_path, SKIPPED_SAMPLES)
         for number in sorted(set(self.workers.skipped_mini_batches(model)[0])):
             rows = Counter(uids[row] for row in plan.rows_of_mini_batch(number, self.world_size))
-            with open(Path(self.config.save_checkpoint_path, SKIPPED_SAMPLES), "a", encoding="utf-8") as file:
+            with naming_write_errors(path), open(path, "a", encoding="utf-8") as file:
                 for uid, count in rows.items():
                     place = {"step": step, "model": model, "mini_batch": number, "uid": uid, "responses": count}
                     file.write(json.dumps({**place, "prompt": cut(prompts[uid], 500)}, ensure_ascii=False) + "\n")
