@@ -13,6 +13,7 @@ import torch
 from tests.batches import answer_at_random, make_prompts
 from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, ProbeWorker, make_config, start_alone
 from verl.utils.checkpoint import step_folder
+from verl.utils.checkpoint_folder import write_manifest
 
 WEIGHT = "model.language_model.layers.0.mlp.up_proj.weight"
 
@@ -112,6 +113,22 @@ def test_files_of_other_programs_that_cannot_be_read_are_named(
     with pytest.raises(ValueError, match=told) as refusal:
         worker.load_checkpoint(folder, model_only=False)
     assert "global_step_3 cannot be resumed; there is no whole checkpoint before it" in str(refusal.value)
+
+
+def test_a_file_that_was_changed_since_it_was_saved_is_refused_before_it_is_loaded(
+    worker: ProbeWorker, tmp_path: Path
+) -> None:
+    """One bit of a weight, which torch would read without a word."""
+    folder = step_folder(str(tmp_path), 3)
+    worker.save_checkpoint(folder, model_only=False)
+    write_manifest(folder, 3, False, worker.saved_files(wait=True))
+    worker.load_checkpoint(folder, model_only=False)
+    path = Path(folder, "actor", "model_world_size_1_rank_0.pt")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path} is not the file that was saved: its SHA-256 differs"):
+        worker.load_checkpoint(folder, model_only=False)
 
 
 def test_weights_that_are_not_finite_are_not_saved(worker: ProbeWorker, tmp_path: Path) -> None:

@@ -5,12 +5,14 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -415,6 +417,28 @@ def test_a_checkpoint_of_another_program_goes_on_with_its_model_and_starts_the_d
             torch.save({"_snapshot": {"_main_snapshot": {}}}, tmp_path / "global_step_1" / "dataloader.pt")
     assert "dataloader.pt was written by another program: the data starts from its first epoch" in caplog.text
     assert [line["step"] for line in lines_of(tmp_path / "experiment_log.jsonl") if "actor" in line] == [1, 2]
+
+
+def test_a_checkpoint_without_room_ends_the_run_before_it_is_begun(
+    tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked for is the size of weights, moments and step counts in float32, and of nothing twice."""
+    disk_usage = shutil.disk_usage
+
+    def almost_full(path: str) -> Any:
+        usage = disk_usage(path)
+        return usage._replace(free=1000) if str(path) == str(tmp_path) else usage
+
+    monkeypatch.setattr(shutil, "disk_usage", almost_full)
+    settings = ["trainer.max_steps=1", "trainer.val_before_train=false"]
+    with pytest.raises(
+        RuntimeError, match=r"global_step_1 needs ([\d.]+) MiB, and its file system has 0.0 MiB"
+    ) as ended:
+        run_shared(load_config(arguments(tiny_model_path, data_files, tmp_path, *settings)))
+    assert not list(tmp_path.glob("global_step_*"))
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model_path)
+    expected = 3 * 4 * sum(parameter.numel() for parameter in model.parameters()) / 2**20
+    assert float(re.search(r"needs ([\d.]+) MiB", str(ended.value))[1]) == pytest.approx(expected, rel=0.02)
 
 
 def test_deterministic_runs_of_one_seed_agree_to_the_last_bit(
