@@ -240,3 +240,14 @@ def test_the_kl_coefficient_is_read_back_to_the_last_bit(tmp_path, kl_coef):
     assert read_kl_coef(str(tmp_path)) is None
     write_kl_coef(str(tmp_path), kl_coef)
     assert read_kl_coef(str(tmp_path)) == kl_coef
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[0.1]", '{"kl_coef": "0.1"}', '{"kl_coef": -0.1}', '{"kl_coef": NaN}', '{"kl_coef": true}']
+)
+def test_a_kl_coefficient_that_cannot_be_is_refused_by_the_file(content, tmp_path):
+    folder = tmp_path / "global_step_7"
+    folder.mkdir()
+    (folder / "kl_coef.json").write_text(content)
+    with pytest.raises(ValueError, match=f"{folder}/kl_coef.json .*global_step_7 cannot be resumed"):
+        read_kl_coef(str(folder))

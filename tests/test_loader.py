@@ -238,6 +238,18 @@ def test_no_data_is_refused_by_the_key_that_should_name_it(tokenizer: PreTrained
         create_dataloader(data_config(tmp_path, val_files=""), tokenizer, None)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("position", -3), ("position", 11), ("position", 1.5), ("position", "3"), ("position", True), ("epoch", -1)],
+)
+def test_a_position_that_cannot_be_is_refused_by_its_value(name: str, value: Any, make_set: Callable) -> None:
+    loader = PromptLoader(make_set(10), batch_size=3, shuffle=True, seed=1)
+    state = loader.state_dict()
+    with pytest.raises(ValueError, match=f"{name}={value!r}, and it must be a whole number from 0"):
+        loader.load_state_dict({**state, name: value})
+    loader.load_state_dict({**state, "position": 10, "epoch": 4})
+
+
 def test_processes_that_read_end_with_the_one_they_read_for(
     make_set: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
