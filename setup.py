@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent
 LINES = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
 PINS = {line.split("==")[0]: line for line in LINES if line and not line.startswith("#")}
 EXTRAS = {
-    "quickstart": [PINS.pop(name) for name in ("scikit-learn", "matplotlib")],
-    "test": [PINS.pop(name) for name in ("pytest", "pytest-xdist", "hypothesis", "ruff", "triton")],
+    "quickstart": [PINS.pop("scikit-learn")],
+    "test": [PINS.pop(name) for name in ("pytest", "pytest-xdist", "hypothesis", "selenium", "ruff", "triton")],
     "math": [PINS.pop(name) for name in ("mathruler", "pylatexenc")],
     "wandb": [PINS.pop("wandb")],
     "swanlab": [PINS.pop("swanlab")],

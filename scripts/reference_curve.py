@@ -23,10 +23,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import make_digits
-from report_quickstart import read_log
 
 from verl.trainer.config import PPOConfig, load_config
 from verl.trainer.main import run
+from verl.trainer.sinks import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 CURVE = ROOT / "examples" / "reference_curve.json"
@@ -74,9 +74,8 @@ def curve_of(data: Path, folder: Path) -> dict[str, Any]:
     return {MODEL: model, **{name: list(_values(log, name)) for name in TOLERANCES}}
 
 
-def _values(log: Mapping[int, Mapping[str, Any]], name: str) -> Iterator[float]:
-    area, _, key = name.partition("/")
-    return (round(record[area][key], 4) for record in log.values() if key in record.get(area, {}))
+def _values(log: Mapping[int, Mapping[str, float | None]], name: str) -> Iterator[float]:
+    return (round(metrics[name], 4) for metrics in log.values() if name in metrics)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import datasets
 import torch
@@ -24,29 +23,23 @@ from model_merger import merge
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from verl.trainer.sinks import read_log
+
+Log = dict[int, dict[str, float | None]]
+"""Metrics by name, by step."""
+
 WINDOW = 5  # steps averaged in the curve and in the table's rewards
 
 
-def read_log(run: Path) -> dict[int, dict[str, Any]]:
-    """Read `experiment_log.jsonl`: step -> its metrics, nested as in the file.
-
-    A step may have several lines (validation before training has its own); later ones add to earlier ones.
-    """
-    metrics: dict[int, dict[str, Any]] = {}
-    for line in (run / "experiment_log.jsonl").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        metrics.setdefault(record.pop("step"), {}).update(record)
-    return dict(sorted(metrics.items()))
-
-
-def rewards_of(log: dict[int, dict[str, Any]]) -> dict[int, float]:
+def rewards_of(log: Log) -> dict[int, float]:
     """Training reward by step: the mean over the step's sampled responses."""
-    return {step: metrics["reward"]["overall"] for step, metrics in log.items() if "reward" in metrics}
+    return {step: metrics["reward/overall"] for step, metrics in log.items() if "reward/overall" in metrics}
 
 
-def accuracies_of(log: dict[int, dict[str, Any]]) -> dict[int, float]:
+def accuracies_of(log: Log) -> dict[int, float]:
     """Held-out accuracy by step, where there was a validation."""
-    return {step: metrics["val"]["accuracy_reward"] for step, metrics in log.items() if "val" in metrics}
+    name = "val/accuracy_reward"
+    return {step: metrics[name] for step, metrics in log.items() if name in metrics}
 
 
 def running_means(values: Sequence[float]) -> list[float]:
@@ -60,7 +53,7 @@ def mean_over_runs(curves: Sequence[dict[int, float]]) -> dict[int, float]:
     return {step: sum(curve[step] for curve in curves) / len(curves) for step in steps}
 
 
-def draw_learning_curves(logs: Sequence[dict[int, dict[str, Any]]], path: Path) -> None:
+def draw_learning_curves(logs: Sequence[Log], path: Path) -> None:
     """Draw training reward and held-out accuracy, the mean over runs bold and each run faint, and the two levels.
 
     The format follows the ending of `path`. A single run shows every step's reward faintly instead.
@@ -147,15 +140,13 @@ def summarize(run: Path) -> list[tuple[str, float, float]]:
     ]
 
 
-def describe_token_weights(log: dict[int, dict[str, Any]]) -> str:
+def describe_token_weights(log: Log) -> str:
     """One line on what VGR weights did, from the means over the steps; empty where they were off."""
-    steps = [metrics for metrics in log.values() if "vgr" in metrics and "token_weights" in metrics]
+    names = ("vgr/median", "token_weights/std", "token_weights/ess")
+    steps = [metrics for metrics in log.values() if metrics.keys() >= set(names)]
     if not steps:
         return ""
-    vgr, std, ess = (
-        sum(metrics[area][name] for metrics in steps) / len(steps)
-        for area, name in (("vgr", "median"), ("token_weights", "std"), ("token_weights", "ess"))
-    )
+    vgr, std, ess = (sum(metrics[name] for metrics in steps) / len(steps) for name in names)
     return f"VGR token weights: standard deviation {std:.2f}, effective sample size {ess:.0%}; median VGR {vgr:.2f}"
 
 

@@ -23,6 +23,14 @@ if [ $# -eq 0 ] && ! command -v nvidia-smi >/dev/null; then
     selection+=(-n 2 --dist loadfile --no-loadscope-reorder)
 fi
 
+# The pages are tested in a browser. Without the rights to install one these tests are skipped, and say so.
+if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+    mkdir -p "$venv"
+    run_quietly "installing Debian's Chromium" "$venv/install_chromium.log" bash -c \
+        'apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium chromium-driver' ||
+        echo "the tests of the pages are skipped" >&2
+fi
+
 prepare_environment "$engine"
 "$python" -m ruff check .
 "$python" -m pytest --durations=10 "${selection[@]}" "$@"

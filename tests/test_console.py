@@ -141,7 +141,10 @@ def test_a_terminal_sees_a_bar_with_the_phase_and_the_latest_figures(make_tracke
     assert "update_actor, step 2/4" in shown
     assert "reward 0.500, held-out reward 0.250, 2,000 tokens/s, 1 min left" in shown
     assert "validation at step 2: reward_score 0.250" in shown
-    assert "step 2, sample 1 of 1, score 1.000\n[prompt] What digit?\n[output] It is 7.\n[ground_truth] 7" in shown
+    assert (
+        "step 2, held-out sample 1 of 1, score 1.000\n[prompt] What digit?\n[output] It is 7.\n[ground_truth] 7"
+        in shown
+    )
     assert shown.index("digits/demo ended at step 2 of 4, resumed at 1") > shown.rindex("update_actor")
 
 

@@ -6,6 +6,7 @@ tensorboard and mlflow are read by their own readers and swanlab by the one that
 Python, so its file is taken apart here, down to the library's own protocol buffers.
 """
 
+import io
 import json
 import shutil
 import struct
@@ -16,12 +17,16 @@ import mlflow
 import numpy as np
 import pytest
 import wandb
+from PIL import Image
 from swanlab.proto.swanlab.record.v1.record_pb2 import Record as SwanlabRecord
 from swanlab.proto.swanlab.run.v1.run_pb2 import RunState
 from swanlab.sdk.internal.core_python.store import DataStoreReader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 
+from tests.test_token_map import Page, sample_of
+from verl.report.token_map import TokenMap
+from verl.report.token_map_image import token_map_image
 from verl.trainer.library_sinks import hyper_parameters
 from verl.trainer.tracking import RUN_IDS, Tracker
 from verl.utils.checkpoint import ResumePoint
@@ -400,3 +405,53 @@ def test_hyper_parameters_are_flat_and_of_kinds_that_every_library_takes():
         "h": "text",
         "i": 0.5,
     }
+
+
+# token maps
+
+
+def log_token_maps(logger: str) -> list[TokenMap]:
+    samples = [sample_of(["Ein", "  九", "</script>"], num_images=1), sample_of(["b"])]
+    config = {"algorithm": {"token_weight_clip": [0.2, 3.0]}}
+    with Tracker([logger], config, "digits", "demo", "run", total_steps=3) as tracker:
+        tracker.log({"reward/overall": 0.5}, 2)
+        tracker.log_token_maps(samples, 2, "train")
+    return samples
+
+
+def require_page_of(html: str, samples: list[TokenMap]) -> None:
+    assert Page(html).responses == ["".join(sample.tokens) for sample in samples]
+    assert "demo, step 2" in html
+
+
+def test_tensorboard_shows_a_picture_of_each_token_map():
+    samples = log_token_maps("tensorboard")
+    events = EventAccumulator("board/digits/demo").Reload()
+    for number, sample in enumerate(samples, start=1):
+        (event,) = events.Images(f"train/token_maps/{number}")
+        shown = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+        assert event.step == 2 and (shown == token_map_image(sample, (0.2, 3.0))).all()
+
+
+def test_wandb_shows_token_maps_as_a_page():
+    samples = log_token_maps("wandb")
+    ((folder, records),) = wandb_runs()
+    (row,) = wandb_rows(records)
+    assert row["global_step"] == 2 and row["reward/overall"] == 0.5
+    require_page_of((folder / "files" / row["train/token_maps/path"]).read_text("utf-8"), samples)
+
+
+def test_swanlab_shows_token_maps_as_a_page():
+    samples = log_token_maps("swanlab")
+    ((folder, records),) = swanlab_runs()
+    (media,) = swanlab_all(records, "media")
+    (item,) = media.value.items
+    assert (media.key, media.step) == ("train/token_maps", 2)
+    (path,) = (folder / "media").rglob(item.filename)
+    require_page_of(path.read_text("utf-8"), samples)
+
+
+def test_mlflow_keeps_token_maps_as_a_page_among_the_artifacts(store):
+    samples = log_token_maps("mlflow")
+    page = mlflow.artifacts.load_text(f"runs:/{run_ids()['mlflow']}/train/token_maps/step_000002.html")
+    require_page_of(page, samples)

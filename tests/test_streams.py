@@ -41,13 +41,19 @@ KINDS = {
     "signals that weigh nothing": [f"algorithm.token_signals_to_log=[{SURPRISE},vgr,uniform]", COLLECT],
     "weights by nothing": ["algorithm.enable_token_weights=true"],
     "prompts not shared": ["worker.actor.share_prompts=false"],
+    "report": [
+        COLLECT,
+        "algorithm.enable_token_weights=true",
+        "trainer.report=true",
+        "trainer.train_generations_to_log=3",
+    ],
     "reward of the batch": [f"worker.reward.reward_function={Path(__file__).parent}/reward_of_batches.py:needs_all"],
     "reward of attention": [
         f"worker.reward.reward_function={Path(__file__).parent}/reward_of_attention.py:compute_reward",
         COLLECT,
     ],
 }
-WEIGHED = ("vgr", "signals", "own signal")
+WEIGHED = ("vgr", "report", "signals", "own signal")
 """The kinds whose tokens weigh more and less."""
 REORDERS = "balance_across_ranks"
 
@@ -156,10 +162,15 @@ def test_workers_need_every_stream_that_they_are_sent(
     for stream in streams_of(config):
         if stream.shape == "N R" and stream.name not in batch.batch.keys():
             batch.batch[stream.name] = torch.rand(len(batch), RESPONSE_LENGTH) * batch.batch["response_mask"]
+        if stream.name == "is_mapped":
+            batch.batch[stream.name] = torch.ones(len(batch), dtype=torch.bool)
     for phase in ("compute_log_probs", "compute_values", "update_critic", "update_actor"):
         tensors, objects = streams_read_by(phase, config)
         for name in (*tensors, *objects):
             less = batch.select([key for key in tensors if key != name], [key for key in objects if key != name])
+            if name == "is_mapped":  # it asks for more, and can be left out
+                assert "attention_maps" not in worker.compute_log_probs(less).non_tensor_batch
+                continue
             with pytest.raises(KeyError, match=name):
                 getattr(worker, phase)(less)
         if tensors:

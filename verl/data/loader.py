@@ -123,6 +123,7 @@ class BatchLoader:
         self.dataset = dataset
         self.num_prompts = len(dataset) - len(dataset.skipped)
         self.batch_size = batch_size
+        self._sampler = sampler
         self._pieces = DataLoader(
             dataset,
             batch_sampler=PieceSampler(
@@ -143,6 +144,11 @@ class BatchLoader:
                 pieces = []
         if pieces:
             yield _join(pieces)
+
+    def prompts_at(self, places: Sequence[int]) -> dict[str, Any]:
+        """The prompts at some places of the order, collated and read by this process."""
+        rows = list(self._sampler)
+        return collate_fn([self.dataset[rows[place]] for place in places])
 
 
 def _begin_worker(_: int) -> None:

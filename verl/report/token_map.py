@@ -14,13 +14,14 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from verl.data.image_grids import PictureMap
+if TYPE_CHECKING:
+    from verl.data.image_grids import PictureMap
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("verl.report"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -185,20 +186,32 @@ def _pieces(
 
     Tokens that share a character are one piece, whose colour is of their mean weight.
     """
-    runs: list[list[int]] = []
-    for number, place in enumerate(kept):
-        if number == gap:
-            runs.append([])
-        if runs and runs[-1] and sample.tokens[place] == "":
-            runs[-1].append(place)
-        else:
-            runs.append([place])
+    texts = [sample.tokens[place] for place in kept]
+    runs = token_groups(texts[:gap])
+    if gap is not None:
+        runs += [[], *([gap + number for number in run] for run in token_groups(texts[gap:]))]
     pieces = []
-    for run in runs:
-        text = "".join(sample.tokens[place] for place in run).translate(VISIBLE)
+    for run in ([kept[number] for number in run] for run in runs):
+        text = visible("".join(sample.tokens[place] for place in run))
         weight = sum(sample.weights[place] for place in run) / len(run) if run else 1.0
         pieces.append((text, len(run), colour_of(weight, bounds), "\n" in text))
     return pieces
+
+
+def token_groups(tokens: Sequence[str]) -> list[list[int]]:
+    """Places of tokens, those together that share a character."""
+    groups: list[list[int]] = []
+    for place, token in enumerate(tokens):
+        if groups and token == "":
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
+
+
+def visible(text: str) -> str:
+    """The text with `VISIBLE` in place of what shows nothing."""
+    return text.translate(VISIBLE)
 
 
 def _kept_places(num_tokens: int, most: int) -> list[int]:

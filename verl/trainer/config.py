@@ -337,6 +337,11 @@ class TrainerConfig(ConfigSection):
     """End after that first validation."""
     val_generations_to_log: int = 0
     """Validation responses to log in full."""
+    train_generations_to_log: int = 0
+    """Training responses to log in full, of each step that is validated and of the last."""
+    report: bool = False
+    """Write `report.html` into the run's folder after every validation and at the end: the curves, what the token
+    weights did, and the logged responses token by token."""
     save_freq: int = -1
     """Steps between checkpoints; 0 or less saves only at the end."""
     save_limit: int = -1
@@ -369,7 +374,7 @@ class TrainerConfig(ConfigSection):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_at_least(1, "total_epochs", "max_steps", "nnodes", "n_gpus_per_node")
-        self.require_at_least(0, "critic_warmup", "val_generations_to_log", "max_restarts")
+        self.require_at_least(0, "critic_warmup", "val_generations_to_log", "train_generations_to_log", "max_restarts")
         self.require_at_least(0, "max_skipped_steps", "max_uninformative_steps")
         self.require_above_0("grace_s")
         if self.save_checkpoint_path is None:

@@ -310,6 +310,20 @@ def idle_signal_settings(config: PPOConfig) -> Iterator[str]:
         )
 
 
+def report_without_samples(config: PPOConfig) -> Iterator[str]:
+    trainer = config.trainer
+    if trainer.report and not (trainer.val_generations_to_log or trainer.train_generations_to_log):
+        yield (
+            "trainer.report=true shows curves alone: trainer.val_generations_to_log and "
+            "trainer.train_generations_to_log say how many responses it shows"
+        )
+    elif trainer.report and not config.worker.rollout.collect_attentions:
+        yield (
+            "trainer.report=true shows no response token by token, since attention is not measured: "
+            "worker.rollout.collect_attentions=true does"
+        )
+
+
 def filtered_groups_of_one(config: PPOConfig) -> Iterator[str]:
     if config.algorithm.online_filtering and config.worker.rollout.n == 1:
         yield (
@@ -328,6 +342,7 @@ NOTES: tuple[Callable[[PPOConfig], Iterator[str]], ...] = (
     reference_of_adapters,
     idle_token_weights,
     idle_signal_settings,
+    report_without_samples,
     filtered_groups_of_one,
 )
 

@@ -65,11 +65,11 @@ class ConsoleSink(Sink):
         elif REWARD in metrics:
             self.note(f"step {step}/{self.run.total_steps}: {self._figures.text()}")
 
-    def log_generations(self, samples: Sequence[Generation], step: int) -> None:
+    def log_generations(self, samples: Sequence[Generation], step: int, split: str) -> None:
+        kind = "held-out" if split == "val" else "training"
         for number, sample in enumerate(samples, start=1):
-            self.note(
-                f"--- step {step}, sample {number} of {len(samples)}, score {sample.score:.3f}\n{sample.tagged()}"
-            )
+            head = f"--- step {step}, {kind} sample {number} of {len(samples)}, score {sample.score:.3f}"
+            self.note(f"{head}\n{sample.tagged()}")
 
     def phase(self, name: str, line: str | None) -> None:
         if not self._bar.disable:

@@ -11,10 +11,12 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-from verl.trainer.sinks import Generation, Run, Sink, WrittenFile
+from verl.report.token_map import TokenMap, token_map_html
+from verl.report.token_map_image import token_map_image
+from verl.trainer.sinks import Generation, Run, Sink, WrittenFile, weight_bounds
 
-GENERATIONS = "val/generations"
-"""Name of the sampled generations at every logger."""
+GENERATIONS, TOKEN_MAPS = "{}/generations", "{}/token_maps"
+"""Names of the samples of a split at every logger, as texts and token by token."""
 
 
 class TensorboardSink(Sink):
@@ -39,13 +41,20 @@ class TensorboardSink(Sink):
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def log_generations(self, samples: Sequence[Generation], step: int) -> None:
+    def log_generations(self, samples: Sequence[Generation], step: int, split: str) -> None:
         # The text is shown as Markdown without HTML tags; what is set in like code keeps its <think> and its lines.
         blocks = [
             f"**sample {number}, score {sample.score:.3f}**\n\n{indent(sample.tagged(), '    ', lambda line: True)}"
             for number, sample in enumerate(samples, start=1)
         ]
-        self._writer.add_text(GENERATIONS, "\n\n".join(blocks), step)
+        self._writer.add_text(GENERATIONS.format(split), "\n\n".join(blocks), step)
+        self._writer.flush()
+
+    def log_token_maps(self, samples: Sequence[TokenMap], step: int, split: str) -> None:
+        """A picture of each, since pages cannot be shown."""
+        for number, sample in enumerate(samples, start=1):
+            picture = token_map_image(sample, weight_bounds(self.run))
+            self._writer.add_image(f"{TOKEN_MAPS.format(split)}/{number}", picture, step, dataformats="HWC")
         self._writer.flush()
 
     def files(self) -> list[WrittenFile]:
@@ -72,7 +81,8 @@ class WandbSink(Sink):
         super().__init__(run)
         kept = run.kept_ids.get("wandb")
         self._table_of = wandb.Table
-        self._rows: list[list[Any]] = []
+        self._html_of = wandb.Html
+        self._rows: dict[str, list[list[Any]]] = {}  # by split
         self._wandb_run = wandb.init(
             project=run.project_name,
             name=run.experiment_name,
@@ -88,15 +98,20 @@ class WandbSink(Sink):
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._log_row(metrics, step)
 
-    def log_generations(self, samples: Sequence[Generation], step: int) -> None:
+    def log_generations(self, samples: Sequence[Generation], step: int, split: str) -> None:
         """A table with a row for each validation, `step, input_1, output_1, label_1, score_1, input_2, ...`.
 
         Tables do not grow: each validation logs all rows since the start or the resume once more.
         """
         numbers = range(1, len(samples) + 1)
         columns = ["step", *(f"{field}_{number}" for number in numbers for field in Generation._fields)]
-        self._rows.append([step, *(value for sample in samples for value in sample)])
-        self._log_row({GENERATIONS: self._table_of(columns=columns, data=self._rows)}, step)
+        rows = self._rows.setdefault(split, [])
+        rows.append([step, *(value for sample in samples for value in sample)])
+        self._log_row({GENERATIONS.format(split): self._table_of(columns=columns, data=rows)}, step)
+
+    def log_token_maps(self, samples: Sequence[TokenMap], step: int, split: str) -> None:
+        page = self._html_of(token_page(samples, step, self.run), inject=False)
+        self._log_row({TOKEN_MAPS.format(split): page}, step)
 
     def _log_row(self, values: Mapping[str, Any], step: int) -> None:
         if step != self._step:
@@ -125,7 +140,7 @@ class SwanlabSink(Sink):
         super().__init__(run)
         kept = run.kept_ids.get("swanlab")
         self._folder = Path(os.environ.get("SWANLAB_DIR", "swanlab_log"))
-        self._text_of = swanlab.Text
+        self._text_of, self._html_of = swanlab.Text, swanlab.Html
         self._swanlab_run = swanlab.init(
             project=run.project_name,
             name=run.experiment_name,
@@ -139,12 +154,15 @@ class SwanlabSink(Sink):
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._swanlab_run.log(metrics, step)
 
-    def log_generations(self, samples: Sequence[Generation], step: int) -> None:
+    def log_generations(self, samples: Sequence[Generation], step: int, split: str) -> None:
         texts = [
             self._text_of(sample.tagged(), caption=f"sample {number}, score {sample.score:.3f}")
             for number, sample in enumerate(samples, start=1)
         ]
-        self._swanlab_run.log({GENERATIONS: texts}, step)
+        self._swanlab_run.log({GENERATIONS.format(split): texts}, step)
+
+    def log_token_maps(self, samples: Sequence[TokenMap], step: int, split: str) -> None:
+        self._swanlab_run.log({TOKEN_MAPS.format(split): self._html_of(token_page(samples, step, self.run))}, step)
 
     def files(self) -> list[WrittenFile]:
         folders = self._folder.absolute().glob(f"run-*-{self.run_id}")
@@ -186,10 +204,14 @@ class MlflowSink(Sink):
         values = {self._name(name): value for name, value in metrics.items()}
         self._mlflow.log_metrics(values, step, synchronous=False, run_id=self.run_id)
 
-    def log_generations(self, samples: Sequence[Generation], step: int) -> None:
+    def log_generations(self, samples: Sequence[Generation], step: int, split: str) -> None:
         """A text of each validation among the run's artifacts; mlflow's own tables take the text 7 for a number."""
         text = "\n\n".join(f"{sample.tagged()}\n[score] {sample.score}" for sample in samples)
-        self._mlflow.log_text(text, f"{GENERATIONS}/step_{step:06}.txt", self.run_id)
+        self._mlflow.log_text(text, f"{GENERATIONS.format(split)}/step_{step:06}.txt", self.run_id)
+
+    def log_token_maps(self, samples: Sequence[TokenMap], step: int, split: str) -> None:
+        page = token_page(samples, step, self.run)
+        self._mlflow.log_text(page, f"{TOKEN_MAPS.format(split)}/step_{step:06}.html", self.run_id)
 
     def files(self) -> list[WrittenFile]:
         """The database and the artifacts, where they are on this machine."""
@@ -205,6 +227,11 @@ class MlflowSink(Sink):
     def _name(name: str) -> str:
         """`name` in the characters that the server takes."""
         return re.sub(r"[^\w/.\- ]", "_", name)
+
+
+def token_page(samples: Sequence[TokenMap], step: int, run: Run) -> str:
+    """Samples of a step as a page of their own."""
+    return token_map_html(samples, f"{run.experiment_name}, step {step}", bounds=weight_bounds(run))
 
 
 def hyper_parameters(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | float | str]:

@@ -136,6 +136,7 @@ def _cpus_wanted(config: PPOConfig, plan: BatchPlan) -> int:
 
 def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses", stop_request: StopRequest) -> None:
     logger.info("loading the tokenizer and the data")
+    from verl.data.image_grids import ImageGrids
     from verl.data.loader import create_dataloader
     from verl.trainer.ray_trainer import RayDAPOTrainer
     from verl.trainer.rewards import RewardClient
@@ -176,6 +177,7 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses", sto
             trainer_config.save_checkpoint_path,
             total_steps=steps,
             resume_point=resume_point,
+            report=trainer_config.report,
         ) as tracker:
             tracker.add_files(rewards.files)
             trainer = RayDAPOTrainer(
@@ -183,6 +185,7 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses", sto
                 plan,
                 steps,
                 tokenizer,
+                None if processor is None else ImageGrids(processor, model_config),
                 train_loader,
                 val_loader,
                 rewards,

@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from verl.algorithms.importance import truncated_importance_weights
 from verl.algorithms.policy_loss import POLICY_LOSSES
 from verl.algorithms.token_weights import measured_streams
+from verl.data.image_grids import ImageGrids
 from verl.data.loader import BatchLoader, PromptLoader
-from verl.protocol import DataProto
+from verl.protocol import DataProto, pad_dataproto_to_divisor, unpad_dataproto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.single_controller.worker_processes import WorkerProcesses
 from verl.trainer.advantage_phase import compute_advantages
@@ -35,16 +36,18 @@ from verl.trainer.metrics import (
 from verl.trainer.rewards import RewardClient
 from verl.trainer.rollouts import Rollouts
 from verl.trainer.run_state import RunState
+from verl.trainer.samples import SampleLogger
 from verl.trainer.standstill import Standstill
 from verl.trainer.step_record import StepRecord
 from verl.trainer.stop_request import StopRequest
-from verl.trainer.streams import scores_beside, scores_measured, streams_read_by
+from verl.trainer.streams import maps_samples, scores_beside, scores_measured, streams_read_by
 from verl.trainer.token_weigher import TokenWeigher
 from verl.trainer.tracking import Tracker
 from verl.trainer.validator import ValidationResult, Validator
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.checkpoint import ResumePoint
 from verl.workers.reward.results import values_by_key
+from verl.workers.rollout.base import Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +64,7 @@ class RayDAPOTrainer:
         plan: its batch numbers.
         training_steps: length of the run.
         tokenizer: of the policy.
+        grids: where the policy's image tokens lie, for the report; None for a model of text alone.
         train_loader: endless source of prompts, with a state that a checkpoint keeps.
         val_loader: the held-out set, in batches.
         rewards: the reward function's process; it stays its owner's to end.
@@ -76,6 +80,7 @@ class RayDAPOTrainer:
         plan: BatchPlan,
         training_steps: int,
         tokenizer: PreTrainedTokenizerBase,
+        grids: ImageGrids | None,
         train_loader: PromptLoader,
         val_loader: BatchLoader,
         rewards: RewardClient,
@@ -87,7 +92,6 @@ class RayDAPOTrainer:
         self.config = config
         self.plan = plan
         self.training_steps = training_steps
-        self.tokenizer = tokenizer
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.rewards = rewards
@@ -98,6 +102,7 @@ class RayDAPOTrainer:
         self.state = RunState(config)
         self.tracker.add_files(self.state.files)
         self.weigher = TokenWeigher(config, tokenizer)
+        self.samples = SampleLogger(config, training_steps, tokenizer, grids, self.weigher, tracker)
         self.workers: WorkerGroup | None = None
         self.rollouts: Rollouts | None = None
         self.validator: Validator | None = None
@@ -127,7 +132,7 @@ class RayDAPOTrainer:
             self.val_loader,
             self.rollouts.for_validation,
             lambda batch: self.rewards.validate(batch, self.state.global_step),
-            self.tokenizer,
+            self.config.trainer.val_generations_to_log,
             lambda num_done: self.tracker.validated(num_done, self.val_loader.num_prompts),
         )
 
@@ -148,6 +153,7 @@ class RayDAPOTrainer:
                 batch = self._rollout(record)
                 batch = self._balance_across_ranks(batch, record)
                 rewards = self._start_rewards(batch)
+                self._choose_samples(batch, record)
                 batch = self._compute_log_probs(batch, record)
                 batch = self._compare_with_rollout(batch, record)
                 batch = self._compute_values(batch, record)
@@ -157,6 +163,7 @@ class RayDAPOTrainer:
                 self._update_critic(batch, record)
                 self._update_actor(batch, record)
                 self._watch_progress(batch, record)
+                self._log_samples(batch, record)
                 self._validate_if_due(record)
                 self._save_if_due(record)
             self._log(batch, record)
@@ -196,9 +203,15 @@ class RayDAPOTrainer:
         """
         return self.rewards.send(batch, self.state.global_step) if scores_beside(self.config) else None
 
+    def _choose_samples(self, batch: DataProto, record: StepRecord) -> None:
+        """Reads: `uid`. Adds: `is_mapped`, the rows whose tokens the report will show, in runs that make one."""
+        if maps_samples(self.config):
+            batch.batch["is_mapped"] = self.samples.chosen(batch, record.step)
+
     def _compute_log_probs(self, batch: DataProto, record: StepRecord) -> DataProto:
-        """Reads: the model's inputs. Adds: `old_log_probs`; what the run's token signals want measured, and
-        `attention_mass` and `attention_keys` if they are collected; unless KL is off `ref_log_probs`, or, of a full
+        """Reads: the model's inputs, `is_mapped` in runs that have it. Adds: `old_log_probs`; what the run's token
+        signals want measured, `attention_mass` and `attention_keys` if they are collected, and `attention_maps` for
+        the report; unless KL is off `ref_log_probs`, or, of a full
         KL, `ref_kl` if it is for the reward."""
         algorithm = self.config.algorithm
         sequences = self._streams_for("compute_log_probs", batch)
@@ -299,6 +312,10 @@ class RayDAPOTrainer:
         Reads: `response_mask`, `advantages`, `uid`, `prompt_text`."""
         self.standstill.watch(batch, record)
 
+    def _log_samples(self, batch: DataProto, record: StepRecord) -> None:
+        """Reads: what `SampleLogger.log_training` reads."""
+        self.samples.log_training(batch, record.step)
+
     def _validate_if_due(self, record: StepRecord) -> None:
         """Not where the run was asked to end: what it still has time for is to save."""
         if _is_due(record.step, self.config.trainer.val_freq) and not self.stop_request:
@@ -369,11 +386,21 @@ class RayDAPOTrainer:
         self.tracker.phase("validation", f"validating {self.val_loader.num_prompts} prompts")
         with self.rollouts.awake():
             result = self.validator.run()
-        self.state.remember_validation(result)
-        samples = result.choose_samples(self.config.trainer.val_generations_to_log)
-        if samples:
-            self.tracker.log_generations(samples, self.state.global_step)
+        self.state.remember_validation(result.score)
+        self.samples.log_validation(result, self._measure_samples(result), self.state.global_step)
         return result
+
+    def _measure_samples(self, result: ValidationResult) -> DataProto | None:
+        """The samples of a validation beside their media and what the log-prob pass gives of them; None where there
+        is nothing to show token by token."""
+        if not (maps_samples(self.config) and result.places):
+            return None
+        per_prompt = Sampling.for_validation(self.config.worker.rollout).n
+        features = self.val_loader.prompts_at([place // per_prompt for place in result.places])
+        rows = self.rollouts.with_media(result.rows, features)
+        rows.batch["is_mapped"] = torch.ones(len(rows), dtype=torch.bool)
+        padded, pad_size = pad_dataproto_to_divisor(self._streams_for("compute_log_probs", rows), self.plan.world_size)
+        return rows.union(unpad_dataproto(self.workers.compute_log_probs(padded), pad_size))
 
 
 def _is_due(step: int, frequency: int) -> bool:

@@ -19,7 +19,7 @@ from verl.trainer.step_record import StepRecord
 from verl.workers.reward.config import RewardConfig
 from verl.workers.reward.function import place_scores, reward_inputs
 from verl.workers.reward.process import variables_of_run
-from verl.workers.reward.results import TOKEN_WEIGHTS, Scored, values_by_key
+from verl.workers.reward.results import Scored, values_by_key, without_token_weights
 from verl.workers.reward.supervision import Limits
 from verl.workers.reward.user_function import TextDecoder
 
@@ -117,14 +117,14 @@ class RewardClient:
             scored, _ = self._answer(self._send(batch, step, "train"), batch, f"the baselines of step {step}")
             return _totals(scored)
 
-    def validate(self, batch: DataProto, step: int) -> tuple[list[float], dict[str, list[float]]]:
-        """The score of each row of a held-out batch, and the function's numbers by key.
+    def validate(self, batch: DataProto, step: int) -> tuple[list[float], list[dict[str, Any]]]:
+        """The score of each row of a held-out batch, and what the function returned of it.
 
         Raises:
             RuntimeError: as `receive` does.
         """
         scored, _ = self._answer(self._send(batch, step, "val"), batch, f"the validation after step {step}")
-        return _totals(scored).tolist(), _without_token_weights(values_by_key(scored.results))
+        return _totals(scored).tolist(), scored.results
 
     def _send(self, batch: DataProto, step: int, split: str, streams: tuple[str, ...] = ()) -> ray.ObjectRef:
         return self._process.score(reward_inputs(batch, self._config, step, split, streams))
@@ -168,7 +168,7 @@ class _Growth:
 
 def numbers_by_key(batch: DataProto) -> dict[str, list[float]]:
     """What the reward function said of the batch's rows and can be averaged. Reads: `reward_results`."""
-    return _without_token_weights(values_by_key(batch.non_tensor_batch["reward_results"]))
+    return without_token_weights(values_by_key(batch.non_tensor_batch["reward_results"]))
 
 
 def _totals(scored: Scored) -> torch.Tensor:
@@ -176,7 +176,3 @@ def _totals(scored: Scored) -> torch.Tensor:
     if scored.token_level_scores is not None:
         return torch.tensor(scored.token_level_scores).sum(dim=-1)
     return torch.tensor([result["overall"] for result in scored.results])
-
-
-def _without_token_weights(values: dict[str, list[Any]]) -> dict[str, list[float]]:
-    return {key: numbers for key, numbers in values.items() if key != TOKEN_WEIGHTS}

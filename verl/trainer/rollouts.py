@@ -97,6 +97,15 @@ class Rollouts:
         sampling = Sampling.for_validation(self.config.worker.rollout)
         return self._generate(self._prompts_from(features), sampling, seed_parts=(VAL, number))
 
+    def with_media(self, rows: DataProto, features: dict[str, Any]) -> DataProto:
+        """Rows of a validation beside their media.
+
+        Args:
+            features: the rows' prompts, read once more.
+        """
+        media = self._prompts_from(features).non_tensor_batch["multi_modal_data"]
+        return rows.union(DataProto.from_dict({}, {"multi_modal_data": media}))
+
     def _prompts_from(self, features: dict[str, Any]) -> DataProto:
         """One loader batch as the workers take it: every prompt named, every medium put in the store once."""
         handles = [

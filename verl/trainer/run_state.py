@@ -12,7 +12,6 @@ from verl.data.loader import PromptLoader
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.config import PPOConfig
 from verl.trainer.sinks import WrittenFile
-from verl.trainer.validator import ValidationResult
 from verl.utils.checkpoint import (
     CHECKPOINT_TRACKER,
     DATALOADER_FILE,
@@ -67,7 +66,7 @@ class RunState:
         self.kl_coef = config.algorithm.kl_coef
         self.best_step: int | None = None
         self.best_score: float | None = None
-        self.last_validation: tuple[int, ValidationResult] | None = None
+        self.last_validation: tuple[int, float] | None = None
         self.last_saved_step: int | None = None
         self._save: Save | None = None
 
@@ -81,9 +80,9 @@ class RunState:
         """Whether a checkpoint of this very step lies in the run's folder, or is on its way there."""
         return self.global_step in (self.last_saved_step, self._save.step if self._save is not None else None)
 
-    def remember_validation(self, result: ValidationResult) -> None:
-        """Takes in the result of a validation of the present policy."""
-        self.last_validation = (self.global_step, result)
+    def remember_validation(self, score: float) -> None:
+        """Takes in the score of a validation of the present policy."""
+        self.last_validation = (self.global_step, score)
 
     def save(self, workers: WorkerGroup, loader: PromptLoader) -> None:
         """Writes a checkpoint of this step, which counts from `publish` on; with `trainer.save_async` begins to.
@@ -110,7 +109,7 @@ class RunState:
     @property
     def _score(self) -> float | None:
         """Of the present policy, if it has been validated."""
-        return self.last_validation[1].score if self.is_validated else None
+        return self.last_validation[1] if self.is_validated else None
 
     def publish(self, workers: WorkerGroup, wait: bool = True) -> None:
         """Names the checkpoint that was written, if there is one, and makes it the latest.

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from verl.report.token_map import TokenMap
 from verl.utils.writing import naming_write_errors, write_json
 
 
@@ -53,6 +54,12 @@ class Run:
     """Ids that servers gave to the run before it was interrupted, by logger; empty unless it `continues`."""
 
 
+def weight_bounds(run: Run) -> tuple[float, float]:
+    """Lowest and highest weight that the colours of token maps tell apart."""
+    low, high = run.config["algorithm"]["token_weight_clip"]
+    return low, high
+
+
 class Sink:
     """One destination. A subclass overrides what it can show and ignores the rest."""
 
@@ -70,8 +77,11 @@ class Sink:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Takes the metrics of one step; may be called more than once for a step."""
 
-    def log_generations(self, samples: Sequence[Generation], step: int) -> None:
-        """Takes a few samples of a validation."""
+    def log_generations(self, samples: Sequence[Generation], step: int, split: str) -> None:
+        """Takes a few samples of the step, of training (`train`) or of a validation after it (`val`)."""
+
+    def log_token_maps(self, samples: Sequence[TokenMap], step: int, split: str) -> None:
+        """Takes the same samples token by token, in runs that make a report."""
 
     def phase(self, name: str, line: str | None) -> None:
         """Hears which phase begins, and the line that says so where there is no room for its name alone."""
@@ -94,23 +104,23 @@ class Sink:
 
 
 class FileSink(Sink):
-    """Three files beside the checkpoints: the configuration, a JSON line per `log`, the sampled generations.
+    """Files beside the checkpoints: the configuration, a JSON line per `log`, the sampled generations of each split.
 
     The first is for its owner's eyes (mode 0600): what a user hands to a reward function may be secret under any name.
 
-    Nothing that is in the last two is lost. When a run takes its first step, the lines that an earlier one wrote of
+    Nothing that is in the others is lost. When a run takes its first step, the lines that an earlier one wrote of
     this step and later ones move from `experiment_log.jsonl` to `experiment_log.cut.jsonl`; half a line does at once.
     """
 
     CONFIG = "experiment_config.json"
     LOG = "experiment_log.jsonl"
     CUT = "experiment_log.cut.jsonl"
-    GENERATIONS = "generations.log"
+    GENERATIONS = {"val": "generations.log", "train": "train_generations.log"}
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         write_json(run.output_dir / self.CONFIG, run.config, private=True)
-        for name in (self.LOG, self.GENERATIONS):
+        for name in (self.LOG, self.GENERATIONS["val"]):
             self._append(name, "")
         self._num_old_lines: int | None = self._cut_log(lambda index, line: True)
 
@@ -145,16 +155,17 @@ class FileSink(Sink):
                 unfinished.replace(path)
         return len(kept)
 
-    def log_generations(self, samples: Sequence[Generation], step: int) -> None:
+    def log_generations(self, samples: Sequence[Generation], step: int, split: str) -> None:
         for sample in samples:
-            self._append(self.GENERATIONS, f"{sample.tagged()}\n[score] {sample.score}\n\n")
+            self._append(self.GENERATIONS[split], f"{sample.tagged()}\n[score] {sample.score}\n\n")
 
     def files(self) -> list[WrittenFile]:
         names = {
             "configuration": self.CONFIG,
             "metrics": self.LOG,
             "metrics of steps taken again": self.CUT,
-            "generations": self.GENERATIONS,
+            "generations": self.GENERATIONS["val"],
+            "generations of training": self.GENERATIONS["train"],
         }
         return [WrittenFile(content, self.run.output_dir / name) for content, name in names.items()]
 
@@ -172,6 +183,27 @@ def _whole_record(line: str) -> dict[str, Any] | None:
         return None
     is_record = isinstance(record, dict) and isinstance(record.get("step"), int)
     return record if is_record and line.endswith("\n") else None
+
+
+def read_log(folder: Path) -> dict[int, dict[str, float | None]]:
+    """What `FileSink` wrote of a run: step -> its metrics by name, None where one was not finite.
+
+    A step may have several lines, such as one of the validation before training; later ones add to earlier ones.
+    """
+    metrics: dict[int, dict[str, float | None]] = {}
+    for line in (folder / FileSink.LOG).read_text("utf-8").splitlines(keepends=True):
+        record = _whole_record(line)
+        if record is not None:
+            metrics.setdefault(record.pop("step"), {}).update(_flat(record))
+    return dict(sorted(metrics.items()))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | None]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
 
 
 def nested(metrics: Mapping[str, float | None]) -> dict[str, Any]:

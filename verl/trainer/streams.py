@@ -122,6 +122,16 @@ def attention(config: PPOConfig) -> bool:
     return config.worker.rollout.collect_attentions
 
 
+def maps_samples(config: PPOConfig) -> bool:
+    """A report shows a few responses token by token."""
+    return config.trainer.report and config.worker.rollout.collect_attentions
+
+
+def logs_training_samples(config: PPOConfig) -> bool:
+    """A few responses of training are shown."""
+    return config.trainer.train_generations_to_log > 0
+
+
 def token_weights(config: PPOConfig) -> bool:
     """The actor's loss is weighted token by token."""
     return config.algorithm.enable_token_weights
@@ -171,6 +181,7 @@ PHASES: dict[str, Condition] = {
     "rollout": always,
     "balance_across_ranks": always,
     "start_rewards": scores_beside,
+    "choose_samples": maps_samples,
     "compute_log_probs": always,
     "compare_with_rollout": always,
     "compute_values": critic,
@@ -180,6 +191,7 @@ PHASES: dict[str, Condition] = {
     "update_critic": critic,
     "update_actor": always,
     "watch_progress": always,
+    "log_samples": logs_training_samples,
     "log": always,
 }
 """The phases of a step that touch the batch, in their order, and the runs in which they act."""
@@ -190,36 +202,38 @@ _INT, _FLOAT = torch.int64, torch.float32
 _WEIGHTS = "attach_token_weights"
 
 _SCORES = ("start_rewards", ("await_rewards", scores_measured))
+_SCORE_READERS = ("compute_advantages", "log_samples", "log")
 _SCORES_BATCH = (("start_rewards", scores_batch_beside), ("await_rewards", scores_measured))
 
 # fmt: off
 STREAMS = (
     Stream("prompts", "N P", _INT, "rollout", _SCORES_BATCH, always),
     Stream("responses", "N R", _INT, "rollout", (
-        *_SCORES, (_WEIGHTS, weighs_or_asks_for("responses")), ("log", token_weights)), always),
+        *_SCORES, (_WEIGHTS, weighs_or_asks_for("responses")), "log_samples", ("log", token_weights)), always),
     Stream("input_ids", "N S", _INT, "rollout", (*_PASSES, *_SCORES_BATCH), always),
     Stream("attention_mask", "N S", _INT, "rollout", (
         "balance_across_ranks", *_PASSES, *_SCORES_BATCH, "log"), always),
     Stream("position_ids", "N S", _INT, "rollout", (*_PASSES, *_SCORES_BATCH), always),
     Stream("response_mask", "N R", _INT, "rollout", (
         ("balance_across_ranks", shares_prompts), "start_rewards", *_PASSES, "compare_with_rollout", "await_rewards",
-        _WEIGHTS, "compute_advantages", "watch_progress", "log"), always),
+        _WEIGHTS, "compute_advantages", "watch_progress", "log_samples", "log"), always),
     Stream("rollout_log_probs", "N R", _FLOAT, "rollout", (
         "compare_with_rollout", (_WEIGHTS, asks_for("rollout_log_probs"))), always),
-    Stream("multi_modal_data", "N", object, "rollout", (*_SCORES, *_PASSES), always),
+    Stream("multi_modal_data", "N", object, "rollout", (*_SCORES, *_PASSES, ("log_samples", maps_samples)), always),
     Stream("image_grid_thw", "N", object, "rollout", _SCORES_BATCH, always),
     Stream("uid", "N", object, "rollout", (
-        *_SCORES, ("balance_across_ranks", shares_prompts),
+        *_SCORES, "choose_samples", ("balance_across_ranks", shares_prompts),
         *((phase, actor_shares_prompts) for phase in _ACTOR_PASSES),
         *((phase, critic_shares_prompts) for phase in _CRITIC_PASSES),
-        "compute_advantages", "watch_progress", ("log", token_weights)), always),
-    Stream("prompt_text", "N", object, "rollout", (*_SCORES, "watch_progress"), always),
-    Stream("ground_truth", "N", object, "rollout", _SCORES, always),
+        "compute_advantages", "watch_progress", "log_samples", ("log", token_weights)), always),
+    Stream("prompt_text", "N", object, "rollout", (*_SCORES, "watch_progress", "log_samples"), always),
+    Stream("ground_truth", "N", object, "rollout", (*_SCORES, "log_samples"), always),
     Stream("extra", "N", object, "rollout", _SCORES, always),
     Stream("raw_prompt_ids", "N", object, "rollout", (), always),
-    Stream("token_level_scores", "N R", _FLOAT, "rollout", ("compute_advantages", "log"), filters),
+    Stream("token_level_scores", "N R", _FLOAT, "rollout", _SCORE_READERS, filters),
     Stream("reward_results", "N", object, "rollout", ((_WEIGHTS, token_weights),), filters),
     Stream("reward_baselines", "N", _FLOAT, "rollout", ("compute_advantages",), baselines),
+    Stream("is_mapped", "N", torch.bool, "choose_samples", ("compute_log_probs",), maps_samples),
     Stream("old_log_probs", "N R", _FLOAT, "compute_log_probs", (
         "compare_with_rollout", (_WEIGHTS, asks_for("old_log_probs")),
         ("compute_advantages", estimates_kl_in_reward), "update_actor"), always),
@@ -230,18 +244,23 @@ STREAMS = (
     Stream("image_kl", "N R", _FLOAT, "compute_log_probs", (_WEIGHTS,), measures("image_kl")),
     Stream("hidden_cosine", "N R", _FLOAT, "compute_log_probs", (_WEIGHTS,), measures("hidden_cosine")),
     Stream("attention_mass", "N R 2", _FLOAT, "compute_log_probs", (
-        ("await_rewards", reward_asks_for("attention_mass")), (_WEIGHTS, asks_for("attention_mass"))),
+        ("await_rewards", reward_asks_for("attention_mass")), (_WEIGHTS, asks_for("attention_mass")),
+        ("log_samples", maps_samples)),
         measures("attention_mass")),
     Stream("attention_keys", "N 2", _INT, "compute_log_probs", (
-        ("await_rewards", reward_asks_for("attention_keys")), (_WEIGHTS, asks_for("attention_keys"))),
+        ("await_rewards", reward_asks_for("attention_keys")), (_WEIGHTS, asks_for("attention_keys")),
+        ("log_samples", maps_samples)),
         measures("attention_keys")),
+    Stream("attention_maps", "N", object, "compute_log_probs", ("log_samples",), maps_samples),
     Stream("importance_weights", "N R", _FLOAT, "compare_with_rollout", ("update_actor",), importance),
     Stream("values", "N R", _FLOAT, "compute_values", ("compute_advantages", "update_critic", "log"), critic),
-    Stream("token_level_scores", "N R", _FLOAT, "await_rewards", ("compute_advantages", "log"), scores_later),
+    Stream("token_level_scores", "N R", _FLOAT, "await_rewards", _SCORE_READERS, scores_later),
     Stream("reward_results", "N", object, "await_rewards", ((_WEIGHTS, token_weights),), scores_later),
-    Stream("token_weights", "N R", _FLOAT, _WEIGHTS, ("update_actor", "log"), token_weights),
+    Stream("token_weights", "N R", _FLOAT, _WEIGHTS, (
+        "update_actor", ("log_samples", maps_samples), "log"), token_weights),
     Stream("token_level_rewards", "N R", _FLOAT, "compute_advantages", ("log",), always),
-    Stream("advantages", "N R", _FLOAT, "compute_advantages", ("update_actor", "watch_progress", "log"), always),
+    Stream("advantages", "N R", _FLOAT, "compute_advantages", (
+        "update_actor", "watch_progress", ("log_samples", maps_samples), "log"), always),
     Stream("returns", "N R", _FLOAT, "compute_advantages", ("update_critic", "log"), always),
 )
 # fmt: on

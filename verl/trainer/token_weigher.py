@@ -54,14 +54,7 @@ class TokenWeigher:
         """
         streams, name = batch.batch, self._name_of_used
         self._weighed_by = {name: self.signals[name].importance(streams)} if name in self.signals else {}
-        weights = compute_token_weights(
-            self._weighed_by.get(name),
-            reward_values.get(TOKEN_WEIGHTS),
-            streams["responses"] if CONTROLS[self.algorithm.token_weight_control].draw is not None else None,
-            streams["response_mask"],
-            self.algorithm,
-            step,
-        )
+        weights = self._weights(self._weighed_by.get(name), batch, reward_values, step)
         if weights is None:
             self._warn_once(
                 "nothing",
@@ -72,6 +65,28 @@ class TokenWeigher:
         elif name != "uniform" and step > self.algorithm.token_weight_warmup_steps:
             self._warn_of_idle_weights(weights[streams["response_mask"].bool()], step)
         return weights
+
+    def preview(self, batch: DataProto, reward_values: dict[str, list[Any]], step: int) -> torch.Tensor:
+        """Weights (N, R) float32 that a step would give to responses that are not its own; 1 where nothing gives any,
+        or where tokens are not weighted. Reads: what `weights` reads."""
+        streams, name, weights = batch.batch, self._name_of_used, None
+        if self.algorithm.enable_token_weights:
+            importance = self.signals[name].importance(streams) if name in self.signals else None
+            weights = self._weights(importance, batch, reward_values, step)
+        return streams["response_mask"].float() if weights is None else weights
+
+    def _weights(
+        self, importance: torch.Tensor | None, batch: DataProto, reward_values: dict[str, list[Any]], step: int
+    ) -> torch.Tensor | None:
+        streams = batch.batch
+        return compute_token_weights(
+            importance,
+            reward_values.get(TOKEN_WEIGHTS),
+            streams["responses"] if CONTROLS[self.algorithm.token_weight_control].draw is not None else None,
+            streams["response_mask"],
+            self.algorithm,
+            step,
+        )
 
     def _warn_of_idle_weights(self, weights: torch.Tensor, step: int) -> None:
         """weights: (response tokens,)."""

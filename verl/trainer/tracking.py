@@ -10,8 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from verl.report.token_map import TokenMap
 from verl.trainer.console import ConsoleSink
 from verl.trainer.library_sinks import MlflowSink, SwanlabSink, TensorboardSink, WandbSink
+from verl.trainer.report_sink import ReportSink
 from verl.trainer.sinks import FileSink, Generation, Run, Sink, WrittenFile
 from verl.utils.checkpoint import ResumePoint
 from verl.utils.masking import masked
@@ -70,6 +72,7 @@ class Tracker:
             its log files and its ids at the servers; any other starts them anew.
         total_steps: the step at which training ends.
         resume_point: the checkpoint that the run starts from; None for the model's own weights.
+        report: whether the run has a page of its own, beside the loggers.
 
     Raises:
         ValueError: a logger that does not exist or whose library is not installed.
@@ -84,6 +87,7 @@ class Tracker:
         output_dir: str | Path,
         total_steps: int,
         resume_point: ResumePoint | None = None,
+        report: bool = False,
     ) -> None:
         require_loggers(loggers)
         output_dir = Path(output_dir)
@@ -109,6 +113,8 @@ class Tracker:
                     error.add_note(f"It was to take up run {kept_ids[name]}; without {ids_file} it starts a new one.")
                 self.close(failed=True)
                 raise
+        if report:
+            self._sinks["report"] = ReportSink(run)
         ids = kept_ids | {name: sink.run_id for name, sink in self._sinks.items() if sink.run_id is not None}
         if ids:
             write_json(ids_file, ids)
@@ -120,10 +126,14 @@ class Tracker:
         values = {name: float(value) for name, value in metrics.items()}
         self._tell(lambda sink: sink.log(values, step))
 
-    def log_generations(self, samples: Sequence[tuple[str, str, str, float]], step: int) -> None:
-        """Reports samples as (input, output, label, score)."""
+    def log_generations(self, samples: Sequence[tuple[str, str, str, float]], step: int, split: str = "val") -> None:
+        """Reports samples of a split, `train` or `val`, as (input, output, label, score)."""
         generations = [Generation(*sample) for sample in samples]
-        self._tell(lambda sink: sink.log_generations(generations, step))
+        self._tell(lambda sink: sink.log_generations(generations, step, split))
+
+    def log_token_maps(self, samples: Sequence[TokenMap], step: int, split: str) -> None:
+        """Reports the same samples token by token."""
+        self._tell(lambda sink: sink.log_token_maps(samples, step, split))
 
     def phase(self, name: str, line: str | None = None) -> None:
         """Says which phase begins, and in a line what it does where nothing else would be heard of it for long."""

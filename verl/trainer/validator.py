@@ -3,32 +3,35 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from verl.protocol import DataProto
 from verl.trainer.metrics import compute_length_metrics, reduce_metrics
-from verl.utils.response_span import response_token_ids
+from verl.workers.reward.results import values_by_key, without_token_weights
+
+KEPT = ["prompt_text", "ground_truth", "uid"]
+"""Columns of objects that samples are shown with; their media are read once more."""
 
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """What one pass over the held-out set gave.
-
-    `metrics` has `val/reward_score` (mean over samples, equal to `score`), `val/<key>_reward` for every key of the
-    reward function and the `val_` lengths; `samples` are (prompt, response, ground truth, score), in the set's order.
-    """
+    """What one pass over the held-out set gave."""
 
     score: float
+    """Mean over samples."""
     metrics: dict[str, float]
-    samples: list[tuple[str, str, str, float]]
-
-    def choose_samples(self, count: int) -> list[tuple[str, str, str, float]]:
-        """A fixed choice of at most `count` samples, the same prompts at every validation."""
-        samples = sorted(self.samples, key=lambda sample: sample[0])
-        chosen = np.random.RandomState(42).permutation(len(samples))[:count]
-        return [samples[index] for index in chosen]
+    """`val/reward_score`, which is `score`, `val/<key>_reward` for every key of the reward function, and the `val_`
+    lengths."""
+    places: list[int]
+    """The samples that are shown, by their places in the set: the same prompts at every validation."""
+    rows: DataProto
+    """The samples that are shown, without their media."""
+    scores: list[float]
+    """Of each sample that is shown."""
+    results: list[dict[str, Any]]
+    """What the reward function returned of each."""
 
 
 class Validator:
@@ -38,8 +41,8 @@ class Validator:
         batches: the held-out loader, read anew at every call of `run`.
         generate: a batch of the loader and its number in, the same with responses out (several rows for a prompt,
             side by side).
-        score: batch in, (score per row, values per row of every reward key) out.
-        tokenizer: for the samples' texts.
+        score: batch in, (score per row, the reward function's result per row) out.
+        num_samples: how many are shown.
         on_progress: called with the number of prompts that are done, at the start and after every batch.
     """
 
@@ -47,42 +50,44 @@ class Validator:
         self,
         batches: Iterable[dict],
         generate: Callable[[dict, int], DataProto],
-        score: Callable[[DataProto], tuple[list[float], dict[str, list[float]]]],
-        tokenizer: PreTrainedTokenizerBase,
+        score: Callable[[DataProto], tuple[list[float], list[dict[str, Any]]]],
+        num_samples: int,
         on_progress: Callable[[int], None],
     ) -> None:
         self.batches = batches
         self.generate = generate
         self.score = score
-        self.tokenizer = tokenizer
+        self.num_samples = num_samples
         self.on_progress = on_progress
 
     def run(self) -> ValidationResult:
         """One pass over the whole held-out set, of which no more than two batches' images are held at a time."""
         parts: list[DataProto] = []
         scores: list[float] = []
-        rewards: dict[str, list[float]] = {}
+        results: list[dict[str, Any]] = []
         num_done = 0
         self.on_progress(num_done)
         for number, features in enumerate(self.batches):
             part = self.generate(features, number)
-            of_part, rewards_of_part = self.score(part)
-            parts.append(part.select(None, ["prompt_text", "ground_truth"]))
-            scores.extend(of_part)
-            for key, values in rewards_of_part.items():
-                rewards.setdefault(key, []).extend(values)
+            scores_of_part, results_of_part = self.score(part)
+            parts.append(part.select(None, KEPT))
+            scores.extend(scores_of_part)
+            results.extend(results_of_part)
             num_done += len(next(iter(features.values())))
             self.on_progress(num_done)
         batch = DataProto.concat(parts)
         score = float(np.mean(scores))
         metrics = {"val/reward_score": score}
+        rewards = without_token_weights(values_by_key(results))
         metrics.update({f"val/{key}_reward": value for key, value in reduce_metrics(rewards).items()})
         metrics.update(compute_length_metrics(batch, prefix="val_"))
-        return ValidationResult(score, metrics, self._samples(batch, scores))
+        shown = self._shown(batch)
+        of_shown = [scores[place] for place in shown], [results[place] for place in shown]
+        return ValidationResult(score, metrics, shown, batch[shown], *of_shown)
 
-    def _samples(self, batch: DataProto, scores: list[float]) -> list[tuple[str, str, str, float]]:
-        responses = response_token_ids(batch.batch["responses"], batch.batch["response_mask"])
-        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    def _shown(self, batch: DataProto) -> list[int]:
+        """A choice of prompts that depends on neither their order nor the answers."""
         prompts = batch.non_tensor_batch["prompt_text"]
-        truths = map(str, batch.non_tensor_batch["ground_truth"])
-        return list(zip(prompts, texts, truths, scores, strict=True))
+        by_prompt = sorted(range(len(batch)), key=lambda place: prompts[place])
+        order = np.random.RandomState(42).permutation(len(batch))[: self.num_samples]
+        return [by_prompt[index] for index in order]

@@ -16,6 +16,18 @@ GIBIBYTE, MEBIBYTE = 2**30, 2**20
 
 
 def write_json(path: str | os.PathLike[str], content: Any, private: bool = False) -> None:
+    """`write_text`, of JSON.
+
+    Args:
+        private: nobody but its owner can read it (mode 0600).
+
+    Raises:
+        RuntimeError: it could not be written.
+    """
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False), private)
+
+
+def write_text(path: str | os.PathLike[str], text: str, private: bool = False) -> None:
     """Writes a file so that a reader sees the old one or the new one, never half of one.
 
     Args:
@@ -29,7 +41,7 @@ def write_json(path: str | os.PathLike[str], content: Any, private: bool = False
         with open(unfinished, "w", encoding="utf-8") as file:
             if private:
                 os.fchmod(file.fileno(), 0o600)
-            json.dump(content, file, indent=2, ensure_ascii=False)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)

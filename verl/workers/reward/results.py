@@ -82,6 +82,11 @@ def values_by_key(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return values
 
 
+def without_token_weights(values: Mapping[str, list[Any]]) -> dict[str, list[float]]:
+    """What of `values_by_key` can be averaged."""
+    return {key: numbers for key, numbers in values.items() if key != TOKEN_WEIGHTS}
+
+
 def shorten(value: Any, limit: int = 100) -> str:
     """A value as an error shows it."""
     text = repr(value)

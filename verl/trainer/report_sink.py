@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The logger that writes a run's page, which `trainer.report` asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from verl.report.curves import History
+from verl.report.run_page import SampleSet, run_page
+from verl.report.token_map import TokenMap
+from verl.trainer.sinks import FileSink, Run, Sink, WrittenFile, read_log, weight_bounds
+from verl.utils.writing import write_text
+
+SETS = {"val": "Held-out responses, step {step}", "train": "Training responses, step {step}"}
+"""Headings of the samples of each split, in their order on the page."""
+
+
+class ReportSink(Sink):
+    """`report.html` in the run's folder: written anew after every validation and at the end.
+
+    Curves go over the whole run. Where it was resumed, its first part is read from the log of `FileSink`, and lacks
+    where there is none. Samples are the last of each split.
+    """
+
+    PAGE = "report.html"
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self._steps: dict[int, dict[str, float | None]] = {}
+        if run.continues and (run.output_dir / FileSink.LOG).exists():
+            log = read_log(run.output_dir)
+            self._steps = {step: metrics for step, metrics in log.items() if step <= run.resume_step}
+        self._samples: dict[str, tuple[int, Sequence[TokenMap]]] = {}
+        self._is_written = False
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._steps.setdefault(step, {}).update(metrics)
+        self._is_written = False
+        if any(name.startswith("val/") for name in metrics):
+            self._write()
+
+    def log_token_maps(self, samples: Sequence[TokenMap], step: int, split: str) -> None:
+        self._samples[split] = (step, samples)
+
+    def files(self) -> list[WrittenFile]:
+        if not self._is_written:
+            self._write()
+        return [WrittenFile("report", self.run.output_dir / self.PAGE)]
+
+    def _write(self) -> None:
+        sets = [
+            SampleSet(heading.format(step=self._samples[split][0]), self._samples[split][1])
+            for split, heading in SETS.items()
+            if split in self._samples
+        ]
+        title = f"{self.run.project_name}/{self.run.experiment_name}"
+        page = run_page(title, self._notes(), History(self._steps), sets, weight_bounds(self.run))
+        write_text(self.run.output_dir / self.PAGE, page)
+        self._is_written = True
+
+    def _notes(self) -> list[str]:
+        """What was trained, how far it is, and how tokens are weighted."""
+        config = self.run.config
+        algorithm, actor = config["algorithm"], config["worker"]["actor"]
+        notes = [
+            f"{algorithm['adv_estimator']} on {actor['model']['model_path']}, "
+            f"step {max(self._steps, default=self.run.resume_step)} of {self.run.total_steps}."
+        ]
+        if algorithm["enable_token_weights"]:
+            control = algorithm["token_weight_control"]
+            shape = (
+                f"the top {algorithm['token_weight_top_share']:.0%} of tokens"
+                if algorithm["token_weight_top_share"] is not None
+                else f"clipped to {algorithm['token_weight_clip'][0]:g} to {algorithm['token_weight_clip'][1]:g}"
+            )
+            notes.append(
+                f"Tokens are weighted by {algorithm['token_weight_signal']}, {shape}"
+                + (f", control {control}." if control != "none" else ".")
+            )
+        else:
+            notes.append("All tokens weigh the same.")
+        if not config["worker"]["rollout"]["collect_attentions"]:
+            notes.append("Attention is not measured: worker.rollout.collect_attentions=true does.")
+        return notes
