@@ -13,7 +13,7 @@ LINES = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
 PINS = {line.split("==")[0]: line for line in LINES if line and not line.startswith("#")}
 EXTRAS = {
     "quickstart": [PINS.pop("scikit-learn")],
-    "test": [PINS.pop(name) for name in ("pytest", "pytest-xdist", "hypothesis", "selenium", "ruff", "triton")],
+    "test": [PINS.pop(name) for name in ("pytest", "pytest-xdist", "hypothesis", "playwright", "ruff", "triton")],
     "math": [PINS.pop(name) for name in ("mathruler", "pylatexenc")],
     "wandb": [PINS.pop("wandb")],
     "swanlab": [PINS.pop("swanlab")],
