@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # python -m pytest tests/test_pages.py
-"""The pages in a real browser, Debian's Chromium without a screen, driven by Playwright; skipped where there is none."""
+"""The pages in a real browser, Debian's Chromium without a screen, driven by Playwright; skipped without one."""
 
 from __future__ import annotations
 
