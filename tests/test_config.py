@@ -24,9 +24,11 @@ from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS
 from verl.algorithms.policy_loss import POLICY_LOSSES
 from verl.algorithms.token_weights import TOKEN_SIGNALS
 from verl.config import ConfigSection, ConfigValueError
+from verl.config_loading import _leaf_fields
 from verl.trainer import config
 from verl.trainer.config import (
     ADV_ESTIMATORS,
+    REMEDIES,
     AlgorithmConfig,
     DataConfig,
     PPOConfig,
@@ -295,6 +297,34 @@ def test_a_long_command_line_of_an_existing_script_works(tmp_path):
 def test_an_unknown_key_is_refused_with_its_value_and_the_nearest_key(argument, nearest):
     key, value = argument.split("=")
     assert refusal(argument) == f"unknown key '{key}' (value {value}); did you mean '{nearest}'?"
+
+
+@pytest.mark.parametrize(
+    ("argument", "remedy"),
+    [
+        ("vgr=true", "VGR token weights are algorithm.enable_token_weights=true with"),
+        ("algorithm.vgr=true", "VGR token weights are algorithm.enable_token_weights=true with"),
+        ("worker.actor.entropy_coeff=0.01", "the loss has no entropy term, leave it out"),
+        ("actor_rollout_ref.actor.kl_loss_coef=0.1", "write algorithm.kl_coef"),
+        ("trainer.test_freq=5", "write trainer.val_freq"),
+    ],
+)
+def test_words_that_people_try_are_answered_with_what_to_write(argument, remedy):
+    key, value = argument.split("=")
+    assert refusal(argument).startswith(f"unknown key '{key}' (value {value}); {remedy}")
+
+
+def test_what_is_to_be_written_in_place_of_other_words_can_be_written():
+    known = {key for key, _ in _leaf_fields(PPOConfig)}
+    named = {
+        key for remedy in REMEDIES.values() for key in re.findall(r"(?:data|worker|algorithm|trainer)\.[\w.]+", remedy)
+    }
+    assert len(named) > 10 and named <= known
+    assert not set(REMEDIES) & {key.rpartition(".")[2] for key in known}
+
+
+def test_a_file_without_config_is_answered_with_how_to_name_it():
+    assert refusal("examples/config.yaml").endswith("write config=examples/config.yaml")
 
 
 def test_an_unknown_key_in_yaml_is_refused_like_one_on_the_command_line(write_yaml):
@@ -981,20 +1011,24 @@ def test_a_folder_too_long_for_rays_sockets_is_told_with_the_remedy(monkeypatch)
 NO_KL_WEIGHT = "algorithm.kl_coef=0"
 
 
+WEIGHTED = ("algorithm.enable_token_weights=true", "worker.rollout.collect_attentions=true")
+
+
 def test_what_does_less_than_its_name_promises_is_told():
     adaptive = "algorithm.kl_type=adaptive"
     assert effect_notes(load_config([NO_KL_WEIGHT, adaptive])) == []
     (note,) = effect_notes(load_config([NO_KL_WEIGHT, adaptive, "algorithm.use_kl_loss=true"]))
     assert note.startswith("algorithm.kl_type=adaptive with algorithm.use_kl_loss=true")
-    weighted = "algorithm.enable_token_weights=true"
     for loss_type, count in (("gspo", 1), ("gspo_token", 0), ("default", 0)):
-        assert len(effect_notes(load_config([NO_KL_WEIGHT, weighted, f"worker.actor.loss_type={loss_type}"]))) == count
+        assert (
+            len(effect_notes(load_config([NO_KL_WEIGHT, *WEIGHTED, f"worker.actor.loss_type={loss_type}"]))) == count
+        )
     assert effect_notes(load_config([NO_KL_WEIGHT, "trainer.critic_warmup=1"])) == []
     assert effect_notes(load_config([NO_KL_WEIGHT, "trainer.critic_warmup=2", "algorithm.adv_estimator=gae"])) == []
     (note,) = effect_notes(load_config([NO_KL_WEIGHT, "trainer.critic_warmup=2"]))
     assert note.startswith("trainer.critic_warmup=2 leaves the policy as it is until step 2")
     control = ["algorithm.token_weight_control=shuffled", "algorithm.token_weight_top_share=0.4"]
-    assert effect_notes(load_config([NO_KL_WEIGHT, "algorithm.enable_token_weights=true", *control])) == []
+    assert effect_notes(load_config([NO_KL_WEIGHT, *WEIGHTED, *control])) == []
     assert effect_notes(load_config([NO_KL_WEIGHT, *control])) == [
         "algorithm.token_weight_top_share=0.4 has no effect while algorithm.enable_token_weights=false",
         "algorithm.token_weight_control=shuffled has no effect while algorithm.enable_token_weights=false",

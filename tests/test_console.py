@@ -148,6 +148,13 @@ def test_a_terminal_sees_a_bar_with_the_phase_and_the_latest_figures(make_tracke
     assert shown.index("digits/demo ended at step 2 of 4, resumed at 1") > shown.rindex("update_actor")
 
 
+def test_the_line_of_a_step_tells_vgr_and_the_spread_of_the_weights(make_tracker) -> None:
+    weights = {"vgr/median": 0.9, "token_weights/mean": 0.95, "token_weights/std": 0.625}
+    with make_tracker("console", stderr=io.StringIO()) as tracker:
+        tracker.log({**STEP, **weights}, step=2)
+    assert "VGR 0.900, weights 0.95 ± 0.62," in sys.stderr.getvalue()
+
+
 def test_a_validation_has_a_bar_of_its_own_that_goes_when_it_is_done(make_tracker) -> None:
     with make_tracker("console", stderr=Terminal()) as tracker:
         tracker.phase("validation", "validating 5 prompts")

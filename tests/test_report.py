@@ -97,7 +97,7 @@ def test_the_page_is_written_after_a_validation_and_at_the_end_with_the_latest_s
     html = page.read_text("utf-8")
     assert Page(html).responses == ["held", "new"]
     assert "Held-out responses, step 2" in html and "Training responses, step 2" in html
-    assert "step 2 of 9" in html and "Tokens are weighted by vgr, clipped to 0.2 to 3." in html
+    assert "step 2 of 9" in html and "Token weights on: vgr, all layers, clip 0.2 to 3;" in html
     sink.log({"reward/overall": 0.75}, 3)
     assert page.read_text("utf-8") == html
     (written,) = sink.files()

@@ -405,3 +405,20 @@ def test_a_file_that_changes_or_goes_while_a_run_has_it_changes_nothing(tmp_path
         for change in (lambda: path.write_text('REWARD_TYPE = "proto"\n'), path.unlink):
             change()
             assert client.validate(make_batch(tokenizer), step=1)[0] == [1.0] * 3
+
+
+def test_weights_that_do_nothing_are_told_of_once(tmp_path, tokenizer, ray_cluster, caplog):
+    path = tmp_path / "weighs.py"
+    path.write_text(
+        'REWARD_TYPE = "sequential"\ndef main(sample):\n    return {"overall": 1.0, "token_weights": [0.5]}\n'
+    )
+    for is_used, count in ((True, 0), (False, 1)):
+        caplog.clear()
+        config = RewardConfig(reward_function=str(path))
+        with RewardClient(config, str(tmp_path), uses_token_weights=is_used) as client:
+            client.load(text_decoder(tokenizer))
+            for step in (1, 2):
+                batch = make_batch(tokenizer)
+                client.receive(batch, client.send(batch, step), StepRecord(step))
+        told = [record for record in caplog.messages if "token_weights, which do nothing" in record]
+        assert len(told) == count

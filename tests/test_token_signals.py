@@ -32,10 +32,11 @@ from verl.data.vision import MediaHandle
 from verl.models.attention_recorder import choose_layers, require_layers
 from verl.protocol import DataProto
 from verl.trainer.config import AlgorithmConfig, load_config
+from verl.trainer.config_checks import effect_notes
 from verl.trainer.main import prepare
 from verl.trainer.metrics import compute_signal_metrics, compute_token_weight_metrics
 from verl.trainer.token_kinds import TokenKind, TokenKinds
-from verl.trainer.token_weigher import TokenWeigher
+from verl.trainer.token_weigher import TokenWeigher, describe_token_weights
 from verl.utils.attention_token_weights import weights_from_importance
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -683,3 +684,31 @@ def test_noise_spoils_what_it_says_and_the_same_picture_alike() -> None:
     noisy = ImageNoise("gaussian", 0.04).spoil(grey) / 127.5 - 1
     assert noisy.std() == pytest.approx(0.2, rel=0.02)
     assert (ImageNoise("gaussian", 0.0).spoil(pixels) == pixels).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "token weights off: all tokens weigh the same"),
+        ({"enable_token_weights": True}, "token weights on: vgr, all layers, clip 0.2 to 3; weights that the reward"),
+        (
+            {"enable_token_weights": True, "token_weight_layers": "last:2", "token_weight_control": "shuffled"},
+            "token weights on: vgr, layers last:2, clip 0.2 to 3, control shuffled;",
+        ),
+        (
+            {"enable_token_weights": True, "token_weight_signal": "entropy", "token_weight_top_share": 0.25},
+            "token weights on: entropy, the top 25% of a response's tokens;",
+        ),
+    ],
+)
+def test_a_run_says_in_a_line_how_tokens_are_weighted(settings: dict, told: str) -> None:
+    assert describe_token_weights(AlgorithmConfig(**settings), is_measured=True).startswith(told)
+
+
+def test_weights_without_attention_are_said_to_be_the_reward_functions_alone() -> None:
+    told = describe_token_weights(AlgorithmConfig(enable_token_weights=True), is_measured=False)
+    assert told == "token weights on: those that the reward function returns; all other tokens weigh 1"
+    weighted = ["algorithm.use_kl_loss=true", "algorithm.enable_token_weights=true"]
+    (note,) = effect_notes(load_config(weighted))
+    assert "weighs tokens only by what the reward function returns" in note
+    assert effect_notes(load_config([*weighted, "worker.rollout.collect_attentions=true"])) == []

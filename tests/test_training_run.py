@@ -218,9 +218,10 @@ def test_token_weights_follow_their_rows_through_balancing_to_the_update(
         run_shared(load_config(args))
     assert any(reordered)
 
-    kinds = set()
+    kinds, given = set(), []
     for batch in batches:
         tensors = batch.batch
+        given.append(float((batch.non_tensor_batch["ground_truth"] == "1").mean()))
         vgr = vgr_from_mass(tensors["attention_mass"], tensors["attention_keys"])
         by_vgr = token_weights_from_vgr(vgr, tensors["response_mask"])
         for index, truth in enumerate(batch.non_tensor_batch["ground_truth"]):
@@ -233,7 +234,10 @@ def test_token_weights_follow_their_rows_through_balancing_to_the_update(
             kinds.add((truth, bool((weights[:length] != 1).any())))
     assert {("1", True), ("2", True), ("3", False), ("4", False)} <= kinds
 
-    for record in lines_of(tmp_path / "experiment_log.jsonl"):
+    records = lines_of(tmp_path / "experiment_log.jsonl")
+    shares = [record["token_weights"]["from_reward"] for record in records if "actor" in record]
+    assert shares == pytest.approx(given) and 0 < shares[0] < 1
+    for record in records:
         assert "token_weights" not in record.get("reward", {})
         assert "token_weights_reward" not in record.get("val", {})
         if "actor" in record:

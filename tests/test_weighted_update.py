@@ -367,6 +367,7 @@ def weigher(*overrides: str) -> RayDAPOTrainer:
         BatchPlan.from_config(config, 1),
         training_steps=1,
         tokenizer=None,
+        grids=None,
         train_loader=None,
         val_loader=(),
         rewards=None,

@@ -32,7 +32,10 @@ USAGE = "write key=value, as in worker.rollout.n=8"
 
 
 def load_sections(
-    config_class: type[Section], argv: Sequence[str], retired_keys: Mapping[str, RetiredKey] | None = None
+    config_class: type[Section],
+    argv: Sequence[str],
+    retired_keys: Mapping[str, RetiredKey] | None = None,
+    remedies: Mapping[str, str] | None = None,
 ) -> Section:
     """Build `config_class`, a frozen dataclass of sections, from `config=FILE` and `key=value` arguments.
 
@@ -41,6 +44,10 @@ def load_sections(
     number, a switch or a time (`1.10`, `off`, `12:30`). A bare word for a list is a list of one, an empty section `{}`
     says nothing. An empty mapping `{}` empties a key that holds a mapping; `~key` takes away what was said of a key so
     far, or one entry of its mapping. A section left null is refused on purpose: it reads like keys that got lost.
+
+    Args:
+        retired_keys: keys that no field answers to, and that are taken nevertheless.
+        remedies: what to write in place of a key that is unknown, by its last part.
 
     Raises:
         ValueError: one line for every argument that is not `key=value`, unknown key and value of the wrong type; or,
@@ -71,7 +78,7 @@ def load_sections(
                     continue
                 key = old.moved_to
             if key not in leaves:
-                problems.append(_unknown(key, text, list(leaves)))
+                problems.append(unknown_key(key, text, list(leaves), remedies or {}))
                 continue
             # The command line overrides the file under either name; within one of them, neither name overrides.
             other = names.setdefault((is_typed, key), name)
@@ -119,7 +126,7 @@ def _remove(tree: DictConfig, key: str, leaves: Mapping[str, Any]) -> list[str]:
         return []
     parent, _, entry = key.rpartition(".")
     if parent not in leaves:
-        return [_unknown(key, "", list(leaves))]
+        return [unknown_key(key, "", list(leaves), {})]
     mapping = OmegaConf.select(tree, parent)
     if not isinstance(mapping, DictConfig) or entry not in mapping:
         return [f"'~{key}' takes away what is not there: {parent} has {sorted(mapping or {})}"]
@@ -143,6 +150,8 @@ def _read_sources(argv: Sequence[str], problems: list[str]) -> list[Source]:
             bare = argument.lstrip("-+~")
             remedy = f"write {bare}" if equals else USAGE
             problems.append(f"{argument!r} starts with {argument[0]!r}, but keys take no prefix; {remedy}")
+        elif not equals and key.endswith((".yaml", ".yml")):
+            problems.append(f"{argument!r} is not key=value; write config={key}")
         elif not equals or not key:
             problems.append(f"{argument!r} is not key=value; {f'write {key}=VALUE' if key else USAGE}")
         elif "[" in key or "]" in key:
@@ -248,12 +257,14 @@ def _build(
         return None
 
 
-def _unknown(key: str, text: str, known: Sequence[str]) -> str:
-    """The message for a key that no field answers to, with the nearest key that one does."""
+def unknown_key(key: str, text: str, known: Sequence[str], remedies: Mapping[str, str]) -> str:
+    """The message for a key that no field answers to, with what to write in its place, or the nearest key."""
     section = f"{key}."
     if any(other.startswith(section) for other in known):
         return f"{key}={text} is a section of keys such as {next(k for k in known if k.startswith(section))}"
     name = key.rpartition(".")[2]
+    if name in remedies and not any(other.rpartition(".")[2] == name for other in known):
+        return f"unknown key {key!r} (value {text}); {remedies[name]}"
     initials = "".join(word[:1] for word in name.split("_"))
     namesakes = [other for other in known if other.rpartition(".")[2] in (name, initials)]
     nearest = get_close_matches(key, namesakes, n=1, cutoff=0.0) or get_close_matches(key, known, n=1, cutoff=0.6)

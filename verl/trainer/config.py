@@ -16,6 +16,8 @@ from verl.workers.actor.config import TrainedModelConfig
 from verl.workers.config import WorkerConfig
 
 TOKEN_SIGNAL_NAMES = ("vgr", "vision_density", "entropy", "image_kl", "hidden_cosine", "uniform")
+ATTENTION_SIGNALS = ("vgr", "vision_density")
+"""The package's own signals that are computed from attention."""
 """The names that `verl/algorithms/token_weights.py` registers, here to be known without torch."""
 
 ADV_ESTIMATORS = ("grpo", "grpo_passk", "rloo", "reinforce_plus_plus", "remax", "gae")
@@ -461,6 +463,44 @@ def _retired_keys() -> dict[str, RetiredKey]:
     return keys
 
 
+_ATTENTION_KEYS = "algorithm.enable_token_weights=true with worker.rollout.collect_attentions=true"
+
+REMEDIES = {
+    "vgr": f"VGR token weights are {_ATTENTION_KEYS}",
+    "token_weights": f"VGR token weights are {_ATTENTION_KEYS}",
+    "entropy_coeff": "the loss has no entropy term, leave it out",
+    "entropy_coef": "the loss has no entropy term, leave it out",
+    **{
+        name: f"write {key}"
+        for key, names in {
+            "data.rollout_batch_size": ("batch_size", "train_batch_size"),
+            "worker.actor.global_batch_size": ("ppo_mini_batch_size", "mini_batch_size"),
+            "worker.actor.micro_batch_size_per_device_for_update": (
+                "ppo_micro_batch_size",
+                "ppo_micro_batch_size_per_gpu",
+                "per_device_train_batch_size",
+            ),
+            "worker.actor.micro_batch_size_per_device_for_experience": ("log_prob_micro_batch_size_per_gpu",),
+            "worker.actor.model.model_path": ("model", "model_name_or_path", "path"),
+            "worker.actor.clip_ratio_low and worker.actor.clip_ratio_high": ("clip_ratio", "clip_range", "epsilon"),
+            "algorithm.kl_coef": ("kl_loss_coef", "beta"),
+            "algorithm.kl_penalty": ("kl_loss_type",),
+            "algorithm.use_kl_loss=false, which puts the KL into the reward,": ("use_kl_in_reward",),
+            "worker.rollout.n": ("num_generations", "group_size", "rollout_n"),
+            "worker.reward.reward_function": ("reward_fn", "compute_score", "custom_reward_function"),
+            "trainer.val_freq": ("test_freq", "eval_freq", "eval_steps"),
+            "trainer.save_freq": ("save_steps",),
+            "trainer.save_checkpoint_path": ("output_dir", "default_local_dir"),
+            "trainer.total_epochs": ("epochs", "num_epochs", "num_train_epochs"),
+            "trainer.n_gpus_per_node": ("n_gpus", "num_gpus"),
+            "trainer.logger=[console,wandb]": ("wandb", "report_to"),
+        }.items()
+        for name in names
+    },
+}
+"""What to write in place of keys that people try, by the last part of the key: words of other trainers, too."""
+
+
 def load_config(argv: Sequence[str]) -> PPOConfig:
     """Build the configuration from what follows the program's name on the command line.
 
@@ -472,4 +512,4 @@ def load_config(argv: Sequence[str]) -> PPOConfig:
     """
     from verl.config_loading import load_sections  # OmegaConf, which workers that unpickle a config do without
 
-    return load_sections(PPOConfig, argv, _retired_keys())
+    return load_sections(PPOConfig, argv, _retired_keys(), REMEDIES)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from verl.config import ConfigSection, ConfigValueError, as_yaml
 from verl.trainer.config import (
     ADV_ESTIMATORS,
+    ATTENTION_SIGNALS,
     TOKEN_SIGNAL_NAMES,
     AlgorithmConfig,
     DataConfig,
@@ -158,7 +159,7 @@ def whole_critic(config: PPOConfig) -> Iterator[str]:
 
 
 def attention_for_signals(
-    config: PPOConfig, is_by_attention: Callable[[str], bool] = ("vgr", "vision_density").__contains__
+    config: PPOConfig, is_by_attention: Callable[[str], bool] = ATTENTION_SIGNALS.__contains__
 ) -> Iterator[str]:
     """`is_by_attention` knows the package's own signals; whoever has loaded the others gives another."""
     if config.worker.rollout.collect_attentions:
@@ -233,6 +234,16 @@ def kl_lost_in_equal_groups(config: PPOConfig) -> Iterator[str]:
             "algorithm.use_kl_loss=false takes the KL off rewards that algorithm.adv_estimator="
             f"{algorithm.adv_estimator} normalises: its weight then depends on the spread of the scores, and it has "
             "none where all scores are equal. algorithm.use_kl_loss=true puts it into the loss"
+        )
+
+
+def token_weights_of_the_reward_alone(config: PPOConfig) -> Iterator[str]:
+    algorithm = config.algorithm
+    weighs = algorithm.enable_token_weights and algorithm.token_weight_signal in ATTENTION_SIGNALS
+    if weighs and not config.worker.rollout.collect_attentions:
+        yield (
+            "algorithm.enable_token_weights=true weighs tokens only by what the reward function returns as "
+            f"token_weights: {algorithm.token_weight_signal} needs worker.rollout.collect_attentions=true"
         )
 
 
@@ -335,6 +346,7 @@ def filtered_groups_of_one(config: PPOConfig) -> Iterator[str]:
 NOTES: tuple[Callable[[PPOConfig], Iterator[str]], ...] = (
     adaptive_kl_in_the_loss,
     kl_lost_in_equal_groups,
+    token_weights_of_the_reward_alone,
     token_weights_under_one_ratio,
     bf16_weights_under_plain_adamw,
     prompts_not_shared,

@@ -16,6 +16,7 @@ from verl.trainer.run_summary import HELD_OUT_ACCURACY, HELD_OUT_REWARD, REWARD,
 from verl.trainer.sinks import Generation, Run, Sink, WrittenFile
 
 STEP_TIME, STEP_TOKENS = "perf/time_per_step", "perf/total_num_tokens"
+WEIGHT_MEAN, WEIGHT_SPREAD = "token_weights/mean", "token_weights/std"
 
 STEPS_AVERAGED = 10
 """Of the last ones, whose mean time the time that is left follows from."""
@@ -134,8 +135,9 @@ class Figures:
     def text(self) -> str:
         """What is known so far, parted by commas.
 
-        The held-out figure is the accuracy where the reward function gives one. Tokens a second are those of prompts
-        and responses, of all devices together.
+        Weights are told by mean and standard deviation over the response tokens. The held-out figure is the accuracy
+        where the reward function gives one. Tokens a second are those of prompts and responses, of all devices
+        together.
         """
         parts = []
         held_out = "held-out accuracy" if HELD_OUT_ACCURACY in self._latest else "held-out reward"
@@ -146,6 +148,8 @@ class Figures:
         ):
             if name in self._latest:
                 parts.append(f"{label} {self._latest[name]:.3f}")
+        if WEIGHT_SPREAD in self._latest:
+            parts.append(f"weights {self._latest[WEIGHT_MEAN]:.2f} ± {self._latest[WEIGHT_SPREAD]:.2f}")
         if STEP_TOKENS in self._latest and self._step_times:
             parts.append(f"{self._latest[STEP_TOKENS] / self._step_times[-1]:,.0f} tokens/s")
         steps_left = self.total_steps - self._step

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from verl.config import ConfigSection, as_yaml, in_words
+from verl.trainer.config import REMEDIES
 
 USAGE = """\
 usage: verl [config=FILE] [key=value ...] [--dry-run]
@@ -110,6 +111,8 @@ def _named(name: str, topics: Sequence[Topic]) -> list[Topic]:
     keys = [topic.key for topic in topics]
     last = name.rpartition(".")[2]
     namesakes = [key for key in keys if key.rpartition(".")[2] == last]
+    if last in REMEDIES and not namesakes:
+        raise ValueError(f"no section or key is called {name!r}; {REMEDIES[last]}")
     nearest = get_close_matches(name, namesakes, n=1, cutoff=0.0) or get_close_matches(name, keys, n=1)
     sections = ", ".join(key for key in keys if "." not in key)
     hint = f"did you mean {nearest[0]}?" if nearest else f"the sections are {sections}"

@@ -43,6 +43,8 @@ def run(config: PPOConfig, processes: "WorkerProcesses | None" = None) -> None:
             do not fit the config, or (FolderRefused) the run cannot have the folder of the checkpoints.
     """
     plan = prepare(config)
+    for note in effect_notes(config):
+        logger.warning(note)
     if processes is not None:
         _require_fit(config, plan, processes)
     set_worker_environment()  # before transformers is imported, which reads some of it
@@ -140,6 +142,7 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses", sto
     from verl.data.loader import create_dataloader
     from verl.trainer.ray_trainer import RayDAPOTrainer
     from verl.trainer.rewards import RewardClient
+    from verl.trainer.token_weigher import describe_token_weights
     from verl.utils.batch_plan import training_steps
     from verl.utils.checkpoint import find_resume_point
     from verl.utils.checkpoint_folder import settle_checkpoints
@@ -148,12 +151,14 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses", sto
     logger.info("running on %s: %d worker(s)", processes.device, plan.world_size)
     for line in plan.describe():
         logger.info(line)
-    for note in effect_notes(config):
-        logger.warning(note)
+    logger.info(describe_token_weights(config.algorithm, config.worker.rollout.collect_attentions))
 
     model, trainer_config = config.worker.actor.model, config.trainer
     source = (model.tokenizer_path, config.data.override_chat_template)
-    with RewardClient(config.worker.reward, trainer_config.save_checkpoint_path) as rewards:
+    uses_token_weights = config.algorithm.enable_token_weights
+    with RewardClient(
+        config.worker.reward, trainer_config.save_checkpoint_path, uses_token_weights=uses_token_weights
+    ) as rewards:
         tokenizer = get_tokenizer(*source, trust_remote_code=model.trust_remote_code)
         processor = get_processor(*source, trust_remote_code=model.trust_remote_code)
         model_config = fitting_model_config(config, tokenizer)

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from verl.report.curves import History
 from verl.report.run_page import SampleSet, run_page
 from verl.report.token_map import TokenMap
+from verl.trainer.config import AlgorithmConfig
 from verl.trainer.sinks import FileSink, Run, Sink, WrittenFile, read_log, weight_bounds
+from verl.trainer.token_weigher import describe_token_weights
 from verl.utils.writing import write_text
 
 SETS = {"val": "Held-out responses, step {step}", "train": "Training responses, step {step}"}
@@ -61,24 +63,13 @@ class ReportSink(Sink):
     def _notes(self) -> list[str]:
         """What was trained, how far it is, and how tokens are weighted."""
         config = self.run.config
-        algorithm, actor = config["algorithm"], config["worker"]["actor"]
+        algorithm, actor = AlgorithmConfig(**config["algorithm"]), config["worker"]["actor"]
+        is_measured = config["worker"]["rollout"]["collect_attentions"]
         notes = [
-            f"{algorithm['adv_estimator']} on {actor['model']['model_path']}, "
-            f"step {max(self._steps, default=self.run.resume_step)} of {self.run.total_steps}."
+            f"{algorithm.adv_estimator} on {actor['model']['model_path']}, "
+            f"step {max(self._steps, default=self.run.resume_step)} of {self.run.total_steps}.",
+            f"{describe_token_weights(algorithm, is_measured).capitalize()}.",
         ]
-        if algorithm["enable_token_weights"]:
-            control = algorithm["token_weight_control"]
-            shape = (
-                f"the top {algorithm['token_weight_top_share']:.0%} of tokens"
-                if algorithm["token_weight_top_share"] is not None
-                else f"clipped to {algorithm['token_weight_clip'][0]:g} to {algorithm['token_weight_clip'][1]:g}"
-            )
-            notes.append(
-                f"Tokens are weighted by {algorithm['token_weight_signal']}, {shape}"
-                + (f", control {control}." if control != "none" else ".")
-            )
-        else:
-            notes.append("All tokens weigh the same.")
-        if not config["worker"]["rollout"]["collect_attentions"]:
+        if not is_measured:
             notes.append("Attention is not measured: worker.rollout.collect_attentions=true does.")
         return notes

@@ -19,7 +19,7 @@ from verl.trainer.step_record import StepRecord
 from verl.workers.reward.config import RewardConfig
 from verl.workers.reward.function import place_scores, reward_inputs
 from verl.workers.reward.process import variables_of_run
-from verl.workers.reward.results import Scored, values_by_key, without_token_weights
+from verl.workers.reward.results import TOKEN_WEIGHTS, Scored, values_by_key, without_token_weights
 from verl.workers.reward.supervision import Limits
 from verl.workers.reward.user_function import TextDecoder
 
@@ -46,10 +46,14 @@ class RewardClient:
         config: the function, and how many CPUs its process takes.
         folder: of the run; `LOG_FILE` in it is for what the function prints.
         limits: what the process may have.
+        uses_token_weights: whether tokens are weighted; if not, one warning says that returned weights are left out.
     """
 
-    def __init__(self, config: RewardConfig, folder: str, limits: Limits | None = None) -> None:
+    def __init__(
+        self, config: RewardConfig, folder: str, limits: Limits | None = None, uses_token_weights: bool = True
+    ) -> None:
         self._config = config
+        self._warns_of_token_weights = not uses_token_weights
         self._log_file = os.path.join(folder, LOG_FILE)
         self._process = RewardActor(config, self._log_file, limits or Limits())
         self._growth = _Growth(config)
@@ -100,12 +104,21 @@ class RewardClient:
         with record.timed("reward"):
             scored, memory = self._answer(request, batch, f"step {record.step}")
             batch = batch.union(place_scores(batch, scored))
+        self._tell_of_unused_weights(scored)
         numbers = numbers_by_key(batch)
         record.average({f"reward/{key}": values for key, values in numbers.items()})
         if "retried" not in numbers:  # else the name is the function's own
             record.count("reward/retried", len(scored.failures))
         record.average({"perf/reward_memory_gb": [memory / GIB]})
         return batch
+
+    def _tell_of_unused_weights(self, scored: Scored) -> None:
+        if self._warns_of_token_weights and any(TOKEN_WEIGHTS in result for result in scored.results):
+            self._warns_of_token_weights = False
+            logger.warning(
+                "the reward function returns %s, which do nothing: algorithm.enable_token_weights=true uses them",
+                TOKEN_WEIGHTS,
+            )
 
     def totals(self, batch: DataProto, step: int, record: StepRecord) -> torch.Tensor:
         """(N,) float32: the score of each row of a batch of training, which shows in no metric.

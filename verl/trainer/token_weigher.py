@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from verl.algorithms.token_weights import CONTROLS, compute_token_weights, signals_of
+from verl.config import as_yaml
 from verl.protocol import DataProto
-from verl.trainer.config import PPOConfig
+from verl.trainer.config import ATTENTION_SIGNALS, AlgorithmConfig, PPOConfig
 from verl.trainer.metrics import compute_signal_metrics, compute_token_weight_metrics
 from verl.trainer.token_kinds import TokenKinds
 from verl.workers.reward.results import TOKEN_WEIGHTS
@@ -21,6 +22,31 @@ logger = logging.getLogger(__name__)
 
 LOWEST_MEAN, HIGHEST_MEAN = 0.8, 1.1
 """Of a step's weights; outside, the size of the update is no longer that of an unweighted one."""
+
+
+def describe_token_weights(algorithm: AlgorithmConfig, is_measured: bool) -> str:
+    """One line for the reader of a run.
+
+    Args:
+        is_measured: whether the run measures attention.
+    """
+    if not algorithm.enable_token_weights:
+        return "token weights off: all tokens weigh the same"
+    name = algorithm.token_weight_signal
+    if not is_measured and name in ATTENTION_SIGNALS:
+        return "token weights on: those that the reward function returns; all other tokens weigh 1"
+    parts = [name]
+    if name in ATTENTION_SIGNALS:
+        layers = algorithm.attention_layers
+        parts.append("all layers" if layers == "all" else f"layers {as_yaml(layers)}")
+    if algorithm.token_weight_top_share is not None:
+        parts.append(f"the top {algorithm.token_weight_top_share:.0%} of a response's tokens")
+    else:
+        low, high = algorithm.token_weight_clip
+        parts.append(f"clip {low:g} to {high:g}")
+    if algorithm.token_weight_control != "none":
+        parts.append(f"control {algorithm.token_weight_control}")
+    return f"token weights on: {', '.join(parts)}; weights that the reward function returns go first"
 
 
 class TokenWeigher:
@@ -41,6 +67,7 @@ class TokenWeigher:
         }
         self.kinds = None if tokenizer is None else TokenKinds(tokenizer)
         self._weighed_by: dict[str, torch.Tensor] = {}
+        self._share_from_reward = 0.0
         self._told: set[str] = set()
 
     def weights(self, batch: DataProto, reward_values: dict[str, list[Any]], step: int) -> torch.Tensor | None:
@@ -53,6 +80,8 @@ class TokenWeigher:
             step: of the training.
         """
         streams, name = batch.batch, self._name_of_used
+        given = reward_values.get(TOKEN_WEIGHTS) or [None] * len(batch)
+        self._share_from_reward = sum(weights is not None and len(weights) > 0 for weights in given) / len(batch)
         self._weighed_by = {name: self.signals[name].importance(streams)} if name in self.signals else {}
         weights = self._weights(self._weighed_by.get(name), batch, reward_values, step)
         if weights is None:
@@ -111,7 +140,8 @@ class TokenWeigher:
             logger.warning(message)
 
     def metrics(self, batch: DataProto) -> dict[str, float]:
-        """`token_weights/*` of weighted runs, `signals/*` of runs that log signals.
+        """`token_weights/*` of weighted runs, `signals/*` of runs that log signals. `token_weights/from_reward` is the
+        share of responses whose weights the reward function gave.
 
         Reads: `response_mask`, what the signals ask for; of weighted runs `token_weights` and `responses`.
         """
@@ -119,6 +149,7 @@ class TokenWeigher:
         if self.algorithm.enable_token_weights:
             clip = None if self.algorithm.token_weight_top_share is not None else self.algorithm.token_weight_clip
             metrics |= compute_token_weight_metrics(batch, clip, self.kinds)
+            metrics["token_weights/from_reward"] = self._share_from_reward
         if self.algorithm.token_signals_to_log:
             # What weighed is not computed once more: a signal that draws would log something else.
             importance = dict(self._weighed_by) if self.algorithm.enable_token_weights else {}
