@@ -16,8 +16,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 RESAMPLES = 10_000
-AT_ONCE = 500
-"""Resamples, to bound memory."""
 WINDOW = 5
 """Steps averaged in curves."""
 
@@ -129,31 +127,27 @@ class Pairs:
         return bool(self.warm_starts) and all(self.warm_starts.count(one) > 1 for one in self.warm_starts)
 
     def resampled(self) -> np.ndarray:
-        """(B,) means of the bootstrap: seeds are drawn anew within each warm start, and questions, the same for all.
+        """(B,) means of the bootstrap: the deviations of seeds drawn anew and of questions drawn anew add.
 
-        Warm starts are not drawn, so that intervals speak of these warm starts. Drawn means of n seeds vary by
-        (n - 1) / n of what they should; seeds are spread by as much around their warm start's mean beforehand.
-        Drawing both counts chance of single answers more than once, so that intervals are rather too wide than too
+        Seeds are drawn within each warm start, and warm starts are not, so that intervals speak of these warm starts.
+        Drawn means of n seeds vary by (n - 1) / n of what they should, and are spread by as much around their warm
+        start's mean beforehand. The chance of single answers is in both parts: intervals are rather too wide than too
         narrow where seeds differ little. Always the same numbers for the same pairs.
         """
-        num_pairs, num_questions = self.differences.shape
         rng = np.random.default_rng(0)
-        spread = self.differences.astype(float)  # (R, Q)
-        groups = [
-            np.flatnonzero([one == other for other in self.warm_starts]) for one in dict.fromkeys(self.warm_starts)
-        ]
-        for rows in groups:
-            middle = spread[rows].mean(axis=0)
-            spread[rows] = middle + (spread[rows] - middle) * np.sqrt(len(rows) / max(len(rows) - 1, 1))
-        means = []
-        for start in range(0, RESAMPLES, AT_ONCE):
-            count = min(AT_ONCE, RESAMPLES - start)
-            seeds = np.zeros((count, num_pairs))
-            for rows in groups:
-                seeds[:, rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), count)
-            questions = rng.multinomial(num_questions, np.full(num_questions, 1 / num_questions), count)  # (B, Q)
-            means.append(np.einsum("bq,bq->b", seeds @ spread, questions) / spread.size)
-        return np.concatenate(means)
+        of_runs, of_questions = self.differences.mean(axis=1), self.differences.mean(axis=0)  # (R,), (Q,)
+        means = _drawn_means(of_questions, rng)  # (B,)
+        for warm_start in dict.fromkeys(self.warm_starts):
+            own = of_runs[[one == warm_start for one in self.warm_starts]]  # (seeds,)
+            spread = own.mean() + (own - own.mean()) * np.sqrt(len(own) / max(len(own) - 1, 1))
+            means += (_drawn_means(spread, rng) - own.mean()) * len(own) / len(of_runs)
+        return means
+
+
+def _drawn_means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(B,) means of as many values, drawn with replacement from (n,)."""
+    counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), RESAMPLES)  # (B, n)
+    return counts @ values / len(values)
 
 
 def interval(resampled: np.ndarray, level: float) -> tuple[float, float]:
@@ -303,6 +297,6 @@ def draw(lines: Sequence[Line], arms: Sequence[str], path: Path, curve: str) -> 
     right.axvline(0, color="gray", linewidth=1)
     right.set_yticks(range(len(compared)), [row.arm for row in compared])
     right.invert_yaxis()
-    right.set(xlabel=f"held-out accuracy, points from {arms[0]}; 95 %, thin: corrected for {len(arms) - 1} arms")
+    right.set(xlabel=f"held-out accuracy, points from {arms[0]}\n95 %; thin: corrected for {len(arms) - 1} arms")
     right.grid(alpha=0.25, axis="x")
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
