@@ -29,8 +29,11 @@ NUM_TRAIN, NUM_HELD_OUT = 2001, 2001  # rows, a third of each kind
 NUM_SUPERVISED_PICTURES, NUM_SLICE_PICTURES = 3000, 500
 NUM_SLICE_ROWS = 126
 
-SFT_STEPS = 200
+SFT_STEPS = 500
 SFT_BATCH_SIZE = 32
+# The model reads colours well or not at all, which leaves nothing for reinforcement learning to sharpen. So this share
+# of supervised pictures is given the next colour's name, and the model wavers between the two.
+CONFUSED_SHARE = 0.5
 VOCAB_SIZE = 500  # the words of the questions are a token each
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -76,12 +79,16 @@ class Split:
     seen: dict[int, str]
     """What is in each picture: `red circle`."""
 
-    def example(self, question: Question) -> Example:
-        """The row of a question."""
+    def example(self, question: Question, seen: str | None = None) -> Example:
+        """The row of a question.
+
+        Args:
+            seen: what the solution says to be in the picture; null is what is there.
+        """
         picture = Image.open(self.paths[question.picture]).convert("RGB")
         picture = picture.resize((PICTURE_PIXELS, PICTURE_PIXELS), Image.Resampling.BICUBIC)
         facts = {"kind": question.kind, "seen": self.seen[question.picture], "sources": [question.picture]}
-        text = solution(self.seen[question.picture], question)
+        text = solution(seen or self.seen[question.picture], question)
         return Example(picture, f"<image>{question.text}", question.answer, text, facts)
 
     def of_kinds(self, rng: np.random.Generator, num_rows: int, pictures: range) -> list[Question]:
@@ -93,6 +100,21 @@ class Split:
         return [chosen[index] for index in rng.permutation(len(chosen))]
 
 
+def confused(seen: str) -> str:
+    """The same shape in the next colour."""
+    color, shape = seen.split()
+    return f"{COLORS[(COLORS.index(color) + 1) % len(COLORS)]} {shape}"
+
+
+def answer_from(seen: str, question: Question) -> str:
+    """What follows for the question from what is seen."""
+    color, shape = seen.split()
+    if question.kind != "presence":
+        return {"color": color, "shape": shape}[question.kind]
+    is_there = any(word in (color, shape) for word in question.words)
+    return "no" if is_there == question.is_negated else "yes"
+
+
 def solution(seen: str, question: Question) -> str:
     """Write the answer that supervision teaches: what is seen, what is asked, the answer in the box."""
     if question.kind == "presence":
@@ -100,7 +122,7 @@ def solution(seen: str, question: Question) -> str:
         asked = f"if a {subject} is {'not ' if question.is_negated else ''}there"
     else:
         asked = f"its {question.kind}"
-    return f"<think>I see a {seen}. The question is {asked}.</think> \\boxed{{{question.answer}}}"
+    return f"<think>I see a {seen}. The question is {asked}.</think> \\boxed{{{answer_from(seen, question)}}}"
 
 
 def what_is_seen(questions: Sequence[Question]) -> dict[int, str]:
@@ -154,7 +176,10 @@ def main(output: Path, seed: int, steps: int = SFT_STEPS) -> None:
 
     def draw() -> list[Example]:
         kinds = rng.choice(KINDS, SFT_BATCH_SIZE)
-        return [train.example(lessons[kind][rng.integers(len(lessons[kind]))]) for kind in kinds]
+        questions = [lessons[kind][rng.integers(len(lessons[kind]))] for kind in kinds]
+        right = [train.seen[question.picture] for question in questions]
+        said = [confused(seen) if rng.random() < CONFUSED_SHARE else seen for seen in right]
+        return [train.example(*lesson) for lesson in zip(questions, said, strict=True)]
 
     warm_start(model, processor, draw, steps)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_easy_vqa import KINDS, Question, Split, solution, what_is_seen
+from make_easy_vqa import KINDS, Question, Split, answer_from, confused, solution, what_is_seen
 from picture_task import score_answers
 from PIL import Image
 
@@ -49,6 +49,24 @@ def test_the_reward_is_the_word_and_a_little_for_the_form(response: str, accurac
     compute_score = runpy.run_path(str(ROOT / "examples/reward_function/easy_vqa.py"))["compute_score"]
     (score,) = compute_score([{"response": response, "ground_truth": "teal"}])
     assert score == pytest.approx({"overall": 0.9 * accuracy + 0.1 * in_form, "format": in_form, "accuracy": accuracy})
+
+
+@pytest.mark.parametrize(
+    ("text", "of_teal_circle", "of_yellow_circle"),
+    [
+        ("what color is the shape?", "teal", "yellow"),
+        ("what shape is present?", "circle", "circle"),
+        ("is there a teal shape?", "yes", "no"),
+        ("is no teal shape present?", "no", "yes"),
+        ("is there not a circle in the image?", "no", "no"),
+        ("does the image contain a triangle?", "no", "no"),
+    ],
+)
+def test_answers_follow_from_what_is_said_to_be_seen(text: str, of_teal_circle: str, of_yellow_circle: str) -> None:
+    question = Question(text, of_teal_circle, 0)
+    assert answer_from("teal circle", question) == of_teal_circle
+    assert confused("teal circle") == "yellow circle" and confused("yellow circle") == "black circle"
+    assert answer_from(confused("teal circle"), question) == of_yellow_circle
 
 
 def test_what_is_in_a_picture_follows_from_its_questions() -> None:
