@@ -52,7 +52,7 @@ done
 prepare_environment "$engine"
 environment_done=$SECONDS
 
-recipe=$(cat scripts/make_digits.py scripts/digits_task.py scripts/tiny_qwen.py | sha256sum)
+recipe=$(cat scripts/make_digits.py scripts/picture_task.py scripts/warm_start.py scripts/tiny_qwen.py | sha256sum)
 if [ "$(cat "$data/recipe.sha256" 2>/dev/null)" != "$recipe" ]; then
     "$python" scripts/make_digits.py --output "$data" --seed "$seed"
     echo "$recipe" >"$data/recipe.sha256"

@@ -17,9 +17,9 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-from digits_task import generate_answers, score_answers
 from matplotlib.figure import Figure
 from model_merger import merge
+from picture_task import generate_answers, score_answers
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -92,16 +92,19 @@ def draw_learning_curves(logs: Sequence[Log], path: Path) -> None:
 
 
 def control_accuracies(
-    read: Callable[[Sequence[Image.Image]], list[str]], images: Sequence[Image.Image], answers: list[str]
+    read: Callable[[Sequence[Image.Image], Sequence[str]], list[str]],
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    answers: Sequence[str],
 ) -> dict[str, float]:
     """Accuracy with each row's own image, with a blank one and with another row's.
 
-    `read` gives the model's answer to each of some images. Greedy answers depend on the picture alone (the question
-    never changes), so the blank picture is answered once, and the answers to other rows' pictures are the answers to
-    the own ones, moved on by one row.
+    `read` gives the model's answers to some images and their prompts. The question never changes, so that greedy
+    answers depend on the picture alone: the blank one is answered once, and the answers to other rows' pictures are
+    the answers to the own ones, moved on by one row.
     """
-    own = read(images)
-    blank = read([Image.new("RGB", images[0].size, "white")]) * len(images)
+    own = read(images, prompts)
+    blank = read([Image.new("RGB", images[0].size, "white")], prompts[:1]) * len(images)
     others = own[1:] + own[:1]
     by_name = {"its own image": own, "a blank image": blank, "another row's image": others}
     return {name: score_answers(given, answers)["accuracy"] for name, given in by_name.items()}
@@ -121,10 +124,10 @@ def summarize(run: Path) -> list[tuple[str, float, float]]:
     actor = run / f"global_step_{max(log)}" / "actor"
     start = config["worker"]["actor"]["model"]["model_path"]
     rows = datasets.load_dataset("parquet", data_files=config["data"]["val_files"], split="train")
-    images, answers, prompt = [row[0] for row in rows["images"]], list(rows["answer"]), rows[0]["prompt"]
+    images, answers, prompts = [row[0] for row in rows["images"]], list(rows["answer"]), list(rows["prompt"])
     before, after = (
         control_accuracies(
-            partial(generate_answers, model, AutoProcessor.from_pretrained(folder), prompt=prompt), images, answers
+            partial(generate_answers, model, AutoProcessor.from_pretrained(folder)), images, prompts, answers
         )
         for model, folder in (
             (AutoModelForImageTextToText.from_pretrained(start, dtype=torch.float32), start),

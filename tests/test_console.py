@@ -81,9 +81,10 @@ def test_a_pipe_gets_one_line_a_step_two_a_validation_and_a_table_of_the_run(mak
         "VGR                1.500 (step 1)  1.000 (step 4)",
         "",
         "files",
-        f"  configuration  {tmp_path}/run/experiment_config.json",
-        f"  metrics        {tmp_path}/run/experiment_log.jsonl",
-        f"  generations    {tmp_path}/run/generations.log",
+        f"  configuration     {tmp_path}/run/experiment_config.json",
+        f"  metrics           {tmp_path}/run/experiment_log.jsonl",
+        f"  generations       {tmp_path}/run/generations.log",
+        f"  held-out rewards  {tmp_path}/run/val_rewards.jsonl",
     ]
 
 

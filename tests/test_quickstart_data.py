@@ -16,10 +16,11 @@ import pytest
 import report_quickstart
 import torch
 from datasets import load_dataset
-from digits_task import encode_prompts, generate_answers, score_answers
+from picture_task import encode_prompts, generate_answers, score_answers, write_examples
 from sklearn.datasets import load_digits
 from tiny_qwen import build_model, build_processor, build_tokenizer, save_tiny
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from warm_start import response_batch, response_loss, warm_start
 
 from verl.data.dataset import RLHFDataset
 
@@ -85,6 +86,38 @@ def test_the_seed_decides_the_training_rows_and_leaves_the_test_set_alone(made: 
         assert (made / name).read_bytes() != (tmp_path / "other" / name).read_bytes()
 
 
+def test_more_held_out_rows_begin_with_the_default_ones_and_use_images_evenly(digits: make_digits.DigitImages) -> None:
+    """Six images: seven rows are a round of six and one more."""
+    form = make_digits.FORMS["short"]
+    six, seven = (
+        [
+            row.facts["sources"]
+            for row in make_digits.build_split(digits, range(6), np.random.default_rng(0), form, rows)
+        ]
+        for rows in (None, 7)
+    )
+    assert seven[:6] == six and len(seven) == 7
+    assert sorted(left for left, _ in six) == list(range(6))
+
+
+def test_a_long_answer_names_the_digits_and_then_adds_them(digits: make_digits.DigitImages) -> None:
+    """60 to 100 tokens, and the reward function takes it."""
+    text = make_digits.long_solution(9, 0, 8, 9)
+    assert text == (
+        "<think>I see 9, 0, 8 and 9. We start with 9. We add 0 to 9 and get 9. We add 8 to 9 and get 17. "
+        "We add 9 to 17 and get 26. So the sum of the 4 digits is 26.</think> \\boxed{26}"
+    )
+    tokenizer = build_tokenizer(
+        [make_digits.long_solution(*row) for row in ((1, 2, 3, 4), (9, 8, 7, 6), (5, 0, 5, 0))]
+    )
+    for labels in ((0, 0, 0, 0), (9, 9, 9, 9)):
+        assert 60 <= len(tokenizer(make_digits.long_solution(*labels)).input_ids) <= 96
+    assert score_answers([text], ["26"])["overall"] == 1
+    example = make_digits.FORMS["long"].example(digits, [0, 1, 2, 3])
+    assert example.image.size == (224, 56)
+    assert example.answer == "6" and example.solution == make_digits.long_solution(0, 1, 2, 3)
+
+
 def test_supervision_and_the_trainers_dataset_build_the_same_prompt(made: Path) -> None:
     """26 ids: a warm start on any other prompt would be taught for nothing."""
     processor = Qwen2_5_VLProcessor.from_pretrained(made / "model")
@@ -93,7 +126,7 @@ def test_supervision_and_the_trainers_dataset_build_the_same_prompt(made: Path) 
     )
     item = dataset[0]
     real = item["input_ids"][item["attention_mask"].bool()]
-    inputs = encode_prompts(processor, item["multi_modal_data"]["images"], make_digits.QUESTION)
+    inputs = encode_prompts(processor, item["multi_modal_data"]["images"], [make_digits.QUESTION])
     assert real.tolist() == inputs["input_ids"][0].tolist()
     assert len(real) == 26
     assert processor.tokenizer.decode(real).endswith(
@@ -105,7 +138,7 @@ def test_a_taught_response_ends_its_turn_and_its_padding_does_not_count() -> Non
     """9 + 9 = 18 has two digits more than 1 + 2 = 3, once in the sum and once in the box."""
     _, processor = model_and_processor()
     texts = [make_digits.solution(1, 2), make_digits.solution(9, 9)]
-    responses, mask = make_digits.response_batch(processor.tokenizer, texts)
+    responses, mask = response_batch(processor.tokenizer, texts)
     assert mask.sum(dim=1).tolist() == [responses.shape[1] - 2, responses.shape[1]]
     for row, real, text in zip(responses, mask.bool(), texts, strict=True):
         assert processor.tokenizer.decode(row[real]) == text + "<|im_end|>"
@@ -114,10 +147,12 @@ def test_a_taught_response_ends_its_turn_and_its_padding_does_not_count() -> Non
 def test_the_supervised_loss_is_the_models_own_over_the_real_response_tokens(digits: make_digits.DigitImages) -> None:
     """Against transformers' loss with every other label ignored, for responses of two lengths."""
     model, processor = model_and_processor()
-    prompts = encode_prompts(processor, [digits.pair(0, 1), digits.pair(2, 3)], make_digits.QUESTION)
+    prompts = encode_prompts(
+        processor, [digits.side_by_side(0, 1), digits.side_by_side(2, 3)], [make_digits.QUESTION] * 2
+    )
     texts = [make_digits.solution(1, 2), make_digits.solution(9, 9)]
-    responses, mask = make_digits.response_batch(processor.tokenizer, texts)
-    loss = make_digits.response_loss(model, prompts, responses, mask)
+    responses, mask = response_batch(processor.tokenizer, texts)
+    loss = response_loss(model, prompts, responses, mask)
 
     inputs = dict(prompts)
     added = {"input_ids": responses, "attention_mask": mask, "mm_token_type_ids": torch.zeros_like(responses)}
@@ -133,7 +168,8 @@ def test_a_warm_start_repeats_exactly_and_changes_every_part_of_the_model(digits
 
     def trained(steps: int) -> dict[str, torch.Tensor]:
         model, processor = model_and_processor()
-        make_digits.warm_start(model, processor, digits, np.random.default_rng(0), steps)
+        examples = [make_digits.FORMS["short"].example(digits, [row, row + 1]) for row in range(8)]
+        warm_start(model, processor, lambda: examples, steps)
         return model.state_dict()
 
     untrained, once, again = trained(0), trained(2), trained(2)
@@ -146,10 +182,11 @@ def test_generated_answers_do_not_depend_on_who_is_in_the_batch(
     digits: make_digits.DigitImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = model_and_processor()
-    images = [digits.pair(0, 1), digits.pair(2, 3), digits.pair(4, 5)]
-    together = generate_answers(model, processor, images, make_digits.QUESTION)
-    monkeypatch.setattr("digits_task.GENERATION_BATCH_SIZE", 2)
-    assert generate_answers(model, processor, images, make_digits.QUESTION) == together
+    images = [digits.side_by_side(0, 1), digits.side_by_side(2, 3), digits.side_by_side(4, 5)]
+    prompts = [make_digits.QUESTION] * 3
+    together = generate_answers(model, processor, images, prompts)
+    monkeypatch.setattr("picture_task.GENERATION_BATCH_SIZE", 2)
+    assert generate_answers(model, processor, images, prompts) == together
 
 
 @pytest.mark.parametrize(
@@ -205,8 +242,10 @@ def test_the_summary_reads_the_log_and_draws_the_curve(
     """Lines of a step are merged; rewards are means over (up to) five steps, here both: (0.25 + 0.75) / 2."""
     model, processor = model_and_processor()
     save_tiny(tmp_path / "model", model, processor)
-    rows = make_digits.build_split(digits, range(6), np.random.default_rng(0))
-    rows.to_parquet(tmp_path / "test.parquet")
+    form = make_digits.FORMS["short"]
+    write_examples(
+        make_digits.build_split(digits, range(6), np.random.default_rng(0), form), tmp_path / "test.parquet"
+    )
     write_run(tmp_path / "run", tmp_path / "model", tmp_path / "test.parquet")
     report_quickstart.main(tmp_path / "run")
     lines = capsys.readouterr().out.splitlines()
@@ -224,13 +263,13 @@ def test_the_summary_reads_the_log_and_draws_the_curve(
 def test_controls_swap_and_blank_the_image(digits: make_digits.DigitImages) -> None:
     """A reader that is never wrong: own images 1, blank 0 (it sees no digits), the next row's image right only where
     the next sum is the same: sums 1, 1, 5 -> one of three."""
-    images = [digits.pair(0, 1), digits.pair(1, 0), digits.pair(2, 3)]
+    images = [digits.side_by_side(0, 1), digits.side_by_side(1, 0), digits.side_by_side(2, 3)]
     sums = {image.tobytes(): str(total) for image, total in zip(images, (1, 1, 5), strict=True)}
 
-    def read_perfectly(images) -> list[str]:
+    def read_perfectly(images, prompts) -> list[str]:
         return [f"\\boxed{{{sums.get(image.tobytes(), 99)}}}" for image in images]
 
-    accuracies = report_quickstart.control_accuracies(read_perfectly, images, ["1", "1", "5"])
+    accuracies = report_quickstart.control_accuracies(read_perfectly, images, ["?"] * 3, ["1", "1", "5"])
     assert list(accuracies.values()) == pytest.approx([1.0, 0.0, 1 / 3])
 
 

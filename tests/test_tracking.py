@@ -210,6 +210,15 @@ def test_generations_are_written_as_tagged_lines_with_a_blank_one_between(tmp_pa
     )
 
 
+def test_every_validation_is_a_line_of_the_held_out_rewards_and_nan_is_null(tmp_path):
+    for step, resume_step in ((0, 0), (2, 2)):
+        with make_tracker(tmp_path, "file", resume_step=resume_step) as tracker:
+            tracker.log_val_rewards({"overall": [0.5, float("nan")], "accuracy": [np.float64(1), 0]}, step)
+    rewards = {"overall": [0.5, None], "accuracy": [1.0, 0.0]}
+    lines = (tmp_path / "run" / "val_rewards.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": step, "rewards": rewards} for step in (0, 2)]
+
+
 def test_a_resumed_run_appends_and_a_fresh_one_keeps_what_was_there_beside(tmp_path):
     for resume_step, step in ((0, 1), (1, 2)):
         with make_tracker(tmp_path, "file", resume_step=resume_step) as tracker:

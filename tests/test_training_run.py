@@ -160,6 +160,9 @@ def test_three_steps_on_two_workers_leave_logs_checkpoints_and_curves(
     assert (tmp_path / "global_step_3" / "dataloader.pt").exists()
     assert len(list((tmp_path / "global_step_3" / "actor").glob("*_world_size_2_rank_*.pt"))) == 6
     assert "[prompt]" in (tmp_path / "generations.log").read_text()
+    val_rewards = lines_of(tmp_path / "val_rewards.jsonl")
+    assert [line["step"] for line in val_rewards] == [0, 2, 3]
+    assert sum(val_rewards[0]["rewards"]["with_image"]) == 3 and len(val_rewards[0]["rewards"]["overall"]) == 5
 
     assert list((tmp_path / "tensorboard_log").rglob("events.out.tfevents.*"))
     ids = json.loads((tmp_path / "run_ids.json").read_text())

@@ -70,6 +70,7 @@ def test_batches_give_what_the_whole_set_does(batch_size: int) -> None:
     assert (parts.places, parts.scores, parts.results) == (whole.places, whole.scores, whole.results)
     for name, values in whole.rows.batch.items():
         assert torch.equal(parts.rows.batch[name], values), name
+    assert parts.rewards == whole.rewards == {"overall": [0, 0.5, 1, 1.5, 2, 2.5], "high": [3, 4, 5]}
     assert whole.score == whole.metrics["val/overall_reward"] == pytest.approx(1.25)
     assert whole.metrics["val/high_reward"] == pytest.approx(4)
     assert whole.metrics["val_response_length/max"] == RESPONSE_LENGTH

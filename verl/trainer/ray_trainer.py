@@ -387,6 +387,7 @@ class RayDAPOTrainer:
         with self.rollouts.awake():
             result = self.validator.run()
         self.state.remember_validation(result.score)
+        self.tracker.log_val_rewards(result.rewards, self.state.global_step)
         self.samples.log_validation(result, self._measure_samples(result), self.state.global_step)
         return result
 

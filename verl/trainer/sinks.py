@@ -8,12 +8,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+from verl.report.token_map import TokenMap
 from verl.utils.writing import naming_write_errors, write_json
-
-if TYPE_CHECKING:
-    from verl.report.token_map import TokenMap
 
 
 class Generation(NamedTuple):
@@ -85,6 +83,9 @@ class Sink:
     def log_token_maps(self, samples: Sequence[TokenMap], step: int, split: str) -> None:
         """Takes the same samples token by token, in runs that make a report."""
 
+    def log_val_rewards(self, rewards: Mapping[str, Sequence[float]], step: int) -> None:
+        """Takes what each held-out sample of a validation was given, by key, in the set's order."""
+
     def phase(self, name: str, line: str | None) -> None:
         """Hears which phase begins, and the line that says so where there is no room for its name alone."""
 
@@ -106,9 +107,12 @@ class Sink:
 
 
 class FileSink(Sink):
-    """Files beside the checkpoints: the configuration, a JSON line per `log`, the sampled generations of each split.
+    """Files beside the checkpoints: the configuration, a JSON line per `log`, the sampled generations of each split,
+    and the rewards of all held-out samples.
 
     The first is for its owner's eyes (mode 0600): what a user hands to a reward function may be secret under any name.
+    The last has a line per validation, `{"step": 25, "rewards": {"overall": [0.1, 1.0, ...], ...}}`, the samples in
+    the held-out set's order. A step that was validated twice has two lines.
 
     Nothing that is in the others is lost. When a run takes its first step, the lines that an earlier one wrote of
     this step and later ones move from `experiment_log.jsonl` to `experiment_log.cut.jsonl`; half a line does at once.
@@ -118,11 +122,12 @@ class FileSink(Sink):
     LOG = "experiment_log.jsonl"
     CUT = "experiment_log.cut.jsonl"
     GENERATIONS = {"val": "generations.log", "train": "train_generations.log"}
+    VAL_REWARDS = "val_rewards.jsonl"
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         write_json(run.output_dir / self.CONFIG, run.config, private=True)
-        for name in (self.LOG, self.GENERATIONS["val"]):
+        for name in (self.LOG, self.GENERATIONS["val"], self.VAL_REWARDS):
             self._append(name, "")
         self._num_old_lines: int | None = self._cut_log(lambda index, line: True)
 
@@ -131,8 +136,7 @@ class FileSink(Sink):
             num_old, last = self._num_old_lines, self.run.resume_step if self.run.continues else -1
             self._cut_log(lambda index, line: index >= num_old or line["step"] <= last)
             self._num_old_lines = None
-        # JSON has no word for NaN and infinity.
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        finite = {name: _finite(value) for name, value in metrics.items()}
         self._append(self.LOG, json.dumps({"step": step, **nested(finite)}) + "\n")
 
     def _cut_log(self, stays: Callable[[int, dict[str, Any]], bool]) -> int:
@@ -161,6 +165,10 @@ class FileSink(Sink):
         for sample in samples:
             self._append(self.GENERATIONS[split], f"{sample.tagged()}\n[score] {sample.score}\n\n")
 
+    def log_val_rewards(self, rewards: Mapping[str, Sequence[float]], step: int) -> None:
+        finite = {key: [_finite(value) for value in values] for key, values in rewards.items()}
+        self._append(self.VAL_REWARDS, json.dumps({"step": step, "rewards": finite}) + "\n")
+
     def files(self) -> list[WrittenFile]:
         names = {
             "configuration": self.CONFIG,
@@ -168,6 +176,7 @@ class FileSink(Sink):
             "metrics of steps taken again": self.CUT,
             "generations": self.GENERATIONS["val"],
             "generations of training": self.GENERATIONS["train"],
+            "held-out rewards": self.VAL_REWARDS,
         }
         return [WrittenFile(content, self.run.output_dir / name) for content, name in names.items()]
 
@@ -175,6 +184,12 @@ class FileSink(Sink):
         path = self.run.output_dir / name
         with naming_write_errors(path), open(path, "a", encoding="utf-8") as file:
             file.write(text)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no word for NaN and infinity."""
+    value = float(value)
+    return value if math.isfinite(value) else None
 
 
 def _whole_record(line: str) -> dict[str, Any] | None:
@@ -198,6 +213,15 @@ def read_log(folder: Path) -> dict[int, dict[str, float | None]]:
         if record is not None:
             metrics.setdefault(record.pop("step"), {}).update(_flat(record))
     return dict(sorted(metrics.items()))
+
+
+def read_val_rewards(folder: Path) -> dict[int, dict[str, list[float | None]]]:
+    """What `FileSink` wrote of a run's validations: step -> values by key of the reward function, in the set's order.
+
+    Of a step that was validated twice, the second.
+    """
+    lines = (folder / FileSink.VAL_REWARDS).read_text("utf-8").splitlines(keepends=True)
+    return {record["step"]: record["rewards"] for line in lines if (record := _whole_record(line)) is not None}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | None]]:

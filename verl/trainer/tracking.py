@@ -8,17 +8,16 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from verl.report.token_map import TokenMap
 from verl.trainer.console import ConsoleSink
 from verl.trainer.library_sinks import MlflowSink, SwanlabSink, TensorboardSink, WandbSink
+from verl.trainer.report_sink import ReportSink
 from verl.trainer.sinks import FileSink, Generation, Run, Sink, WrittenFile
 from verl.utils.checkpoint import ResumePoint
 from verl.utils.masking import masked
 from verl.utils.writing import write_json
-
-if TYPE_CHECKING:
-    from verl.report.token_map import TokenMap
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +114,6 @@ class Tracker:
                 self.close(failed=True)
                 raise
         if report:
-            from verl.trainer.report_sink import ReportSink  # with pages and pictures, which --help does not wait for
-
             self._sinks["report"] = ReportSink(run)
         ids = kept_ids | {name: sink.run_id for name, sink in self._sinks.items() if sink.run_id is not None}
         if ids:
@@ -137,6 +134,10 @@ class Tracker:
     def log_token_maps(self, samples: Sequence[TokenMap], step: int, split: str) -> None:
         """Reports the same samples token by token."""
         self._tell(lambda sink: sink.log_token_maps(samples, step, split))
+
+    def log_val_rewards(self, rewards: Mapping[str, Sequence[float]], step: int) -> None:
+        """Reports every held-out sample's value of each key of the reward function, in the set's order."""
+        self._tell(lambda sink: sink.log_val_rewards(rewards, step))
 
     def phase(self, name: str, line: str | None = None) -> None:
         """Says which phase begins, and in a line what it does where nothing else would be heard of it for long."""

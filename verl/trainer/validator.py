@@ -32,6 +32,9 @@ class ValidationResult:
     """Of each sample that is shown."""
     results: list[dict[str, Any]]
     """What the reward function returned of each."""
+    rewards: dict[str, list[float]]
+    """By key of the reward function the value of every sample of the set, in its order; what is returned for some
+    samples alone has fewer."""
 
 
 class Validator:
@@ -83,7 +86,7 @@ class Validator:
         metrics.update(compute_length_metrics(batch, prefix="val_"))
         shown = self._shown(batch)
         of_shown = [scores[place] for place in shown], [results[place] for place in shown]
-        return ValidationResult(score, metrics, shown, batch[shown], *of_shown)
+        return ValidationResult(score, metrics, shown, batch[shown], *of_shown, rewards)
 
     def _shown(self, batch: DataProto) -> list[int]:
         """A choice of prompts that depends on neither their order nor the answers."""

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the lines of `scripts/compare_signals.py` say: paired differences with their intervals, a table, a picture.
+
+Shapes: R pairs of runs, Q held-out questions, B resamples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+RESAMPLES = 10_000
+WINDOW = 5
+"""Steps averaged in curves."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is kept of a run."""
+
+    task: str
+    arm: str
+    warm_start: int | str
+    seed: int
+    model: str
+    """SHA-256 of the weights that training began with, or the hub id."""
+    questions: str
+    """SHA-256 of the held-out file, or the hub id."""
+    overrides: list[str]
+    """The arm's own."""
+    results: np.ndarray
+    """(Q,) of the last step, in the held-out set's order."""
+    validation: dict[int, float]
+    """Held-out mean by step."""
+    curves: dict[str, list[float]]
+    """Metrics step by step."""
+    means: dict[str, float]
+    """Metrics, their mean over the steps."""
+    seconds: int
+
+    @property
+    def key(self) -> tuple[str, int | str, int]:
+        """What no other run of the study has."""
+        return self.arm, self.warm_start, self.seed
+
+    @property
+    def before(self) -> float:
+        """Held-out mean of the first validation."""
+        return self.validation[min(self.validation)]
+
+    @property
+    def accuracy(self) -> float:
+        """Held-out mean of the last step."""
+        return float(self.results.mean())
+
+    def to_json(self) -> str:
+        """One line. Results of 0 and 1 are the hexadecimal digits of their bits, `np.packbits`; others a list."""
+        content = asdict(self)
+        is_binary = np.isin(self.results, (0, 1)).all()
+        content["results"] = (
+            np.packbits(self.results.astype(bool)).tobytes().hex() if is_binary else list(self.results)
+        )
+        content["num_questions"] = len(self.results)
+        return json.dumps(content, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Line:
+        """What `to_json` wrote."""
+        content: dict[str, Any] = json.loads(text)
+        results, num_questions = content.pop("results"), content.pop("num_questions")
+        if isinstance(results, str):
+            results = np.unpackbits(np.frombuffer(bytes.fromhex(results), np.uint8))[:num_questions]
+        content["validation"] = {int(step): value for step, value in content["validation"].items()}
+        return cls(results=np.array(results, dtype=float), **content)
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The whole lines of a file that may not be there; a line that was cut short is taken out of it.
+
+    Raises:
+        ValueError: a line is none of a run, or two are of the same run.
+    """
+    if not path.exists():
+        return []
+    text = path.read_text("utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, "utf-8")
+    lines: list[Line] = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            lines.append(Line.from_json(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is not of a run: {error}") from None
+    keys = [line.key for line in lines]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"{path} has two lines of arm {key[0]}, warm start {key[1]}, seed {key[2]}")
+    return lines
+
+
+# ---- differences ----
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Runs of an arm and of the first, from the same model, with the same seed, on the same questions."""
+
+    differences: np.ndarray
+    """(R, Q), the arm's result less the first's."""
+    warm_starts: list[int | str]
+    """By pair."""
+
+    @property
+    def mean(self) -> float:
+        return float(self.differences.mean())
+
+    @property
+    def can_be_bounded(self) -> bool:
+        """Whether every warm start has two seeds or more; one says nothing about the spread of seeds."""
+        return bool(self.warm_starts) and all(self.warm_starts.count(one) > 1 for one in self.warm_starts)
+
+    def resampled(self) -> np.ndarray:
+        """(B,) means of the bootstrap: the deviations of seeds drawn anew and of questions drawn anew add.
+
+        Seeds are drawn within each warm start, and warm starts are not, so that intervals speak of these warm starts.
+        Drawn means of n seeds vary by (n - 1) / n of what they should, and are spread by as much around their warm
+        start's mean beforehand. The chance of single answers is in both parts: intervals are rather too wide than too
+        narrow where seeds differ little. Always the same numbers for the same pairs.
+        """
+        rng = np.random.default_rng(0)
+        of_runs, of_questions = self.differences.mean(axis=1), self.differences.mean(axis=0)  # (R,), (Q,)
+        means = _drawn_means(of_questions, rng)  # (B,)
+        for warm_start in dict.fromkeys(self.warm_starts):
+            own = of_runs[[one == warm_start for one in self.warm_starts]]  # (seeds,)
+            spread = own.mean() + (own - own.mean()) * np.sqrt(len(own) / max(len(own) - 1, 1))
+            means += (_drawn_means(spread, rng) - own.mean()) * len(own) / len(of_runs)
+        return means
+
+
+def _drawn_means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(B,) means of as many values, drawn with replacement from (n,)."""
+    counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), RESAMPLES)  # (B, n)
+    return counts @ values / len(values)
+
+
+def interval(resampled: np.ndarray, level: float) -> tuple[float, float]:
+    """The percentile interval, e.g. of level 0.95."""
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def pair(lines: Sequence[Line], arm: str, first: str) -> Pairs:
+    """The pairs of two arms. Runs from other models or on other questions are no pair, whatever they are called."""
+    of_first = {(one.warm_start, one.seed): one for one in lines if one.arm == first}
+    differences, warm_starts = [], []
+    for line in lines:
+        other = of_first.get((line.warm_start, line.seed))
+        if line.arm != arm or other is None:
+            continue
+        if (line.model, line.questions) == (other.model, other.questions):
+            differences.append(line.results - other.results)
+            warm_starts.append(line.warm_start)
+    num_questions = len(differences[0]) if differences else 0
+    return Pairs(np.array(differences).reshape(len(warm_starts), num_questions), warm_starts)
+
+
+# ---- what is shown ----
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm in the table; shares of one."""
+
+    arm: str
+    accuracies: list[float]
+    num_pairs: int
+    difference: float | None
+    """From the first arm."""
+    plain: tuple[float, float] | None
+    """The 95 % interval."""
+    corrected: tuple[float, float] | None
+    """The same after Bonferroni's correction for the number of arms that are compared with the first."""
+    means: dict[str, float]
+
+    @property
+    def differs(self) -> bool:
+        """Whether the corrected interval leaves out 0."""
+        return self.corrected is not None and not self.corrected[0] <= 0 <= self.corrected[1]
+
+
+def compare(lines: Sequence[Line], arms: Sequence[str]) -> list[Row]:
+    """A row for each arm that has runs, the first of `arms` being what the others are compared with."""
+    num_comparisons = max(len(arms) - 1, 1)
+    rows = []
+    for arm in arms:
+        of_arm = [line for line in lines if line.arm == arm]
+        if not of_arm:
+            continue
+        difference = plain = corrected = None
+        pairs = pair(lines, arm, arms[0])
+        if arm != arms[0] and pairs.warm_starts:
+            difference = pairs.mean
+            if pairs.can_be_bounded:
+                resampled = pairs.resampled()
+                plain, corrected = (interval(resampled, 1 - 0.05 / count) for count in (1, num_comparisons))
+        names = dict.fromkeys(name for line in of_arm for name in line.means)
+        means = {name: [line.means[name] for line in of_arm if name in line.means] for name in names}
+        rows.append(
+            Row(
+                arm,
+                [line.accuracy for line in of_arm],
+                len(pairs.warm_starts),
+                difference,
+                plain,
+                corrected,
+                {name: float(np.mean(values)) for name, values in means.items()},
+            )
+        )
+    return rows
+
+
+SHOWN_MEANS = {
+    "gradient norm": "actor/grad_norm",
+    "effective sample size": "token_weights/ess",
+    "weight on digits": "token_weights/digit_share",
+    "weight on words": "token_weights/word_share",
+}
+
+
+def table(lines: Sequence[Line], arms: Sequence[str]) -> str:
+    """Two Markdown tables: accuracies and their paired differences in points; what weights did."""
+    rows = compare(lines, arms)
+    header = ["arm", "runs", "accuracy", "sd", "pairs", f"difference from {arms[0]}", "95 % interval", "corrected"]
+    body = []
+    for row in rows:
+        sd = f"{100 * np.std(row.accuracies, ddof=1):.1f}" if len(row.accuracies) > 1 else ""
+        accuracy = f"{100 * np.mean(row.accuracies):.1f}"
+        cells = [row.arm, len(row.accuracies), accuracy, sd, "", "", "", ""]
+        if row.difference is not None:
+            mark = " *" if row.differs else ""
+            cells[4:] = [
+                row.num_pairs,
+                f"{100 * row.difference:+.1f}{mark}",
+                _points(row.plain),
+                _points(row.corrected),
+            ]
+        body.append(cells)
+    measured = {title: name for title, name in SHOWN_MEANS.items() if any(name in row.means for row in rows)}
+    agreements = sorted({name for row in rows for name in row.means if name.startswith("signals/spearman/")})
+    measured |= {f"rank agreement {name.rpartition('/')[2]}": name for name in agreements if "image_kl" in name}
+    means = [[row.arm, *(f"{row.means[n]:.2f}" if n in row.means else "" for n in measured.values())] for row in rows]
+    return f"{_markdown(header, body)}\n\n{_markdown(['arm', *measured], means)}"
+
+
+def _points(bounds: tuple[float, float] | None) -> str:
+    return "" if bounds is None else f"{100 * bounds[0]:+.1f} to {100 * bounds[1]:+.1f}"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def draw(lines: Sequence[Line], arms: Sequence[str], path: Path, curve: str) -> None:
+    """Draw the arms' learning curves, means over runs, and beside them the paired differences with their intervals.
+
+    Args:
+        path: `.svg` or `.png`.
+        curve: the metric of the learning curves.
+    """
+    rows = compare(lines, arms)
+    figure = Figure(figsize=(10, 4.2), layout="constrained")  # not pyplot, which would look for a display
+    left, right = figure.subplots(1, 2)
+    for row in rows:
+        curves = [line.curves[curve] for line in lines if line.arm == row.arm]
+        length = min(map(len, curves))
+        window = min(WINDOW, length)
+        mean = np.mean([values[:length] for values in curves], axis=0)
+        smooth = np.convolve(mean, np.ones(window) / window, mode="valid")
+        left.plot(np.arange(window, length + 1), smooth, linewidth=1, label=row.arm)
+    left.set(xlabel="step", ylabel=f"{curve}, mean of {WINDOW} steps and all runs")
+    left.legend(fontsize=7)
+    left.grid(alpha=0.25)
+    compared = [row for row in rows if row.difference is not None]
+    for place, row in enumerate(compared):
+        right.plot(100 * row.difference, place, "o", color="tab:blue")
+        for bounds, width in ((row.corrected, 1), (row.plain, 3)):
+            if bounds is not None:
+                right.plot(100 * np.array(bounds), [place, place], color="tab:blue", linewidth=width)
+    right.axvline(0, color="gray", linewidth=1)
+    right.set_yticks(range(len(compared)), [row.arm for row in compared])
+    right.invert_yaxis()
+    right.set(xlabel=f"held-out accuracy, points from {arms[0]}\n95 %; thin: corrected for {len(arms) - 1} arms")
+    right.grid(alpha=0.25, axis="x")
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

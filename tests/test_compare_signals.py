@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+# python -m pytest tests/test_compare_signals.py
+"""Studies: what is run, what is run again, what pairs and what the intervals say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import compare_signals
+import make_digits
+import numpy as np
+import pytest
+import signal_table
+import yaml
+from datasets import load_dataset
+from signal_study import Study, StudyError
+from signal_table import Line, Pairs, compare, interval, pair, read_lines, table
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SMALL = [
+    "data.rollout_batch_size=2",
+    "data.max_response_length=8",
+    "worker.actor.global_batch_size=2",
+    "worker.actor.micro_batch_size_per_device_for_update=4",
+    "worker.actor.micro_batch_size_per_device_for_experience=4",
+    "worker.rollout.n=2",
+    "trainer.max_steps=1",
+    "trainer.val_freq=-1",
+]
+
+STUDY = """\
+config: examples/quickstart.yaml
+prepare: "{python} make.py {data} {warm_start}"
+warm_starts: [1, b]
+seeds: [4, 5]
+overrides: ["data.train_files={data}/train.parquet", "data.seed={seed}"]
+arms:
+  uniform: [algorithm.enable_token_weights=false]
+  vgr: []
+"""
+
+
+def line(arm: str, results: list[float], warm_start: int = 1, seed: int = 1, **others) -> Line:
+    """Of a run that answered some questions."""
+    given = dict(model="m", questions="q", validation={0: 0.25, 2: 0.5}, curves={"reward/accuracy": [0.1, 0.2]})
+    given |= dict(overrides=[], means={"actor/grad_norm": 0.5}, seconds=9) | others
+    return Line("task", arm, warm_start, seed, results=np.array(results, dtype=float), **given)
+
+
+def study(tmp_path: Path, text: str = STUDY) -> Study:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return Study.read(path)
+
+
+# ---- the file ----
+
+
+def test_runs_of_a_warm_start_and_a_seed_come_side_by_side_with_their_overrides(tmp_path: Path) -> None:
+    runs = study(tmp_path).runs()
+    assert [(run.warm_start, run.seed, run.arm) for run in runs[:5]] == [
+        (1, 4, "uniform"),
+        (1, 4, "vgr"),
+        (1, 5, "uniform"),
+        (1, 5, "vgr"),
+        ("b", 4, "uniform"),
+    ]
+    assert runs[2].overrides(Path("/d")) == [
+        "data.train_files=/d/train.parquet",
+        "data.seed=5",
+        "algorithm.enable_token_weights=false",
+    ]
+    assert study(tmp_path).preparation("b", "/d") == f"{sys.executable} make.py /d b"
+    some = study(tmp_path).runs(arms=["vgr"], warm_starts=["b"], seeds=["4"])
+    assert [run.name for run in some] == ["vgr_b_4"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds: [4, 5]", "seed: [4, 5]", r"seed=\[4, 5\] is not a key of a study; did you mean seeds\?"),
+        ("seeds: [4, 5]\n", "", "seeds=None is missing"),
+        ("seeds: [4, 5]", "seeds: [4, 4]", r"seeds=\[4, 4\] is not a list without repetitions"),
+        ("seeds: [4, 5]", "seeds: 4", "seeds=4 is not a list"),
+        ("vgr: []", "vgr: worker", "arms.vgr='worker' is not a list of overrides"),
+        ("vgr: []", "vgr: [worker]", "arms.vgr='worker' is not an override"),
+        ("vgr: []", "v/gr: []", "arms='v/gr' cannot name a folder"),
+        ("seed={seed}", "seed={sed}", "overrides='data.seed={sed}' has an unknown placeholder"),
+        ("{warm_start}", "{arm}", "prepare=.* has an unknown placeholder"),
+        ("arms:", "arms: [", "is not YAML"),
+    ],
+)
+def test_a_wrong_study_is_told_by_file_and_key(old: str, new: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=f"mine.yaml.*{message}"):
+        study(tmp_path, STUDY.replace(old, new))
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
+def test_the_study_in_the_readme_is_one(readme: str, tmp_path: Path) -> None:
+    (text,) = [
+        block for block in (ROOT / readme).read_text().split("```") if block.startswith("yaml\n") and "arms:" in block
+    ]
+    assert [run.name for run in study(tmp_path, text.removeprefix("yaml\n")).runs()][:2] == ["plain_0_1", "vgr_0_1"]
+
+
+def test_an_arm_that_is_asked_for_and_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="--arms='entropy' is none of uniform, vgr"):
+        study(tmp_path).runs(arms=["entropy"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "study").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_arms_of_our_studies_are_configurations(path: Path, tmp_path: Path, monkeypatch) -> None:
+    """Held against the trainer's own checks, with files that are there in place of the data."""
+    monkeypatch.chdir(ROOT)
+    runner = compare_signals.Runner(Study.read(path), tmp_path, tmp_path / "lines.jsonl")
+    for run in {run.arm: run for run in runner.study.runs()}.values():
+        data = tmp_path / "data" / str(run.warm_start)
+        (data / "model").mkdir(parents=True, exist_ok=True)
+        for name in ("train", "test"):
+            (data / f"{name}.parquet").touch()
+        config = runner.config_of(run)
+        assert config.algorithm.enable_token_weights
+
+
+# ---- lines and pairs ----
+
+
+@pytest.mark.parametrize("results", [[1, 0, 0, 1, 1, 0, 1, 0, 1], [0.5, 1, 0]])
+def test_a_line_is_read_as_it_was_written(results: list[float]) -> None:
+    written = line("vgr", results)
+    again = Line.from_json(written.to_json())
+    assert again.results.tolist() == results
+    assert again.to_json() == written.to_json()
+    assert (again.before, again.accuracy) == (0.25, np.mean(results))
+
+
+def test_a_line_cut_short_is_taken_out_and_two_of_a_run_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    assert read_lines(path) == []
+    whole = line("vgr", [1, 0]).to_json() + "\n"
+    path.write_text(whole + '{"task": "ta')
+    assert len(read_lines(path)) == 1
+    assert path.read_text() == whole
+    path.write_text(whole * 2)
+    with pytest.raises(ValueError, match="two lines of arm vgr, warm start 1, seed 1"):
+        read_lines(path)
+    path.write_text('{"arm": 3}\n')
+    with pytest.raises(ValueError, match="line 1 is not of a run"):
+        read_lines(path)
+
+
+@pytest.mark.parametrize("other", [{"model": "n"}, {"questions": "r"}, {"seed": 2}, {"warm_start": 2}])
+def test_runs_pair_only_from_one_model_one_seed_and_one_set_of_questions(other: dict) -> None:
+    assert pair([line("uniform", [1, 0]), line("vgr", [1, 1])], "vgr", "uniform").differences.tolist() == [[0, 1]]
+    assert pair([line("uniform", [1, 0]), line("vgr", [1, 1], **other)], "vgr", "uniform").warm_starts == []
+
+
+# ---- intervals ----
+
+
+def test_an_interval_of_differences_that_never_vary_is_a_point() -> None:
+    resampled = Pairs(np.full((4, 7), 0.25), [1, 1, 2, 2]).resampled()
+    assert interval(resampled, 0.95) == pytest.approx((0.25, 0.25))
+
+
+def test_differences_between_warm_starts_do_not_widen_the_interval() -> None:
+    """Seeds are drawn within a warm start, and each warm start has its own mean."""
+    differences = np.repeat([[0.0], [0.0], [0.5], [0.5]], 6, axis=1)
+    assert interval(Pairs(differences, [1, 1, 2, 2]).resampled(), 0.95) == pytest.approx((0.25, 0.25))
+
+
+def test_the_resampled_spread_is_that_of_seeds_or_that_of_questions() -> None:
+    """Two seeds 0 and 1 on equal questions: standard error sqrt(0.5 / 2) = 0.5, which spreading brings back from 0.35.
+    One answer in two differs, alike for all seeds: sqrt(0.25 / 100) = 0.05."""
+    of_seeds = Pairs(np.repeat([[0.0], [1.0]], 5, axis=1), [1, 1]).resampled()
+    assert of_seeds.std() == pytest.approx(0.5, rel=0.03)
+    of_questions = Pairs(np.tile([0.0, 1.0], (3, 50)), [1, 1, 1]).resampled()
+    assert of_questions.std() == pytest.approx(0.05, rel=0.03)
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """15 pairs on 100 questions whose difference varies by seed, by question and by chance; its mean is 0."""
+    monkeypatch.setattr(signal_table, "RESAMPLES", 500)
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(100):
+        seeds, questions = rng.normal(0, 0.05, (15, 1)), rng.normal(0, 0.1, (1, 100))
+        differences = seeds + questions + rng.normal(0, 0.3, (15, 100))
+        low, high = interval(Pairs(differences, [1, 2, 3] * 5).resampled(), 0.95)
+        covered += low <= 0 <= high
+    assert 90 <= covered <= 99
+
+
+def test_the_correction_widens_with_the_number_of_arms_and_one_seed_has_no_interval() -> None:
+    rng = np.random.default_rng(0)
+    lines = [line(arm, rng.integers(0, 2, 40).tolist(), seed=seed) for arm in "abc" for seed in (1, 2, 3)]
+    rows = compare(lines, ["a", "b", "c"])
+    assert rows[0].difference is None
+    for row in rows[1:]:
+        assert row.corrected[0] < row.plain[0] < row.difference < row.plain[1] < row.corrected[1]
+    assert compare(lines, ["a", "b"])[1].corrected == rows[1].plain  # one comparison needs no correction
+    (_, alone) = compare([one for one in lines if one.seed == 1], ["a", "b"])
+    assert alone.difference is not None and alone.plain is None
+
+
+def test_the_table_shows_points_and_marks_what_differs() -> None:
+    """vgr answers all ten questions, uniform six: +40 points in each of two pairs."""
+    lines = [line("uniform", [1, 0] * 3 + [1] * 3 + [0], seed=seed) for seed in (1, 2)]
+    lines += [line("vgr", [1] * 10, seed=seed, means={"token_weights/ess": 0.7}) for seed in (1, 2)]
+    text = table(lines, ["uniform", "vgr", "random"])
+    assert "| uniform | 2 | 60.0 | 0.0 |  |  |  |  |" in text
+    assert "| vgr | 2 | 100.0 | 0.0 | 2 | +40.0 * | +10.0 to +70.0 |" in text
+    assert "| arm | gradient norm | effective sample size |" in text
+    assert "random" not in text
+
+
+# ---- runs ----
+
+
+def command(path: Path, folder: Path, *words: str) -> list[str]:
+    return [sys.executable, "scripts/compare_signals.py", str(path), "--folder", str(folder), *words]
+
+
+@pytest.mark.ray
+def test_a_study_runs_what_has_no_line_and_leaves_one_for_each_run(tmp_path: Path) -> None:
+    """One step of a model without a warm start. A half-finished run is begun anew, and a finished one left alone."""
+    made = tmp_path / "made"
+    make_digits.main(made, seed=0, steps=0)
+    rows = load_dataset("parquet", data_files=str(made / "test.parquet"), split="train")
+    rows.select(range(5)).to_parquet(made / "few.parquet")
+    path = tmp_path / "mine.yaml"
+    overrides = [*SMALL, "data.train_files={data}/train.parquet", "data.val_files={data}/few.parquet"]
+    overrides += ["worker.actor.model.model_path={data}/model", "data.seed={seed}", "worker.rollout.seed={seed}"]
+    content = {"config": "examples/quickstart.yaml", "prepare": f"cp -r {made}/. {{data}}", "overrides": overrides}
+    content |= {"seeds": [1, 2], "arms": {"vgr": []}}
+    path.write_text(yaml.safe_dump(content))
+    half = tmp_path / "study" / "runs" / "vgr_0_1"
+    half.mkdir(parents=True)
+    (half / "experiment_log.jsonl").write_text('{"step": 77}\n')
+    (tmp_path / "mine.jsonl").write_text(line("vgr", [1] * 5, warm_start=0, seed=2).to_json() + "\n")
+
+    finished = subprocess.run(command(path, tmp_path / "study"), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "1 of 2 runs are done, 1 left" in finished.stdout
+    old, new = read_lines(tmp_path / "mine.jsonl")
+    assert old.seed == 2
+    assert (new.seed, new.arm, len(new.results), list(new.validation)) == (1, "vgr", 5, [0, 1])
+    assert new.model == compare_signals.identity(str(made / "model"))
+    assert new.questions == compare_signals.identity(str(made / "few.parquet"))
+    assert len(new.curves["actor/grad_norm"]) == 1
+    assert new.means["token_weights/digit_share"] >= 0
+    assert (tmp_path / "mine.svg").exists()
+    assert not list(half.glob("global_step_*"))
+
+    again = subprocess.run(command(path, tmp_path / "study"), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "2 of 2 runs are done, 0 left" in again.stdout
+    assert finished.stdout.partition("| arm")[2] == again.stdout.partition("| arm")[2]
+
+
+def test_a_run_that_fails_and_a_preparation_that_fails_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(STUDY)
+    finished = subprocess.run(command(path, tmp_path / "study"), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 1
+    assert "prepare failed for warm start 1" in finished.stderr and "make.py" in finished.stderr
+    path.write_text(STUDY.replace("prepare", "#").replace("{data}/train", "/nowhere"))
+    finished = subprocess.run(command(path, tmp_path / "study"), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("arms.uniform: data.train_files")
