@@ -147,6 +147,7 @@ class Runner:
         return [
             f"config={self.study.config}",
             "trainer.logger=[file]",
+            "trainer.report=false",
             *run.overrides(self._data(run.warm_start)),
             f"trainer.experiment_name={run.name}",
             f"trainer.save_checkpoint_path={self._folder_of(run)}",

@@ -9,11 +9,12 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import indent
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from verl.report.token_map import TokenMap, token_map_html
-from verl.report.token_map_image import token_map_image
 from verl.trainer.sinks import Generation, Run, Sink, WrittenFile, weight_bounds
+
+if TYPE_CHECKING:
+    from verl.report.token_map import TokenMap
 
 GENERATIONS, TOKEN_MAPS = "{}/generations", "{}/token_maps"
 """Names of the samples of a split at every logger, as texts and token by token."""
@@ -52,6 +53,8 @@ class TensorboardSink(Sink):
 
     def log_token_maps(self, samples: Sequence[TokenMap], step: int, split: str) -> None:
         """A picture of each, since pages cannot be shown."""
+        from verl.report.token_map_image import token_map_image
+
         for number, sample in enumerate(samples, start=1):
             picture = token_map_image(sample, weight_bounds(self.run))
             self._writer.add_image(f"{TOKEN_MAPS.format(split)}/{number}", picture, step, dataformats="HWC")
@@ -231,6 +234,8 @@ class MlflowSink(Sink):
 
 def token_page(samples: Sequence[TokenMap], step: int, run: Run) -> str:
     """Samples of a step as a page of their own."""
+    from verl.report.token_map import token_map_html
+
     return token_map_html(samples, f"{run.experiment_name}, step {step}", bounds=weight_bounds(run))
 
 

@@ -8,10 +8,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from verl.report.token_map import TokenMap
 from verl.utils.writing import naming_write_errors, write_json
+
+if TYPE_CHECKING:
+    from verl.report.token_map import TokenMap
 
 
 class Generation(NamedTuple):

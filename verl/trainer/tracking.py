@@ -8,16 +8,17 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from verl.report.token_map import TokenMap
 from verl.trainer.console import ConsoleSink
 from verl.trainer.library_sinks import MlflowSink, SwanlabSink, TensorboardSink, WandbSink
-from verl.trainer.report_sink import ReportSink
 from verl.trainer.sinks import FileSink, Generation, Run, Sink, WrittenFile
 from verl.utils.checkpoint import ResumePoint
 from verl.utils.masking import masked
 from verl.utils.writing import write_json
+
+if TYPE_CHECKING:
+    from verl.report.token_map import TokenMap
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,8 @@ class Tracker:
                 self.close(failed=True)
                 raise
         if report:
+            from verl.trainer.report_sink import ReportSink  # with pages and pictures, which --help does not wait for
+
             self._sinks["report"] = ReportSink(run)
         ids = kept_ids | {name: sink.run_id for name, sink in self._sinks.items() if sink.run_id is not None}
         if ids:
