@@ -426,6 +426,40 @@ def test_the_worker_featurizes_the_pixels_whose_tokens_the_dataset_counted(
     assert features["image_grid_thw"].prod().item() // processor.image_processor.merge_size**2 == tokens
 
 
+def test_a_line_tells_how_many_images_are_enlarged_or_shrunk_and_from_what_to_what(
+    make: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small, large = write_image(tmp_path, "a.png", SIDE, 2 * SIDE), write_image(tmp_path, "b.png", 8 * SIDE, 8 * SIDE)
+    rows = [row("<image><image>", [small, large]), row("<image>", [small]), row("a")]
+    area = SIDE * SIDE
+    with caplog.at_level(logging.INFO, logger="verl"):
+        make(rows, max_prompt_length=1000, min_pixels=8 * area, max_pixels=16 * area)
+    sizes = f"from {SIDE} x {2 * SIDE} to {2 * SIDE} x {4 * SIDE} pixels; data.min_pixels=null leaves images as they are"
+    assert f"data.min_pixels={8 * area} has 2 of 3 images enlarged, the first {sizes}" in caplog.text
+    sizes = f"from {8 * SIDE} x {8 * SIDE} to {4 * SIDE} x {4 * SIDE} pixels"
+    assert f"data.max_pixels={16 * area} has 1 of 3 images shrunk, the first {sizes}" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="verl"):
+        make(rows, max_prompt_length=1000)
+    assert "images" not in caplog.text
+
+
+def test_a_prompt_that_is_too_long_names_the_key_that_made_it_long(make: Callable, tmp_path: Path) -> None:
+    name = write_image(tmp_path, "a.png", SIDE, SIDE)
+    options = dict(max_prompt_length=30, filter_overlong_prompts=False)
+    enlarging = dict(min_pixels=64 * SIDE * SIDE)
+    told = f"lower data.min_pixels={64 * SIDE * SIDE}, which enlarges an image from {SIDE} x {SIDE} to {8 * SIDE} x"
+    with pytest.raises(ValueError, match=told):
+        make([row("<image>", [name])], **options, **enlarging)[0]
+    with pytest.raises(ValueError, match=told):
+        make([row("<image>", [name])], max_prompt_length=30, **enlarging)
+    large = write_image(tmp_path, "b.png", 8 * SIDE, 8 * SIDE)
+    with pytest.raises(ValueError, match="raise it, lower data.max_pixels, or set"):
+        make([row("<image>", [large])], **options)[0]
+    with pytest.raises(ValueError, match="raise it, or set data.filter_overlong_prompts=true"):
+        make([row("word " * 200)], **options)[0]
+
+
 # ---- length ----
 
 

@@ -7,13 +7,14 @@ Shapes: B prompts, P prompt length (`data.max_prompt_length`).
 from __future__ import annotations
 
 import logging
+import math
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jinja2
 import numpy as np
@@ -53,6 +54,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+class Resize(NamedTuple):
+    """What `data.min_pixels` and `data.max_pixels` do to an image: its (width, height) before and after."""
+
+    before: tuple[int, int]
+    after: tuple[int, int]
+
+    @property
+    def enlarges(self) -> bool:
+        """Whether the image gets more pixels."""
+        return math.prod(self.after) > math.prod(self.before)
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether it gets fewer."""
+        return math.prod(self.after) < math.prod(self.before)
+
+    def __str__(self) -> str:
+        before, after = (f"{width} x {height}" for width, height in self)
+        return f"from {before} to {after}"
 
 
 class PromptTooLong(ValueError):
@@ -315,10 +337,10 @@ class RLHFDataset(torch.utils.data.Dataset):
     def _load_image(self, source: ImageSource) -> Image.Image:
         return process_image(open_image(source, self.config.image_dir), self.config.min_pixels, self.config.max_pixels)
 
-    def _image_size(self, source: ImageSource) -> tuple[int, int]:
-        return target_size(
-            *open_image(source, self.config.image_dir).size, self.config.min_pixels, self.config.max_pixels
-        )
+    def _resize(self, source: ImageSource) -> Resize:
+        """From the header of the image alone."""
+        before = open_image(source, self.config.image_dir).size
+        return Resize(before, target_size(*before, self.config.min_pixels, self.config.max_pixels))
 
     def _load_video(self, source: VideoSource) -> Video:
         return load_video(source, self.config.image_dir, self.video_limits)
@@ -330,9 +352,17 @@ class RLHFDataset(torch.utils.data.Dataset):
         longest = self.config.max_prompt_length
         if length > longest:
             raise PromptTooLong(
-                f"{self._name(index)} has {length} tokens, data.max_prompt_length={longest}; raise it, lower "
-                "data.max_pixels, or set data.filter_overlong_prompts=true to drop such rows"
+                f"{self._name(index)} has {length} tokens, data.max_prompt_length={longest}; raise it, "
+                f"{self._way_to_fewer_tokens(index)}or set data.filter_overlong_prompts=true to drop such rows"
             )
+
+    def _way_to_fewer_tokens(self, index: int) -> str:
+        """What makes the media of a row smaller, as part of a sentence; nothing for a row of text."""
+        enlarged = next((one for one in self._read(index, "image", self._resize) if one.enlarges), None)
+        if enlarged is not None:
+            return f"lower data.min_pixels={self.config.min_pixels}, which enlarges an image {enlarged}, "
+        has_media = any(self._read(index, kind, lambda source: source) for kind in self._media_keys)
+        return "lower data.max_pixels, " if has_media else ""
 
     def _name(self, index: int) -> str:
         return f"row {self._row_numbers[index]} of {cut(self.data_path)!r}"
@@ -420,6 +450,7 @@ class RLHFDataset(torch.utils.data.Dataset):
 
     def _drop_overlong(self) -> None:
         measured = self._map_rows(self._measure, "counting prompt tokens")
+        self._tell_of_resized(measured)
         problems = {index: text for index, text in enumerate(measured["problem"]) if text}
         self._skip(problems)
         lengths = np.asarray(measured["length"])
@@ -427,15 +458,28 @@ class RLHFDataset(torch.utils.data.Dataset):
         readable = [index for index in range(len(self)) if index not in self.skipped]
         fitting = [index for index in readable if lengths[index] <= longest]
         if not fitting:
+            way = self._way_to_fewer_tokens(readable[int(lengths[readable].argmin())])
             raise ValueError(
                 f"every row of {cut(self.data_path)!r} is longer than data.max_prompt_length={longest}: "
-                f"{lengths[readable].min()} to {lengths[readable].max()} tokens; raise it or lower data.max_pixels"
+                f"{lengths[readable].min()} to {lengths[readable].max()} tokens; {way}or raise it"
             )
         logger.info(
             "%s: kept %d of %d prompts, dropped %d longer than data.max_prompt_length=%d",
             *(self.data_path, len(fitting), len(readable), len(readable) - len(fitting), longest),
         )
         self._keep(sorted({*fitting, *self.skipped}))
+
+    def _tell_of_resized(self, measured: Dataset) -> None:
+        """How many images `data.min_pixels` enlarges and `data.max_pixels` shrinks, with the first of each."""
+        num_images = sum(measured["images"])
+        for name, key in (("enlarged", "min_pixels"), ("shrunk", "max_pixels")):
+            count, first = sum(measured[name]), next(filter(None, measured[f"first_{name}"]), "")
+            if count:
+                remedy = f"; data.{key}=null leaves images as they are" if name == "enlarged" else ""
+                logger.info(
+                    f"{self.data_path}: data.{key}={getattr(self.config, key)} has {count} of {num_images} images "
+                    f"{name}, the first {first} pixels{remedy}"
+                )
 
     def _check_media(self) -> None:
         """Makes every item once, to find those that cannot be made."""
@@ -486,14 +530,26 @@ class RLHFDataset(torch.utils.data.Dataset):
             )
 
     def _measure(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        """The tokens of a row's prompt, from the headers of its media, and what is wrong with it."""
+        """The tokens of a row's prompt and its resized images, from the headers of its media, and what is wrong."""
+        length, problem, resizes = 0, "", []
         try:
-            return {"length": self._length(row[self.config.prompt_key], index), "problem": ""}
+            resizes = self._read(index, "image", self._resize)
+            length = self._length(row[self.config.prompt_key], index, [one.after for one in resizes])
         except ValueError as error:
-            return {"length": 0, "problem": str(error)}
+            problem = str(error)
+        enlarged, shrunk = [one for one in resizes if one.enlarges], [one for one in resizes if one.shrinks]
+        return {
+            "length": length,
+            "problem": problem,
+            "images": len(resizes),
+            "enlarged": len(enlarged),
+            "shrunk": len(shrunk),
+            "first_enlarged": str(enlarged[0]) if enlarged else "",
+            "first_shrunk": str(shrunk[0]) if shrunk else "",
+        }
 
-    def _length(self, prompt: Any, index: int) -> int:
-        sizes = self._read(index, "image", self._image_size)
+    def _length(self, prompt: Any, index: int, sizes: Sequence[tuple[int, int]]) -> int:
+        """sizes: of the images, as the model will see them."""
         outlines = self._read(index, "video", self._video_outline)
         with self._naming(index):
             chat_text = self._chat_text(self._messages(prompt), len(sizes), len(outlines))
