@@ -434,8 +434,11 @@ def test_a_line_tells_how_many_images_are_enlarged_or_shrunk_and_from_what_to_wh
     area = SIDE * SIDE
     with caplog.at_level(logging.INFO, logger="verl"):
         make(rows, max_prompt_length=1000, min_pixels=8 * area, max_pixels=16 * area)
-    sizes = f"from {SIDE} x {2 * SIDE} to {2 * SIDE} x {4 * SIDE} pixels; data.min_pixels=null leaves images as they are"
-    assert f"data.min_pixels={8 * area} has 2 of 3 images enlarged, the first {sizes}" in caplog.text
+    sizes = f"from {SIDE} x {2 * SIDE} to {2 * SIDE} x {4 * SIDE} pixels"
+    assert (
+        f"data.min_pixels={8 * area} has 2 of 3 images enlarged, the first {sizes}; data.min_pixels=null"
+        in caplog.text
+    )
     sizes = f"from {8 * SIDE} x {8 * SIDE} to {4 * SIDE} x {4 * SIDE} pixels"
     assert f"data.max_pixels={16 * area} has 1 of 3 images shrunk, the first {sizes}" in caplog.text
     caplog.clear()
