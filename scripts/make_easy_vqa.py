@@ -29,10 +29,11 @@ NUM_TRAIN, NUM_HELD_OUT = 2001, 2001  # rows, a third of each kind
 NUM_SUPERVISED_PICTURES, NUM_SLICE_PICTURES = 3000, 500
 NUM_SLICE_ROWS = 126
 
-SFT_STEPS = 500
+SFT_STEPS = 520
 SFT_BATCH_SIZE = 32
-# The model reads colours well or not at all, which leaves nothing for reinforcement learning to sharpen. So this share
-# of supervised pictures is given the next colour's name, and the model wavers between the two.
+# The model reads colours well or not at all, which leaves nothing for reinforcement learning to sharpen. So half the
+# pictures of the last supervised steps are given the next colour's name, and the model wavers between the two.
+CONFUSED_STEPS = 120
 CONFUSED_SHARE = 0.5
 VOCAB_SIZE = 500  # the words of the questions are a token each
 
@@ -174,11 +175,14 @@ def main(output: Path, seed: int, steps: int = SFT_STEPS) -> None:
     supervised = range(NUM_SUPERVISED_PICTURES)
     lessons = {kind: [q for q in train.questions if q.kind == kind and q.picture in supervised] for kind in KINDS}
 
+    shares = iter([0.0] * (steps - CONFUSED_STEPS) + [CONFUSED_SHARE] * CONFUSED_STEPS)
+
     def draw() -> list[Example]:
         kinds = rng.choice(KINDS, SFT_BATCH_SIZE)
         questions = [lessons[kind][rng.integers(len(lessons[kind]))] for kind in kinds]
+        share = next(shares)
         right = [train.seen[question.picture] for question in questions]
-        said = [confused(seen) if rng.random() < CONFUSED_SHARE else seen for seen in right]
+        said = [confused(seen) if rng.random() < share else seen for seen in right]
         return [train.example(*lesson) for lesson in zip(questions, said, strict=True)]
 
     warm_start(model, processor, draw, steps)
