@@ -162,7 +162,8 @@ def test_three_steps_on_two_workers_leave_logs_checkpoints_and_curves(
     assert "[prompt]" in (tmp_path / "generations.log").read_text()
     val_rewards = lines_of(tmp_path / "val_rewards.jsonl")
     assert [line["step"] for line in val_rewards] == [0, 2, 3]
-    assert sum(val_rewards[0]["rewards"]["with_image"]) == 3 and len(val_rewards[0]["rewards"]["overall"]) == 5
+    with_image = val_rewards[0]["rewards"]["with_image"]
+    assert len(with_image) % 5 == 0 and sum(with_image) / len(with_image) == pytest.approx(3 / 5)
 
     assert list((tmp_path / "tensorboard_log").rglob("events.out.tfevents.*"))
     ids = json.loads((tmp_path / "run_ids.json").read_text())
