@@ -285,7 +285,7 @@ def test_libraries_are_imported_only_when_they_are_asked_for(tmp_path):
         f"require_loggers(SINKS); Tracker(['console', 'file'], {{}}, 'p', 'e', {str(tmp_path)!r}, 1).close();"
         "loaded = {'torch', *(sink.LIBRARY for sink in SINKS.values())} & set(sys.modules); assert not loaded, loaded"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
     finished = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
     )

@@ -41,6 +41,7 @@ from verl.data.conversation import (
     wrap_question,
 )
 from verl.data.files import load_rows, progress_bars
+from verl.data.headers import require_columns
 from verl.data.prompt import PromptEncoder
 from verl.data.video import Video, VideoLimits, VideoOutline, VideoSource, load_video, outline_video
 from verl.data.vision import UNREADABLE_IMAGE, ImageSource, open_image, process_image, target_size
@@ -370,10 +371,7 @@ class RLHFDataset(torch.utils.data.Dataset):
     # ---- the whole set ----
 
     def _check_columns(self, rows: Dataset) -> None:
-        columns = cut(", ".join(rows.column_names), 200)
-        for option, key in (("prompt_key", self.config.prompt_key), ("answer_key", self.config.answer_key)):
-            if key not in rows.column_names:
-                raise ValueError(f"data.{option}={key} is no column of {cut(self.data_path)!r}; it has {columns}")
+        require_columns(rows.column_names, self.data_path, self.config)
         for kind, key in (("image", self.config.image_key), ("video", self.config.video_key)):
             feature = rows.features.get(key, Value("null"))
             if not isinstance(feature, (List, LargeList)) and feature != Value("null"):

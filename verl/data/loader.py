@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from verl.data.dataset import RLHFDataset, collate_fn
+from verl.data.headers import require_full_batch
 from verl.data.order import epoch_order, mixed_order
 from verl.data.sources import JoinedDataset
 from verl.trainer.config import DataConfig, data_sources
@@ -248,20 +249,6 @@ class PromptLoader:
         self._sampler.epoch = state["epoch"]
         self._sampler.position = state["position"]
         self._batches = None
-
-
-def require_full_batch(num_prompts: int, batch_size: int) -> None:
-    """Raise unless a training set makes a batch.
-
-    Raises:
-        ValueError: it has fewer prompts.
-    """
-    if num_prompts < batch_size:
-        raise ValueError(
-            f"the training set has {num_prompts} prompts, fewer than the {batch_size} of one batch; lower "
-            "data.rollout_batch_size (or data.mini_rollout_batch_size), or raise data.max_prompt_length if too "
-            "many were dropped for their length"
-        )
 
 
 def create_dataloader(

@@ -143,7 +143,7 @@ def _read_data(config: PPOConfig, report: Report) -> None:
     set_worker_environment()  # before transformers is imported, which reads some of it
     import_modules(["verl.data.loader"])
     from verl.data.dataset import RLHFDataset
-    from verl.data.loader import require_full_batch
+    from verl.data.headers import require_full_batch
     from verl.utils.tokenizer import get_processor, get_tokenizer
 
     model, data = config.worker.actor.model, config.data

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import indent
@@ -77,6 +78,16 @@ class WandbSink(Sink):
     LIBRARY = "wandb"
     HAS_SERVER = True
     STEP = "global_step"
+
+    @classmethod
+    def account_problem(cls) -> str | None:
+        if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or sys.stdin.isatty():  # where it asks
+            return None
+        import wandb
+
+        if wandb.login(verify=False, prompt=False):
+            return None
+        return "has no key: `wandb login` keeps one, WANDB_API_KEY gives one, WANDB_MODE=offline does without"
 
     def __init__(self, run: Run) -> None:
         import wandb

@@ -3,12 +3,14 @@
 
 from typing import TYPE_CHECKING
 
+from verl.data.headers import check_headers
 from verl.trainer.config import PPOConfig
 from verl.trainer.config_checks import attention_for_signals, has_built_in_algorithms, require_available
 from verl.trainer.ray_cluster import require_cluster
 from verl.trainer.tracking import require_loggers
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.checkpoint import refuse_to_start_anew
+from verl.utils.user_code import require_defined
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -21,6 +23,8 @@ def prepare(config: PPOConfig) -> BatchPlan:
     require_available(config)
     require_cluster()
     require_loggers(config.trainer.logger)
+    require_defined(config.worker.reward.reward_function, "worker.reward.reward_function")
+    check_headers(config.data)
     if not config.trainer.val_only:  # which may look at the folder of another run
         places = (config.trainer.save_checkpoint_path, config.trainer.load_checkpoint_path)
         refuse_to_start_anew(*places, config.trainer.find_last_checkpoint)

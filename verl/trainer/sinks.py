@@ -76,6 +76,11 @@ class Sink:
     def __init__(self, run: Run) -> None:
         self.run = run
 
+    @classmethod
+    def account_problem(cls) -> str | None:
+        """What keeps it from its server, as far as this machine knows, and what to do; None for nothing."""
+        return None
+
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Takes the metrics of one step; may be called more than once for a step."""
 

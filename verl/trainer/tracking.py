@@ -37,10 +37,10 @@ RUN_IDS = "run_ids.json"
 
 
 def require_loggers(loggers: Iterable[str]) -> None:
-    """Raise unless every logger exists and its library is installed; imports none of them.
+    """Raise unless every logger exists, its library is installed and it has an account where it needs one.
 
     Raises:
-        ValueError: one line for each that does not or is not.
+        ValueError: one line for each that does not, is not or has not.
     """
     problems = []
     for name in loggers:
@@ -49,6 +49,8 @@ def require_loggers(loggers: Iterable[str]) -> None:
         elif (library := SINKS[name].LIBRARY) is not None and not _is_installed(library):
             install = f"pip install -e '.[{name}]' in the repository's root installs it"
             problems.append(f"trainer.logger={name} needs the package {library}, which is not installed; {install}")
+        elif (problem := SINKS[name].account_problem()) is not None:
+            problems.append(f"trainer.logger={name} {problem}; trainer.logger=[console,file] has no server")
     if problems:
         raise ValueError("\n".join(problems))
 

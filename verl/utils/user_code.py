@@ -6,13 +6,14 @@ It loads neither torch nor transformers, for the reward process.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import inspect
 import os
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import update_wrapper
 from pathlib import Path
 from types import ModuleType
@@ -106,6 +107,45 @@ def _is_free(name: str, path: str) -> bool:
     return origin is not None and os.path.exists(origin) and os.path.samefile(origin, path)
 
 
+def require_defined(reference: str, key: str) -> None:
+    """Raise if the file of a `path.py:function` cannot have that function, as far as one sees without running it.
+
+    Raises:
+        ValueError: it is no Python, or binds no such name at its top level.
+    """
+    path, name = reference.rsplit(":", maxsplit=1)
+    try:
+        tree = ast.parse(Path(path).read_bytes(), path)
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{key}={reference} cannot be read as Python: {error}") from None
+    names = {bound for node in _top_level(tree) for bound in _names_bound(node)}
+    if not names & {name, "*", "__getattr__"} and "globals" not in _names_called(tree):
+        functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        raise _no_such_function(key, name, path, [one for one in functions if not one.startswith("_")])
+
+
+def _top_level(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes outside functions and classes, these themselves among them."""
+    for node in ast.iter_child_nodes(tree):
+        yield node
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            yield from _top_level(node)
+
+
+def _names_bound(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        yield node.name
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    elif isinstance(node, ast.alias):
+        yield (node.asname or node.name).partition(".")[0]
+
+
+def _names_called(tree: ast.AST) -> set[str]:
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return {function.id for function in calls if isinstance(function, ast.Name)}
+
+
 def find_function(module: ModuleType, name: str, key: str) -> Callable[..., Any]:
     """The function of that name in a module that `load_module` gave.
 
@@ -119,8 +159,12 @@ def find_function(module: ModuleType, name: str, key: str) -> Callable[..., Any]
             for name, value in vars(module).items()
             if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
         ]
-        raise ValueError(
-            f"{key} names the function {name!r}, but {module.__file__} has {functions}; "
-            f"write {module.__file__}:{functions[0] if functions else 'function'}"
-        )
+        raise _no_such_function(key, name, module.__file__, functions)
     return function
+
+
+def _no_such_function(key: str, name: str, path: str, functions: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"{key} names the function {name!r}, but {path} has {list(functions)}; "
+        f"write {path}:{functions[0] if functions else 'function'}"
+    )
