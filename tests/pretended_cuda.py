@@ -20,6 +20,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,8 +57,8 @@ COLLECTIVES = (
     "broadcast",
     "reduce_scatter_tensor",
 )
-WORK = ("mm", "addmm", "bmm", "baddbmm", "convolution", "embedding", "_scaled_dot_product", "_foreach_lerp", "_foreach_add")
-"""Beginnings of the names of operations that a device is there for: products of matrices, attention, optimizer steps."""
+WORK = ("mm", "addmm", "bmm", "baddbmm", "convolution", "embedding", "_scaled_dot_product", "_foreach_lerp", "lerp")
+"""Beginnings of the names of what a device is there for: products of matrices, attention, optimizer steps."""
 
 
 class Event(NamedTuple):
@@ -67,11 +68,11 @@ class Event(NamedTuple):
     line: str
     """The innermost line outside torch."""
     our_line: str
-    """The innermost line of this package, which called it."""
+    """The innermost line of this package, which called it; `line` where none did, as in a backward pass."""
 
     @property
     def is_ours(self) -> bool:
-        return self.line == self.our_line
+        return self.line.startswith("verl/")
 
 
 @dataclass
@@ -95,8 +96,7 @@ class Findings:
 def describe(events: Counter[Event]) -> str:
     """A line for each event, for messages of tests."""
     return "\n".join(
-        f"{count} x {event.what} at {event.line}" + ("" if event.is_ours else f", from {event.our_line}")
-        for event, count in events.most_common()
+        f"{count} x {event.what} at {event.line}, from {event.our_line}" for event, count in events.most_common()
     )
 
 
@@ -111,6 +111,8 @@ def place_of(tensor: torch.Tensor) -> str:
     with torch._C.DisableTorchFunction():
         if tensor.device.type != "cpu":
             return tensor.device.type
+        while is_functorch_wrapped_tensor(tensor):
+            tensor = get_unwrapped(tensor)
         _, place = _places.get(tensor.untyped_storage()._cdata, (None, "cpu"))
         return place
 
@@ -118,7 +120,8 @@ def place_of(tensor: torch.Tensor) -> str:
 def _put(tensors: Any, place: str) -> None:
     with torch._C.DisableTorchFunction():
         for tensor in _tensors_in(tensors):
-            if tensor.device.type == "cpu":
+            # What vmap makes gets its place from the operations below it.
+            if tensor.device.type == "cpu" and not is_functorch_wrapped_tensor(tensor):
                 storage = tensor.untyped_storage()
                 _places[storage._cdata] = (StorageWeakRef(storage), place)
 
@@ -338,8 +341,11 @@ def pretended_cuda() -> Iterator[Findings]:
         "empty_cache": lambda: None,
         "get_device_capability": lambda *_: (9, 0),
         "get_device_name": lambda *_: "NVIDIA H100 80GB HBM3",
+        "get_rng_state": lambda *_: torch.zeros(1),
+        "manual_seed_all": lambda *_: None,
         "max_memory_allocated": lambda *_: 0,
         "max_memory_reserved": lambda *_: 0,
+        "set_rng_state": lambda *_: None,
         "synchronize": lambda *_: findings.waits.update([_event("synchronize")]),
     }
     with ExitStack() as stack:
