@@ -95,6 +95,8 @@ def test_a_step_and_a_resume_work_on_the_device_alone_and_rest_on_the_host(
         worker.saved_files(wait=True)
         worker.load_checkpoint(str(tmp_path), model_only=False)
         worker.update_actor(batch)
+        worker.gradients(batch, "token")
+        worker.shift_weights(0)
         assert worker.places() == {"parameters": {"cpu"}, "states": {"cpu"}, "buffers": {"cpu"}}
         assert {place_of(stream) for stream in batch.batch.values()} == {"cpu"}
     require_nothing(findings)
