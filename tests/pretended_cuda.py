@@ -26,6 +26,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.collectives import COLLECTIVES
+
 aten = torch.ops.aten
 
 DEVICE, HOST = torch.device("cuda", 0), torch.device("cpu")
@@ -49,14 +51,6 @@ RESULTS_OF_UNKNOWN_SIZE = {
     aten.repeat_interleave.Tensor,
 }
 READS = {aten._local_scalar_dense.default, aten.equal.default}
-COLLECTIVES = (
-    "all_gather",
-    "all_gather_into_tensor",
-    "all_reduce",
-    "all_to_all_single",
-    "broadcast",
-    "reduce_scatter_tensor",
-)
 WORK = ("mm", "addmm", "bmm", "baddbmm", "convolution", "embedding", "_scaled_dot_product", "_foreach_lerp", "lerp")
 """Beginnings of the names of what a device is there for: products of matrices, attention, optimizer steps."""
 

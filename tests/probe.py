@@ -10,6 +10,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tests.collectives import hold_collectives_to_nccl
 from tests.pool import shared_processes
 from verl.algorithms.policy_loss import POLICY_LOSSES
 from verl.algorithms.token_weights import measured_streams
@@ -41,6 +42,11 @@ WITH_CRITIC = (
 
 
 class ProbeWorker(FSDPWorker):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if self.world_size > 1:
+            hold_collectives_to_nccl()
+
     @register(DP_COMPUTE_METRIC, shared_by="actor")
     def gradients(
         self, mini_batch: DataProto, mode: str, loss_type: str = "default", **settings: float
