@@ -81,6 +81,7 @@ SWITCHES: dict[str, list[str]] = {
     "padding_free=false": [f"{ACTOR}.padding_free=false"],
     "dynamic_batching=false": [f"{ACTOR}.dynamic_batching=false"],
     "padding_free=false dynamic_batching=false": [f"{ACTOR}.padding_free=false", f"{ACTOR}.dynamic_batching=false"],
+    "media_cache_gb=0": ["data.media_cache_gb=0"],
     "share_prompts=false": [f"{ACTOR}.share_prompts=false"],
     "enable_gradient_checkpointing=false": [f"{ACTOR}.model.enable_gradient_checkpointing=false"],
     "collect_attentions=true (VGR)": ["worker.rollout.collect_attentions=true"],

@@ -380,6 +380,14 @@ def test_a_job_that_cannot_work_is_refused_with_the_usage(
     assert "usage: sbatch [options of Slurm] examples/slurm.sh" in finished.stderr
 
 
+def test_the_image_is_given_what_it_copies() -> None:
+    """`.dockerignore` leaves everything else out; `COPY a b c/` has its sources before its target."""
+    copied = [line.split()[1:-1] for line in (ROOT / "Dockerfile").read_text().splitlines() if line.startswith("COPY")]
+    let_in = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    assert sorted(sum(copied, [])) == sorted(let_in)
+    assert all((ROOT / name).is_file() for name in let_in)
+
+
 def test_a_token_that_others_can_read_is_refused(tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("secret")
