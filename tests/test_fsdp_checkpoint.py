@@ -30,10 +30,11 @@ def batch(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Dat
     "precision",
     [
         (),
+        ("worker.actor.fsdp.mp_param_dtype=bf16",),
         ("worker.actor.optim.strategy=adamw_bf16",),
         ("worker.actor.optim.strategy=adamw_bf16", "worker.actor.fsdp.torch_dtype=bf16"),
     ],
-    ids=["fp32", "states in bf16", "weights and states in bf16"],
+    ids=["fp32", "computed in bf16 by FSDP", "states in bf16", "weights and states in bf16"],
 )
 def test_a_checkpoint_restores_weights_optimizer_and_schedule_exactly(
     precision: tuple[str, ...], tiny_model_path: str, batch: DataProto, lone_process_group, tmp_path: Path

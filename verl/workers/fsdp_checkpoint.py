@@ -40,7 +40,7 @@ from verl.models.saved_files import add_legacy_rope, apply_umask
 from verl.models.trainable import ADAPTER, adapter_config
 from verl.utils.checkpoint import damaged_checkpoint, extra_state_file, model_file, optim_file
 from verl.utils.checkpoint_folder import FileRecord, read_manifest, record_files
-from verl.utils.shards import sharding_group_size
+from verl.utils.shards import cut_like, sharding_group_size
 from verl.utils.writing import naming_write_errors
 from verl.workers.adamw_bf16 import settle_compensation
 from verl.workers.saved_ranks import SavedRanks
@@ -293,14 +293,18 @@ class FSDPCheckpoint:
         self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _take_states(self, states: Mapping[str, dict[str, Any]]) -> None:
-        """Gives the optimizer these states, by the names of parameters, sharded as those are.
+        """Gives the optimizer these states, by the names of parameters, sharded as those are or whole.
 
         torch's `set_optimizer_state_dict` would first make gradients and states of zeros for all parameters.
         """
         names = self.model.named_parameters(remove_duplicate=False)
         saved = {parameter: states[name] for name, parameter in names if name in states}
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        by_number = {number: saved[parameter] for number, parameter in enumerate(parameters) if parameter in saved}
+        by_number = {
+            number: {key: _cut_like(value, parameter) for key, value in saved[parameter].items()}
+            for number, parameter in enumerate(parameters)
+            if parameter in saved
+        }
         groups = self.optimizer.state_dict()["param_groups"]  # parameters by number, the settings of this run
         self.optimizer.load_state_dict({"state": by_number, "param_groups": groups})
         for state in self.optimizer.state.values():
@@ -315,6 +319,12 @@ class FSDPCheckpoint:
 
 def _local(value: torch.Tensor) -> torch.Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _cut_like(value: Any, parameter: torch.Tensor) -> Any:
+    """A state sharded as its parameter; a lone rank's files hold whole ones, also where FSDP shards over it alone."""
+    is_whole = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
+    return cut_like(value, parameter) if is_whole else value
 
 
 def _require_finite(tensors: Mapping[str, torch.Tensor], owner: str) -> None:
