@@ -24,7 +24,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ENGINES = ("hf", "vllm")
 MEBIBYTE = 2**20
@@ -166,6 +165,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=3, help="after the first")
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if arguments.engine:
         print(json.dumps(measure(arguments)))
         return

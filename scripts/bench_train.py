@@ -4,6 +4,7 @@
     OMP_NUM_THREADS=1 python scripts/bench_train.py                # tiny model, one worker, on CPU: minutes
     OMP_NUM_THREADS=1 python scripts/bench_train.py --workers 2    # also the switches that need several
     python scripts/bench_train.py --shape 7b --engine vllm         # the shape of Qwen2.5-VL-7B, on GPUs
+    python scripts/bench_train.py --shape 2b                       # its proportions, on one GPU of 80 GB
 
 Every switch is turned against the defaults, for the same rows: half of the prompts with an image, responses of random
 lengths. On a CPU both runs are alive at once and take turns, and a ratio is the median of those of each turn; on GPUs
@@ -24,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-# Threads are one a process on a CPU, where workers share the cores; Ray and torch read these when they are imported.
-os.environ.update(OMP_NUM_THREADS="1", RAY_AUTH_TOKEN=secrets.token_hex(), RAY_USAGE_STATS_ENABLED="0")
+# Ray reads these when it is imported.
+os.environ.update(RAY_AUTH_TOKEN=secrets.token_hex(), RAY_USAGE_STATS_ENABLED="0")
 
 import numpy as np
 import ray
@@ -49,6 +50,19 @@ MEBIBYTE = 2**20
 PHASES = ("rollout", "log-probs", "update")
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": SIZES,
+    # The proportions of 7b, in a size that one device of 80 GB trains with AdamW in float32.
+    "2b": dict(
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_layers=20,
+        num_heads=16,
+        num_kv_heads=2,
+        vision_hidden_size=1280,
+        vision_intermediate_size=3420,
+        vision_depth=16,
+        vision_heads=16,
+        vocab_size=151936,
+    ),
     "7b": dict(
         hidden_size=3584,
         intermediate_size=18944,
@@ -67,6 +81,7 @@ SWITCHES: dict[str, list[str]] = {
     "padding_free=false": [f"{ACTOR}.padding_free=false"],
     "dynamic_batching=false": [f"{ACTOR}.dynamic_batching=false"],
     "padding_free=false dynamic_batching=false": [f"{ACTOR}.padding_free=false", f"{ACTOR}.dynamic_batching=false"],
+    "media_cache_gb=0": ["data.media_cache_gb=0"],
     "share_prompts=false": [f"{ACTOR}.share_prompts=false"],
     "enable_gradient_checkpointing=false": [f"{ACTOR}.model.enable_gradient_checkpointing=false"],
     "collect_attentions=true (VGR)": ["worker.rollout.collect_attentions=true"],

@@ -6,7 +6,8 @@
 
 Times are side by side in one process: every repeat runs each variant once, the figure is the median over repeats of
 the ratio to the plain pass of the same repeat. Peaks are measured in a fresh process for each variant. Weights are
-random; one sequence of T tokens, T/4 of them response (2048 with --shape 7b), T/2 image placeholders.
+random; one sequence of T tokens, T/4 of them response (2048 with --shape 7b), T/2 image placeholders. A cell says so
+where the eager maps are larger than the memory that is free, or where a pass runs out of memory.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -37,10 +39,11 @@ from verl.models.registry import media_token_ids
 from verl.protocol import DataProto
 from verl.utils.attention_metrics import KeyVocabulary
 from verl.utils.logprobs import log_probs_from_logits
+from verl.utils.machine_memory import memory_in_use
 from verl.workers.actor.config import ActorConfig
 from verl.workers.actor.forward import PolicyForward, SignalSettings
 
-MEBIBYTE = 2**20
+MEBIBYTE, GIBIBYTE = 2**20, 2**30
 IMAGE, VISION_START, VISION_END = 1, 2, 3
 SHAPES = {
     "small": dict(
@@ -63,6 +66,7 @@ SHAPES = {
     ),
 }
 PLAIN, EAGER = "plain", "eager maps"
+OUT_OF_MEMORY = "out of memory"
 
 
 def build_model(shape: str, device: torch.device) -> Qwen2_5_VLForConditionalGeneration:
@@ -153,6 +157,20 @@ def eager_pass(model: Qwen2_5_VLForConditionalGeneration, rows: DataProto, devic
     )
 
 
+def bytes_of_eager_maps(config: Qwen2_5_VLConfig, length: int, dtype: torch.dtype) -> int:
+    """What an eager pass holds at its end: a map (T, T) for each layer and head."""
+    text = config.text_config
+    return text.num_hidden_layers * text.num_attention_heads * length**2 * dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+    in_use, total = memory_in_use()
+    return total - in_use
+
+
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     """Wall time on a GPU; the process's own time on a CPU, which other processes disturb less."""
     gc.collect()
@@ -171,14 +189,12 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 def measure_times(
     variants: dict[str, Callable[[], object]], device: torch.device, repeats: int, eager_repeats: int
 ) -> dict[str, tuple[float, float]]:
-    """Seconds (median) and ratio to the plain pass (median of the ratios within a repeat), by variant."""
+    """Seconds (median) and ratio to the plain pass (median of the ratios within a repeat), by variant; nothing for a
+    variant that runs out of memory."""
     first = next(iter(variants))
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for name, run in variants.items():
-        if name != EAGER or eager_repeats:
-            run()
+    times: dict[str, list[float]] = {name: [] for name, run in variants.items() if fits_in_memory(run)}
     for repeat in range(repeats):
-        names = [name for name in variants if name != EAGER or repeat < eager_repeats]
+        names = [name for name in times if name != EAGER or repeat < eager_repeats]
         for name in names if repeat % 2 == 0 else reversed(names):
             times[name].append(seconds_of(variants[name], device))
     return {
@@ -189,6 +205,16 @@ def measure_times(
         for name, seconds in times.items()
         if seconds
     }
+
+
+def fits_in_memory(run: Callable[[], object]) -> bool:
+    """Runs the pass once, which loads what loads once."""
+    try:
+        run()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return False
+    return True
 
 
 @torch.no_grad()
@@ -211,39 +237,46 @@ def measure_peak(
 
 
 def peak_in_a_fresh_process(arguments: argparse.Namespace, length: int, name: str) -> float:
+    """MiB; NaN where the pass runs out of memory there, beside this process."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     command = [sys.executable, __file__, "--shape", arguments.shape, "--peak", name, "--lengths", str(length)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "OutOfMemoryError" in finished.stderr:
+        return math.nan
     if finished.returncode != 0:
         raise RuntimeError(f"the pass {name!r} at T={length} failed:\n{finished.stderr[-2000:]}")
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-def table_of(results: dict[int, dict[str, dict[str, float]]]) -> str:
+def table_of(results: dict[int, dict[str, dict[str, float] | str]]) -> str:
     """Markdown: a row for each pass, a column for each T with time and peak memory."""
     head = ["pass", *(f"T={length}" for length in results)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name in next(iter(results.values())):
-        cells = [cell_text(name, by_variant.get(name)) for by_variant in results.values()]
+        cells = [cell_text(name, by_variant[name]) for by_variant in results.values()]
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines)
 
 
-def cell_text(name: str, figures: dict[str, float] | None) -> str:
-    if figures is None:
-        return ""
+def cell_text(name: str, figures: dict[str, float] | str) -> str:
+    """figures: or why there are none."""
+    if isinstance(figures, str):
+        return figures
     time = f"{figures['seconds']:.2f} s" if name.startswith(PLAIN) else ratio_text(figures["ratio"])
-    return f"{time}, {figures['peak']:.0f} MiB"
+    memory = OUT_OF_MEMORY if math.isnan(figures["peak"]) else f"{figures['peak']:.0f} MiB"
+    return f"{time}, {memory}"
 
 
 def ratio_text(ratio: float) -> str:
     return f"{ratio:.1f} x" if ratio > 1.95 else f"{100 * (ratio - 1):+.1f} %"
 
 
-def draw(results: dict[int, dict[str, dict[str, float]]], path: Path, title: str) -> None:
+def draw(results: dict[int, dict[str, dict[str, float] | str]], path: Path, title: str) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")  # not pyplot, which would look for a display
     times, peaks = figure.subplots(1, 2)
     for name in next(iter(results.values())):
-        lengths = [length for length, by_variant in results.items() if name in by_variant]
+        lengths = [length for length, by_variant in results.items() if not isinstance(by_variant[name], str)]
         times.plot(
             lengths, [results[length][name]["ratio"] for length in lengths], marker="o", label=name.replace("`", "")
         )
@@ -276,20 +309,20 @@ def main() -> None:
 
     place = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     title = f"{arguments.shape} on {place}, {default_backend(device)} back end"
-    results: dict[int, dict[str, dict[str, float]]] = {}
+    results: dict[int, dict[str, dict[str, float] | str]] = {}
     for length in arguments.lengths:
         variants = variants_of(model, build_rows(length, response_length_of(arguments.shape, length)), device)
+        results[length] = dict.fromkeys(variants, OUT_OF_MEMORY)
+        size = bytes_of_eager_maps(model.config, length, model.dtype)
         if not arguments.eager_repeats:
+            del variants[EAGER], results[length][EAGER]
+        elif size > free_bytes(device):
             del variants[EAGER]
+            results[length][EAGER] = f"left out: {size / GIBIBYTE:.0f} GiB of maps"
         times = measure_times(variants, device, arguments.repeats, arguments.eager_repeats)
-        results[length] = {
-            name: {
-                "seconds": seconds,
-                "ratio": ratio,
-                "peak": peak_in_a_fresh_process(arguments, length, name),
-            }
-            for name, (seconds, ratio) in times.items()
-        }
+        for name, (seconds, ratio) in times.items():
+            peak = peak_in_a_fresh_process(arguments, length, name)
+            results[length][name] = {"seconds": seconds, "ratio": ratio, "peak": peak}
         print(f"T={length}: " + json.dumps(results[length]), flush=True)
     print(f"\n{title}; torch {torch.__version__}\n\n{table_of(results)}")
     draw(results, arguments.output, title)

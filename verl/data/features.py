@@ -100,7 +100,9 @@ def _process(
 
 def _join(values: Sequence[torch.Tensor]) -> torch.Tensor:
     """Along the first dimension. Images of different sizes get zeros on the right and at the bottom, as Pixtral pads
-    them; their true sizes are an input of their own."""
+    them; their true sizes are an input of their own. One value is given as it is, without a copy."""
+    if len(values) == 1:
+        return values[0]
     if any(value.shape[1:] != values[0].shape[1:] for value in values):
         height, width = (max(value.shape[dim] for value in values) for dim in (2, 3))
         values = [functional.pad(value, (0, width - value.shape[3], 0, height - value.shape[2])) for value in values]

@@ -20,6 +20,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from verl.models.registry import family_of
 from verl.models.value_model import ValueModel
+from verl.utils.device_copies import to_device
 from verl.utils.remote_code import refused_remote_code
 from verl.workers.actor.config import ModelConfig
 
@@ -203,7 +204,7 @@ def keep_vision_tower_in_step(model: nn.Module) -> None:
         if has_images or has_videos or kwargs.get("past_key_values") is not None:
             return None
         embeds = core.get_input_embeddings()(kwargs["input_ids"])
-        inputs = {name: value.to(embeds.device) for name, value in blank_image(model.config).items()}
+        inputs = {name: to_device(value, embeds.device) for name, value in blank_image(model.config).items()}
         inputs["pixel_values"] = inputs["pixel_values"].to(embeds.dtype)
         features = core.get_image_features(**inputs, return_dict=True)
         # Qwen3-VL feeds deeper layers from the tower as well: they need a gradient path too.

@@ -26,6 +26,7 @@ from verl.models.registry import packs
 from verl.models.sequence_parallel import SequenceGroup
 from verl.protocol import DataProto
 from verl.trainer.config import LayerChoice
+from verl.utils.device_copies import to_device
 from verl.utils.response_span import response_columns, response_ends, response_tokens
 
 KEEPS_SAMPLES_APART = {"full_attention", "sliding_attention"}
@@ -84,7 +85,7 @@ class TokenLayout(ABC):
         Args:
             constant: the names out of `names` whose streams carry no gradient.
         """
-        mask = self.response_mask.to(at_labels.device)
+        mask = to_device(self.response_mask, at_labels.device)
         zeros = at_labels.new_zeros(mask.shape)  # (N, R)
         columns = dict(zip(names, self.of_all_ranks(at_labels).unbind(-1), strict=True))
         return {
@@ -99,7 +100,8 @@ class TokenLayout(ABC):
             states: of all of this rank's positions, as the decoder gives them.
         """
         keep = self.model_inputs()["logits_to_keep"]
-        return self.at_labels(states[:, slice(-keep, None) if isinstance(keep, int) else keep.to(states.device)])
+        kept = slice(-keep, None) if isinstance(keep, int) else to_device(keep, states.device)
+        return self.at_labels(states[:, kept])
 
     @abstractmethod
     def label_rows(self) -> torch.Tensor:
@@ -116,7 +118,7 @@ class TokenLayout(ABC):
 
     def as_wide(self, masses: torch.Tensor) -> torch.Tensor:
         """(N, R, 2), zero outside `response_mask`, from the recorder's first columns."""
-        mask = self.response_mask.to(masses.device)
+        mask = to_device(self.response_mask, masses.device)
         wide = nn.functional.pad(masses, (0, 0, 0, mask.shape[1] - masses.shape[1]))
         return torch.where(mask[:, :, None], wide, 0)
 
@@ -178,14 +180,16 @@ class PaddedLayout(TokenLayout):
         return self.input_ids[:, response_columns(self.input_ids.shape[1], self.length)][self.is_label]
 
     def at_labels(self, kept: torch.Tensor) -> torch.Tensor:
-        # What stands at a position is about the token after it: drop the last, keep the one before the response.
-        return kept[:, :-1][self.is_label.to(kept.device)]
+        # What stands at a position is about the token after it, so that `kept` begins a position before the responses.
+        # The places are found on the CPU: for those of a mask on the device the host would wait.
+        rows, columns = (to_device(places, kept.device) for places in self.is_label.nonzero(as_tuple=True))
+        return kept[rows, columns]
 
     def label_rows(self) -> torch.Tensor:
         return self.response_mask.nonzero()[:, 0]
 
     def row_means(self, states: torch.Tensor, is_chosen: torch.Tensor) -> torch.Tensor:
-        chosen = is_chosen[:, self.columns].to(states.device, torch.float32)  # (N, s)
+        chosen = to_device(is_chosen[:, self.columns].float(), states.device)  # (N, s)
         return torch.einsum("ns,nsh->nh", chosen, states.float()) / chosen.sum(dim=1, keepdim=True)
 
     def record_attention(
@@ -265,12 +269,12 @@ class PackedLayout(TokenLayout):
         of_tokens = nn.functional.pad(self._packed(rows), (0, len(self.input_ids) - self.borders[-1]), value=num_rows)
         if self.group is not None:
             of_tokens = of_tokens[self.group.own_slice(len(self.input_ids))]
-        of_tokens = of_tokens.to(states.device)  # (T,) or (T / W,)
+        of_tokens = to_device(of_tokens, states.device)  # (T,) or (T / W,)
         sums = states.new_zeros(num_rows + 1, states.shape[-1], dtype=torch.float32)
         sums.index_add_(0, of_tokens, states[0].float())
         if self.group is not None:
             sums = self.group.mean(sums) * self.group.size
-        return sums[:-1] / is_chosen.sum(dim=1, keepdim=True).to(states.device)
+        return sums[:-1] / to_device(is_chosen.sum(dim=1, keepdim=True), states.device)
 
     def of_all_ranks(self, at_labels: torch.Tensor) -> torch.Tensor:
         if self.group is None:
@@ -278,8 +282,9 @@ class PackedLayout(TokenLayout):
         # Ranks have different numbers of labels, but all as many positions.
         share = len(self.input_ids) // self.group.size
         at_positions = at_labels.new_zeros(share, *at_labels.shape[1:])
-        at_positions = at_positions.index_put((self.own_predictors.to(at_labels.device) - self.first,), at_labels)
-        return self.group.gather(at_positions)[self.predictors.to(at_labels.device)]
+        own_places = to_device(self.own_predictors - self.first, at_labels.device)
+        at_positions = at_positions.index_put((own_places,), at_labels)
+        return self.group.gather(at_positions)[to_device(self.predictors, at_labels.device)]
 
     def record_attention(
         self,
@@ -370,7 +375,7 @@ class SharedPromptLayout(TokenLayout):
     def row_means(self, states: torch.Tensor, is_chosen: torch.Tensor) -> torch.Tensor:
         # Prompts of a group are the same, in the same columns.
         chosen = [places[is_chosen[row, self.token_columns[places]]] for row, places in enumerate(self._places)]
-        means = [states[0, own.to(states.device)].float().mean(dim=0) for own in chosen]
+        means = [states[0, to_device(own, states.device)].float().mean(dim=0) for own in chosen]
         return torch.stack(means)
 
     def record_attention(

@@ -34,6 +34,20 @@ SETTLE_SECONDS = 5
 """A rank whose peer died fails in their collective about two seconds before Ray says who died."""
 
 
+def threads_of_worker(device: str, node_resources: Mapping[str, float]) -> str:
+    """The OpenMP threads of a worker: what `OMP_NUM_THREADS` says in this process; else its share of the node's cores
+    where it has a GPU, and one on a CPU, where workers with more would fight over the cores, many times slower.
+
+    Args:
+        node_resources: `CPU` and `GPU` of the worker's node, as Ray counts them.
+    """
+    if (chosen := os.environ.get("OMP_NUM_THREADS")) is not None:
+        return chosen
+    if device != "cuda":
+        return "1"
+    return str(max(1, int(node_resources["CPU"] // node_resources["GPU"])))
+
+
 def detect_device() -> str:
     """ "cuda" when the Ray cluster has any GPU, else "cpu"."""
     return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
@@ -146,11 +160,10 @@ class WorkerProcesses:
         self._has_joined = False
 
     def _start(self, workers_per_node: int, variables: Mapping[str, str]) -> list[ray.actor.ActorHandle]:
-        is_cuda = self.device == "cuda"
-        # More than one thread per process makes CPU workers fight over the cores, many times slower. Not by way of a
-        # runtime environment, for which Ray would start a process anew instead of taking one that waits.
-        threads = {} if is_cuda else {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        actor_class = ray.remote(num_cpus=1, num_gpus=int(is_cuda))(WorkerProcess)
+        # Ray by itself gives each one thread. Not by way of a runtime environment, for which Ray would start a process
+        # anew instead of taking one that waits.
+        threads = [threads_of_worker(self.device, _record_of(group)["Resources"]) for group in self._placement_groups]
+        actor_class = ray.remote(num_cpus=1, num_gpus=int(self.device == "cuda"))(WorkerProcess)
         return [
             actor_class.options(
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=local_rank)
@@ -159,7 +172,7 @@ class WorkerProcesses:
                 world_size=self.world_size,
                 local_rank=local_rank,
                 device=self.device,
-                variables={**threads, **variables},
+                variables={"OMP_NUM_THREADS": threads[node], **variables},
             )
             for node, group in enumerate(self._placement_groups)
             for local_rank in range(workers_per_node)
@@ -316,9 +329,14 @@ def _reserve_nodes(num_nodes: int, workers_per_node: int, device: str) -> list[P
 
 
 def _node_of(group: PlacementGroup) -> Node:
+    record = _record_of(group)
+    return Node(record["NodeManagerAddress"], record["NodeID"])
+
+
+def _record_of(group: PlacementGroup) -> dict[str, Any]:
+    """What Ray says of the node that has all bundles of the group."""
     node_id = ray.util.placement_group_table(group)["bundles_to_node_id"][0]
-    address = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
-    return Node(address, node_id)
+    return next(node for node in ray.nodes() if node["NodeID"] == node_id)
 
 
 def _lost_ranks(references: list[ray.ObjectRef]) -> dict[str, Exception]:

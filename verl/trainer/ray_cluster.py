@@ -29,9 +29,10 @@ WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "true",
     "NCCL_DEBUG": "WARN",
     "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "VLLM_LOGGING_LEVEL": "ERROR",
+    # Both want a group's GPUs to see each other, and Ray shows a process its own.
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import linear
 
+from verl.utils.device_copies import to_device
+
 POSITIONS_AT_ONCE = 512  # at a vocabulary of 152k this is 311 MB a temporary, of which up to four live at once
 
 
@@ -81,7 +83,7 @@ def token_statistics(
     ref_logits: as `logits`, without gradient; None for no KL.
     with_entropy: False leaves the entropy None and saves its computation.
     """
-    suppressed = torch.tensor(list(suppressed_token_ids), dtype=torch.int64, device=labels.device)
+    suppressed = to_device(torch.tensor(list(suppressed_token_ids), dtype=torch.int64), labels.device)
     policy, reference = _flat_parts(logits, labels), _flat_parts(ref_logits, labels)
     flat = _Statistics.apply(*policy, *reference, labels.flatten(), temperature, suppressed, with_entropy)
     return TokenStatistics(*(None if values is None else values.view(labels.shape) for values in flat))

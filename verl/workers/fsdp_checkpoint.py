@@ -32,7 +32,6 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
-    set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
 
@@ -41,7 +40,7 @@ from verl.models.saved_files import add_legacy_rope, apply_umask
 from verl.models.trainable import ADAPTER, adapter_config
 from verl.utils.checkpoint import damaged_checkpoint, extra_state_file, model_file, optim_file
 from verl.utils.checkpoint_folder import FileRecord, read_manifest, record_files
-from verl.utils.shards import sharding_group_size
+from verl.utils.shards import cut_like, sharding_group_size
 from verl.utils.writing import naming_write_errors
 from verl.workers.adamw_bf16 import settle_compensation
 from verl.workers.saved_ranks import SavedRanks
@@ -283,31 +282,36 @@ class FSDPCheckpoint:
         Parameters missing from the saved state start fresh: no gradient ever reached them, as in a layer of a vision
         tower that the model leaves out, or they were frozen.
         """
-        settings = [
-            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
-        ]
         base_rates = self.scheduler.base_lrs
         if optimizer_state:
-            saved_groups = zip(optimizer_state["param_groups"], settings, strict=True)
-            groups = [{**setting, "params": saved["params"]} for saved, setting in saved_groups]
-            set_optimizer_state_dict(
-                self.model,
-                self.optimizer,
-                {**optimizer_state, "param_groups": groups},
-                options=replace(self.options, strict=False),
-            )
-            names = self.model.named_parameters(remove_duplicate=False)
-            known = {parameter for name, parameter in names if name in optimizer_state["state"]}
-            for parameter in self.optimizer.state.keys() - known:
-                del self.optimizer.state[parameter]  # torch made one up, with a step that never was
+            self._take_states(optimizer_state["state"])
             settle_compensation(self.optimizer)
         self.scheduler.load_state_dict({**scheduler_state, "base_lrs": base_rates})
         factors = [factor(self.scheduler.last_epoch) for factor in self.scheduler.lr_lambdas]
-        for group, setting, rate, factor in zip(
-            self.optimizer.param_groups, settings, base_rates, factors, strict=True
-        ):
-            group.update(setting, lr=rate * factor)
+        for group, rate, factor in zip(self.optimizer.param_groups, base_rates, factors, strict=True):
+            group["lr"] = rate * factor
         self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _take_states(self, states: Mapping[str, dict[str, Any]]) -> None:
+        """Gives the optimizer these states, by the names of parameters, sharded as those are or whole.
+
+        torch's `set_optimizer_state_dict` would first make gradients and states of zeros for all parameters.
+        """
+        names = self.model.named_parameters(remove_duplicate=False)
+        saved = {parameter: states[name] for name, parameter in names if name in states}
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        by_number = {
+            number: {key: _cut_like(value, parameter) for key, value in saved[parameter].items()}
+            for number, parameter in enumerate(parameters)
+            if parameter in saved
+        }
+        groups = self.optimizer.state_dict()["param_groups"]  # parameters by number, the settings of this run
+        self.optimizer.load_state_dict({"state": by_number, "param_groups": groups})
+        for state in self.optimizer.state.values():
+            for key, value in state.items():
+                # What did not change place or precision is still the file's own memory.
+                if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+                    state[key] = value.clone()
 
     def _name(self, file_name: Callable[[int, int], str]) -> str:
         return file_name(self.world_size, self.rank)
@@ -315,6 +319,12 @@ class FSDPCheckpoint:
 
 def _local(value: torch.Tensor) -> torch.Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _cut_like(value: Any, parameter: torch.Tensor) -> Any:
+    """A state sharded as its parameter; a lone rank's files hold whole ones, also where FSDP shards over it alone."""
+    is_whole = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
+    return cut_like(value, parameter) if is_whole else value
 
 
 def _require_finite(tensors: Mapping[str, torch.Tensor], owner: str) -> None:

@@ -25,6 +25,7 @@ from verl.models.sequence_parallel import SequenceGroup
 from verl.models.token_layout import PackedLayout, PaddedLayout, SharedPromptLayout, TokenLayout, why_not_packed
 from verl.models.trainable import vision_tower, without_adapters
 from verl.protocol import DataProto
+from verl.utils.device_copies import to_device
 from verl.utils.logprobs import LazyLogits
 from verl.utils.seqlen_balancing import prepare_dynamic_batch, restore_dynamic_batch
 from verl.workers.actor.config import TrainedModelConfig
@@ -113,7 +114,8 @@ class ResponseForward(ABC):
         """`measure` for any number of rows, in micro-batches, without gradient; the streams are on the CPU."""
         self.model.eval()
         micro_batches, places = self.micro_batches(data, micro_batch_size)
-        parts = [_on_cpu(self.measure(rows, wanted)) for rows in micro_batches]
+        parts = [self.measure(rows, wanted) for rows in micro_batches]
+        # Fetched when all are under way: after each, the device would have nothing to do while the next is prepared.
         return {name: restore_dynamic_batch(_joined([part[name] for part in parts]), places) for name in parts[0]}
 
     def micro_batches(self, data: DataProto, size: int) -> tuple[list[DataProto], list[Sequence[int]]]:
@@ -153,7 +155,8 @@ class ResponseForward(ABC):
 
     def _on_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {
-            name: value.to(self.device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
+            name: to_device(value, self.device) if isinstance(value, torch.Tensor) else value
+            for name, value in inputs.items()
         }
 
     def _adapters(self) -> AbstractContextManager:
@@ -174,9 +177,6 @@ class ResponseForward(ABC):
         yield {}
 
 
-def _on_cpu(streams: dict[str, Column]) -> dict[str, Column]:
-    return {name: stream.cpu() if isinstance(stream, torch.Tensor) else stream for name, stream in streams.items()}
-
-
 def _joined(parts: Sequence[Column]) -> Column:
-    return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else np.concatenate(parts)
+    """On the CPU."""
+    return torch.cat(parts).cpu() if isinstance(parts[0], torch.Tensor) else np.concatenate(parts)

@@ -25,8 +25,9 @@ CONTENTS: dict[Callable[[int, int], str], tuple[str, Callable[[dict[str, Any]], 
 class SavedRanks:
     """The files in `<checkpoint>/actor/` or `<checkpoint>/critic/`, as one rank of a run reads them.
 
-    Where as many ranks saved them, in sharding groups of the same size, a rank reads its own files. Otherwise it maps
-    the files of all ranks and takes its part, a tensor at a time.
+    Where as many ranks saved them, in sharding groups of the same size, a rank takes its own files. Otherwise it takes
+    its part of the files of all ranks, a tensor at a time. Files are mapped, not read: what they give is to be copied,
+    and they must stay as they are until it was.
 
     Args:
         root: the folder.
@@ -105,12 +106,12 @@ class SavedRanks:
             raise damaged_checkpoint(self.root.parent, f"{name} in {self.root}: {error}") from error
         return whole if pattern is None else cut_like(whole, pattern)
 
-    def _load(self, file_name: Callable[[int, int], str], rank: int, mapped: bool = False) -> dict[str, Any]:
+    def _load(self, file_name: Callable[[int, int], str], rank: int) -> dict[str, Any]:
         path = self.root / file_name(self.world_size, rank)
         if not path.exists():
             raise damaged_checkpoint(self.root.parent, f"{path} does not exist")
         try:
-            state = load_tensors(path, mmap=mapped)
+            state = load_tensors(path, mmap=True)
         except ValueError as error:
             raise damaged_checkpoint(self.root.parent, str(error)) from error
         content, is_content = CONTENTS[file_name]
@@ -119,4 +120,4 @@ class SavedRanks:
         return state
 
     def _load_all(self, file_name: Callable[[int, int], str]) -> list[dict[str, Any]]:
-        return [self._load(file_name, rank, mapped=True) for rank in range(self.world_size)]
+        return [self._load(file_name, rank) for rank in range(self.world_size)]

@@ -166,7 +166,8 @@ class TrainedModel:
             (loss * world_size).backward()  # FSDP averages gradients over the ranks
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
-        return {f"{self.area}/{name}": self._sum_over_rows(value).item() for name, value in sums.items()}
+        totals = self._sum_over_rows(torch.stack([value.double() for value in sums.values()]))
+        return {f"{self.area}/{name}": total for name, total in zip(sums, totals.tolist(), strict=True)}
 
     def _sum_over_rows(self, value: torch.Tensor) -> torch.Tensor:
         """Over all ranks, each row counted once."""

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from verl.utils.attention_metrics import KeyKind
+from verl.utils.device_copies import to_device
 from verl.utils.response_span import response_columns
 
 # The kinds whose attention is summed come first, so that each sum is one over neighbours.
@@ -158,7 +159,9 @@ class KeyPlan:
         """The plan with its tensors on `device`; copied at the first call and kept."""
         if device not in self._on_devices:
             names = ("query_positions", "result_columns", "key_positions", "table")
-            self._on_devices[device] = replace(self, **{name: getattr(self, name).to(device) for name in names})
+            self._on_devices[device] = replace(
+                self, **{name: to_device(getattr(self, name), device) for name in names}
+            )
         return self._on_devices[device]
 
 

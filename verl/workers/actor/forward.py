@@ -26,6 +26,7 @@ from verl.models.token_layout import TokenLayout
 from verl.protocol import DataProto
 from verl.trainer.config import LayerChoice
 from verl.utils.attention_metrics import KeyKind, KeyVocabulary, count_keys
+from verl.utils.device_copies import to_device
 from verl.utils.logprobs import LazyLogits, token_statistics
 from verl.workers.actor.config import ActorConfig
 from verl.workers.response_forward import Column, ResponseForward
@@ -135,7 +136,7 @@ class PolicyForward(ResponseForward):
     def _head(
         self, rows: DataProto, layout: TokenLayout, inputs: dict[str, Any], names: Sequence[str]
     ) -> Callable[[LazyLogits], torch.Tensor]:
-        labels = layout.labels().to(self.device)  # (L,)
+        labels = to_device(layout.labels(), self.device)  # (L,)
         reference = spoilt = has_media = None
         if "kl" in names:
             assert self.reference is not None, "there is no reference to measure kl from"
@@ -144,7 +145,7 @@ class PolicyForward(ResponseForward):
             assert self.signals is not None, "image_kl needs SignalSettings"
             media = self._on_device(self._media(rows, layout, self.signals.noise))
             spoilt = self.logits_at_labels(layout, inputs | media)
-            has_media = self._rows_with_media(rows)[layout.label_rows()].to(self.device)  # (L,)
+            has_media = to_device(self._rows_with_media(rows)[layout.label_rows()], self.device)  # (L,)
         return PolicyHead(names, labels, self.temperature, self.banned_token_ids, reference, spoilt, has_media)
 
     def _rows_with_media(self, rows: DataProto) -> torch.Tensor:
@@ -186,7 +187,6 @@ class PolicyForward(ResponseForward):
             (states,) = seen_states
             image_means = layout.row_means(states, key_kinds == KeyKind.VISION)  # (N, H)
             of_labels = layout.label_states(states).float()  # (L, H)
-            cosine = nn.functional.cosine_similarity(
-                of_labels, image_means[layout.label_rows().to(self.device)], dim=-1
-            )
+            rows_of_labels = to_device(layout.label_rows(), self.device)  # (L,)
+            cosine = nn.functional.cosine_similarity(of_labels, image_means[rows_of_labels], dim=-1)
             observed |= layout.as_streams(["hidden_cosine"], cosine[:, None])

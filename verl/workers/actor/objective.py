@@ -13,6 +13,7 @@ from verl.algorithms.policy_loss import PolicyLoss, PolicyLossInputs
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
 from verl.utils.attention_token_weights import align_token_weights
+from verl.utils.device_copies import to_device
 from verl.utils.masked_ops import aggregate_loss
 from verl.workers.actor.forward import PolicyForward
 
@@ -40,7 +41,7 @@ class PolicyObjective:
         """Reads of `rows`: the model's inputs, `response_mask`, `old_log_probs`, `advantages`; `token_weights`,
         `importance_weights` and `ref_log_probs` (N, R) in runs that have them."""
         self._require_no_idle_weights(rows)
-        given = rows.select(None, []).to(self.forward.device).batch
+        given = {name: to_device(rows.batch[name], self.forward.device) for name in self._streams_read()}
         response_mask, old_log_probs = given["response_mask"], given["old_log_probs"]  # (N, R)
         weighted_mask = response_mask
         if self.algorithm.enable_token_weights:
@@ -48,7 +49,7 @@ class PolicyObjective:
         share = partial(
             aggregate_loss,
             response_mask=response_mask,
-            num_tokens=num_tokens.to(self.forward.device),
+            num_tokens=to_device(num_tokens, self.forward.device),
             num_sequences=num_sequences,
         )
         share_of_mean = partial(share, weighted_mask=response_mask, mode="token")
@@ -75,6 +76,17 @@ class PolicyObjective:
             metrics["kl_loss"] = share_of_loss(kl)
             loss = loss + self.algorithm.kl_coef * metrics["kl_loss"]
         return loss, metrics
+
+    def _streams_read(self) -> list[str]:
+        """Of the batch, beside the model's inputs."""
+        names = ["response_mask", "old_log_probs", "advantages"]
+        if self.algorithm.enable_token_weights:
+            names.append("token_weights")
+        if self.has_importance_weights:
+            names.append("importance_weights")
+        if self.algorithm.kl_in_loss and not self.algorithm.full_kl_in_loss:
+            names.append("ref_log_probs")
+        return names
 
     def _require_no_idle_weights(self, rows: DataProto) -> None:
         """Weights that came along though they are switched off would be lost without a word."""

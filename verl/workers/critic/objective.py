@@ -8,6 +8,7 @@ import torch
 
 from verl.algorithms.value_loss import clipped_value_loss
 from verl.protocol import DataProto
+from verl.utils.device_copies import to_device
 from verl.utils.masked_ops import aggregate_loss
 from verl.workers.critic.config import CriticConfig
 from verl.workers.critic.forward import ValueForward
@@ -29,11 +30,12 @@ class ValueObjective:
         self, rows: DataProto, num_tokens: torch.Tensor, num_sequences: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Reads of `rows` what `DataParallelPPOCritic.update_critic` does."""
-        given = rows.select(None, []).to(self.forward.device).batch
-        response_mask = given["response_mask"]  # (N, R)
-        counts = (num_tokens.to(self.forward.device), num_sequences)
+        response_mask, old_values, returns = (
+            to_device(rows.batch[name], self.forward.device) for name in ("response_mask", "values", "returns")
+        )  # (N, R)
+        counts = (to_device(num_tokens, self.forward.device), num_sequences)
         values = self.forward.measure(rows, ["values"])["values"]  # (N, R)
-        per_token_loss, per_token_metrics = clipped_value_loss(values, given["values"], given["returns"], self.config)
+        per_token_loss, per_token_metrics = clipped_value_loss(values, old_values, returns, self.config)
         mode = self.config.loss_avg_mode
         loss = aggregate_loss(per_token_loss, response_mask, response_mask, mode, *counts)
         metrics = {

@@ -150,8 +150,7 @@ class VLLMRollout(Rollout):
                 # The workers of a group are processes that exist already, each with an engine of its own that
                 # schedules the same requests in the same order.
                 distributed_executor_backend="external_launcher",
-                # It needs every GPU of the group to be visible in each process; Ray shows each its own.
-                disable_custom_all_reduce=True,
+                **_all_reduce_options(rollout.tensor_parallel_size),
                 **_media_options(model_config, featurizer.processor if with_videos else None, rollout, device),
                 **_memory_options(model_config, config, device),
             )
@@ -319,6 +318,17 @@ def _normalises_alike(processor: ProcessorMixin) -> bool:
     return all(
         list(getattr(of_images, name)) == list(getattr(of_videos, name)) for name in ("image_mean", "image_std")
     )
+
+
+def _all_reduce_options(tensor_parallel_size: int) -> dict[str, Any]:
+    """Leaves all-reduces to NCCL: vLLM's own, and the one that it fuses with norms, need every GPU of a group to be
+    visible in each process, and Ray shows each its own. `WORKER_ENVIRONMENT` turns further ones off."""
+    if tensor_parallel_size == 1:
+        return {}
+    return {
+        "disable_custom_all_reduce": True,
+        "compilation_config": {"pass_config": {"fuse_allreduce_rms": False}},
+    }
 
 
 def _memory_options(model_config: PretrainedConfig, config: PPOConfig, device: torch.device) -> dict[str, Any]:
