@@ -18,6 +18,7 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
     HF_HUB_OFFLINE="1",
+    WANDB_MODE="offline",
     RAY_USAGE_STATS_ENABLED="0",
     RAY_AUTH_MODE="token",
     RAY_DEDUP_LOGS="0",

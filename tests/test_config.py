@@ -1227,3 +1227,10 @@ def test_reading_a_configuration_loads_nothing_heavy():
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("visible", "count"), [("0,1,2", 3), ("", 1), ("-1", 1), ("GPU-5c3f", 1), ("2,3", 2)])
+def test_there_are_as_many_workers_as_gpus_or_one_without_any(visible, count, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert load_config([]).trainer.n_gpus_per_node == count
+    assert load_config(["trainer.n_gpus_per_node=8"]).trainer.n_gpus_per_node == 8

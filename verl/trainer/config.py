@@ -4,6 +4,7 @@
 Keys, defaults and merge order are EasyR1's, so that its YAML files and command lines work as they are.
 """
 
+import glob
 import math
 import os
 import re
@@ -325,8 +326,9 @@ class TrainerConfig(ConfigSection):
     """Where metrics and sampled generations go: one name or a list."""
     nnodes: int = 1
     """Machines of the Ray cluster to use."""
-    n_gpus_per_node: int = 8
-    """Workers per machine: one a GPU, or CPU processes where there are no GPUs."""
+    n_gpus_per_node: int | None = None
+    """Workers per machine: one a GPU, or CPU processes where there are no GPUs. null takes the GPUs of this machine,
+    or one process where it has none."""
     max_try_make_batch: int = 20
     """Generation calls allowed to fill one step when groups are filtered; 0 or less allows any number."""
     critic_warmup: int = 0
@@ -379,6 +381,8 @@ class TrainerConfig(ConfigSection):
         self.require_at_least(0, "critic_warmup", "val_generations_to_log", "train_generations_to_log", "max_restarts")
         self.require_at_least(0, "max_skipped_steps", "max_uninformative_steps")
         self.require_above_0("grace_s")
+        if self.n_gpus_per_node is None:
+            self.settle("n_gpus_per_node", max(1, _visible_gpus()))
         if self.save_checkpoint_path is None:
             self.settle("save_checkpoint_path", os.path.join("checkpoints", self.project_name, self.experiment_name))
         self.settle_path("save_checkpoint_path", "output")
@@ -417,6 +421,14 @@ class PPOConfig(ConfigSection):
     def to_dict(self) -> dict[str, Any]:
         """The tree as plain dictionaries, for loggers."""
         return asdict(self)
+
+
+def _visible_gpus() -> int:
+    """GPUs of this machine that a process may use, counted without CUDA or torch."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is not None:
+        return len([name for name in names.split(",") if name.strip() not in ("", "-1")])
+    return len(glob.glob("/dev/nvidia[0-9]*"))
 
 
 def _retired_keys() -> dict[str, RetiredKey]:
