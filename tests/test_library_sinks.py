@@ -165,6 +165,15 @@ def test_tensorboard_does_not_show_a_fresh_run_the_points_of_an_earlier_one():
     assert [(event.step, event.value) for event in events.Scalars("reward/overall")] == [(0, 0.75), (1, 0.75)]
 
 
+def test_a_fresh_run_in_the_event_folder_of_another_is_told_so_and_a_resumed_one_is_not(caplog):
+    for resume_step, is_told in ((0, False), (0, True), (2, False)):
+        caplog.clear()
+        with make_tracker("tensorboard", resume_step=resume_step) as tracker:
+            tracker.log({"reward/overall": 0.5}, 3)
+        told = f"{Path('board/digits/demo').absolute()} has the events of an earlier run" in caplog.text
+        assert told == is_told
+
+
 # wandb
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
@@ -16,6 +17,8 @@ from verl.trainer.sinks import Generation, Run, Sink, WrittenFile, weight_bounds
 
 if TYPE_CHECKING:
     from verl.report.token_map import TokenMap
+
+logger = logging.getLogger(__name__)
 
 GENERATIONS, TOKEN_MAPS = "{}/generations", "{}/token_maps"
 """Names of the samples of a split at every logger, as texts and token by token."""
@@ -35,6 +38,12 @@ class TensorboardSink(Sink):
         super().__init__(run)
         folder = Path(os.environ.get("TENSORBOARD_DIR", "tensorboard_log")) / run.project_name / run.experiment_name
         self._folder = folder.absolute()
+        if not run.continues and any(folder.glob("events.out.tfevents.*")):
+            logger.warning(
+                "%s has the events of an earlier run, and tensorboard draws both as one; another "
+                "trainer.experiment_name keeps them apart",
+                self._folder,
+            )
         self._writer = SummaryWriter(str(folder), purge_step=run.resume_step + 1 if run.resume_step else 0)
         self._writer.add_hparams(hyper_parameters(run.config), metric_dict={}, run_name=".")
 
