@@ -70,7 +70,7 @@ fi
 "$python" -m verl.trainer.main config=examples/quickstart.yaml \
     data.train_files="$data/train.parquet" data.val_files="$data/test.parquet" data.seed="$seed" \
     worker.actor.model.model_path="$data/model" worker.rollout.name="$engine" worker.rollout.seed="$seed" \
-    trainer.experiment_name="digits_seed_$seed" trainer.save_checkpoint_path="$run" "${overrides[@]}"
+    trainer.experiment_name="digits_$(basename "$run")" trainer.save_checkpoint_path="$run" "${overrides[@]}"
 training_done=$SECONDS
 
 "$python" scripts/report_quickstart.py "$run"
