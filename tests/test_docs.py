@@ -83,7 +83,7 @@ def is_key(key: str) -> bool:
     return key in KEYS | SECTIONS | set(_retired_keys()) or any(key.startswith(f"{mapping}.") for mapping in MAPPINGS)
 
 
-def files_in(text: str) -> set[str]:
+def named_files(text: str) -> set[str]:
     """Files of the repository that code names by their path, and scripts that spans name alone; no placeholders."""
     files = set()
     for code in (*code_blocks(text), *code_spans(text)):
@@ -142,14 +142,14 @@ def test_a_key_that_is_not_there_is_found() -> None:
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=relative)
 def test_every_file_that_code_in_a_page_names_exists(page: Path) -> None:
     places = [ROOT, ROOT / "scripts", ROOT / "examples"]
-    files = sorted(files_in(page.read_text()))
+    files = sorted(named_files(page.read_text()))
     assert [file for file in files if not any((place / file).exists() for place in places)] == []
 
 
 def test_files_are_found_in_code() -> None:
     text = "`bash examples/gone.sh`, `vgr.sh`, `examples/SCRIPT.sh`, /home/me/verl/a.json\n"
     text += "```\npython scripts/a.py b\n```\n"
-    assert files_in(text) == {"examples/gone.sh", "vgr.sh", "scripts/a.py"}
+    assert named_files(text) == {"examples/gone.sh", "vgr.sh", "scripts/a.py"}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
