@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documents as tests read them: README and the pages of docs/, in both languages, and the files that pages show."""
+"""The documents as tests read them: README and docs/, in both languages, and the files that pages show."""
 
 import re
 from pathlib import Path
