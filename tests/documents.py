@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documents as tests read them: README and docs/, in both languages, and the files that pages show."""
+"""The documents as tests read them: README and the pages of docs/, in both languages."""
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ROOT / "docs" / "en"
 READMES = {"en": "README.md", "zh": "README_zh.md"}
 LANGUAGES = tuple(READMES)
 FENCE = re.compile(r"^ *(`{3,})(\w*)\n(.*?)^ *\1 *$", re.DOTALL | re.MULTILINE)
@@ -34,12 +33,3 @@ def code_blocks(text: str, kind: str | None = None) -> list[str]:
 def code_spans(text: str) -> list[str]:
     """What stands between backticks, outside fenced blocks."""
     return re.findall(r"(?<!`)`([^`\n]+)`(?!`)", FENCE.sub("", text))
-
-
-def files_in(page: str) -> dict[str, str]:
-    """The contents of each fenced block of a page whose first line is a comment with its file's name, by that name."""
-    text = (DOCUMENTS / page).read_text(encoding="utf-8")
-    blocks = re.findall(r"^```\w+\n# (\S+\.\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    files = dict(blocks)
-    assert len(files) == len(blocks), "two blocks of one name"
-    return files
