@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # python -m pytest tests/test_architecture.py
-"""The promises about the tree itself, read from the sources: layers, empty packages, no print, a README that is right.
+"""The promises about the tree itself, read from the sources: layers, empty packages, no print, the drawn tree.
 
 The layers, low to high; a module imports its own layer and those below:
 protocol, config_loading, config_checks and every config.py, utils, algorithms, models, data, single_controller,
@@ -181,10 +181,10 @@ project/
     assert files_in_tree(text) == {f"project/verl/{name}" for name in names} | {"project/tests/test_a.py"}
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
-def test_the_tree_in_the_readme_names_every_module_and_no_other(readme):
-    path = ROOT / readme
-    assert path.is_file(), f"{readme} is not there"
+@pytest.mark.parametrize("page", ["docs/en/design.md", "docs/zh/design.md"])
+def test_the_tree_in_the_documents_names_every_module_and_no_other(page):
+    path = ROOT / page
+    assert path.is_file(), f"{page} is not there"
     drawn = files_in_tree(path.read_text())
     in_package = {f"verl/{file.partition('verl/')[2]}" for file in drawn if "verl/" in file}
     assert {relative(module) for module in MODULES} == in_package

@@ -18,6 +18,8 @@ from datasets import load_dataset
 from signal_study import Study, StudyError
 from signal_table import Line, Pairs, compare, interval, pair, read_lines, table
 
+from tests.documents import LANGUAGES, code_blocks, text_of
+
 ROOT = Path(__file__).resolve().parent.parent
 
 SMALL = [
@@ -98,12 +100,10 @@ def test_a_wrong_study_is_told_by_file_and_key(old: str, new: str, message: str,
         study(tmp_path, STUDY.replace(old, new))
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
-def test_the_study_in_the_readme_is_one(readme: str, tmp_path: Path) -> None:
-    (text,) = [
-        block for block in (ROOT / readme).read_text().split("```") if block.startswith("yaml\n") and "arms:" in block
-    ]
-    assert [run.name for run in study(tmp_path, text.removeprefix("yaml\n")).runs()][:2] == ["plain_0_1", "vgr_0_1"]
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_study_in_the_documents_is_one(language: str, tmp_path: Path) -> None:
+    (text,) = (block for block in code_blocks(text_of(language), "yaml") if "arms:" in block)
+    assert [run.name for run in study(tmp_path, text).runs()][:2] == ["plain_0_1", "vgr_0_1"]
 
 
 def test_an_arm_that_is_asked_for_and_not_there_is_told(tmp_path: Path) -> None:

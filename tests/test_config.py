@@ -231,12 +231,12 @@ def test_a_value_may_hold_an_equals_sign():
     assert load_config(["data.prompt_key='a=b'"]).data.prompt_key == "a=b"
 
 
-def test_the_readmes_own_run_can_run():
+def test_the_documents_own_run_can_run():
     """The command under "Your own run": hub ids, eight GPUs, everything else from the shipped configuration.
 
     It asks for vLLM; where that is not installed, the other engine takes its place.
     """
-    section = (ROOT / "README.md").read_text().split("## Your own run\n")[1]
+    section = (ROOT / "docs" / "en" / "quickstart.md").read_text().split("## Your own run\n")[1]
     command = re.search(r"python3 -m verl\.trainer\.main (config=(?:.*\\\n)*.*)", section)[1]
     arguments = command.replace("\\\n", " ").split()
     assert "config=examples/config.yaml" in arguments

@@ -25,6 +25,7 @@ from datasets import Dataset
 from ray.runtime_env import RuntimeEnv
 
 from tests.batches import ROWS, write_dataset
+from tests.documents import LANGUAGES, text_of
 from tests.pool import run_shared
 from tests.tiny import make_tiny_model, make_tiny_text_model
 from verl.trainer.config import DataConfig, PPOConfig, load_config
@@ -263,9 +264,9 @@ def test_every_script_whose_tokens_may_look_at_images_has_a_twin() -> None:
     assert set(WITHOUT_TWIN) < plain
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
-def test_the_readmes_table_names_every_script(readme: str) -> None:
-    text = (ROOT / readme).read_text()
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_documents_name_every_script(language: str) -> None:
+    text = text_of(language)
     named = {script for script in SCRIPTS if f"`{script}.sh`" in text}
     assert named == set(SCRIPTS) - set(TWINS) | {"qwen2_5_vl_7b_geo3k_grpo_vgr"}
     assert all(f"`{name}`" in text for name in (*LAUNCHERS, *CONFIGS, "runtime_env.yaml"))

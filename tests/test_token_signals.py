@@ -17,6 +17,7 @@ from torch.distributions import Categorical
 from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
 
 from tests.batches import answer_at_random, make_prompts, response_logits
+from tests.documents import LANGUAGES, tables_of
 from tests.probe import RESPONSE_LENGTH, RESPONSES_PER_PROMPT, ProbeWorker, make_config, start_alone, start_two
 from verl.algorithms.token_weights import (
     CONTROLS,
@@ -577,16 +578,16 @@ def test_the_layers_of_the_configuration_are_measured(
     torch.testing.assert_close((masses[0] + masses[1]) / 2, measured["attention_mass"], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
-def test_the_readme_lists_the_signals_that_there_are(readme: str) -> None:
-    first_cells = [re.findall(r"^\| (.*?) \|", table, re.M)[1:] for table in tables_of(readme)]
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_documents_list_the_signals_that_there_are(language: str) -> None:
+    first_cells = [re.findall(r"^\| (.*?) \|", table, re.M)[1:] for table in tables_of(language)]
     (signals,) = (cells for cells in first_cells if "`path.py:function`" in cells)
     assert signals == [*(f"`{name}`" for name in TOKEN_SIGNALS), "`path.py:function`"]
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
-def test_the_readme_tells_the_cost_of_every_signal_as_the_benchmark_has_them(readme: str) -> None:
-    (costs,) = (table for table in tables_of(readme) if "T=512" in table)
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_documents_tell_the_cost_of_every_signal_as_the_benchmark_has_them(language: str) -> None:
+    (costs,) = (table for table in tables_of(language) if "T=512" in table)
     rows = [re.findall(r"`(\w+)`", row) for row in costs.splitlines()[2:]]
     passes = [re.findall(r"`(\w+)`", label) for label in passes_of_signals()]
     assert sorted(name for names in passes for name in names) == sorted(TOKEN_SIGNALS)
@@ -598,10 +599,6 @@ def test_every_pass_of_the_benchmark_runs() -> None:
     device = torch.device("cpu")
     for run in variants_of(build_model("small", device), build_rows(64, 16), device).values():
         run()
-
-
-def tables_of(readme: str) -> list[str]:
-    return re.findall(r"(?:^\|.*\n)+", (ROOT / readme).read_text(), re.M)
 
 
 def test_the_controls_of_the_configuration_are_those_that_there_are_and_another_is_an_error() -> None:

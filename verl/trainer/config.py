@@ -360,7 +360,7 @@ class TrainerConfig(ConfigSection):
     """A `global_step_<N>` folder to resume from."""
     deterministic: bool = False
     """Have workers choose algorithms that repeat themselves, at some cost in speed on a GPU, and seed their
-    generators, so that a run with the same seeds gives the same numbers. README says what holds where."""
+    generators, so that a run with the same seeds gives the same numbers. What holds where: docs/en/checkpoints.md."""
     ray_timeline: str | None = None
     """File for Ray's timeline of the run."""
     find_last_checkpoint: bool = True
