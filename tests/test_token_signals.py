@@ -704,7 +704,7 @@ def test_a_run_says_in_a_line_how_tokens_are_weighted(settings: dict, told: str)
 
 def test_weights_without_attention_are_said_to_be_the_reward_functions_alone() -> None:
     told = describe_token_weights(AlgorithmConfig(enable_token_weights=True), is_measured=False)
-    assert told == "token weights on: those that the reward function returns; all other tokens weigh 1"
+    assert told == "token weights on: only from the reward function; all other tokens weigh 1"
     weighted = ["algorithm.use_kl_loss=true", "algorithm.enable_token_weights=true"]
     (note,) = effect_notes(load_config(weighted))
     assert "weighs tokens only by what the reward function returns" in note

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts a step's rows in an order in which every rank has as many rows, and about as much to compute."""
+"""Orders a step's rows so that every rank gets the same number of rows and about the same number of tokens."""
 
 import torch
 
@@ -19,7 +19,7 @@ def balance_across_ranks(batch: DataProto, config: PPOConfig, plan: BatchPlan) -
     Reads: `attention_mask`, and where prompts are shared `response_mask` and `uid`.
 
     Returns:
-        Metrics of the tokens of each rank.
+        Metrics: tokens per rank before and after.
     """
     lengths = batch.batch["attention_mask"].sum(dim=1).tolist()
     costs = None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer's own metrics of a finished step: pure functions from the batch and the timings to names and numbers.
 
-N sequences, P prompt length, R response length, S = P + R. The names are those that dashboards are built on; `critic/`
-is the area of scores and advantages even where no critic is trained.
+N sequences, P prompt length, R response length, S = P + R. Dashboards rely on the names: `critic/` holds scores and
+advantages even if no critic is trained.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from verl.utils.response_span import prompt_lengths, response_lengths
 PREFIX_HASH = np.uint64(0x9E3779B97F4A7C15)  # an odd number without structure (2^64 / golden ratio)
 
 PHASES_PER_RESPONSE_TOKEN = ("gen", "reward")
-"""Phases whose cost grows with what is generated."""
+"""Phases whose cost grows with the number of response tokens."""
 PHASES_PER_TOKEN = ("old", "ref", "values", "adv", "update_critic", "update_actor")
-"""Phases that read prompts and responses alike."""
+"""Phases whose cost grows with prompt and response tokens."""
 
 
 def compute_data_metrics(batch: DataProto, has_critic: bool) -> dict[str, float]:
@@ -33,7 +33,7 @@ def compute_data_metrics(batch: DataProto, has_critic: bool) -> dict[str, float]
     `critic/score` and `critic/rewards` are sums per sequence (rewards are scores less the KL penalty, where it is
     part of the reward); `critic/advantages`, `critic/returns` and, where there is a critic, `critic/values` are per
     response token. `critic/vf_explained_var` is 1 - var(returns - values) / var(returns): 1 for a critic that is
-    right, 0 for one that knows the mean; left out where all returns are equal and there is nothing to explain.
+    right, 0 for one that only knows the mean. It is left out if all returns are equal.
 
     Reads: `response_mask`, `token_level_scores`, `token_level_rewards`, `advantages`, `returns` (N, R), with a critic
     `values` (N, R), `attention_mask` (N, S).
@@ -59,7 +59,7 @@ def compute_data_metrics(batch: DataProto, has_critic: bool) -> dict[str, float]
 
 
 def compute_length_metrics(batch: DataProto, prefix: str = "") -> dict[str, float]:
-    """Lengths in tokens, and `clip_ratio`, the share of sequences that fill all the room there is.
+    """Lengths in tokens, and `clip_ratio`, the share of sequences that reach the maximum length.
 
     A response that ends in its last possible token counts as clipped too.
 
@@ -119,16 +119,17 @@ def compute_throughput_metrics(batch: DataProto, timings: Mapping[str, float], n
 
 
 def compute_rollout_metrics(batch: DataProto, importance_cap: float | None) -> dict[str, float]:
-    """How far the engine that drew the tokens and the trainer that learns from them disagree.
+    """How far the log-probabilities of the rollout engine and of the trainer differ.
 
-    `rollout/log_prob_diff_{mean,max}`: distance of the two log-probabilities over the response tokens, in nats; where
-    `top_k` or `top_p` leave tokens out, what that adds to the others is part of it. With importance correction also
-    `rollout/importance_weight_mean`, and `rollout/importance_capped`, the share of tokens whose weight is at the cap.
+    `rollout/log_prob_diff_{mean,max}`: absolute difference of the two log-probabilities over the response tokens, in
+    nats. If `top_k` or `top_p` exclude tokens, the difference includes the probability that the others gain. With
+    importance correction also `rollout/importance_weight_mean`, and `rollout/importance_capped`, the share of tokens
+    whose weight is at the cap.
 
     Reads: `response_mask`, `rollout_log_probs`, `old_log_probs`, and `importance_weights` (N, R) if there are any.
 
     Args:
-        importance_cap: `worker.rollout.importance_cap`; None where nothing is corrected.
+        importance_cap: `worker.rollout.importance_cap`; None without importance correction.
     """
     tensors = batch.batch
     is_response = tensors["response_mask"].bool()
@@ -142,7 +143,7 @@ def compute_rollout_metrics(batch: DataProto, importance_cap: float | None) -> d
 
 
 def compute_attention_metrics(batch: DataProto) -> dict[str, float]:
-    """What the responses attended to; nothing where no sample has both modalities.
+    """What the responses attended to; empty if no sample has both modalities.
 
     `vgr/*`: mean, median and the 10 % and 90 % quantiles over the response tokens that have a VGR.
     `attention/{text,vision}_mass`: share of a token's attention to the prompt (first token aside) that falls on the
@@ -170,7 +171,7 @@ def compute_attention_metrics(batch: DataProto) -> dict[str, float]:
 def compute_token_weight_metrics(
     batch: DataProto, clip_range: tuple[float, float] | None, kinds: TokenKinds | None = None
 ) -> dict[str, float]:
-    """`token_weights/*`: what the weights really do to the loss, so that weights that do nothing show.
+    """`token_weights/*`: how the weights change the loss. Weights without any effect can be seen here.
 
     Over response tokens: `mean`, `std`, `min`, `max`; where weights are clipped `clipped_low` and `clipped_high`, the
     shares at or beyond the bounds; `ess`, the effective sample size as a share of the tokens, (sum w)^2 / (n sum w^2),
@@ -208,7 +209,7 @@ def compute_token_weight_metrics(
 
 
 def compute_cancelled_share(batch: DataProto) -> float:
-    """The share of the weighted advantages that cancels between responses of a group which begin alike.
+    """The share of the weighted advantages that cancels between responses of a group with a common prefix.
 
     Responses to one prompt with the same tokens up to t share the gradient of log pi at t, which enters the loss times
     the sum of w A over them. 1 - (sum over those sums of |sum of w A|) / (sum over tokens of |w A|): 0 where every
@@ -231,11 +232,11 @@ def compute_cancelled_share(batch: DataProto) -> float:
 
 
 def compute_signal_metrics(importance: Mapping[str, torch.Tensor], response_mask: torch.Tensor) -> dict[str, float]:
-    """What token signals say, and how far they agree.
+    """Statistics of the token signals, and how far they agree.
 
     `signals/<name>/{mean,std,p10,p90}` over the response tokens for which a signal is defined.
     `signals/spearman/<a>_<b>`: the rank correlation of two signals over the tokens of a response, averaged over the
-    responses in which both are defined and neither is constant. What is defined nowhere is left out.
+    responses in which both are defined and neither is constant. A signal that is defined nowhere is left out.
 
     Args:
         importance: (N, R) by the signal's name; NaN where it is undefined.
@@ -278,7 +279,7 @@ def largest_of_workers(metrics: Sequence[Mapping[str, float]]) -> dict[str, floa
 
 
 def _mixed(numbers: np.ndarray) -> np.ndarray:
-    """uint64 to uint64: neighbours become numbers far apart."""
+    """Hashes uint64 to uint64: neighbouring numbers end up far apart."""
     numbers = (numbers + np.uint64(1)) * PREFIX_HASH
     numbers = (numbers ^ (numbers >> np.uint64(30))) * PREFIX_HASH
     return numbers ^ (numbers >> np.uint64(27))

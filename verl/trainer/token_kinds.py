@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kind of text a token is, for metrics that tell where weights lie."""
+"""Classifies tokens as digits, words or markup, for metrics of where the weights go."""
 
 from enum import IntEnum
 
@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 
 class TokenKind(IntEnum):
-    """Digits win over letters, and letters over the rest. Special and added tokens are markup whatever they spell."""
+    """A token with a digit is a digit; otherwise one with a letter is a word; all others, and special or added tokens
+    whatever their text, are markup."""
 
     DIGIT = 0
     WORD = 1
@@ -17,7 +18,7 @@ class TokenKind(IntEnum):
 
 
 class TokenKinds:
-    """Kinds of a tokenizer's tokens; each id is decoded once."""
+    """The kinds of a tokenizer's tokens. Each id is decoded only once."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
