@@ -528,7 +528,7 @@ def test_an_interpolation_of_the_wrong_type_is_refused():
 
 def test_a_value_left_open_is_refused():
     for key in ("trainer.experiment_name", "worker.reward.reward_function_kwargs.scale"):
-        assert refusal(f"{key}=???") == f"{key}=??? leaves the value open; put one in its place"
+        assert refusal(f"{key}=???") == f"{key}=??? has no value; write one in its place"
 
 
 def test_a_section_left_null_is_refused(write_yaml):
@@ -1089,7 +1089,7 @@ def test_a_mapping_of_the_file_is_emptied_replaced_or_loses_an_entry(write_yaml)
     assert kwargs(f"~{key}", f"{key}={{d: 3}}") == kwargs(f"{key}={{}}", f"{key}.d=3") == {"d": 3}
     assert kwargs(f"~{key}.a") == {"b": {"c": 2}}
     assert load_config([file, "~worker.rollout.n"]).worker.rollout.n == 1
-    with pytest.raises(ValueError, match=rf"'~{key}.x' takes away what is not there: {key} has \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=rf"'~{key}.x' removes an entry that does not exist: {key} has \['a', 'b'\]"):
         kwargs(f"~{key}.x")
     with pytest.raises(ValueError, match="unknown key 'worker.rollout.m'"):
         load_config(["~worker.rollout.m"])

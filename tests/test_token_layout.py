@@ -347,7 +347,7 @@ def test_responses_that_continue_a_prompt_are_given_its_keys(
 
 def test_a_model_whose_layers_look_along_the_row_is_not_packed() -> None:
     hybrid = make_model(FAMILIES["Qwen3.5"].class_name, FAMILIES["Qwen3.5"].config())
-    assert why_not_packed(hybrid) == "it has layers of convolution, linear_attention, which look along the row"
+    assert why_not_packed(hybrid) == "it has layers of convolution, linear_attention, which mix tokens along the row"
     eager = make_model("Qwen2ForCausalLM", transformers.Qwen2Config(**TEXT_CONFIG), "eager")
     assert why_not_packed(eager) == "attn_implementation=eager does not keep samples apart"
 

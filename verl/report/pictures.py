@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures as part of a page: shrunk, and written into the address itself."""
+"""Embeds pictures in a page as `data:` URIs, shrunk if needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 TOTAL_BYTES = 900_000
-"""Of the pictures of a page, before base64 makes four bytes of three."""
+"""Bytes of all pictures of a page, before base64 adds a third."""
 
 LARGEST_BYTES = 60_000
 """Of one picture."""
@@ -20,7 +20,7 @@ LONGEST_SIDE, SHORTEST_SIDE = 512, 32
 
 
 def picture_uris(images: Sequence[Image.Image]) -> list[str]:
-    """`data:` addresses of all pictures of a page, which share `TOTAL_BYTES`.
+    """`data:` URIs of all pictures of a page, which share `TOTAL_BYTES`.
 
     Args:
         images: in RGB.
