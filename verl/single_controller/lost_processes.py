@@ -40,7 +40,7 @@ class ProcessesLost(RuntimeError):
 
 
 def node_of(actor: ray.actor.ActorHandle) -> ray.ObjectRef:
-    """A reference to the `Node` of `actor`. It resolves once the actor has started, and stays valid after its death."""
+    """A reference to the `Node` of `actor`. It resolves once the actor has started, and outlives the actor."""
     return actor.__ray_call__.remote(
         lambda _: Node(ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id())
     )

@@ -13,8 +13,8 @@ class WorkerGroup:
     """All workers of one class, one in each process, called through one object.
 
     Every method of `worker_class` that is marked with `@register` becomes a method of the group: its arguments are
-    split over the ranks, and its results are gathered in rank order. The first exception of any rank ends all processes
-    (others may wait in a collective for the failed rank) and is raised to the caller with the worker's traceback.
+    split over the ranks, and its results are gathered in rank order. The first exception of any rank ends all
+    processes (others may wait in a collective for the failed rank) and reaches the caller with the worker's traceback.
 
     Args:
         processes: the processes that host the workers, possibly together with other groups. The caller ends them.

@@ -160,8 +160,8 @@ class WorkerProcesses:
         self._has_joined = False
 
     def _start(self, workers_per_node: int, variables: Mapping[str, str]) -> list[ray.actor.ActorHandle]:
-        # By default Ray gives each process one thread. The variables are no Ray runtime environment: Ray would then start
-        # a new process instead of taking an idle one.
+        # By default Ray gives each process one thread. With a runtime environment for the variables, Ray would start a
+        # new process instead of taking an idle one.
         threads = [threads_of_worker(self.device, _record_of(group)["Resources"]) for group in self._placement_groups]
         actor_class = ray.remote(num_cpus=1, num_gpus=int(self.device == "cuda"))(WorkerProcess)
         return [
