@@ -145,7 +145,7 @@ def test_what_the_function_changes_in_its_batch_stays_there(score, tokenizer):
         ("return torch.tensor([1, 1e16, 0]), {}", "for sample 1 .uid a, .*not a number between"),
         ("return {'overall': lengths, 'token_weights': torch.ones(3, 2)}", r"shape \(3, 2\), not \(3, 64\)"),
         ("return {'overall': ['a', 1, 2]}", "'overall': 'a' for sample 0"),
-        ("raise KeyError('x')", "raised KeyError: 'x' for the batch of 3 samples, the first of which is sample 0"),
+        ("raise KeyError('x')", "raised KeyError: 'x' for the batch of 3 samples, starting with sample 0"),
     ],
 )
 def test_another_form_is_refused_with_those_that_are_right(score, body, message):

@@ -158,7 +158,7 @@ def test_a_failure_that_does_not_repeat_is_told_and_its_second_result_used(make_
     (told,) = scored.failures
     assert "raised ConnectionError: 429 Too Many Requests for sample" in told
     assert ("sample 1 (uid a" if kind == "sequential" else "samples 0 to 2") in told
-    assert told.endswith("called once more, it gave a result, which is used")
+    assert told.endswith("the second call succeeded, and its result is used")
 
 
 @pytest.mark.parametrize("kind", ["batch", "sequential"])

@@ -110,7 +110,7 @@ def test_a_list_that_no_signal_can_interrupt_names_its_samples(start, tokenizer)
     client = start("def main(samples):\n    sum(range(10**14))\n", SOON, timeout_s=0.3)
     with (
         within(15),
-        pytest.raises(RuntimeError, match="in the call for samples 0 to 2, the first of which is sample 0 "),
+        pytest.raises(RuntimeError, match="in the call for samples 0 to 2, starting with sample 0 "),
     ):
         client.validate(make_batch(tokenizer), step=1)
 

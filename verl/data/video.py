@@ -56,8 +56,8 @@ CONTAINERS = (
     *("mpegvideo", "m4v", "h264", "hevc", "vvc", "av1", "obu", "mjpeg", "yuv4mpegpipe"),
 )
 """FFmpeg's names of the accepted formats (mov includes MP4, matroska WebM; the second line has streams without a
-container). All contain their frames. Playlists (HLS, DASH, concat) and session descriptions, which refer to other files
-or addresses, are not accepted."""
+container). All contain their frames. Playlists (HLS, DASH, concat) and session descriptions, which refer to other
+files or addresses, are not accepted."""
 
 OPENING = {
     "format_whitelist": ",".join(CONTAINERS),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a policy says of its response tokens: log-probabilities, entropy, KL, attention, similarity to images.
+"""A policy's streams for response tokens: log-probabilities, entropy, KL, attention, similarity to images.
 
 Shapes: N sequences, R response length, S = prompt length + R, L response tokens of all rows, K streams of the output
 head, H hidden size, V vocabulary.
@@ -34,7 +34,7 @@ from verl.workers.response_forward import Column, ResponseForward
 
 @dataclass(frozen=True)
 class PolicyHead:
-    """What takes the place of a policy's output head: it is called with the logits, and gives (L, K)."""
+    """The replacement of a policy's output head: takes the logits, returns the streams (L, K)."""
 
     names: Sequence[str]
     """Of the K streams."""
@@ -47,7 +47,7 @@ class PolicyHead:
     reference: LazyLogits | None
     """The reference's logits, for `kl`."""
     spoilt: LazyLogits | None
-    """The policy's own with the images spoilt, for `image_kl`."""
+    """The policy's logits with degraded images, for `image_kl`."""
     has_media: torch.Tensor | None
     """(L,) bool, whether the token's row has images or videos, for `image_kl`."""
 
@@ -65,45 +65,45 @@ class PolicyHead:
 
 @dataclass(frozen=True)
 class SignalSettings:
-    """What the streams that token signals ask for are measured with."""
+    """Settings for the streams of token signals."""
 
     vocabulary: KeyVocabulary
-    """Tells the prompt's text from its images."""
+    """Token ids that distinguish the prompt's text from its images."""
     layers: LayerChoice = "all"
     """The full-attention layers that attention is taken from."""
     noise: ImageNoise = ImageNoise("patches", 0.5)
-    """What spoils images for `image_kl`."""
+    """How images are degraded for `image_kl`."""
     head_groups: int | None = None
-    """The groups of heads that `attention_maps` tell apart; None for none."""
+    """Number of head groups with separate `attention_maps`; None for the mean over all heads."""
 
 
 MAPPED_ROWS = "is_mapped"
-"""(N,) bool, the rows of a batch whose `attention_maps` are wanted."""
+"""Stream (N,) bool: the rows that get `attention_maps`."""
 
 
 class PolicyForward(ResponseForward):
-    """Streams of one policy, under the temperature and the support that sampling used.
+    """Streams of one policy, with the temperature and the excluded tokens of sampling.
 
     - `log_probs`: of the response tokens; tokens that cannot be sampled have probability zero.
     - `entropy`: of the distribution, in nats, without gradient.
     - `kl`: KL(policy || reference) over the whole vocabulary, in nats, from one further forward of the reference.
-    - `image_kl`: KL(policy || policy with spoilt images) over the whole vocabulary, in nats, from one further forward;
-      exactly 0 for rows without images and videos. It is meant for passes without gradient.
+    - `image_kl`: KL(policy || policy with degraded images) over the whole vocabulary, in nats, from one further
+      forward; exactly 0 for rows without images and videos. Only for passes without gradient.
     - `attention_mass` (N, R, 2): each token's attention on the prompt's text and on its images, without gradient.
-    - `attention_keys` (N, 2) int64: how many tokens each of the two has.
-    - `attention_maps` (N,) objects: an `AttentionMap` for each row that the batch's `is_mapped` names and that has a
-      response, None for the others, whose other streams are the same bit for bit.
+    - `attention_keys` (N, 2) int64: the numbers of text tokens and of image tokens.
+    - `attention_maps` (N,) objects: an `AttentionMap` for each row with a response that `is_mapped` selects, None for
+      other rows. The other streams do not change, bit for bit.
     - `hidden_cosine`: cosine of the last hidden state that predicts the token and the mean last hidden state of the
       prompt's image tokens, without gradient; NaN on the response tokens of rows without images and videos.
 
-    Where the model has a plain output head, its logits are never made whole: see `verl/utils/logprobs.py`.
+    With a plain output head, the logits are never stored as a whole: see `verl/utils/logprobs.py`.
 
     Args:
         model: the policy or reference, sharded or whole.
         featurizer, device, config, group, is_base: as in `ResponseForward`.
-        temperature: of the rollout; logits are divided by it.
-        reference: the policy that `kl` is measured from; its model takes the same inputs. None where no KL is wanted.
-        signals: how the last five streams are measured; None where they are not wanted.
+        temperature: the rollout's temperature; logits are divided by it.
+        reference: the reference for `kl`; its model takes the same inputs. None if `kl` is not needed.
+        signals: settings of the last five streams; None if they are not needed.
     """
 
     head_streams = ("log_probs", "entropy", "kl", "image_kl")
@@ -129,7 +129,7 @@ class PolicyForward(ResponseForward):
         self.signals = signals
 
     def logits_at_labels(self, layout: TokenLayout, inputs: dict[str, Any]) -> LazyLogits:
-        """Logits (L, V) of the positions that predict `layout.labels()`, without gradient, to be used later."""
+        """Logits (L, V) that predict `layout.labels()`, without gradient, for later use."""
         with self._adapters():
             return capture_logits(self.model, inputs, layout.at_labels)
 

@@ -19,9 +19,9 @@ class DataParallelPPOCritic(TrainedModel):
     """Fits the value model to the returns of each step, with a clipped squared error.
 
     Args:
-        config: of the critic.
-        plan: its batch numbers.
-        forward: its forward pass.
+        config: the critic's section.
+        plan: the critic's batch sizes.
+        forward: the critic's forward pass.
         training_steps, described_by: as in `TrainedModel`.
     """
 
@@ -46,7 +46,7 @@ class DataParallelPPOCritic(TrainedModel):
                 and the `returns` to fit; non-tensor `multi_modal_data`.
 
         Returns:
-            `critic/*` metrics, the same on every rank: means over the mini-batch's real response tokens (`vf_loss` as
-            `loss_avg_mode` has it), averaged over the optimizer steps.
+            `critic/*` metrics, the same on every rank: means over the mini-batch's real response tokens (`vf_loss`
+            averaged by `loss_avg_mode`), averaged over the optimizer steps.
         """
         return self.update(data)

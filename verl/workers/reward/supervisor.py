@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process beside the reward function's, on the same machine, which nothing that the function does can hold up.
+"""A process that supervises the reward function's process on the same machine. The function cannot block it.
 
-It passes on what the function prints; ends the function's process where a call does not end, where the process is
-stopped, and where it has filled the machine's memory, and leaves the reason; and when that process is gone, however it
-went, ends all that came from it. Then it ends too. `supervision.py` starts it.
+It forwards the function's output. It ends the function's process, and writes down the reason, if a call does not end,
+if the process is stopped, or if it has filled the machine's memory. When that process is gone for any reason, it ends
+all of its descendants, and then itself. `supervision.py` starts it.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from verl.workers.reward.output_log import Output
 from verl.workers.reward.supervision import Limits, Orders
 
 LOOK_SECONDS = 0.2
-"""Between two looks at the process and the machine's memory."""
+"""Seconds between two checks of the process and the machine's memory."""
 
 SEARCH_SECONDS = 1.0
-"""Between two looks at all processes of the machine, which take ten milliseconds or more."""
+"""Seconds between two listings of all processes, which take ten milliseconds or more."""
 
 END_SECONDS = 8.0
-"""For descendants to be gone that are killed."""
+"""Seconds for killed descendants to end."""
 
 DRAIN_SECONDS = 2.0
-"""For what was printed last."""
+"""Seconds to wait for the last output."""
 
 CHUNK = 64 * 2**10
 """Bytes read at a time."""
@@ -42,7 +42,7 @@ GIB = 2**30
 
 
 class Supervisor:
-    """Looks after one process until it has ended. File descriptors 1 and 2 are that one's console."""
+    """Supervises one process until it ends. File descriptors 1 and 2 are the console of that process."""
 
     def __init__(self, orders: Orders) -> None:
         self._orders = orders
@@ -60,7 +60,7 @@ class Supervisor:
         self._next_look = self._next_search = 0.0
 
     def run(self) -> None:
-        """Returns when the process and all that came from it are gone."""
+        """Supervises; returns when the process and all its descendants are gone."""
         with self._selector as selector:
             for console, fd in enumerate(self._orders.streams, start=1):
                 selector.register(fd, selectors.EVENT_READ, partial(self._output.take, console=console))
@@ -103,7 +103,7 @@ class Supervisor:
         if self._orders.timeout_s is None:
             return
         deadline = self._deadline
-        if deadline is None and is_stopped:  # before it could even begin
+        if deadline is None and is_stopped:  # before the call could start
             deadline = self._stopped_since + self._orders.timeout_s + self._orders.limits.grace_s
         if deadline is None or now < deadline:
             return
@@ -129,7 +129,7 @@ class Supervisor:
 
     def _judge_memory(self, used: int, total: int) -> None:
         memory = self._tree.memory()
-        _pass_on(self._selector, 0)  # measuring takes time, in which the process may have said what it holds
+        _pass_on(self._selector, 0)  # measuring takes time; meanwhile the process may have reported its memory
         if memory - self._first_memory >= self._orders.limits.growth_share * total:
             growth = f"have grown from {self._first_memory / GIB:.1f} to {memory / GIB:.1f} GiB"
             machine = f"{used / GIB:.1f} of the machine's {total / GIB:.1f} GiB are in use"
@@ -137,7 +137,7 @@ class Supervisor:
             self._end(f"{self._orders.name} and its children {growth}, and {machine}; {remedy}")
 
     def _end(self, reason: str) -> None:
-        """Kills the process. The reason is there before it dies."""
+        """Writes down the reason and kills the process."""
         path = Path(self._orders.last_words)
         if not path.exists():
             path.write_text(reason, encoding="utf-8")
@@ -145,7 +145,7 @@ class Supervisor:
 
 
 def _pass_on(selector: selectors.BaseSelector, seconds: float) -> bool:
-    """Hands on what comes within `seconds`; whether anything came."""
+    """Forwards what arrives within `seconds`; returns whether anything arrived."""
     ready = selector.select(seconds)
     for key, _ in ready:
         if chunk := os.read(key.fd, CHUNK):
@@ -156,7 +156,7 @@ def _pass_on(selector: selectors.BaseSelector, seconds: float) -> bool:
 
 
 def main() -> None:
-    """Leaves the tree of the process that started this one, and supervises it."""
+    """Leaves the process tree of the parent, and supervises the parent."""
     given = json.loads(sys.argv[1])
     orders = Orders(**{**given, "limits": Limits(**given["limits"])})
     supervisor = Supervisor(orders)
