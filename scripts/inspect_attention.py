@@ -259,7 +259,7 @@ def _vgr(masses: np.ndarray, keys: tuple[int, int]) -> np.ndarray:
 
 
 def _blackened(handle: MediaHandle) -> MediaHandle:
-    return MediaHandle.put(Image.fromarray(BLANK.spoil(np.asarray(handle.load()))))
+    return MediaHandle.put(Image.fromarray(BLANK.degrade(np.asarray(handle.load()))))
 
 
 def _objects(values: Sequence[Any]) -> np.ndarray:

@@ -25,7 +25,7 @@ import os, signal, subprocess, sys, time
 from verl.trainer.cluster_guard import ClusterGuard
 
 with ClusterGuard() as guard:
-    with guard.takes_in():
+    with guard.mark_children():
         member = subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL, start_new_session=True)
     outsider = subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL, start_new_session=True)
     guard.remember(sys.argv[1])

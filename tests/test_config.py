@@ -36,7 +36,7 @@ from verl.trainer.config import (
     load_config,
 )
 from verl.trainer.config_checks import CONTRADICTIONS, effect_notes, require_available
-from verl.trainer.help_text import docstrings_of_fields
+from verl.trainer.help_text import field_docstrings
 from verl.trainer.main import prepare
 from verl.trainer.ray_cluster import _start_ray
 from verl.workers.actor.config import LOSS_TYPES, ActorConfig, FSDPConfig, LoraConfig, OptimConfig
@@ -1180,7 +1180,7 @@ def is_read(section: type[ConfigSection], key: str, reads: set[tuple[str, str]])
 def test_every_field_is_read_from_its_section_or_says_that_it_has_no_effect() -> None:
     reads = set().union(*(reads_of(path.read_text()) for path in (ROOT / "verl").rglob("*.py")))
     for section, name, key in declared_fields(PPOConfig):
-        docstring = docstrings_of_fields(section)[name]
+        docstring = field_docstrings(section)[name]
         assert docstring.startswith("Accepted for existing configurations, no effect") or is_read(
             section, key, reads
         ), f"{key} is never read"

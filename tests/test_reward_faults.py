@@ -54,7 +54,7 @@ def start(tmp_path: Path, tokenizer, ray_cluster) -> Iterator[Callable[..., Rewa
 
 
 def pid_of(client: RewardClient) -> int:
-    return ray.get(client._process._whereabouts).pid
+    return ray.get(client._process._location).pid
 
 
 def supervisor_of(client: RewardClient) -> psutil.Process:
@@ -273,7 +273,7 @@ def test_nothing_outlives_a_driver_and_a_raylet_that_are_killed(tmp_path, tiny_m
     client = RewardClient(config, {str(tmp_path)!r})
     client.load(text_decoder(tokenizer))
     with open({f"{tmp_path}/reward_pid"!r}, "w") as file:
-        file.write(str(ray.get(client._process._whereabouts).pid))
+        file.write(str(ray.get(client._process._location).pid))
     client.validate(make_batch(tokenizer), 1)
     """
     mark = f"{tmp_path}"

@@ -235,7 +235,7 @@ def test_ranks_that_do_not_come_in_whole_groups_are_refused(tiny_model_path: str
 
 
 def test_a_slice_is_the_ranks_own_share() -> None:
-    slices = [SequenceGroup(None, 3, rank).own_slice(12) for rank in range(3)]
+    slices = [SequenceGroup(None, 3, rank).local_slice(12) for rank in range(3)]
     assert slices == [slice(0, 4), slice(4, 8), slice(8, 12)]
     with pytest.raises(AssertionError, match="13 tokens do not divide over 3 ranks"):
-        SequenceGroup(None, 3, 0).own_slice(13)
+        SequenceGroup(None, 3, 0).local_slice(13)

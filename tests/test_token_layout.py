@@ -167,7 +167,7 @@ def test_both_layouts_hold_the_same_tokens_in_the_same_order(batch: DataProto) -
         assert torch.equal(streams["down"], -streams["up"])
         assert (streams["up"][~is_response] == 0).all()
         pairs = torch.stack([streams["up"], streams["down"]], dim=-1)  # (N, R, 2)
-        assert torch.equal(layout.as_wide(pairs[:, : layout.length]), pairs)
+        assert torch.equal(layout.pad_masses(pairs[:, : layout.length]), pairs)
     packed = PackedLayout(batch)
     assert len(packed.input_ids) == packed.borders[-1] == batch.batch["attention_mask"].sum()
     for row, (start, end) in enumerate(pairwise(packed.borders)):

@@ -131,11 +131,11 @@ def _message(item: Mapping[str, Any]) -> Message:
 
 
 def _part(part: Any) -> Part:
-    given = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
-    kind = given.get("type")
-    if kind == "text" and isinstance(given.get("text"), str):
-        return {"type": "text", "text": given["text"]}
-    if kind in PLACEHOLDERS and not any(value for key, value in given.items() if key != "type"):
+    fields = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
+    kind = fields.get("type")
+    if kind == "text" and isinstance(fields.get("text"), str):
+        return {"type": "text", "text": fields["text"]}
+    if kind in PLACEHOLDERS and not any(value for key, value in fields.items() if key != "type"):
         return {"type": kind}
     if kind in PLACEHOLDERS:
         raise ValueError(

@@ -353,10 +353,10 @@ class RLHFDataset(torch.utils.data.Dataset):
         if length > longest:
             raise PromptTooLong(
                 f"{self._name(index)} has {length} tokens, data.max_prompt_length={longest}; raise it, "
-                f"{self._way_to_fewer_tokens(index)}or set data.filter_overlong_prompts=true to drop such rows"
+                f"{self._size_remedy(index)}or set data.filter_overlong_prompts=true to drop such rows"
             )
 
-    def _way_to_fewer_tokens(self, index: int) -> str:
+    def _size_remedy(self, index: int) -> str:
         """How to make the media of a row smaller, as part of an error message; empty for a row without media."""
         enlarged = next((one for one in self._read(index, "image", self._resize) if one.enlarges), None)
         if enlarged is not None:
@@ -394,7 +394,7 @@ class RLHFDataset(torch.utils.data.Dataset):
         }
         self._require_processor(counts)
         problems: dict[int, str] = {}
-        found: dict[str, dict[int, int]] = {kind: {} for kind in PLACEHOLDERS}
+        placeholders: dict[str, dict[int, int]] = {kind: {} for kind in PLACEHOLDERS}
         for index, prompt in enumerate(self._rows[self.config.prompt_key]):
             try:
                 with self._naming(index):
@@ -403,21 +403,21 @@ class RLHFDataset(torch.utils.data.Dataset):
                 problems[index] = str(error)
                 continue
             for kind in PLACEHOLDERS:
-                found[kind][index] = count_placeholders(messages, kind)
+                placeholders[kind][index] = count_placeholders(messages, kind)
         for kind in PLACEHOLDERS if self.processor is not None else ():
-            problems |= self._mismatches(kind, found[kind], counts[kind])
+            problems |= self._mismatches(kind, placeholders[kind], counts[kind])
         self._skip(problems)
 
     def _require_processor(self, counts: Mapping[str, Sequence[int]]) -> None:
-        for kind, of_rows in counts.items():
-            if self.processor is None and any(of_rows):
-                row = next(index for index, count in enumerate(of_rows) if count)
+        for kind, row_counts in counts.items():
+            if self.processor is None and any(row_counts):
+                row = next(index for index, count in enumerate(row_counts) if count)
                 raise ValueError(
                     f"{self._name(row)} has {kind}s, but {self.tokenizer.name_or_path!r} is a text-only model, "
                     "without a processor; use a vision-language model (worker.actor.model.model_path)"
                 )
 
-    def _mismatches(self, kind: str, found: Mapping[int, int], counts: Sequence[int]) -> dict[int, str]:
+    def _mismatches(self, kind: str, placeholders: Mapping[int, int], counts: Sequence[int]) -> dict[int, str]:
         """Errors of the rows whose number of placeholders differs from their number of media of a kind.
 
         In a row without media of the kind a placeholder is text; one warning reports such rows.
@@ -426,7 +426,7 @@ class RLHFDataset(torch.utils.data.Dataset):
             ValueError: there are placeholders, but no column of such media.
         """
         placeholder = PLACEHOLDERS[kind]
-        texts = [index for index, number in found.items() if number > 0 and counts[index] == 0]
+        texts = [index for index, number in placeholders.items() if number > 0 and counts[index] == 0]
         if texts and kind not in self._media_keys:
             key = self.config.image_key if kind == "image" else self.config.video_key
             raise ValueError(
@@ -441,13 +441,13 @@ class RLHFDataset(torch.utils.data.Dataset):
         return {
             index: f"{self._name(index)}: {number} {placeholder} in the prompt (after data.format_prompt), but "
             f"{counts[index]} {kind}s"
-            for index, number in found.items()
+            for index, number in placeholders.items()
             if counts[index] > 0 and number != counts[index]
         }
 
     def _drop_overlong(self) -> None:
         measured = self._map_rows(self._measure, "counting prompt tokens")
-        self._tell_of_resized(measured)
+        self._log_resized(measured)
         problems = {index: text for index, text in enumerate(measured["problem"]) if text}
         self._skip(problems)
         lengths = np.asarray(measured["length"])
@@ -455,7 +455,7 @@ class RLHFDataset(torch.utils.data.Dataset):
         readable = [index for index in range(len(self)) if index not in self.skipped]
         fitting = [index for index in readable if lengths[index] <= longest]
         if not fitting:
-            way = self._way_to_fewer_tokens(readable[int(lengths[readable].argmin())])
+            way = self._size_remedy(readable[int(lengths[readable].argmin())])
             raise ValueError(
                 f"every row of {cut(self.data_path)!r} is longer than data.max_prompt_length={longest}: "
                 f"{lengths[readable].min()} to {lengths[readable].max()} tokens; {way}or raise it"
@@ -466,7 +466,7 @@ class RLHFDataset(torch.utils.data.Dataset):
         )
         self._keep(sorted({*fitting, *self.skipped}))
 
-    def _tell_of_resized(self, measured: Dataset) -> None:
+    def _log_resized(self, measured: Dataset) -> None:
         """Log how many images `data.min_pixels` enlarges and `data.max_pixels` shrinks, with the first of each."""
         num_images = sum(measured["images"])
         for name, key in (("enlarged", "min_pixels"), ("shrunk", "max_pixels")):

@@ -84,7 +84,7 @@ def _process(
     medium = handle.load()
     if handle.is_video:
         # Arrays from the store are read-only, and PyTorch would warn about that.
-        frames = medium.frames.copy() if noise is None else noise.spoil(medium.frames)
+        frames = medium.frames.copy() if noise is None else noise.degrade(medium.frames)
         inputs = processor(
             text=[processor.video_token],
             videos=[frames],
@@ -93,7 +93,7 @@ def _process(
             return_tensors="pt",
         )
     else:
-        image = medium if noise is None else Image.fromarray(noise.spoil(np.asarray(medium)))
+        image = medium if noise is None else Image.fromarray(noise.degrade(np.asarray(medium)))
         inputs = processor(text=[processor.image_token], images=[image], return_tensors="pt")
     return {name: value for name, value in inputs.items() if name not in TEXT_INPUTS}
 

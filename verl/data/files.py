@@ -126,7 +126,7 @@ def progress_bars(shown: bool) -> Iterator[None]:
 
 def _load_files(files: Mapping[str, Sequence[Path]], split: str) -> Dataset:
     """Load a split from data files of one type, given by split."""
-    paths = [path for of_split in files.values() for path in of_split]
+    paths = [path for split_files in files.values() for path in split_files]
     suffixes = {".json" if path.suffix == ".jsonl" else path.suffix for path in paths}
     if len(suffixes) != 1:
         raise ValueError(f"it has files of several types ({', '.join(sorted(suffixes))}); name one of them")
@@ -182,12 +182,14 @@ def _load_folder(folder: Path, split: str) -> Dataset:
         return splits[split]
 
     base_path = glob.escape(folder.resolve().as_posix())
-    found = DataFilesDict.from_patterns(get_data_patterns(base_path), base_path=base_path)
+    split_paths = DataFilesDict.from_patterns(get_data_patterns(base_path), base_path=base_path)
     # Media files that rows refer to are left out; the library already ignores the hub's own files.
-    files = {name: [Path(path) for path in paths if path.endswith(DATA_SUFFIXES)] for name, paths in found.items()}
+    files = {
+        name: [Path(path) for path in paths if path.endswith(DATA_SUFFIXES)] for name, paths in split_paths.items()
+    }
     files = {name: paths for name, paths in files.items() if paths}
     if not files:
-        example = next(iter(found.values()))[0]
+        example = next(iter(split_paths.values()))[0]
         raise ValueError(f"no {', '.join(DATA_SUFFIXES)} where its split names lead ({example}); name the data file")
     return _load_files(files, split)
 

@@ -28,11 +28,11 @@ def check_headers(config: DataConfig) -> None:
     """
     headers: list[Header | None] = []
     for key in ("train_files", "val_files"):
-        of_key = [(source.path, _header(source.path)) for source in data_sources(getattr(config, key))]
-        for path, header in of_key:
+        key_headers = [(source.path, _header(source.path)) for source in data_sources(getattr(config, key))]
+        for path, header in key_headers:
             if header is not None:
                 require_columns(header.columns, path, config)
-        headers = headers or [header for _, header in of_key]
+        headers = headers or [header for _, header in key_headers]
     if None not in headers:
         num_rows = sum(header.num_rows for header in headers)
         require_full_batch(num_rows, config.mini_rollout_batch_size or config.rollout_batch_size)

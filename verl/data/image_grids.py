@@ -44,7 +44,7 @@ class ImageGrids:
         self.model_config = model_config
         self._grids: dict[tuple[int, int], TokenGrid] = {}  # by (width, height)
 
-    def of(self, size: tuple[int, int]) -> TokenGrid:
+    def grid(self, size: tuple[int, int]) -> TokenGrid:
         """The token grid of an image of this (width, height), as given to the processor."""
         if size not in self._grids:
             blank = Image.new("RGB", size)
@@ -64,7 +64,7 @@ class ImageGrids:
         Raises:
             ValueError: the number of tokens does not fit the images.
         """
-        grids = [self.of(image.size) for image in images]
+        grids = [self.grid(image.size) for image in images]
         expected = sum(grid.num_tokens for grid in grids)
         if vision.shape[1] != expected:
             raise ValueError(

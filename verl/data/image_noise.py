@@ -32,7 +32,7 @@ class ImageNoise:
     share: float
     """Share of black patches, or of the variance that is noise."""
 
-    def spoil(self, pixels: np.ndarray) -> np.ndarray:
+    def degrade(self, pixels: np.ndarray) -> np.ndarray:
         """A degraded copy of (H, W, 3) or (F, H, W, 3) uint8."""
         generator = np.random.default_rng(zlib.crc32(np.ascontiguousarray(pixels).tobytes()))
         return KINDS[self.kind](pixels, self.share, generator)

@@ -34,9 +34,9 @@ def mixed_order(
         skipped: rows to replace by others of their source, so that shares and all other places do not change.
     """
     counts = [_shares(sum(sizes), weights, number) for number in range(epoch + 1)]
-    firsts = np.sum(counts[:-1], axis=0, dtype=int) if epoch else np.zeros(len(sizes), dtype=int)
+    starts = np.sum(counts[:-1], axis=0, dtype=int) if epoch else np.zeros(len(sizes), dtype=int)
     rows, places = [], []
-    for source, (size, first, count) in enumerate(zip(sizes, firsts, counts[-1], strict=True)):
+    for source, (size, first, count) in enumerate(zip(sizes, starts, counts[-1], strict=True)):
         drawn = np.arange(first, first + count)  # numbers of the draws from this source, over the run
         start = sum(sizes[:source])
         usable = np.array([row for row in range(start, start + size) if row not in skipped])

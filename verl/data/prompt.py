@@ -58,10 +58,10 @@ class PromptEncoder:
         """
         by_processor = by_processor or self.tokenizer.chat_template is None
         if by_processor and self.processor is not None:
-            given, template_owner = with_content_parts(messages, kinds), self.processor
+            formatted, template_owner = with_content_parts(messages, kinds), self.processor
         else:
-            given, template_owner = with_plain_content(messages), self.tokenizer
-        chat_text = template_owner.apply_chat_template(given, add_generation_prompt=True, tokenize=False)
+            formatted, template_owner = with_plain_content(messages), self.tokenizer
+        chat_text = template_owner.apply_chat_template(formatted, add_generation_prompt=True, tokenize=False)
         return self._without_outer_marks(chat_text)
 
     @property
@@ -80,12 +80,12 @@ class PromptEncoder:
         for kind, number in (("image", num_images), ("video", num_videos)):
             if kind in self.placeholder_ids:
                 expected[self.placeholder_ids[kind]] = number
-        found = {token_id: token_ids.count(token_id) for token_id in expected}
-        if found != expected:
+        counts = {token_id: token_ids.count(token_id) for token_id in expected}
+        if counts != expected:
             names = ", ".join(
-                f"{found[token_id]} of {self.tokenizer.convert_ids_to_tokens(token_id)}"
+                f"{counts[token_id]} of {self.tokenizer.convert_ids_to_tokens(token_id)}"
                 for token_id in expected
-                if found[token_id] != expected[token_id]
+                if counts[token_id] != expected[token_id]
             )
             media = f"{num_images} images" + (f" and {num_videos} videos" if num_videos else "")
             raise ValueError(

@@ -96,18 +96,18 @@ class AttentionMaps:
         if query.shape[1] % head_groups:
             raise ValueError(f"head_groups={head_groups} does not divide the {query.shape[1]} heads of layer {layer}")
         for sample in self._samples:
-            of_groups = attention_map(query, key, self._plan, sample, scaling, softcap, sinks, head_groups)
+            group_attention = attention_map(query, key, self._plan, sample, scaling, softcap, sinks, head_groups)
             if self._group is not None:
-                of_groups = self._group.mean(of_groups)
-            shares = _normalised(of_groups.mean(dim=0))  # (T, V + 1)
+                group_attention = self._group.mean(group_attention)
+            shares = _normalised(group_attention.mean(dim=0))  # (T, V + 1)
             self._sums[sample.row] = self._sums.get(sample.row, 0.0) + shares[:, :-1].double()
             self._masses[layer, sample.row] = _masses(shares).cpu()
             if self._request.head_groups is not None or self._request.keeps_layers:
-                group_shares = _normalised(of_groups)  # (G, T, V + 1)
+                group_shares = _normalised(group_attention)  # (G, T, V + 1)
                 kept = group_shares if self._request.keeps_layers else _masses(group_shares)
                 self._group_shares[layer, sample.row] = kept.cpu()
 
-    def of_rows(self, response_mask: torch.Tensor) -> dict[int, AttentionMap]:
+    def by_row(self, response_mask: torch.Tensor) -> dict[int, AttentionMap]:
         """The maps by row number. A row without a response or without a prompt has none.
 
         Args:

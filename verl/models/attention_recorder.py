@@ -96,7 +96,7 @@ class AttentionMassRecorder:
             RuntimeError: a layer was not seen.
         """
         self._require_all_layers()
-        return {} if self._maps is None else self._maps.of_rows(response_mask)
+        return {} if self._maps is None else self._maps.by_row(response_mask)
 
     def _require_all_layers(self) -> None:
         missing = [layer for layer in self.layers if layer not in self._masses]

@@ -197,12 +197,12 @@ def _attend_packed(
             own = tuple(tensor.index_select(2, key_places) for tensor in own)
         output, _ = attend(module, query, *own, None, **keywords, **borders)
     else:
-        output = _one_by_one(attend, samples, _with_own_heads(module, query, key), query, key, value, **keywords)
+        output = _one_by_one(attend, samples, _with_local_heads(module, query, key), query, key, value, **keywords)
     _show(module, query, key, keywords)
     return (output if group is None else group.exchange_positions(output)), None
 
 
-def _with_own_heads(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> nn.Module:
+def _with_local_heads(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> nn.Module:
     """The layer with the number of query heads per key head that SDPA needs to repeat key heads, if there is a mask.
 
     A rank with a repeated key head (`SequenceGroup.exchange_heads`) has fewer query heads for it than the layer says.

@@ -141,8 +141,8 @@ def _require_all_weights(model: nn.Module, report: dict[str, Any], path: str, ne
         needs_head: False if the output head is not used and may be missing.
     """
     head = model.get_output_embeddings()
-    of_head = set() if head is None or needs_head else {id(parameter) for parameter in head.parameters()}
-    unused = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in of_head}
+    head_ids = set() if head is None or needs_head else {id(parameter) for parameter in head.parameters()}
+    unused = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in head_ids}
     missing, unexpected = sorted(set(report["missing_keys"]) - unused), sorted(report["unexpected_keys"])
     if report["mismatched_keys"]:
         name, in_files, in_model = sorted(report["mismatched_keys"])[0]

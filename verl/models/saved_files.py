@@ -47,11 +47,11 @@ class OriginalFiles:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copies the files into `folder`."""
-        found = [file for file in map(self._file, TOKENIZER_FILES) if file is not None]
-        if not any(Path(file).name.startswith(("tokenizer", "vocab")) for file in found):
+        files = [file for file in map(self._file, TOKENIZER_FILES) if file is not None]
+        if not any(Path(file).name.startswith(("tokenizer", "vocab")) for file in files):
             self.loaded.save_pretrained(folder)
         Path(folder).mkdir(parents=True, exist_ok=True)
-        for file in found:
+        for file in files:
             shutil.copyfile(file, Path(folder) / Path(file).name)
 
     def _file(self, name: str) -> str | None:

@@ -27,7 +27,7 @@ class SequenceGroup:
     rank: int
     """Rank of this process in the group."""
 
-    def own_slice(self, length: int) -> slice:
+    def local_slice(self, length: int) -> slice:
         """This rank's positions in a row of `length`, a multiple of W."""
         assert length % self.size == 0, f"{length} tokens do not divide over {self.size} ranks"
         share = length // self.size
@@ -118,7 +118,7 @@ def share_rows(model: nn.Module, size: int, keyword: str) -> None:
         assert not args, f"{type(model).__name__} calls its decoder with arguments by position, which cannot be cut"
         cut_inputs = dict(inputs)
         tokens = next(inputs[name] for name in ("inputs_embeds", "input_ids") if inputs.get(name) is not None)
-        own = group.own_slice(tokens.shape[1])
+        own = group.local_slice(tokens.shape[1])
         for name in ("input_ids", "inputs_embeds", "visual_pos_masks"):
             if inputs.get(name) is not None:
                 cut_inputs[name] = inputs[name][:, own]
@@ -160,4 +160,4 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad[ctx.group.own_slice(len(grad))], None
+        return grad[ctx.group.local_slice(len(grad))], None

@@ -65,28 +65,28 @@ class TokenLayout(ABC):
         """(L,) the response tokens; if ranks share the row, only the tokens that this rank's positions predict."""
 
     @abstractmethod
-    def at_labels(self, kept: torch.Tensor) -> torch.Tensor:
+    def label_outputs(self, kept: torch.Tensor) -> torch.Tensor:
         """(L, H), the model's output at the position that predicts each of `labels`.
 
         Args:
             kept: the outputs at the positions of `logits_to_keep`.
         """
 
-    def of_all_ranks(self, at_labels: torch.Tensor) -> torch.Tensor:
+    def gather_ranks(self, label_values: torch.Tensor) -> torch.Tensor:
         """(L, K) for all response tokens, from the (L, K) of this rank's labels."""
-        return at_labels
+        return label_values
 
     def as_streams(
-        self, names: Sequence[str], at_labels: torch.Tensor, constant: Collection[str] = ()
+        self, names: Sequence[str], label_values: torch.Tensor, constant: Collection[str] = ()
     ) -> dict[str, torch.Tensor]:
         """Streams (N, R) by name, zero outside `response_mask`, from the columns of (L, K) of this rank's `labels`.
 
         Args:
             constant: the names whose streams carry no gradient.
         """
-        mask = to_device(self.response_mask, at_labels.device)
-        zeros = at_labels.new_zeros(mask.shape)  # (N, R)
-        columns = dict(zip(names, self.of_all_ranks(at_labels).unbind(-1), strict=True))
+        mask = to_device(self.response_mask, label_values.device)
+        zeros = label_values.new_zeros(mask.shape)  # (N, R)
+        columns = dict(zip(names, self.gather_ranks(label_values).unbind(-1), strict=True))
         return {
             name: zeros.masked_scatter(mask, column.detach() if name in constant else column)
             for name, column in columns.items()
@@ -100,7 +100,7 @@ class TokenLayout(ABC):
         """
         keep = self.model_inputs()["logits_to_keep"]
         kept = slice(-keep, None) if isinstance(keep, int) else to_device(keep, states.device)
-        return self.at_labels(states[:, kept])
+        return self.label_values(states[:, kept])
 
     @abstractmethod
     def label_rows(self) -> torch.Tensor:
@@ -115,7 +115,7 @@ class TokenLayout(ABC):
             is_chosen: (N, S) bool.
         """
 
-    def as_wide(self, masses: torch.Tensor) -> torch.Tensor:
+    def pad_masses(self, masses: torch.Tensor) -> torch.Tensor:
         """Pads the recorder's (N, columns, 2) to (N, R, 2), with zeros outside `response_mask`."""
         mask = to_device(self.response_mask, masses.device)
         wide = nn.functional.pad(masses, (0, 0, 0, mask.shape[1] - masses.shape[1]))
@@ -129,7 +129,7 @@ class TokenLayout(ABC):
         layers: LayerChoice | int | None,
         maps: MapRequest | None = None,
     ) -> Iterator[AttentionMassRecorder]:
-        """A context around the model's forward; its recorder's mass (N, columns, 2) is for `as_wide`.
+        """A context around the model's forward; its recorder's mass (N, columns, 2) is for `pad_masses`.
 
         Args:
             key_kinds: (N, S) `KeyKind` of the rows' tokens.
@@ -178,7 +178,7 @@ class PaddedLayout(TokenLayout):
     def labels(self) -> torch.Tensor:
         return self.input_ids[:, response_columns(self.input_ids.shape[1], self.length)][self.is_label]
 
-    def at_labels(self, kept: torch.Tensor) -> torch.Tensor:
+    def label_outputs(self, kept: torch.Tensor) -> torch.Tensor:
         # An output predicts the next token, so `kept` begins one position before the responses. The indices come from
         # a mask on the CPU: indexing by a mask on the device would make the host wait.
         rows, columns = (to_device(places, kept.device) for places in self.is_label.nonzero(as_tuple=True))
@@ -220,17 +220,17 @@ class PackedLayout(TokenLayout):
         is_response = response_tokens(batch["attention_mask"], self.response_mask)  # (N, S)
         self.predictors = self._packed(is_response).nonzero()[:, 0] - 1  # (L,)
         if group is not None:
-            self._fill_up_to_a_multiple(group.size)
-            own = group.own_slice(len(self.input_ids))
-            self.is_own = (self.predictors >= own.start) & (self.predictors < own.stop)  # (L,)
-            self.own_predictors = self.predictors[self.is_own]
+            self._pad_to_multiple(group.size)
+            own = group.local_slice(len(self.input_ids))
+            self.is_local = (self.predictors >= own.start) & (self.predictors < own.stop)  # (L,)
+            self.local_predictors = self.predictors[self.is_local]
             self.first = own.start
 
-    def _packed(self, of_tokens: torch.Tensor) -> torch.Tensor:
+    def _packed(self, values: torch.Tensor) -> torch.Tensor:
         """(..., T) from (..., N, S)."""
-        return of_tokens[..., self._is_real]
+        return values[..., self._is_real]
 
-    def _fill_up_to_a_multiple(self, size: int) -> None:
+    def _pad_to_multiple(self, size: int) -> None:
         """Appends a filler sample without labels, so that every rank gets the same number of tokens."""
         missing = -len(self.input_ids) % size
         self.input_ids = torch.cat([self.input_ids, self.input_ids[-1:].expand(missing)])
@@ -243,7 +243,7 @@ class PackedLayout(TokenLayout):
     def model_inputs(self) -> dict[str, Any]:
         num_tokens = len(self.input_ids)
         with_filler = self.borders if self.borders[-1] == num_tokens else (*self.borders, num_tokens)
-        keep = self.predictors if self.group is None else self.own_predictors - self.first
+        keep = self.predictors if self.group is None else self.local_predictors - self.first
         return {
             "input_ids": self.input_ids[None],
             "attention_mask": torch.empty(NOT_A_MASK),
@@ -253,37 +253,39 @@ class PackedLayout(TokenLayout):
         }
 
     def labels(self) -> torch.Tensor:
-        return self.input_ids[(self.predictors if self.group is None else self.own_predictors) + 1]
+        return self.input_ids[(self.predictors if self.group is None else self.local_predictors) + 1]
 
-    def at_labels(self, kept: torch.Tensor) -> torch.Tensor:
+    def label_outputs(self, kept: torch.Tensor) -> torch.Tensor:
         return kept[0]
 
     def label_rows(self) -> torch.Tensor:
         rows = self.response_mask.nonzero()[:, 0]
-        return rows if self.group is None else rows[self.is_own]
+        return rows if self.group is None else rows[self.is_local]
 
     def row_means(self, states: torch.Tensor, is_chosen: torch.Tensor) -> torch.Tensor:
         num_rows = len(is_chosen)
         rows = torch.where(is_chosen, torch.arange(num_rows)[:, None], num_rows)  # tokens not chosen: an extra row
-        of_tokens = nn.functional.pad(self._packed(rows), (0, len(self.input_ids) - self.borders[-1]), value=num_rows)
+        row_indices = nn.functional.pad(
+            self._packed(rows), (0, len(self.input_ids) - self.borders[-1]), value=num_rows
+        )
         if self.group is not None:
-            of_tokens = of_tokens[self.group.own_slice(len(self.input_ids))]
-        of_tokens = to_device(of_tokens, states.device)  # (T,) or (T / W,)
+            row_indices = row_indices[self.group.local_slice(len(self.input_ids))]
+        row_indices = to_device(row_indices, states.device)  # (T,) or (T / W,)
         sums = states.new_zeros(num_rows + 1, states.shape[-1], dtype=torch.float32)
-        sums.index_add_(0, of_tokens, states[0].float())
+        sums.index_add_(0, row_indices, states[0].float())
         if self.group is not None:
             sums = self.group.mean(sums) * self.group.size
         return sums[:-1] / to_device(is_chosen.sum(dim=1, keepdim=True), states.device)
 
-    def of_all_ranks(self, at_labels: torch.Tensor) -> torch.Tensor:
+    def gather_ranks(self, label_values: torch.Tensor) -> torch.Tensor:
         if self.group is None:
-            return at_labels
+            return label_values
         # Ranks have the same number of positions, but different numbers of labels.
         share = len(self.input_ids) // self.group.size
-        at_positions = at_labels.new_zeros(share, *at_labels.shape[1:])
-        own_places = to_device(self.own_predictors - self.first, at_labels.device)
-        at_positions = at_positions.index_put((own_places,), at_labels)
-        return self.group.gather(at_positions)[to_device(self.predictors, at_labels.device)]
+        at_positions = label_values.new_zeros(share, *label_values.shape[1:])
+        local_places = to_device(self.local_predictors - self.first, label_values.device)
+        at_positions = at_positions.index_put((local_places,), label_values)
+        return self.group.gather(at_positions)[to_device(self.predictors, label_values.device)]
 
     def record_attention(
         self,
@@ -365,7 +367,7 @@ class SharedPromptLayout(TokenLayout):
     def labels(self) -> torch.Tensor:
         return self._labels
 
-    def at_labels(self, kept: torch.Tensor) -> torch.Tensor:
+    def label_outputs(self, kept: torch.Tensor) -> torch.Tensor:
         return kept[0]
 
     def label_rows(self) -> torch.Tensor:

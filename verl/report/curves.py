@@ -135,7 +135,7 @@ class History:
                 if value is not None and math.isfinite(value):
                     self._points.setdefault(name, []).append((step, value))
 
-    def of(self, metric: str) -> np.ndarray:
+    def points(self, metric: str) -> np.ndarray:
         """(points, 2), steps and values; no points if the run has no such metric."""
         return np.array(self._points.get(metric, []), dtype=np.float64).reshape(-1, 2)
 
@@ -157,7 +157,7 @@ def _panels_of(history: History) -> Iterator[Panel]:
 
 
 def _chart(panel: Panel, history: History) -> Chart | None:
-    lines = {line.label: points for line in panel.lines if len(points := history.of(line.metric))}
+    lines = {line.label: points for line in panel.lines if len(points := history.points(line.metric))}
     if not lines:
         return None
     band = _band(panel, history)
@@ -172,14 +172,14 @@ def _chart(panel: Panel, history: History) -> Chart | None:
 def _band(panel: Panel, history: History) -> np.ndarray | None:
     """(points, 3), steps and both ends of the band."""
     if panel.around is not None:
-        mean, deviation = (history.of(metric) for metric in panel.around)
-        steps, of_mean, of_deviation = np.intersect1d(mean[:, 0], deviation[:, 0], return_indices=True)
-        middle, width = mean[of_mean, 1], deviation[of_deviation, 1]
+        mean, deviation = (history.points(metric) for metric in panel.around)
+        steps, mean_places, deviation_places = np.intersect1d(mean[:, 0], deviation[:, 0], return_indices=True)
+        middle, width = mean[mean_places, 1], deviation[deviation_places, 1]
         return np.stack([steps, middle - width, middle + width], axis=1)
     if panel.band is not None:
-        low, high = history.of(panel.band.low), history.of(panel.band.high)
-        steps, of_low, of_high = np.intersect1d(low[:, 0], high[:, 0], return_indices=True)
-        return np.stack([steps, low[of_low, 1], high[of_high, 1]], axis=1)
+        low, high = history.points(panel.band.low), history.points(panel.band.high)
+        steps, low_places, high_places = np.intersect1d(low[:, 0], high[:, 0], return_indices=True)
+        return np.stack([steps, low[low_places, 1], high[high_places, 1]], axis=1)
     return None
 
 

@@ -154,20 +154,20 @@ def _advise(choices: Sequence[Agreement], num_responses: int, num_tokens: int) -
             basis,
         ]
     value = best.name if best.name != "best" else f"[{','.join(map(str, best.layers))}]"
-    told = [f"Recommended: algorithm.token_weight_layers={value}, with a mean rank correlation of {_told(best)}."]
+    sentences = [f"Recommended: algorithm.token_weight_layers={value}, with a mean rank correlation of {_text(best)}."]
     if best is not default:
         gain = best.correlations - default.correlations
         gain_mean, error = float(np.nanmean(gain)), _standard_error(gain)
         if np.isfinite(error):
             is_clear = gain_mean > 2 * error and num_responses >= FEW_RESPONSES
-            told.append(
+            sentences.append(
                 f"That is {gain_mean:+.3f} ± {error:.3f} against all layers, "
                 + ("a clear difference." if is_clear else "which may be chance.")
             )
-    return [*told, basis]
+    return [*sentences, basis]
 
 
-def _told(agreement: Agreement) -> str:
+def _text(agreement: Agreement) -> str:
     error = agreement.standard_error
     return f"{agreement.mean:+.3f}" + (f" ± {error:.3f}" if np.isfinite(error) else "")
 

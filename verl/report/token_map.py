@@ -156,8 +156,10 @@ def _page_sample(sample: TokenMap, bounds: tuple[float, float], most_tokens: int
     kept = _kept_places(len(sample.tokens), most_tokens)  # (t,)
     looks = None
     if sample.maps:
-        of_images = sum(one.values.reshape(len(one.values), -1).sum(axis=1, dtype=np.float64) for one in sample.maps)
-        looks = [_short(of_images[place]) for place in kept]
+        image_attention = sum(
+            one.values.reshape(len(one.values), -1).sum(axis=1, dtype=np.float64) for one in sample.maps
+        )
+        looks = [_short(image_attention[place]) for place in kept]
     gap = next((place for place in range(1, len(kept)) if kept[place] != kept[place - 1] + 1), None)
     data = {
         "weights": [_short(sample.weights[place]) for place in kept],

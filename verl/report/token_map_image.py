@@ -95,10 +95,10 @@ def token_map_image(sample: TokenMap, bounds: tuple[float, float]) -> np.ndarray
 def _laid_out(sample: TokenMap, bounds: tuple[float, float]) -> Iterator[Letter]:
     """The letters of the title, the facts and the prompt, then the tokens, in lines of `COLUMNS`."""
     facts = [("reward", sample.reward), ("advantage", sample.advantage)]
-    told = [f"{name} {value:.3g}" for name, value in facts if value is not None]
+    details = [f"{name} {value:.3g}" for name, value in facts if value is not None]
     if sample.answer is not None:
-        told.append(f"answer {sample.answer}")
-    head = "\n".join(text for text in (sample.title, ", ".join(told), sample.prompt) if text)
+        details.append(f"answer {sample.answer}")
+    head = "\n".join(text for text in (sample.title, ", ".join(details), sample.prompt) if text)
     runs = [(f"{head}\n", None)]
     for places in token_groups(sample.tokens):
         text = "".join(sample.tokens[place] for place in places)

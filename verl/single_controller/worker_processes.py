@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from verl.single_controller.lost_processes import PROCESS_LOST, Node, run_ended_by
 from verl.single_controller.waiting import Waiting
 from verl.utils.lean_imports import import_modules, import_object
-from verl.utils.termination import leave_termination_to_the_driver
+from verl.utils.termination import ignore_sigterm
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
 """Longer than any phase in which ranks wait for each other (a slow rank may generate for most of an hour)."""
@@ -62,7 +62,7 @@ class WorkerProcess:
     """
 
     def __init__(self, rank: int, world_size: int, local_rank: int, device: str, variables: Mapping[str, str]) -> None:
-        leave_termination_to_the_driver()
+        ignore_sigterm()
         os.environ.update(variables)
         self.place = {"rank": rank, "world_size": world_size, "local_rank": local_rank, "device": device}
         self.workers: dict[str, Any] = {}
@@ -271,11 +271,11 @@ class WorkerProcesses:
 
     def _places_of(self, ranks: Sequence[int]) -> str:
         """Ranks by node, such as `ranks 0, 1 of node 10.0.0.1 (Ray node 3fa9c210); rank 9 of node ...`."""
-        of_node: dict[Node, list[str]] = {}
+        ranks_by_node: dict[Node, list[str]] = {}
         for rank in ranks:
-            of_node.setdefault(self.node_of_rank[rank], []).append(str(rank))
+            ranks_by_node.setdefault(self.node_of_rank[rank], []).append(str(rank))
         return "; ".join(
-            f"rank{'s' * (len(names) > 1)} {', '.join(names)} of node {node}" for node, names in of_node.items()
+            f"rank{'s' * (len(names) > 1)} {', '.join(names)} of node {node}" for node, names in ranks_by_node.items()
         )
 
     def shutdown(self) -> None:

@@ -28,7 +28,7 @@ def compute_advantages(
     streams, metrics = batch.batch, {}
     streams["token_level_rewards"] = streams["token_level_scores"]
     if algorithm.kl_in_reward:
-        metrics = _take_kl_off_the_rewards(batch, algorithm, state, kl_coef_may_adapt)
+        metrics = _subtract_kl(batch, algorithm, state, kl_coef_may_adapt)
     inputs = AdvantageInputs(
         streams["token_level_rewards"],
         streams["response_mask"],
@@ -43,7 +43,7 @@ def compute_advantages(
     return metrics
 
 
-def _take_kl_off_the_rewards(
+def _subtract_kl(
     batch: DataProto, algorithm: AlgorithmConfig, state: RunState, kl_coef_may_adapt: bool
 ) -> dict[str, float]:
     streams, kl_coef = batch.batch, state.kl_coef

@@ -25,7 +25,7 @@ def balance_across_ranks(batch: DataProto, config: PPOConfig, plan: BatchPlan) -
     costs = None
     if shares_prompts(config):
         prompts = prompt_lengths(batch.batch["attention_mask"], batch.batch["response_mask"]).tolist()
-        costs = TokenCosts.of_groups(lengths, prompts, batch.non_tensor_batch["uid"])
-    order = balanced_order(lengths, plan.world_size, plan.pieces_to_balance, costs)
+        costs = TokenCosts.from_groups(lengths, prompts, batch.non_tensor_batch["uid"])
+    order = balanced_order(lengths, plan.world_size, plan.num_balance_pieces, costs)
     batch.reorder(torch.tensor(order))
     return seqlen_metrics(lengths, order, plan.world_size)

@@ -59,7 +59,7 @@ class ClusterGuard:
         self._process.wait()
 
     @contextmanager
-    def takes_in(self) -> Iterator[None]:
+    def mark_children(self) -> Iterator[None]:
         """Inside, processes that are started belong to the cluster, with all their descendants."""
         variables = {CLUSTER_MARK: self._mark, **KEEP_ENVIRONMENT}
         before = {name: os.environ.get(name) for name in variables}
@@ -105,13 +105,13 @@ def end_marked(mark: str) -> None:
     """Kills the processes with this mark, including children that they start meanwhile."""
     deadline = time.monotonic() + ATTEMPT_SECONDS
     while time.monotonic() < deadline:
-        found = [process for process in psutil.process_iter() if _has_mark(process, mark)]
-        if not found:
+        processes = [process for process in psutil.process_iter() if _has_mark(process, mark)]
+        if not processes:
             return
-        for process in found:
+        for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(found, timeout=1)
+        psutil.wait_procs(processes, timeout=1)
 
 
 def _has_mark(process: psutil.Process, mark: str) -> bool:

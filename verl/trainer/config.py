@@ -222,7 +222,7 @@ class AlgorithmConfig(ConfigSection):
     """Another form of `token_weight_last_k_layers`: `last:K`, `middle` (the middle third), `all`, or a list of layer
     numbers, counted from 0."""
     token_weight_image_noise: Literal["blank", "patches", "gaussian"] = "patches"
-    """How `image_kl` spoils images: all black, black squares of 14 pixels, or noise."""
+    """How `image_kl` degrades images: all black, black squares of 14 pixels, or noise."""
     token_weight_image_noise_share: float = 0.5
     """Share of the squares that are black, or of the variance that is noise."""
     token_weight_control: Literal["none", "shuffled", "inverse", "random"] = "none"

@@ -125,13 +125,13 @@ CONTRADICTIONS: dict[type[ConfigSection], tuple[Callable[..., Iterator[ConfigVal
 
 
 def required_keys(config: PPOConfig) -> Iterator[str]:
-    given = {
+    required = {
         "data.train_files": config.data.train_files,
         "data.val_files": config.data.val_files,
         "worker.actor.model.model_path": config.worker.actor.model.model_path,
         "worker.reward.reward_function": config.worker.reward.reward_function,
     }
-    for key, value in given.items():
+    for key, value in required.items():
         if not value:
             yield f"{key} is required and not given"
 

@@ -111,14 +111,14 @@ def describe_machine(folder: str) -> list[str]:
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     names = [f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB" for gpu in gpus]
     there = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
-    installed = {name: found for name in PACKAGES if (found := _version(name)) is not None}
+    installed = {name: version for name in PACKAGES if (version := _version(name)) is not None}
     return [
         f"CPUs: {os.cpu_count()}",
         f"memory: {total / GIB:.1f} GiB, {(total - used) / GIB:.1f} GiB free",
         f"GPUs: {len(names)} ({'; '.join(dict.fromkeys(names))})" if names else "GPUs: none",
         f"disk: {shutil.disk_usage(there).free / GIB:.1f} GiB free at {folder}",
         f"versions: Python {platform.python_version()}, "
-        + ", ".join(f"{name} {found}" for name, found in installed.items()),
+        + ", ".join(f"{name} {version}" for name, version in installed.items()),
     ]
 
 
@@ -149,11 +149,11 @@ def _read_data(config: PPOConfig, report: Report) -> None:
     model, data = config.worker.actor.model, config.data
     source = (model.tokenizer_path, data.override_chat_template)
     # The first rows may all be too long, or damaged, where the whole set is not.
-    each_row = replace(data, filter_overlong_prompts=False, check_media=False)
+    row_config = replace(data, filter_overlong_prompts=False, check_media=False)
     with report.collects_refusals():
         tokenizer = get_tokenizer(*source, trust_remote_code=model.trust_remote_code)
         processor = get_processor(*source, trust_remote_code=model.trust_remote_code)
-        options = dict(config=each_row, model_config=fitting_model_config(config, tokenizer), first_rows=ROWS_READ)
+        options = dict(config=row_config, model_config=fitting_model_config(config, tokenizer), first_rows=ROWS_READ)
 
         def first_rows_of(path: str) -> RLHFDataset:
             return RLHFDataset(path, tokenizer, processor, **options)

@@ -81,7 +81,7 @@ def help_text(config_class: type[ConfigSection], names: Sequence[str], width: in
 
 def topics_of(section: type[ConfigSection], prefix: str = "") -> Iterator[Topic]:
     """The keys of a section in order, then each nested section, with a heading."""
-    docstrings = docstrings_of_fields(section)
+    docstrings = field_docstrings(section)
     if prefix:
         yield Topic(prefix.removesuffix("."), _first_paragraph(section), None)
     for field in fields(section):
@@ -92,22 +92,22 @@ def topics_of(section: type[ConfigSection], prefix: str = "") -> Iterator[Topic]
             yield from topics_of(field.type, f"{prefix}{field.name}.")
 
 
-def docstrings_of_fields(section: type[ConfigSection]) -> dict[str, str]:
+def field_docstrings(section: type[ConfigSection]) -> dict[str, str]:
     """The docstring under each field, by name, for the section and its base classes."""
-    found: dict[str, str] = {}
+    docstrings: dict[str, str] = {}
     for owner in reversed(section.__mro__[:-1]):
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
         for node, after in pairwise(tree.body):
             if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr):
-                found[node.target.id] = after.value.value
-    return found
+                docstrings[node.target.id] = after.value.value
+    return docstrings
 
 
 def _named(name: str, topics: Sequence[Topic]) -> list[Topic]:
     name = name.strip(".")
-    found = [topic for topic in topics if topic.key == name or topic.key.startswith(f"{name}.")]
-    if found:
-        return found
+    matches = [topic for topic in topics if topic.key == name or topic.key.startswith(f"{name}.")]
+    if matches:
+        return matches
     keys = [topic.key for topic in topics]
     last = name.rpartition(".")[2]
     namesakes = [key for key in keys if key.rpartition(".")[2] == last]

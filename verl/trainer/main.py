@@ -17,7 +17,7 @@ from verl.trainer.stop_request import StopRequest
 from verl.trainer.tracking import Tracker
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.determinism import VARIABLES
-from verl.utils.lasting_output import outlive_readers
+from verl.utils.lasting_output import survive_lost_readers
 from verl.utils.lean_imports import frozen_objects, import_modules
 from verl.utils.run_lock import FolderRefused, locked_folder
 from verl.workers.rollout.config import ENGINES
@@ -208,7 +208,7 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses", sto
 
 def main() -> None:
     """Parses the command line and runs; a mistake in it ends with a readable message and exit code 2."""
-    outlive_readers()  # before the loggers take sys.stderr
+    survive_lost_readers()  # before the loggers take sys.stderr
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("verl").setLevel(logging.INFO)
     arguments = sys.argv[1:]

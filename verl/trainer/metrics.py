@@ -159,12 +159,12 @@ def compute_attention_metrics(batch: DataProto) -> dict[str, float]:
     vgr = vgr[vgr.isfinite()]
     if vgr.numel() == 0:
         return {}
-    of_samples = attention_metrics_from_mass(mass, keys, response_mask)
+    sample_metrics = attention_metrics_from_mass(mass, keys, response_mask)
     both = (keys > 0).all(-1)  # (N,)
     p10, median, p90 = np.quantile(vgr.numpy(), (0.1, 0.5, 0.9)).tolist()
     metrics = {"vgr/mean": vgr.mean().item(), "vgr/median": median, "vgr/p10": p10, "vgr/p90": p90}
     for name in ("text_mass", "vision_mass", "aei_text", "aei_vision"):
-        metrics[f"attention/{name}"] = of_samples[name][both].nanmean().item()
+        metrics[f"attention/{name}"] = sample_metrics[name][both].nanmean().item()
     return metrics
 
 
@@ -200,9 +200,9 @@ def compute_token_weight_metrics(
         values["clipped_low"] = (weights <= low).float().mean()
         values["clipped_high"] = (weights >= high).float().mean()
     if kinds is not None:
-        of_tokens = kinds.of(tensors["responses"][is_response])  # (response tokens,)
+        token_kinds = kinds.classify(tensors["responses"][is_response])  # (response tokens,)
         for kind in TokenKind:
-            is_kind = of_tokens == kind
+            is_kind = token_kinds == kind
             values[f"{kind.name.lower()}_share"] = _share(weights[is_kind], weights)
             values[f"{kind.name.lower()}_tokens"] = is_kind.float().mean()
     return {f"token_weights/{name}": value.item() for name, value in values.items()}
@@ -220,15 +220,15 @@ def compute_cancelled_share(batch: DataProto) -> float:
     """
     tensors = batch.batch
     is_response = tensors["response_mask"].bool().numpy()  # (N, R)
-    pulls = (tensors["token_weights"] * tensors["advantages"]).double().numpy()  # (N, R)
+    weighted_advantages = (tensors["token_weights"] * tensors["advantages"]).double().numpy()  # (N, R)
     _, groups = np.unique(batch.non_tensor_batch["uid"].astype(str), return_inverse=True)
     prefixes = np.zeros(is_response.shape, dtype=np.uint64)  # (N, R), a rolling hash of uid and tokens
     running = _mixed(groups.astype(np.uint64))
     for column, ids in enumerate(tensors["responses"].numpy().astype(np.uint64).T):
         running = prefixes[:, column] = _mixed(running + ids)
     _, nodes = np.unique(prefixes[is_response], return_inverse=True)
-    left = np.abs(np.bincount(nodes, weights=pulls[is_response])).sum()
-    return float(1 - left / max(np.abs(pulls[is_response]).sum(), 1e-12))
+    left = np.abs(np.bincount(nodes, weights=weighted_advantages[is_response])).sum()
+    return float(1 - left / max(np.abs(weighted_advantages[is_response]).sum(), 1e-12))
 
 
 def compute_signal_metrics(importance: Mapping[str, torch.Tensor], response_mask: torch.Tensor) -> dict[str, float]:
@@ -255,9 +255,9 @@ def compute_signal_metrics(importance: Mapping[str, torch.Tensor], response_mask
             metrics |= {f"signals/{name}/{statistic}": float(value) for statistic, value in spread.items()}
     correlations = table.groupby(rows.numpy()).corr(method="spearman")  # (responses x signals, signals)
     for one, other in combinations(importance, 2):
-        of_responses = correlations.xs(one, level=1)[other]
-        if of_responses.notna().any():
-            metrics[f"signals/spearman/{one}_{other}"] = float(of_responses.mean())
+        response_correlations = correlations.xs(one, level=1)[other]
+        if response_correlations.notna().any():
+            metrics[f"signals/spearman/{one}_{other}"] = float(response_correlations.mean())
     return metrics
 
 
@@ -275,7 +275,7 @@ def reduce_metrics(metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 def largest_of_workers(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The largest value of each metric, from one mapping per worker, all with the same names."""
-    return {name: max(of_worker[name] for of_worker in metrics) for name in metrics[0]}
+    return {name: max(worker_metrics[name] for worker_metrics in metrics) for name in metrics[0]}
 
 
 def _mixed(numbers: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from verl.trainer.cluster_guard import ClusterGuard
 from verl.trainer.config import PPOConfig
-from verl.utils.termination import termination_kept_from_children
+from verl.utils.termination import block_sigterm_in_children
 
 if TYPE_CHECKING:
     from ray._private.worker import RayContext
@@ -96,7 +96,7 @@ def _own_cluster(config: PPOConfig) -> Iterator[None]:
 
     logger.info("starting Ray")
     with token_authentication(), ClusterGuard() as guard:
-        with guard.takes_in():
+        with guard.mark_children():
             session = _start_ray(num_cpus=_cpus_of(config))
         guard.remember(session.address_info["session_dir"])
         try:
@@ -164,7 +164,7 @@ def _join_ray() -> None:
     # Inside a Ray job this process already has the job's runtime environment; Ray refuses to be given it again.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     variables = {name: os.environ[name] for name in WORKER_ENVIRONMENT}
-    with termination_kept_from_children():
+    with block_sigterm_in_children():
         ray.init(logging_level="ERROR", runtime_env={"env_vars": variables})
 
 
@@ -173,7 +173,7 @@ def _start_ray(**options: Any) -> "RayContext":
 
     try:
         # Unless the user chose a mode, this asks for the token and sets RAY_AUTH_MODE for the cluster's processes.
-        with termination_kept_from_children():
+        with block_sigterm_in_children():
             session = ray.init("local", include_dashboard=False, logging_level="ERROR", **options)
     except OSError as error:
         if "AF_UNIX" not in str(error):

@@ -51,8 +51,8 @@ def train_through_losses(
         gc.collect()  # a traceback holds the attempt's batches and loaders
         place = "as it began, since it has saved nothing"
         if _last_save(config) != beginning:
-            going_on = replace(config.trainer, load_checkpoint_path=None, find_last_checkpoint=True)
-            config, place = replace(config, trainer=going_on), "from the last checkpoint"
+            resumed = replace(config.trainer, load_checkpoint_path=None, find_last_checkpoint=True)
+            config, place = replace(config, trainer=resumed), "from the last checkpoint"
         logger.warning("%s. The run goes on %s; restarts left: %d", news, place, restarts_left - 1)
         _wait_for(resources)
 

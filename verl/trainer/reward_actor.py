@@ -36,15 +36,15 @@ class RewardActor:
         actor_class = ray.remote(num_cpus=config.num_cpus)(RewardProcess)
         self._actor = actor_class.remote(config, os.path.abspath(log), limits)
         self._node = node_of(self._actor)
-        self._whereabouts = self._actor.whereabouts.remote()
+        self._location = self._actor.location.remote()
 
     def load(self, *args: Any) -> ray.ObjectRef:
         """As `RewardProcess.load`, without its config; the reference is for `answer`."""
         return self._actor.load.remote(self._config, *args)
 
-    def score(self, given: Any) -> ray.ObjectRef:
+    def score(self, inputs: Any) -> ray.ObjectRef:
         """As `RewardProcess.score`; the reference is for `answer`."""
-        return self._actor.score.remote(given)
+        return self._actor.score.remote(inputs)
 
     def kill(self) -> None:
         """Ends the process; its supervisor ends its descendants."""
@@ -72,7 +72,7 @@ class RewardActor:
             return ray.get(request)
         except PROCESS_LOST as error:
             node = ray.get(self._node)
-            if words := self._last_words(node):
+            if words := self._end_reason(node):
                 raise RuntimeError(f"{words}. It was {task}. {HOW_TO_GO_ON}") from error
             name = "the reward function's process"
             raise run_ended_by({name: error}, {name: node}) from error
@@ -83,11 +83,11 @@ class RewardActor:
             return None
         return longest_seconds(self._config.timeout_s, num_samples) + 2 * self._limits.grace_s
 
-    def _last_words(self, node: Node) -> str:
+    def _end_reason(self, node: Node) -> str:
         """Why the supervisor ended the process; empty if it did not, or if its node is gone."""
         there = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
         try:
-            path = ray.get(self._whereabouts).last_words
+            path = ray.get(self._location).reason_file
             text = _take_text.options(scheduling_strategy=there).remote(path)
             return ray.get(text, timeout=LAST_WORDS_SECONDS)
         except ray.exceptions.RayError:
@@ -99,10 +99,10 @@ class RewardActor:
 
     def _place(self) -> str:
         """The process id and node, as far as known."""
-        known = [self._node, self._whereabouts]
+        known = [self._node, self._location]
         if len(ray.wait(known, num_returns=len(known), timeout=0)[0]) < len(known):
             return "whose process has not started"
-        return f"process {ray.get(self._whereabouts).pid} of node {ray.get(self._node)}"
+        return f"process {ray.get(self._location).pid} of node {ray.get(self._node)}"
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -104,7 +104,7 @@ class RewardClient:
         with record.timed("reward"):
             scored, memory = self._answer(request, batch, f"step {record.step}")
             batch = batch.union(place_scores(batch, scored))
-        self._tell_of_unused_weights(scored)
+        self._warn_of_unused_weights(scored)
         numbers = numbers_by_key(batch)
         record.average({f"reward/{key}": values for key, values in numbers.items()})
         if "retried" not in numbers:  # otherwise the function returns a key of this name
@@ -112,7 +112,7 @@ class RewardClient:
         record.average({"perf/reward_memory_gb": [memory / GIB]})
         return batch
 
-    def _tell_of_unused_weights(self, scored: Scored) -> None:
+    def _warn_of_unused_weights(self, scored: Scored) -> None:
         if self._warns_of_token_weights and any(TOKEN_WEIGHTS in result for result in scored.results):
             self._warns_of_token_weights = False
             logger.warning(
@@ -153,7 +153,7 @@ class RewardClient:
                 "%d more calls of the reward function failed and were made again",
                 len(scored.failures) - FAILURES_SHOWN,
             )
-        self._growth.look_at(memory)
+        self._growth.check(memory)
         return scored, memory
 
 
@@ -165,7 +165,7 @@ class _Growth:
         self._first: int | None = None
         self._next = 0
 
-    def look_at(self, memory: int) -> None:
+    def check(self, memory: int) -> None:
         """memory: bytes after a batch."""
         if self._first is None:
             self._first, self._next = memory, max(2 * memory, memory + GROWTH_TO_TELL)

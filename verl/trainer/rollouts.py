@@ -74,11 +74,11 @@ class Rollouts:
         sampling = Sampling.for_training(self.config.worker.rollout)
         draws: list[DataProto] = []
         while self._groups_in(draws) < self.plan.prompts_per_step:
-            self._require_a_draw_left(draws, record)
+            self._require_remaining_draw(draws, record)
             prompts = self._prompts_from(self.loader.draw())
             draw = self._generate(prompts, sampling, seed_parts=(TRAIN, record.step, len(draws)))
             draws.append(self._keep_informative(draw, record))
-            self._tell_of_draw(draws, record)
+            self._log_draw(draws, record)
         if self.config.algorithm.online_filtering:
             kept_share = self._groups_in(draws) / (len(draws) * self.plan.prompts_per_draw)
             record.add({"filter/draws": len(draws), "filter/kept_share": kept_share})
@@ -151,7 +151,7 @@ class Rollouts:
             informative_rows(numbers_by_key(draw), draw.non_tensor_batch["uid"], algorithm.filter_key, *bounds)
         ]
 
-    def _tell_of_draw(self, draws: list[DataProto], record: StepRecord) -> None:
+    def _log_draw(self, draws: list[DataProto], record: StepRecord) -> None:
         """Logs a line per draw, since a step that filters groups may draw many times."""
         if self.config.algorithm.online_filtering:
             logger.info(
@@ -167,7 +167,7 @@ class Rollouts:
     def _groups_in(self, draws: list[DataProto]) -> int:
         return sum(len(draw) for draw in draws) // self.plan.responses_per_prompt
 
-    def _require_a_draw_left(self, draws: list[DataProto], record: StepRecord) -> None:
+    def _require_remaining_draw(self, draws: list[DataProto], record: StepRecord) -> None:
         """Raises when no draw is left, which can happen only with filtered groups."""
         plan, algorithm = self.plan, self.config.algorithm
         if plan.most_draws is None or len(draws) < plan.most_draws:

@@ -126,7 +126,7 @@ class RunState:
         if None in files:
             return
         self._save = None
-        whole = {name: record for of_rank in (*files, save.files) for name, record in of_rank.items()}
+        whole = {name: record for rank_files in (*files, save.files) for name, record in rank_files.items()}
         write_manifest(f"{save.folder}{UNFINISHED}", save.step, self.config.trainer.save_model_only, whole)
         publish(save.folder)
         self.last_saved_step = save.step

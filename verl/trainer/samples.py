@@ -128,9 +128,9 @@ class SampleLogger:
         vgr = vgr_from_mass(streams["attention_mass"], streams["attention_keys"])  # (N, R)
         token_ids = response_token_ids(streams["responses"], streams["response_mask"])
         images = [self._images_of(handles) for handles in objects["multi_modal_data"]]
-        uris = iter(picture_uris([image for of_row in images for image in of_row]))
+        uris = iter(picture_uris([image for pictures in images for image in pictures]))
         maps = []
-        for row, of_row in enumerate(images):
+        for row, pictures in enumerate(images):
             attention = objects["attention_maps"][row]
             maps.append(
                 TokenMap(
@@ -138,8 +138,8 @@ class SampleLogger:
                     weights=weights[row, is_token[row]].tolist(),
                     vgr=vgr[row, is_token[row]].tolist(),
                     prompt=str(objects["prompt_text"][row]),
-                    images=[next(uris) for _ in of_row],
-                    maps=self.grids.lay_out(attention.vision, of_row) if of_row and attention is not None else (),
+                    images=[next(uris) for _ in pictures],
+                    maps=self.grids.lay_out(attention.vision, pictures) if pictures and attention is not None else (),
                     answer=str(objects["ground_truth"][row]),
                     reward=scores[row],
                     advantage=None if advantages is None else advantages[row],

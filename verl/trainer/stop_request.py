@@ -58,7 +58,7 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        handlers = {signal.SIGTERM: self._hear, signal.SIGINT: self._hear, signal.SIGHUP: signal.SIG_IGN}
+        handlers = {signal.SIGTERM: self._handle, signal.SIGINT: self._handle, signal.SIGHUP: signal.SIG_IGN}
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
@@ -68,7 +68,7 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not Python's
 
-    def _hear(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
         now, before = time.monotonic(), self._last_term
         if number == signal.SIGTERM:
             self._last_term = now
@@ -77,21 +77,21 @@ class StopRequest:
         self._requests += 1
         name, code = signal.Signals(number).name, 128 + number
         if self._requests == 1 and self._waits_for_step:
-            _say(
+            _write_to_stderr(
                 f"{name}: finishing the step and saving, for up to trainer.grace_s={self.grace_s:g} s; "
                 f"{'press Ctrl-C' if number == signal.SIGINT else 'send it'} again to end at once"
             )
-            self._later(self.grace_s, self._end_of_grace)
+            self._later(self.grace_s, self._on_grace_end)
             return
         if self._requests > 2:
             os._exit(code)
         self._requests = 2
-        _say(f"{name}: ending at once, with what was saved before")
+        _write_to_stderr(f"{name}: ending at once, with what was saved before")
         self._later(UNWIND_SECONDS, os._exit, code)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(code)
 
-    def _end_of_grace(self) -> None:
-        _say(f"the step was not done after trainer.grace_s={self.grace_s:g} s")
+    def _on_grace_end(self) -> None:
+        _write_to_stderr(f"the step was not done after trainer.grace_s={self.grace_s:g} s")
         self._later(UNWIND_SECONDS, os._exit, ENDED_BY_SIGTERM)  # in case the main thread hangs in native code
         self._last_term = -math.inf
         os.kill(os.getpid(), signal.SIGTERM)  # only a signal interrupts the main thread
@@ -103,7 +103,7 @@ class StopRequest:
         self._timers.append(timer)
 
 
-def _say(text: str) -> None:
+def _write_to_stderr(text: str) -> None:
     # A handler may interrupt a write to the same stream, whose buffer is then not to be touched.
     with suppress(OSError):
         os.write(2, f"\n{text}\n".encode())

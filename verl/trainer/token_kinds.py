@@ -25,7 +25,7 @@ class TokenKinds:
         self._added = set(tokenizer.added_tokens_decoder)
         self._kinds: dict[int, TokenKind] = {}
 
-    def of(self, ids: torch.Tensor) -> torch.Tensor:
+    def classify(self, ids: torch.Tensor) -> torch.Tensor:
         """(tokens,) int64 `TokenKind`, from (tokens,) ids."""
         unique, places = ids.unique(return_inverse=True)
         return torch.tensor([self._kind(token_id) for token_id in unique.tolist()], dtype=torch.int64)[places]

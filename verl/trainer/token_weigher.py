@@ -79,9 +79,9 @@ class TokenWeigher:
             reward_values: values per sample of every key that the reward function returned.
             step: the training step.
         """
-        streams, name = batch.batch, self._name_of_used
-        given = reward_values.get(TOKEN_WEIGHTS) or [None] * len(batch)
-        self._share_from_reward = sum(weights is not None and len(weights) > 0 for weights in given) / len(batch)
+        streams, name = batch.batch, self._used_signal_name
+        returned = reward_values.get(TOKEN_WEIGHTS) or [None] * len(batch)
+        self._share_from_reward = sum(weights is not None and len(weights) > 0 for weights in returned) / len(batch)
         self._weighed_by = {name: self.signals[name].importance(streams)} if name in self.signals else {}
         weights = self._weights(self._weighed_by.get(name), batch, reward_values, step)
         if weights is None:
@@ -98,7 +98,7 @@ class TokenWeigher:
     def preview(self, batch: DataProto, reward_values: dict[str, list[Any]], step: int) -> torch.Tensor:
         """Weights (N, R) float32 that a step would give to other responses, such as held-out ones; 1 if no source
         gives any or token weights are off. Reads: what `weights` reads."""
-        streams, name, weights = batch.batch, self._name_of_used, None
+        streams, name, weights = batch.batch, self._used_signal_name, None
         if self.algorithm.enable_token_weights:
             importance = self.signals[name].importance(streams) if name in self.signals else None
             weights = self._weights(importance, batch, reward_values, step)
@@ -160,5 +160,5 @@ class TokenWeigher:
         return metrics
 
     @property
-    def _name_of_used(self) -> str:
+    def _used_signal_name(self) -> str:
         return self.algorithm.token_weight_signal.rpartition(":")[2]

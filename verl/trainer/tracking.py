@@ -129,32 +129,32 @@ class Tracker:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Reports metrics named `area/name`: Python numbers, numpy scalars or one-element tensors."""
         values = {name: float(value) for name, value in metrics.items()}
-        self._tell(lambda sink: sink.log(values, step))
+        self._report(lambda sink: sink.log(values, step))
 
     def log_generations(self, samples: Sequence[tuple[str, str, str, float]], step: int, split: str = "val") -> None:
         """Reports samples of a split, `train` or `val`, as (input, output, label, score)."""
         generations = [Generation(*sample) for sample in samples]
-        self._tell(lambda sink: sink.log_generations(generations, step, split))
+        self._report(lambda sink: sink.log_generations(generations, step, split))
 
     def log_token_maps(self, samples: Sequence[TokenMap], step: int, split: str) -> None:
         """Reports the same samples token by token."""
-        self._tell(lambda sink: sink.log_token_maps(samples, step, split))
+        self._report(lambda sink: sink.log_token_maps(samples, step, split))
 
     def log_val_rewards(self, rewards: Mapping[str, Sequence[float]], step: int) -> None:
         """Reports every held-out sample's value of each key of the reward function, in the set's order."""
-        self._tell(lambda sink: sink.log_val_rewards(rewards, step))
+        self._report(lambda sink: sink.log_val_rewards(rewards, step))
 
     def phase(self, name: str, line: str | None = None) -> None:
         """Reports that a phase begins; `line` describes it, for phases that log nothing else for a long time."""
-        self._tell(lambda sink: sink.phase(name, line))
+        self._report(lambda sink: sink.phase(name, line))
 
     def validated(self, num_done: int, num_prompts: int) -> None:
         """Reports how many of the held-out prompts have been answered and scored."""
-        self._tell(lambda sink: sink.validated(num_done, num_prompts))
+        self._report(lambda sink: sink.validated(num_done, num_prompts))
 
     def note(self, text: str) -> None:
         """Shows a line to the person who watches the run."""
-        self._tell(lambda sink: sink.note(text))
+        self._report(lambda sink: sink.note(text))
 
     def add_files(self, source: Callable[[], Iterable[WrittenFile]]) -> None:
         """Registers `source`, which lists further written files when it is called at the end of the run."""
@@ -164,13 +164,13 @@ class Tracker:
         """Writes out and releases every logger; `failed` is whether an exception ends the run."""
         try:
             files = [file for source in self._file_sources for file in source()]
-            self._tell(lambda sink: files.extend(sink.files()))
+            self._report(lambda sink: files.extend(sink.files()))
             there = [file for file in files if file.path.exists()]
-            self._tell(lambda sink: sink.written(there))
+            self._report(lambda sink: sink.written(there))
         finally:
-            self._tell(lambda sink: sink.close(failed))
+            self._report(lambda sink: sink.close(failed))
 
-    def _tell(self, report: Callable[[Sink], None]) -> None:
+    def _report(self, report: Callable[[Sink], None]) -> None:
         for name, sink in self._sinks.items():
             try:
                 report(sink)

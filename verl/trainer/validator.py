@@ -72,10 +72,10 @@ class Validator:
         self.on_progress(num_done)
         for number, features in enumerate(self.batches):
             part = self.generate(features, number)
-            scores_of_part, results_of_part = self.score(part)
+            part_scores, part_results = self.score(part)
             parts.append(part.select(None, KEPT))
-            scores.extend(scores_of_part)
-            results.extend(results_of_part)
+            scores.extend(part_scores)
+            results.extend(part_results)
             num_done += len(next(iter(features.values())))
             self.on_progress(num_done)
         batch = DataProto.concat(parts)
@@ -85,8 +85,8 @@ class Validator:
         metrics.update({f"val/{key}_reward": value for key, value in reduce_metrics(rewards).items()})
         metrics.update(compute_length_metrics(batch, prefix="val_"))
         shown = self._shown(batch)
-        of_shown = [scores[place] for place in shown], [results[place] for place in shown]
-        return ValidationResult(score, metrics, shown, batch[shown], *of_shown, rewards)
+        shown_results = [scores[place] for place in shown], [results[place] for place in shown]
+        return ValidationResult(score, metrics, shown, batch[shown], *shown_results, rewards)
 
     def _shown(self, batch: DataProto) -> list[int]:
         """Chooses samples to show, independently of their order and of the answers."""

@@ -50,10 +50,10 @@ class ModelPlan:
         experience_size = model.micro_batch_size_per_device_for_experience
         batch, workers = f"{name}.global_batch_size", f"{world_size} workers"
         step, sequences = f"data.rollout_batch_size={prompts_per_step}", prompts_per_step * n
-        step_of_sequences = f"{step} x worker.rollout.n={n} = {sequences} sequences"
+        step_text = f"{step} x worker.rollout.n={n} = {sequences} sequences"
         micro_batch = f"{name}.micro_batch_size_per_device"
         _require_divisor(batch, batch_size, prompts_per_step, step)
-        _require_divisor(f"{micro_batch}_for_experience", experience_size, sequences, step_of_sequences)
+        _require_divisor(f"{micro_batch}_for_experience", experience_size, sequences, step_text)
         _require_multiple(batch, batch_size, world_size, workers, n)
         per_rank = batch_size * n // world_size
         share = f"{batch}={batch_size} x worker.rollout.n={n} / {workers} = {per_rank} sequences"
@@ -73,8 +73,8 @@ class ModelPlan:
     def rows_of_mini_batch(self, number: int, world_size: int) -> list[int]:
         """Row numbers of a mini-batch in the step's batch: the `number`-th part of every worker's rows."""
         size = self.sequences_per_rank_per_mini_batch
-        firsts = [(rank * self.mini_batches + number) * size for rank in range(world_size)]
-        return [row for first in firsts for row in range(first, first + size)]
+        starts = [(rank * self.mini_batches + number) * size for rank in range(world_size)]
+        return [row for first in starts for row in range(first, first + size)]
 
     def describe(self, experience: str, update: str) -> list[str]:
         """Three lines for the log.
@@ -195,7 +195,7 @@ class BatchPlan:
         return {"engine": self.ranks_per_engine, "actor": self.ranks_per_row, "critic": self.ranks_per_critic_row}
 
     @property
-    def pieces_to_balance(self) -> int:
+    def num_balance_pieces(self) -> int:
         """Number of equal pieces of a step, such that every mini-batch of both models consists of whole pieces.
 
         Balancing moves rows only within a piece, so rows stay in their mini-batches, and optimizer steps do not depend

@@ -28,7 +28,7 @@ class LastingFile(io.FileIO):
             return memoryview(data).nbytes
 
 
-def outlive_readers() -> None:
+def survive_lost_readers() -> None:
     """Replaces `sys.stdout` and `sys.stderr` by streams over `LastingFile`."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

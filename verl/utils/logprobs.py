@@ -184,11 +184,11 @@ class _Statistics(torch.autograd.Function):
             grad_states[at] = piece_grad @ weight
             if grad_weight is not None:
                 grad_weight += piece_grad.T @ states[at]
-        of_head = (
+        head_grads = (
             None if grad is None else grad.to(tensor.dtype)
             for grad, tensor in ((grad_weight, weight), (grad_bias, bias))
         )
-        return grad_states, *of_head, *[None] * 7
+        return grad_states, *head_grads, *[None] * 7
 
 
 def _pieces(labels: torch.Tensor) -> Iterator[slice]:

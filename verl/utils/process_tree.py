@@ -94,8 +94,8 @@ class ProcessTree:
 
     def _descendants(self) -> set[psutil.Process]:
         marked = {process for process in psutil.process_iter() if self._belongs(process)}
-        found = _with_descendants({process for process in self._seen | marked if _is_alive(process)})
-        self._seen = {process for process in found if _is_alive(process)} - {self.root, psutil.Process()}
+        processes = _with_descendants({process for process in self._seen | marked if _is_alive(process)})
+        self._seen = {process for process in processes if _is_alive(process)} - {self.root, psutil.Process()}
         return self._seen
 
     def _belongs(self, process: psutil.Process) -> bool:

@@ -125,6 +125,6 @@ def _cause(error: Exception) -> str:
         return f"would run code: it holds the pickled global {name[1]}, and checkpoints are read as data only"
     if "TorchScript" in text:
         return "would run code: it is a TorchScript program, and checkpoints are read as data only"
-    told = re.search(r"WeightsUnpickler error:\s*(.+)", text)
-    line = told[1] if told else text.partition("\n")[0]
+    reason = re.search(r"WeightsUnpickler error:\s*(.+)", text)
+    line = reason[1] if reason else text.partition("\n")[0]
     return f"is damaged, or not a file of torch.save ({type(error).__name__}: {line[:LONGEST_CAUSE]})"

@@ -83,7 +83,7 @@ def balanced_order(
         lightest_first = sorted(range(num_ranks), key=lambda rank: tokens_of_rank[rank])
         for rank, part in zip(lightest_first, parts, strict=True):
             rows_of_rank[rank] += part
-            tokens_of_rank[rank] += _tokens(lengths, part) if costs is None else costs.of(part)
+            tokens_of_rank[rank] += _tokens(lengths, part) if costs is None else costs.total(part)
     return [row for rows in rows_of_rank for row in rows]
 
 
@@ -92,7 +92,7 @@ def _deal(rows: range, lengths: Sequence[int], num_ranks: int, costs: TokenCosts
     if costs is not None and num_ranks > 1:
         groups = costs.by_group(rows)
         if len({len(members) for members in groups}) == 1 and len(groups) % num_ranks == 0:
-            parts = partition_evenly([costs.of(members) for members in groups], num_ranks, equal_count=True)
+            parts = partition_evenly([costs.total(members) for members in groups], num_ranks, equal_count=True)
             return [[row for place in part for row in groups[place]] for part in parts]
     parts = partition_evenly([lengths[row] for row in rows], num_ranks, equal_count=True)
     return [[rows.start + place for place in part] for part in parts]
@@ -127,18 +127,18 @@ class TokenCosts:
     """Group index of each row."""
 
     @classmethod
-    def of_rows(cls, lengths: Sequence[int]) -> TokenCosts:
+    def from_rows(cls, lengths: Sequence[int]) -> TokenCosts:
         """Costs of rows that share nothing."""
         return cls(lengths, [0] * len(lengths), range(len(lengths)))
 
     @classmethod
-    def of_groups(cls, lengths: Sequence[int], prompts: Sequence[int], uids: Sequence[Any]) -> TokenCosts:
+    def from_groups(cls, lengths: Sequence[int], prompts: Sequence[int], uids: Sequence[Any]) -> TokenCosts:
         """Costs of rows that share their prompt with rows of the same uid."""
         numbers = {uid: number for number, uid in enumerate(dict.fromkeys(uids))}
         own = [length - prompt for length, prompt in zip(lengths, prompts, strict=True)]
         return cls(own, prompts, [numbers[uid] for uid in uids])
 
-    def of(self, rows: Sequence[int]) -> int:
+    def total(self, rows: Sequence[int]) -> int:
         """Tokens of these rows together."""
         prompts = {self.groups[row]: self.shared[row] for row in rows}
         return sum(self.own[row] for row in rows) + sum(prompts.values())
@@ -177,10 +177,10 @@ def prepare_dynamic_batch(
             "raise the micro-batch size or lower data.max_prompt_length or data.max_response_length"
         )
 
-    costs = TokenCosts.of_rows(lengths)
+    costs = TokenCosts.from_rows(lengths)
     if packed and shares_prompts:
         prompts = prompt_lengths(attention_mask, data.batch["response_mask"]).tolist()
-        costs = TokenCosts.of_groups(lengths, prompts, data.non_tensor_batch["uid"])
+        costs = TokenCosts.from_groups(lengths, prompts, data.non_tensor_batch["uid"])
     if packed:
         index_lists = _fill_packed(costs, max_token_len)
     else:
@@ -199,9 +199,9 @@ def prepare_dynamic_batch(
         index_lists.remove(heaviest)
         groups = costs.by_group(heaviest)
         pieces = groups if len(groups) > 1 else [[row] for row in heaviest]
-        halves = partition_evenly([costs.of(piece) for piece in pieces], 2, equal_count=False)
+        halves = partition_evenly([costs.total(piece) for piece in pieces], 2, equal_count=False)
         index_lists += [sorted(row for place in half for row in pieces[place]) for half in halves]
-    index_lists.sort(key=lambda rows: -costs.of(rows))
+    index_lists.sort(key=lambda rows: -costs.total(rows))
     return [data[rows] for rows in index_lists], index_lists
 
 
@@ -211,7 +211,7 @@ def _fill_packed(costs: TokenCosts, max_token_len: int) -> list[list[int]]:
         for members in costs.by_group(range(len(costs.own)))
         for piece in _cut_to_fit(members, costs, max_token_len)
     ]
-    sizes = [costs.of(piece) for piece in pieces]
+    sizes = [costs.total(piece) for piece in pieces]
     num_parts = -(-sum(sizes) // max_token_len)
     places = partition_evenly(sizes, num_parts, equal_count=False)
     while _tokens(sizes, places[0]) > max_token_len:
@@ -224,7 +224,7 @@ def _cut_to_fit(rows: Sequence[int], costs: TokenCosts, max_token_len: int) -> l
     """One group's rows in pieces that fit, filled greedily in row order."""
     pieces: list[list[int]] = [[]]
     for row in rows:
-        if costs.of([*pieces[-1], row]) > max_token_len:
+        if costs.total([*pieces[-1], row]) > max_token_len:
             pieces.append([])
         pieces[-1].append(row)
     return pieces

@@ -22,19 +22,19 @@ def assemble(shards: Sequence[torch.Tensor]) -> torch.Tensor:
     if not isinstance(first, DTensor):
         return first
 
-    def put_together(ranks: torch.Tensor, placements: Sequence[Placement]) -> torch.Tensor:
+    def join(ranks: torch.Tensor, placements: Sequence[Placement]) -> torch.Tensor:
         """The part that these ranks hold together; `ranks` has one dimension per placement."""
         if not placements:
             return shards[int(ranks)]._local_tensor  # `to_local` is for autograd
         if type(placements[0]) is Replicate:
-            return put_together(ranks[0], placements[1:])
+            return join(ranks[0], placements[1:])
         if type(placements[0]) is not Shard:
             raise ValueError(f"placement {placements[0]!r} is not known here, only Shard and Replicate")
-        parts = [put_together(part, placements[1:]) for part in ranks]
+        parts = [join(part, placements[1:]) for part in ranks]
         filled = [part for part in parts if part.numel()] or parts[:1]
         return torch.cat(filled, dim=placements[0].dim)
 
-    whole = put_together(first.device_mesh.mesh, first.placements)
+    whole = join(first.device_mesh.mesh, first.placements)
     if whole.shape != first.shape:
         raise ValueError(f"the shards make up {tuple(whole.shape)}, but the tensor is {tuple(first.shape)}")
     return whole

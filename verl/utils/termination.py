@@ -15,7 +15,7 @@ ENDED_BY_SIGTERM = 128 + signal.SIGTERM
 
 
 @contextmanager
-def termination_kept_from_children() -> Iterator[None]:
+def block_sigterm_in_children() -> Iterator[None]:
     """Processes that are started inside never get SIGTERM unless they unblock it; SIGKILL ends them.
 
     Afterwards this process's handler is restored, since libraries replace it: Ray does so in drivers.
@@ -37,7 +37,7 @@ def termination_kept_from_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
-def leave_termination_to_the_driver() -> None:
+def ignore_sigterm() -> None:
     """Makes this process ignore SIGTERM, if called in its main thread. Programs that it starts do not ignore it."""
     if threading.current_thread() is not threading.main_thread():
         return

@@ -79,8 +79,8 @@ def settle_compensation(optimizer: torch.optim.Optimizer) -> None:
     These are fp32 weights, which can hold the exact value, or the weights of another optimizer.
     """
     for parameter, state in optimizer.state.items():
-        keeps_it = isinstance(optimizer, AdamWBF16) and parameter.dtype == torch.bfloat16
-        if "compensation" in state and not keeps_it:
+        keeps_compensation = isinstance(optimizer, AdamWBF16) and parameter.dtype == torch.bfloat16
+        if "compensation" in state and not keeps_compensation:
             _local(parameter).add_(_local(state.pop("compensation")))
 
 

@@ -62,7 +62,7 @@ class FSDPCheckpoint:
     Args:
         model: sharded with FSDP2, or whole on a single worker.
         optimizer, scheduler: restored with the model, unless the checkpoint has only the model.
-        described_by: config, tokenizer and so on, which rank 0 writes to `huggingface/`.
+        pretrained_parts: config, tokenizer and so on, which rank 0 writes to `huggingface/`.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class FSDPCheckpoint:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LRScheduler,
-        described_by: Sequence[SavesPretrained],
+        pretrained_parts: Sequence[SavesPretrained],
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.described_by = described_by
+        self.pretrained_parts = pretrained_parts
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.adapters = adapter_config(model)
@@ -153,7 +153,7 @@ class FSDPCheckpoint:
         if self.rank == 0:
             written.append(root / "huggingface")
             with naming_write_errors(root / "huggingface"):
-                for description in self.described_by:
+                for description in self.pretrained_parts:
                     description.save_pretrained(root / "huggingface")
                 add_legacy_rope(root / "huggingface")
         return record_files(root.parent, *written)

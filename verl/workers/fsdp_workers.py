@@ -123,14 +123,14 @@ class FSDPWorker(Worker):
         noise = ImageNoise(algorithm.token_weight_image_noise, algorithm.token_weight_image_noise_share)
         vocabulary = KeyVocabulary.of(policy.config, self.processor or self.tokenizer)
         signals = SignalSettings(vocabulary, algorithm.attention_layers, noise)
-        described_by = [policy.config, policy.generation_config, self._tokenizer_files()]
+        pretrained_parts = [policy.config, policy.generation_config, self._tokenizer_files()]
         self.actor = DataParallelPPOActor(
             self.config,
             self.plan,
             self._forward_of(policy, reference=self.reference, signals=signals),
             self.policy_loss,
             self.training_steps,
-            described_by,
+            pretrained_parts,
         )
         self.trained: dict[str, TrainedModel] = {"actor": self.actor}
         self.rollout = engine_class(self.config.worker.rollout.name).from_config(
@@ -164,7 +164,7 @@ class FSDPWorker(Worker):
     def _build_critic(self) -> DataParallelPPOCritic:
         """The critic reads the actor's token ids and image features, so both must have the same vocabulary."""
         actor, critic = self.config.worker.actor.model, self.config.worker.critic
-        source = critic.model.or_that_of(actor)
+        source = critic.model.with_default_model(actor)
         if source.model_path != actor.model_path:
             tokenizer = get_tokenizer(source.tokenizer_path, trust_remote_code=source.trust_remote_code)
             if tokenizer.get_vocab() != self.tokenizer.get_vocab():
@@ -179,7 +179,7 @@ class FSDPWorker(Worker):
             self.plan.critic,
             ValueForward(model, self.featurizer, self.device, critic, group),
             self.training_steps,
-            described_by=[model.config, self._tokenizer_files()],
+            pretrained_parts=[model.config, self._tokenizer_files()],
         )
 
     def _tokenizer_files(self) -> SavesPretrained:

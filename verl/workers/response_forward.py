@@ -106,7 +106,7 @@ class ResponseForward(ABC):
         inputs = self._inputs(rows, layout)
         head = self._head(rows, layout, inputs, names)
         with self._adapters(), self._tap(rows, layout, wanted) as observed:
-            columns = forward_with_head(self.model, head, inputs, layout.at_labels)  # (L, K)
+            columns = forward_with_head(self.model, head, inputs, layout.label_outputs)  # (L, K)
         return layout.as_streams(names, columns, self.constant_streams) | observed
 
     @torch.no_grad()

@@ -46,7 +46,9 @@ class SavedRanks:
         self.model_path = root / model_file(self.world_size, own)
         self._own = own
         self._model = self._load(model_file, own)
-        self.is_own = self.world_size == world_size and sharding_group_size(list(self._model.values())) == group_size
+        self.has_same_layout = (
+            self.world_size == world_size and sharding_group_size(list(self._model.values())) == group_size
+        )
 
     def _saved_world_size(self, world_size: int) -> int:
         matches = [re.fullmatch(r"model_world_size_(\d+)_rank_\d+\.pt", path.name) for path in self.root.iterdir()]
@@ -54,8 +56,8 @@ class SavedRanks:
         if world_size in sizes:
             return world_size
         if len(sizes) != 1:
-            found = f"files of runs with {sorted(sizes)} workers" if sizes else "no file of a model's weights"
-            raise damaged_checkpoint(self.root.parent, f"{self.root} has {found}")
+            content = f"files of runs with {sorted(sizes)} workers" if sizes else "no file of a model's weights"
+            raise damaged_checkpoint(self.root.parent, f"{self.root} has {content}")
         return sizes.pop()
 
     @property
@@ -69,14 +71,14 @@ class SavedRanks:
         Args:
             patterns: this run's weights by name.
         """
-        if self.is_own:
+        if self.has_same_layout:
             return self._model
         ranks = self._load_all(model_file)
         return {name: self._part(name, [state[name] for state in ranks], patterns[name]) for name in ranks[0]}
 
     def optimizer(self, patterns: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """The optimizer's state by parameter name, sharded as in this run; empty before the first step."""
-        if self.is_own:
+        if self.has_same_layout:
             return self._load(optim_file, self._own)
         ranks = self._load_all(optim_file)
         if not ranks[0]:
@@ -93,7 +95,7 @@ class SavedRanks:
     def extra_state(self) -> dict[str, Any]:
         """The schedule, and with the same number of ranks also the states of this rank's random number generators."""
         state = self._load(extra_state_file, self._own)
-        if not self.is_own:
+        if not self.has_same_layout:
             state.pop("rng", None)
         return state
 

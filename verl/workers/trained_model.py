@@ -43,7 +43,7 @@ class TrainedModel:
         config: the model's section, `worker.actor` or `worker.critic`.
         plan: the model's batch sizes.
         training_steps: number of steps of the run, for the learning-rate schedule.
-        described_by: config, tokenizer and so on, which checkpoints hold beside the weights.
+        pretrained_parts: config, tokenizer and so on, which checkpoints hold beside the weights.
     """
 
     area: str
@@ -56,7 +56,7 @@ class TrainedModel:
         config: TrainedModelConfig,
         plan: ModelPlan,
         training_steps: int,
-        described_by: Sequence[SavesPretrained],
+        pretrained_parts: Sequence[SavesPretrained],
     ) -> None:
         self.forward = forward
         self.objective = objective
@@ -68,7 +68,7 @@ class TrainedModel:
         """Indices of skipped mini-batches in the last update, one entry per pass in which the step was skipped."""
         self.optimizer = build_optimizer(self.model, config.optim)
         self.scheduler = build_scheduler(self.optimizer, config.optim, training_steps)
-        self.checkpoint = FSDPCheckpoint(self.model, self.optimizer, self.scheduler, described_by)
+        self.checkpoint = FSDPCheckpoint(self.model, self.optimizer, self.scheduler, pretrained_parts)
         with self.resident():
             pass  # from here on the parameters are where they stay between phases
 
@@ -132,10 +132,10 @@ class TrainedModel:
         device, is_cuda = self.forward.device, self.forward.device.type == "cuda"
         if is_cuda:
             torch.cuda.synchronize(device)
-        of_device = work / dist.get_world_size() / (time.perf_counter() - start)
-        metrics = {f"perf/tflops_{self.area}": of_device / 1e12}
+        device_flops = work / dist.get_world_size() / (time.perf_counter() - start)
+        metrics = {f"perf/tflops_{self.area}": device_flops / 1e12}
         peak = peak_flops(torch.cuda.get_device_name(device)) if is_cuda else None
-        return metrics if peak is None else {**metrics, f"perf/mfu_{self.area}": of_device / peak}
+        return metrics if peak is None else {**metrics, f"perf/mfu_{self.area}": device_flops / peak}
 
     def _optimizer_step(self, mini_batch: DataProto) -> dict[str, float]:
         metrics = self.accumulate_gradients(mini_batch)

@@ -37,16 +37,16 @@ def attention_map(
         head_groups: G, divides H.
     """
     plan = plan.to(query.device)
-    own_query = query[sample.batch_row].index_select(1, plan.query_positions[sample.queries]).float() * scaling
-    own_key = key[sample.batch_row].index_select(1, plan.key_positions[sample.keys]).float()  # (Hkv, K, D)
-    heads, num_queries = own_query.shape[:2]
-    num_keys = own_key.shape[1]
-    own_key = own_key.mT.repeat_interleave(heads // own_key.shape[0], dim=0)  # (H, D, K)
+    sample_query = query[sample.batch_row].index_select(1, plan.query_positions[sample.queries]).float() * scaling
+    sample_key = key[sample.batch_row].index_select(1, plan.key_positions[sample.keys]).float()  # (Hkv, K, D)
+    heads, num_queries = sample_query.shape[:2]
+    num_keys = sample_key.shape[1]
+    sample_key = sample_key.mT.repeat_interleave(heads // sample_key.shape[0], dim=0)  # (H, D, K)
     at_once = max(1, SCORES_AT_ONCE.get(query.device.type, SCORES_AT_ONCE["cuda"]) // (heads * num_keys))
     places = torch.arange(num_keys, device=query.device)
     parts = []
     for first in range(0, num_queries, at_once):
-        scores = own_query[:, first : first + at_once] @ own_key  # (H, t, K)
+        scores = sample_query[:, first : first + at_once] @ sample_key  # (H, t, K)
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
         numbers = torch.arange(first, first + scores.shape[1], device=query.device)

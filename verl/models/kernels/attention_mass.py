@@ -92,7 +92,7 @@ class KeyPlan:
         assert not bool((rows[:, : place.start] == KeyKind.RESPONSE).any()), "response keys among the prompt's columns"
         columns = [(row[place] == KeyKind.RESPONSE).nonzero().flatten() for row in rows]
         places = torch.arange(key_kinds.shape[1])
-        return cls._of([(index, places, row) for index, row in enumerate(rows)], columns, response_length)
+        return cls._from_spans([(index, places, row) for index, row in enumerate(rows)], columns, response_length)
 
     @classmethod
     def from_places(
@@ -114,10 +114,10 @@ class KeyPlan:
         for (_, _, kinds), own in zip(spans, columns, strict=True):
             assert len(own) == int((kinds == KeyKind.RESPONSE).sum()), "not one column for each response token"
             assert len(own) == 0 or int(own.max()) < response_length, f"a column is not below {response_length}"
-        return cls._of(spans, columns, response_length)
+        return cls._from_spans(spans, columns, response_length)
 
     @classmethod
-    def _of(
+    def _from_spans(
         cls, spans: list[tuple[int, torch.Tensor, torch.Tensor]], columns: Sequence[torch.Tensor], response_length: int
     ) -> KeyPlan:
         """spans: batch row, positions and kinds of each sample. columns: result columns of its response tokens."""
@@ -181,10 +181,10 @@ def reference(
     plan = plan.to(query.device)
     masses = query.new_zeros(plan.num_samples, plan.response_length, 3, dtype=torch.float64)
     for sample in plan.samples:
-        own_query = query[sample.batch_row, :, plan.query_positions[sample.queries]].double()  # (H, Q, D)
-        own_key = key[sample.batch_row, :, plan.key_positions[sample.keys]].double()  # (Hkv, K, D)
-        own_key = own_key.repeat_interleave(query.shape[1] // key.shape[1], dim=0)  # (H, K, D)
-        scores = own_query @ own_key.mT * scaling  # (H, Q, K)
+        sample_query = query[sample.batch_row, :, plan.query_positions[sample.queries]].double()  # (H, Q, D)
+        sample_key = key[sample.batch_row, :, plan.key_positions[sample.keys]].double()  # (Hkv, K, D)
+        sample_key = sample_key.repeat_interleave(query.shape[1] // key.shape[1], dim=0)  # (H, K, D)
+        scores = sample_query @ sample_key.mT * scaling  # (H, Q, K)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         visible = torch.ones(scores.shape[1:], dtype=torch.bool, device=query.device).tril(sample.end_of_sink - 1)
@@ -229,15 +229,15 @@ def chunked(
     block_queries, block_keys = block or _block_size(query)
     masses = query.new_zeros(plan.num_samples, plan.response_length, 3, dtype=torch.float32)
     for sample in plan.samples:
-        own_query = query[sample.batch_row].index_select(1, plan.query_positions[sample.queries])  # (H, Q, D)
-        own_query = own_query.float() * scaling
-        own_key = key[sample.batch_row].index_select(1, plan.key_positions[sample.keys])  # (Hkv, K, D)
-        own_key = own_key.float().mT.contiguous()  # (Hkv, D, K)
+        sample_query = query[sample.batch_row].index_select(1, plan.query_positions[sample.queries])  # (H, Q, D)
+        sample_query = sample_query.float() * scaling
+        sample_key = key[sample.batch_row].index_select(1, plan.key_positions[sample.keys])  # (Hkv, K, D)
+        sample_key = sample_key.float().mT.contiguous()  # (Hkv, D, K)
         columns = plan.result_columns[sample.queries]
         for first in range(0, sample.num_queries, block_queries):
             rows = slice(first, first + block_queries)
             masses[sample.row, columns[rows]] = _masses_of_queries(
-                own_query[:, rows], own_key, first, sample, softcap, sinks, block_keys
+                sample_query[:, rows], sample_key, first, sample, softcap, sinks, block_keys
             )
     return masses
 

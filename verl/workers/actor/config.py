@@ -75,7 +75,7 @@ class ModelConfig(ConfigSection):
         if self.tokenizer_path is None:
             self.settle("tokenizer_path", self.model_path)
 
-    def or_that_of(self, other: Self) -> Self:
+    def with_default_model(self, other: Self) -> Self:
         """This section if it has a `model_path`; otherwise with the path and the loading options of `other`."""
         if self.model_path:
             return self

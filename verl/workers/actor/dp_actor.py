@@ -24,7 +24,7 @@ class DataParallelPPOActor(TrainedModel):
         plan: the run's batch plan.
         forward: the policy's forward pass.
         policy_loss: one of `POLICY_LOSSES`.
-        training_steps, described_by: as in `TrainedModel`.
+        training_steps, pretrained_parts: as in `TrainedModel`.
     """
 
     area = "actor"
@@ -37,10 +37,10 @@ class DataParallelPPOActor(TrainedModel):
         forward: PolicyForward,
         policy_loss: PolicyLoss,
         training_steps: int,
-        described_by: Sequence[SavesPretrained],
+        pretrained_parts: Sequence[SavesPretrained],
     ) -> None:
         objective = PolicyObjective(config, forward, policy_loss)
-        super().__init__(forward, objective, config.worker.actor, plan.actor, training_steps, described_by)
+        super().__init__(forward, objective, config.worker.actor, plan.actor, training_steps, pretrained_parts)
         self.algorithm = config.algorithm
 
     def update_policy(self, data: DataProto) -> dict[str, float]:

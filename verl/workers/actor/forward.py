@@ -46,7 +46,7 @@ class PolicyHead:
     """Tokens that cannot be sampled."""
     reference: LazyLogits | None
     """The reference's logits, for `kl`."""
-    spoilt: LazyLogits | None
+    degraded: LazyLogits | None
     """The policy's logits with degraded images, for `image_kl`."""
     has_media: torch.Tensor | None
     """(L,) bool, whether the token's row has images or videos, for `image_kl`."""
@@ -58,8 +58,8 @@ class PolicyHead:
         compare = partial(token_statistics, logits, self.labels, self.temperature, self.banned_token_ids)
         statistics = compare(self.reference, with_entropy="entropy" in self.names)
         columns = {"log_probs": statistics.log_probs, "entropy": statistics.entropy, "kl": statistics.kl}
-        if self.spoilt is not None:
-            columns["image_kl"] = torch.where(self.has_media, compare(self.spoilt, with_entropy=False).kl, 0)
+        if self.degraded is not None:
+            columns["image_kl"] = torch.where(self.has_media, compare(self.degraded, with_entropy=False).kl, 0)
         return torch.stack([columns[name] for name in self.names], dim=-1)
 
 
@@ -131,22 +131,22 @@ class PolicyForward(ResponseForward):
     def logits_at_labels(self, layout: TokenLayout, inputs: dict[str, Any]) -> LazyLogits:
         """Logits (L, V) that predict `layout.labels()`, without gradient, for later use."""
         with self._adapters():
-            return capture_logits(self.model, inputs, layout.at_labels)
+            return capture_logits(self.model, inputs, layout.label_outputs)
 
     def _head(
         self, rows: DataProto, layout: TokenLayout, inputs: dict[str, Any], names: Sequence[str]
     ) -> Callable[[LazyLogits], torch.Tensor]:
         labels = to_device(layout.labels(), self.device)  # (L,)
-        reference = spoilt = has_media = None
+        reference = degraded = has_media = None
         if "kl" in names:
             assert self.reference is not None, "there is no reference to measure kl from"
             reference = self.reference.logits_at_labels(layout, inputs)
         if "image_kl" in names:
             assert self.signals is not None, "image_kl needs SignalSettings"
             media = self._on_device(self._media(rows, layout, self.signals.noise))
-            spoilt = self.logits_at_labels(layout, inputs | media)
+            degraded = self.logits_at_labels(layout, inputs | media)
             has_media = to_device(self._rows_with_media(rows)[layout.label_rows()], self.device)  # (L,)
-        return PolicyHead(names, labels, self.temperature, self.banned_token_ids, reference, spoilt, has_media)
+        return PolicyHead(names, labels, self.temperature, self.banned_token_ids, reference, degraded, has_media)
 
     def _rows_with_media(self, rows: DataProto) -> torch.Tensor:
         """(N,) bool."""
@@ -176,17 +176,17 @@ class PolicyForward(ResponseForward):
                 seen_states = taps.enter_context(observe_hidden_states(self.model))
             yield observed
         if "attention_mass" in wanted:
-            observed["attention_mass"] = layout.as_wide(recorder.mass())  # (N, R, 2)
+            observed["attention_mass"] = layout.pad_masses(recorder.mass())  # (N, R, 2)
         if maps is not None:
             observed["attention_maps"] = np.full(len(rows), None, dtype=object)  # (N,)
-            for row, of_row in recorder.maps(layout.response_mask).items():
-                observed["attention_maps"][row] = of_row
+            for row, row_map in recorder.maps(layout.response_mask).items():
+                observed["attention_maps"][row] = row_map
         if "attention_keys" in wanted:
             observed["attention_keys"] = count_keys(key_kinds)  # (N, 2)
         if "hidden_cosine" in wanted:
             (states,) = seen_states
             image_means = layout.row_means(states, key_kinds == KeyKind.VISION)  # (N, H)
-            of_labels = layout.label_states(states).float()  # (L, H)
-            rows_of_labels = to_device(layout.label_rows(), self.device)  # (L,)
-            cosine = nn.functional.cosine_similarity(of_labels, image_means[rows_of_labels], dim=-1)
+            label_states = layout.label_states(states).float()  # (L, H)
+            label_rows = to_device(layout.label_rows(), self.device)  # (L,)
+            cosine = nn.functional.cosine_similarity(label_states, image_means[label_rows], dim=-1)
             observed |= layout.as_streams(["hidden_cosine"], cosine[:, None])

@@ -42,11 +42,11 @@ class PolicyObjective:
         """Reads from `rows`: the model's inputs, `response_mask`, `old_log_probs`, `advantages`; `token_weights`,
         `importance_weights` and `ref_log_probs` (N, R) in runs that have them."""
         self._require_no_idle_weights(rows)
-        given = {name: to_device(rows.batch[name], self.forward.device) for name in self._streams_read()}
-        response_mask, old_log_probs = given["response_mask"], given["old_log_probs"]  # (N, R)
+        streams = {name: to_device(rows.batch[name], self.forward.device) for name in self._streams_read()}
+        response_mask, old_log_probs = streams["response_mask"], streams["old_log_probs"]  # (N, R)
         weighted_mask = response_mask
         if self.algorithm.enable_token_weights:
-            weighted_mask = response_mask * align_token_weights(given["token_weights"], response_mask)  # (N, R)
+            weighted_mask = response_mask * align_token_weights(streams["token_weights"], response_mask)  # (N, R)
         share = partial(
             aggregate_loss,
             response_mask=response_mask,
@@ -58,10 +58,10 @@ class PolicyObjective:
 
         measured = self.forward.measure(rows, self.wanted)  # (N, R) each
         policy_loss, per_token_metrics = self.policy_loss(
-            PolicyLossInputs(measured["log_probs"], old_log_probs, given["advantages"], response_mask, self.config)
+            PolicyLossInputs(measured["log_probs"], old_log_probs, streams["advantages"], response_mask, self.config)
         )
         if self.has_importance_weights:
-            policy_loss = policy_loss * given["importance_weights"]
+            policy_loss = policy_loss * streams["importance_weights"]
         loss = share_of_loss(policy_loss)
         metrics = {
             "pg_loss": loss,
@@ -73,7 +73,7 @@ class PolicyObjective:
             if self.algorithm.full_kl_in_loss:
                 kl = measured["kl"]
             else:
-                kl = compute_kl(measured["log_probs"], given["ref_log_probs"], self.algorithm.kl_penalty)
+                kl = compute_kl(measured["log_probs"], streams["ref_log_probs"], self.algorithm.kl_penalty)
             metrics["kl_loss"] = share_of_loss(kl)
             loss = loss + self.algorithm.kl_coef * metrics["kl_loss"]
         return loss, metrics

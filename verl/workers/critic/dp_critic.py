@@ -22,7 +22,7 @@ class DataParallelPPOCritic(TrainedModel):
         config: the critic's section.
         plan: the critic's batch sizes.
         forward: the critic's forward pass.
-        training_steps, described_by: as in `TrainedModel`.
+        training_steps, pretrained_parts: as in `TrainedModel`.
     """
 
     area = "critic"
@@ -34,9 +34,9 @@ class DataParallelPPOCritic(TrainedModel):
         plan: ModelPlan,
         forward: ValueForward,
         training_steps: int,
-        described_by: Sequence[SavesPretrained],
+        pretrained_parts: Sequence[SavesPretrained],
     ) -> None:
-        super().__init__(forward, ValueObjective(config, forward), config, plan, training_steps, described_by)
+        super().__init__(forward, ValueObjective(config, forward), config, plan, training_steps, pretrained_parts)
 
     def update_critic(self, data: DataProto) -> dict[str, float]:
         """`TrainedModel.update` on the critic's objective.

@@ -32,7 +32,7 @@ TEXTS = ("response", "prefix", "response_length", "response_tokens")
 class BatchFunction(RewardFunction):
     """A function of the batch."""
 
-    def score(self, given: DataProto) -> Scored:
+    def score(self, inputs: DataProto) -> Scored:
         """Scores a batch, as `RewardFunction.score`.
 
         The batch has `input_ids`, `attention_mask` and `position_ids` of prompt and response, `prompts`, `responses`
@@ -46,24 +46,24 @@ class BatchFunction(RewardFunction):
         used to filter groups; without it, the sum of the sample's rewards is. `token_weights` holds, for each sample,
         a list of one weight per token or None; or it is a tensor (N, R).
         """
-        ids = response_token_ids(given.batch["responses"], given.batch["response_mask"])  # N of (length,)
-        texts = [self._texts(of_sample.tolist()) for of_sample in ids]
+        ids = response_token_ids(inputs.batch["responses"], inputs.batch["response_mask"])  # N of (length,)
+        texts = [self._texts(sample_ids.tolist()) for sample_ids in ids]
         samples = [
             {"uid": uid, "ground_truth": truth, "response": text["response"]}
             for uid, truth, text in zip(
-                given.non_tensor_batch["uid"], given.non_tensor_batch["ground_truth"], texts, strict=True
+                inputs.non_tensor_batch["uid"], inputs.non_tensor_batch["ground_truth"], texts, strict=True
             )
         ]
         columns = {name: [text[name] for text in texts] for name in TEXTS}
-        batch = DataProto(given.batch, {**given.non_tensor_batch, **columns}, given.meta_info)
-        everyone = f"the batch of {len(samples)} samples, starting with {describe(0, samples[0])}"
+        batch = DataProto(inputs.batch, {**inputs.non_tensor_batch, **columns}, inputs.meta_info)
+        all_samples = f"the batch of {len(samples)} samples, starting with {describe(0, samples[0])}"
         try:
-            answers = self._calls.each([batch], lambda _: everyone)
+            answers = self._calls.each([batch], lambda _: all_samples)
         except CallFailed as failure:
-            told = self._raised(failure.__cause__, everyone, failure.first)
-            raise RuntimeError(f"{told}. In general, {self._right_forms}") from failure.__cause__
-        failures = self._failures(answers.failures, lambda _: everyone)
-        return self._placed(answers.results[0], samples, given.batch["response_mask"], failures)
+            message = self._raised(failure.__cause__, all_samples, failure.first)
+            raise RuntimeError(f"{message}. In general, {self._right_forms}") from failure.__cause__
+        failures = self._failures(answers.failures, lambda _: all_samples)
+        return self._placed(answers.results[0], samples, inputs.batch["response_mask"], failures)
 
     def _copy(self, argument: DataProto) -> DataProto:
         columns = {name: values.copy() for name, values in argument.non_tensor_batch.items()}

@@ -66,7 +66,7 @@ class Output:
         for console, line in self._unfinished.items():
             if line:
                 self._pass_on(line, console)
-        self._tell_of_dropped()
+        self._write_dropped_count()
         if self._file is not None:
             self._file.close()
 
@@ -76,7 +76,7 @@ class Output:
             return
         size = len(line) + 1
         if self._for_file.take(size):
-            self._tell_of_dropped()
+            self._write_dropped_count()
             self._write(line)
         else:
             self._dropped += 1
@@ -100,17 +100,17 @@ class Output:
             self._file.write(line + b"\n")
         except OSError as error:
             self._is_broken = True
-            told = (
+            message = (
                 f"{self._path} cannot be written ({error.strerror}); what the reward function prints is kept nowhere"
             )
-            _print(told.encode(), CONSOLE_OF_ERRORS)
+            _print(message.encode(), CONSOLE_OF_ERRORS)
 
     def _open(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("ab", buffering=0)
         self._file.write(self._title.encode() + b"\n")
 
-    def _tell_of_dropped(self) -> None:
+    def _write_dropped_count(self) -> None:
         if self._dropped:
             limit = f"beyond {FILE_BYTES_PER_MINUTE // 2**20} MiB a minute"
             self._write(f"[{self._dropped} lines {limit} were dropped]".encode())

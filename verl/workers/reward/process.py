@@ -16,7 +16,7 @@ import psutil
 from ray import cloudpickle
 
 from verl.utils.process_tree import memory_of
-from verl.utils.termination import leave_termination_to_the_driver
+from verl.utils.termination import ignore_sigterm
 from verl.workers.reward.config import RewardConfig
 from verl.workers.reward.results import Scored
 from verl.workers.reward.supervision import Limits, Supervision
@@ -27,11 +27,11 @@ OF_THE_PROCESS = {"CUDA_VISIBLE_DEVICES", "PWD", "OLDPWD", "SHLVL", "_"}
 
 
 @dataclass(frozen=True)
-class Whereabouts:
+class ProcessLocation:
     """Process id of the reward process, and the file with the reason for its end."""
 
     pid: int
-    last_words: str
+    reason_file: str
     """The file in which the supervisor writes the reason if it ends the process."""
 
 
@@ -48,9 +48,9 @@ class RewardProcess:
         self._supervision = Supervision(f"the reward function {config.reward_function}", log, config.timeout_s, limits)
         self._has_scored = False
 
-    def whereabouts(self) -> Whereabouts:
+    def location(self) -> ProcessLocation:
         """The process id and the file, which do not change."""
-        return Whereabouts(os.getpid(), self._supervision.last_words)
+        return ProcessLocation(os.getpid(), self._supervision.reason_file)
 
     def load(
         self, config: RewardConfig, decoder: TextDecoder, prefix: str, variables: Mapping[str, str], folder: str
@@ -68,7 +68,7 @@ class RewardProcess:
         Raises:
             ValueError: the folder does not exist on this machine; or as in `load_reward_function`.
         """
-        leave_termination_to_the_driver()
+        ignore_sigterm()
         os.environ.update(variables)
         try:
             os.chdir(folder)
@@ -84,9 +84,9 @@ class RewardProcess:
         cloudpickle.register_pickle_by_value(self._function.module)
         self._supervision.settled(_memory())
 
-    def score(self, given: Any) -> tuple[Scored, int]:
+    def score(self, inputs: Any) -> tuple[Scored, int]:
         """The result of `RewardFunction.score`, and the memory of this process and its descendants in bytes."""
-        scored = self._function.score(given)
+        scored = self._function.score(inputs)
         memory = _memory()
         if not self._has_scored:
             self._has_scored = True

@@ -33,7 +33,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Orders:
+class SupervisorArguments:
     """The arguments of a supervisor."""
 
     pid: int
@@ -44,7 +44,7 @@ class Orders:
     """Mark of its process tree."""
     log: str
     """The file for its output."""
-    last_words: str
+    reason_file: str
     """The file for the reason if the supervisor ends it."""
     streams: tuple[int, int]
     """File descriptors from which to read its standard output and standard error."""
@@ -70,13 +70,15 @@ class Supervision:
 
     def __init__(self, name: str, log: str, timeout_s: float | None, limits: Limits) -> None:
         mark = uuid.uuid4().hex
-        self.last_words = os.path.join(tempfile.gettempdir(), f"verl_reward_{mark}")
+        self.reason_file = os.path.join(tempfile.gettempdir(), f"verl_reward_{mark}")
         outputs, messages = [os.pipe() for _ in range(2)], os.pipe()
         read_ends = (*(read for read, _ in outputs), messages[0])
-        orders = Orders(os.getpid(), name, mark, log, self.last_words, read_ends[:2], messages[0], timeout_s, limits)
+        arguments = SupervisorArguments(
+            os.getpid(), name, mark, log, self.reason_file, read_ends[:2], messages[0], timeout_s, limits
+        )
         # The supervisor leaves this process's tree at once, and the command returns; in the tree it would be killed.
         subprocess.run(
-            [sys.executable, "-m", "verl.workers.reward.supervisor", json.dumps(asdict(orders))],
+            [sys.executable, "-m", "verl.workers.reward.supervisor", json.dumps(asdict(arguments))],
             env=package_environment(),
             cwd="/",
             pass_fds=read_ends,
@@ -99,15 +101,15 @@ class Supervision:
         Args:
             samples: describes the call in messages.
         """
-        self._tell({"call": samples, "limit_s": limit_s})
+        self._send({"call": samples, "limit_s": limit_s})
         try:
             yield
         finally:
-            self._tell({"call": None, "limit_s": None})
+            self._send({"call": None, "limit_s": None})
 
     def settled(self, memory: int) -> None:
         """Reports the memory of the process and its descendants after the first batch, in bytes."""
-        self._tell({"memory": memory})
+        self._send({"memory": memory})
 
-    def _tell(self, message: dict[str, Any]) -> None:
+    def _send(self, message: dict[str, Any]) -> None:
         os.write(self._messages, json.dumps(message).encode() + b"\n")

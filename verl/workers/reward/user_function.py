@@ -106,7 +106,7 @@ class RewardFunction(ABC):
         self._calls = Calls(function, self._copy, config.timeout_s, config.max_concurrency, watch)
 
     @abstractmethod
-    def score(self, given: Any) -> Scored:
+    def score(self, inputs: Any) -> Scored:
         """Scores the samples of a batch.
 
         Raises:
@@ -196,7 +196,7 @@ class RewardFunction(ABC):
 class SampleFunction(RewardFunction):
     """A function of one sample dict, or of a list of sample dicts."""
 
-    def score(self, given: Sequence[Mapping[str, Any]]) -> Scored:
+    def score(self, inputs: Sequence[Mapping[str, Any]]) -> Scored:
         """Scores samples, as `RewardFunction.score`.
 
         A sample has `response_ids` (one-dimensional, its tokens) and all inputs of the function except the response's
@@ -216,7 +216,7 @@ class SampleFunction(RewardFunction):
                 **self._texts(sample["response_ids"].tolist()),
                 **{key: value for key, value in sample.items() if key != "response_ids"},
             }
-            for sample in given
+            for sample in inputs
         ]
         results, failures = (self._one_by_one if self.reward_type == "sequential" else self._all)(samples)
         return Scored(self._checked(results, samples), failures)
@@ -231,21 +231,21 @@ class SampleFunction(RewardFunction):
         try:
             answers = self._calls.each(samples, blame)
         except CallFailed as failure:
-            told = self._raised(failure.__cause__, blame(failure.index), failure.first)
-            raise RuntimeError(told) from failure.__cause__
+            message = self._raised(failure.__cause__, blame(failure.index), failure.first)
+            raise RuntimeError(message) from failure.__cause__
         return answers.results, self._failures(answers.failures, blame)
 
     def _all(self, samples: list[dict[str, Any]]) -> tuple[list[Any], list[str]]:
-        everyone = f"samples 0 to {len(samples) - 1}"
+        all_samples = f"samples 0 to {len(samples) - 1}"
 
         def whole(_: int | None) -> str:
-            return f"{everyone}, starting with {describe(0, samples[0])}"
+            return f"{all_samples}, starting with {describe(0, samples[0])}"
 
         try:
             answers = self._calls.each([samples], whole)
         except CallFailed as failure:
-            raise self._guilty(failure, samples) from failure.__cause__
-        failures = self._failures(answers.failures, lambda _: everyone)
+            raise self._blame_sample(failure, samples) from failure.__cause__
+        failures = self._failures(answers.failures, lambda _: all_samples)
         return self._rows(answers.results[0], samples), failures
 
     def _rows(self, returned: Any, samples: list[dict[str, Any]]) -> list[Any]:
@@ -270,7 +270,7 @@ class SampleFunction(RewardFunction):
             )
         return results
 
-    def _guilty(self, failure: CallFailed, samples: list[dict[str, Any]]) -> RuntimeError:
+    def _blame_sample(self, failure: CallFailed, samples: list[dict[str, Any]]) -> RuntimeError:
         """The error with the sample that causes it. The list is halved until one sample is left.
 
         One call per sample would be simpler, but could take hours with a slow judge.

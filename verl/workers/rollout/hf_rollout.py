@@ -117,9 +117,9 @@ class HFRollout(Rollout):
             chunks = tqdm(rows.split(rows_at_once), desc="generate", leave=False, disable=disable)
             for index, chunk in enumerate(chunks):
                 torch.manual_seed(draw_seed(seed, index))
-                of_chunk = self._generate_rows(prompts, chunk, sampling)
-                responses.append(of_chunk[0])
-                log_probs.append(of_chunk[1])
+                chunk_outputs = self._generate_rows(prompts, chunk, sampling)
+                responses.append(chunk_outputs[0])
+                log_probs.append(chunk_outputs[1])
         home = prompts.batch["input_ids"].device
         responses, log_probs = torch.cat(responses).to(home), torch.cat(log_probs).to(home)  # (N, R) each
         response_mask = mask_responses(responses, self.eos_token_ids, sampling.ignore_eos)
@@ -193,9 +193,9 @@ class HFRollout(Rollout):
         """
         # All response tokens are text, like the prompt's last one. `generate` continues from the given positions; its
         # own first position would be lower than the trainer's after a long video.
-        of_first = {name: value[..., -1:] for name, value in inputs.items()}
-        of_first["position_ids"] = swap_rope_rows(extend_position_ids(swap_rope_rows(inputs["position_ids"]), 1))
-        inputs = {name: torch.cat([value, of_first[name]], dim=-1) for name, value in inputs.items()}
+        first_inputs = {name: value[..., -1:] for name, value in inputs.items()}
+        first_inputs["position_ids"] = swap_rope_rows(extend_position_ids(swap_rope_rows(inputs["position_ids"]), 1))
+        inputs = {name: torch.cat([value, first_inputs[name]], dim=-1) for name, value in inputs.items()}
         settings = GenerationConfig(
             do_sample=sampling.temperature > 0,
             max_new_tokens=self.response_length - 1,
@@ -240,7 +240,7 @@ class _LogProbsOfDraws(LogitsProcessor):
         self._last: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self._take_draws(input_ids)
+        self._record_draws(input_ids)
         largest = scores.amax(dim=-1)  # (rows,)
         if not largest.isfinite().all():  # sampling would fail on the device, and greedy decoding would take any token
             row = int((~largest.isfinite()).nonzero()[0])
@@ -248,11 +248,11 @@ class _LogProbsOfDraws(LogitsProcessor):
         self._last = scores.log_softmax(dim=-1)  # (rows, V)
         return scores
 
-    def _take_draws(self, input_ids: torch.Tensor) -> None:
+    def _record_draws(self, input_ids: torch.Tensor) -> None:
         if self._last is not None:
             self._of_steps.append(self._last.gather(1, input_ids[:, -1:]))
 
     def log_probs(self, sequences: torch.Tensor) -> torch.Tensor:
         """Log-probabilities (rows, steps) float32, given the result of `generate`; arbitrary after a row's end."""
-        self._take_draws(sequences)
+        self._record_draws(sequences)
         return torch.cat(self._of_steps, dim=1)
