@@ -241,7 +241,7 @@ def test_unknown_streams_are_refused_with_those_there_are(tiny_model_path, data_
 def test_a_function_that_weighs_by_the_attention_trains_as_the_signal_does(
     tiny_model_path, data_files, tmp_path, ray_cluster
 ):
-    """Bit for bit: the masses that it is given are those that the trainer weighs by."""
+    """Bit for bit: the function gets the same masses as the trainer's weights."""
     shared = ["worker.rollout.collect_attentions=true", "algorithm.enable_token_weights=true", "trainer.max_steps=2"]
     rewards = {
         "signal": f"{TESTS}/rewards.py:compute_score",

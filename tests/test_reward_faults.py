@@ -352,7 +352,7 @@ def test_twenty_megabytes_go_to_the_file_and_one_line_to_the_console(start, toke
 
 
 def test_the_file_is_bounded_in_rate_and_size_and_says_what_it_lacks(tmp_path, monkeypatch) -> None:
-    """1000 lines of 10 bytes in a minute that takes 500 of them; then files of 2000 bytes, two of which stay."""
+    """1000 lines of 10 bytes in a minute that takes 500 of them; then files of 2000 bytes; two stay."""
     monkeypatch.setattr(output_log, "FILE_BYTES_PER_MINUTE", 5_000)
     monkeypatch.setattr(output_log, "FILE_BYTES", 2_000)
     path, nowhere = tmp_path / "made" / "reward.log", os.open(os.devnull, os.O_WRONLY)
@@ -474,7 +474,7 @@ def test_a_machine_that_is_full_of_other_things_is_no_reason_to_end_the_function
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_the_limit_of_a_container_goes_before_the_machines_memory(version: int, tmp_path) -> None:
-    """3000 bytes in use, of which the kernel can take 1000 back."""
+    """3000 bytes in use; the kernel can reclaim 1000."""
     names = {
         1: (
             "memory/memory.limit_in_bytes",

@@ -130,7 +130,7 @@ def test_two_pairs_take_the_training_step_of_one_rank(
 ) -> None:
     """Four ranks, two mini-batches, a full KL: rows are spread over the pairs as a run does it, and each counts once.
 
-    The metrics are means over two optimizer steps, of which the second sees what the first did.
+    The metrics are means over two optimizer steps; the second depends on the first.
     """
     keys = (
         COLLECT,
