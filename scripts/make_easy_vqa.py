@@ -54,7 +54,7 @@ class Question:
 
     @property
     def kind(self) -> str:
-        """Out of `KINDS`."""
+        """The kind of question, one of `KINDS`."""
         if self.answer in ("yes", "no"):
             return "presence"
         return "shape" if self.answer in SHAPES else "color"
@@ -76,7 +76,7 @@ class Split:
 
     questions: Sequence[Question]
     paths: dict[int, str]
-    """By picture."""
+    """File of each picture, by its number."""
     seen: dict[int, str]
     """The content of each picture: `red circle`."""
 

@@ -127,7 +127,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of the run's folder."""
         return f"{self.arm}_{self.warm_start}_{self.seed}"
 
     def overrides(self, data: Path) -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every configuration section shares: a frozen dataclass that checks its values when it is built.
+"""The base of configuration sections: a frozen dataclass that checks its values when it is built.
 
 `verl/config_loading.py` fills sections from YAML and the command line. This file loads nothing but the standard
 library, since every process of a run unpickles its sections.

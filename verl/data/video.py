@@ -91,7 +91,7 @@ class VideoOutline:
     frame_indices: tuple[int, ...]
     """Indices in the source of the T frames that are shown, in order."""
     total_frames: int
-    """Of the source."""
+    """Number of frames of the source."""
     source_fps: float
     """Frames per second of the source."""
     frame_size: tuple[int, int]

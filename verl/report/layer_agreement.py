@@ -75,11 +75,11 @@ class LayerReport:
     by_layer: list[Agreement]
     choices: list[Agreement]
     num_responses: int
-    """That were counted."""
+    """Number of responses that count."""
     num_tokens: int
-    """Of them."""
+    """Number of their tokens."""
     advice: list[str]
-    """Sentences."""
+    """The recommendation, as sentences."""
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:

@@ -13,7 +13,7 @@ TOTAL_BYTES = 900_000
 """Bytes of all pictures of a page, before base64 adds a third."""
 
 LARGEST_BYTES = 60_000
-"""Of one picture."""
+"""Largest size of one picture in bytes, before base64."""
 
 LONGEST_SIDE, SHORTEST_SIDE = 512, 32
 """In pixels; a picture is made smaller step by step until it is small enough."""

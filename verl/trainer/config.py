@@ -46,7 +46,7 @@ class DataSource:
     """One item of `data.train_files` or `data.val_files`."""
 
     path: str
-    """With `@split`, if one was given."""
+    """The path, with `@split` if given."""
     weight: float | None = None
     """Its share of the prompts, relative to the other items'; None where shares follow the numbers of rows."""
 
@@ -116,7 +116,8 @@ class DataConfig(ConfigSection):
     check_media: bool = False
     """Decode every image and video before training, to find damaged ones."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What happens with a row that cannot be read when the data is loaded: end, or leave it out and name it."""
+    """What to do with a row that cannot be read when the data is loaded: end the run, or leave the row out with a
+    warning."""
     media_cache_gb: float = 1.0
     """GiB of image and video features that each worker keeps in host memory for the passes of a step. What does not
     fit is processed anew in each pass."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `--help` says: every key with its type, its default and its meaning, from the docstrings under the fields."""
+"""The text of `--help`: every key with type, default and meaning, from the docstrings under the fields."""
 
 from __future__ import annotations
 

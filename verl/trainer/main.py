@@ -120,7 +120,7 @@ def worker_modules(engine: str) -> list[str]:
 
 
 def _require_cpus(config: PPOConfig, plan: BatchPlan) -> None:
-    """Without a free CPU the reward actor would wait for ever; raise before that."""
+    """Raise unless the workers leave enough CPUs for the reward actor, which would otherwise wait for ever."""
     import ray
 
     wanted, present = _cpus_wanted(config, plan), int(ray.cluster_resources().get("CPU", 0))

@@ -29,7 +29,7 @@ LOG_FILE = "reward.log"
 """File in the run's folder with the output of the reward function."""
 
 FAILURES_SHOWN = 3
-"""Of one batch."""
+"""Largest number of failures that are logged per batch."""
 
 GROWTH_TO_TELL = 2 * 2**30
 """Bytes; a warning follows if the function's memory is above this and has doubled since the first batch."""

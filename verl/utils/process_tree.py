@@ -18,7 +18,7 @@ MARK = "VERL_PROCESS_TREE"
 """Environment variable that descendants inherit; its value identifies their tree."""
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-"""Of prctl(2)."""
+"""Options of prctl(2)."""
 
 
 def adopt_orphans() -> None:

@@ -120,7 +120,7 @@ class TokenCosts:
     """Number of tokens that a model computes for rows: each row's tokens, and a group's shared prompt once."""
 
     own: Sequence[int]
-    """Of each row."""
+    """Number of tokens that each row has for itself."""
     shared: Sequence[int]
     """Shared tokens of each row's group."""
     groups: Sequence[int]

@@ -37,7 +37,7 @@ class PolicyHead:
     """The replacement of a policy's output head: takes the logits, returns the streams (L, K)."""
 
     names: Sequence[str]
-    """Of the K streams."""
+    """Names of the K streams."""
     labels: torch.Tensor
     """(L,) the response tokens."""
     temperature: float
@@ -84,8 +84,8 @@ MAPPED_ROWS = "is_mapped"
 class PolicyForward(ResponseForward):
     """Streams of one policy, with the temperature and the excluded tokens of sampling.
 
-    - `log_probs`: of the response tokens; tokens that cannot be sampled have probability zero.
-    - `entropy`: of the distribution, in nats, without gradient.
+    - `log_probs`: log-probabilities of the response tokens; tokens that cannot be sampled have probability zero.
+    - `entropy`: entropy of the distribution, in nats, without gradient.
     - `kl`: KL(policy || reference) over the whole vocabulary, in nats, from one further forward of the reference.
     - `image_kl`: KL(policy || policy with degraded images) over the whole vocabulary, in nats, from one further
       forward; exactly 0 for rows without images and videos. Only for passes without gradient.
