@@ -420,5 +420,5 @@ def test_weights_that_do_nothing_are_told_of_once(tmp_path, tokenizer, ray_clust
             for step in (1, 2):
                 batch = make_batch(tokenizer)
                 client.receive(batch, client.send(batch, step), StepRecord(step))
-        told = [record for record in caplog.messages if "token_weights, which do nothing" in record]
+        told = [record for record in caplog.messages if "token_weights, which have no effect" in record]
         assert len(told) == count

@@ -100,7 +100,7 @@ class TokenLayout(ABC):
         """
         keep = self.model_inputs()["logits_to_keep"]
         kept = slice(-keep, None) if isinstance(keep, int) else to_device(keep, states.device)
-        return self.label_values(states[:, kept])
+        return self.label_outputs(states[:, kept])
 
     @abstractmethod
     def label_rows(self) -> torch.Tensor:

@@ -195,7 +195,7 @@ def prepare_dynamic_batch(
         num_parts = int(most_parts)
 
     while len(index_lists) < num_parts:
-        heaviest = max((rows for rows in index_lists if len(rows) > 1), key=costs.of)
+        heaviest = max((rows for rows in index_lists if len(rows) > 1), key=costs.total)
         index_lists.remove(heaviest)
         groups = costs.by_group(heaviest)
         pieces = groups if len(groups) > 1 else [[row] for row in heaviest]
