@@ -56,7 +56,7 @@ MODELS: dict[str, dict[str, int]] = {
 MEDIA_INPUTS = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
 
 Measured = dict[str, dict[str, float]]
-"""By phase `seconds` and `peak` (MiB)."""
+"""`seconds` and `peak` (MiB) by phase."""
 
 
 def measured(run: Callable[[], Any]) -> tuple[dict[str, float], Any]:

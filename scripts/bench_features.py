@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the images of a step cost the host, which the device may have to wait for: made once a step, or in every pass.
+"""Host time for the images of a step, processed once per step or in every pass. The device may have to wait for it.
 
     OMP_NUM_THREADS=1 python scripts/bench_features.py             # 8 images of 2048 x 2048
 

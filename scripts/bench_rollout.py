@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 ENGINES = ("hf", "vllm")
 MEBIBYTE = 2**20
 SIZES = dict(hidden_size=256, num_layers=4, num_heads=8, vision_hidden_size=64, vision_depth=2, vision_heads=2)
-"""Of the model that is made where none is named: heads of 32 dimensions, the least that vLLM takes on a CPU."""
+"""Sizes of the default model. Its heads have 32 dimensions, the minimum of vLLM on a CPU."""
 
 
 def make_rows(

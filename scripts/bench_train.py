@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each switch costs or saves: tokens a second and peak memory of rollout, log-prob pass and update, in one table.
+"""Measures each switch: tokens per second and peak memory of rollout, log-prob pass and update, in one table.
 
     OMP_NUM_THREADS=1 python scripts/bench_train.py                # tiny model, one worker, on CPU: minutes
     OMP_NUM_THREADS=1 python scripts/bench_train.py --workers 2    # also the switches that need several
@@ -7,8 +7,8 @@
     python scripts/bench_train.py --shape 2b                       # its proportions, on one GPU of 80 GB
 
 Every switch is turned against the defaults, for the same rows: half of the prompts with an image, responses of random
-lengths. On a CPU both runs are alive at once and take turns, and a ratio is the median of those of each turn; on GPUs
-they run one after the other. Weights are random. Tokens are of whole sequences, or, in the rollout, of responses.
+lengths. On a CPU both runs exist together and take turns, and a ratio is the median over turns; on GPUs they run one
+after the other. Weights are random. Tokens are of whole sequences, or, in the rollout, of responses.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ WITH_SEVERAL_WORKERS = {
 
 
 class MeasuredWorker(FSDPWorker):
-    """The worker of a run, with a stop watch."""
+    """The worker of a run, with time and memory measurements."""
 
     @register(Dispatch(DP_COMPUTE_PROTO.split, list), shared_by="engine")
     def measure_rollout(self, data: DataProto) -> dict[str, float]:
@@ -122,7 +122,7 @@ class MeasuredWorker(FSDPWorker):
         return self._measure(lambda: passes[phase](data))
 
     def _measure(self, run: Callable[[], Any]) -> dict[str, float]:
-        """Seconds, MiB held before and at most on top of it, and what an update tells of its operations."""
+        """Seconds, MiB in use before, peak MiB above that, and the TFLOP/s and MFU of an update."""
         clock = time.perf_counter
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -191,7 +191,7 @@ def start(config: PPOConfig, arguments: argparse.Namespace) -> WorkerGroup:
 
 
 def rows_of(prompts: DataProto, arguments: argparse.Namespace) -> DataProto:
-    """Sequences with responses of random lengths, as the workers of a run are given them after a rollout."""
+    """Sequences with responses of random lengths, as workers get them after a rollout."""
     generator = torch.Generator().manual_seed(0)
     count, length = len(prompts) * arguments.n, arguments.response_length
     responses = torch.randint(260, 290, (count, length), generator=generator)
@@ -211,7 +211,7 @@ def rows_of(prompts: DataProto, arguments: argparse.Namespace) -> DataProto:
 def measure(
     switches: list[list[str]], model_path: str, arguments: argparse.Namespace
 ) -> list[dict[str, list[dict[str, float]]]]:
-    """For each of the runs that are alive together, by phase, what every turn gave; the first turn is not counted."""
+    """Measurements of each run, by phase and turn; the first turn is not counted."""
     prompts = make_prompts(model_path, arguments.prompts, arguments.prompt_length, arguments.fill)
     inputs = prompts.select(
         ["input_ids", "attention_mask", "position_ids"], ["raw_prompt_ids", "multi_modal_data"], []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What token signals cost: a log-prob pass alone, one for each signal, and one that returns eager attention maps.
+"""Measures the cost of token signals: a plain log-prob pass, one per signal, and one with eager attention maps.
 
     OMP_NUM_THREADS=1 python scripts/bench_vgr.py                  # the small model, on CPU: minutes
     python scripts/bench_vgr.py --shape 7b --lengths 8192          # the shape of Qwen2.5-VL-7B, on a GPU
@@ -110,7 +110,7 @@ def build_rows(length: int, response_length: int) -> DataProto:
 
 
 def passes_of_signals() -> dict[str, list[str]]:
-    """What a pass measures, by the signals that it is enough for; first the pass that measures log-probs alone."""
+    """The streams of each pass, by the signals that it serves; the plain log-prob pass comes first."""
     names: dict[tuple[str, ...], list[str]] = {(): [PLAIN]}
     for name in TOKEN_SIGNALS:
         wanted = tuple(stream for stream in MEASURED_STREAMS if stream in find_signal(name).streams)
@@ -137,7 +137,7 @@ def variants_of(
 
 
 def eager_pass(model: Qwen2_5_VLForConditionalGeneration, rows: DataProto, device: torch.device) -> torch.Tensor:
-    """The same log-probs from a forward that also returns every layer's attention map, of which nothing is made."""
+    """The same log-probs from a forward that also returns every layer's attention map, without using the maps."""
     response_length = rows.batch["responses"].shape[1]
     model.set_attn_implementation("eager")
     try:
@@ -158,7 +158,7 @@ def eager_pass(model: Qwen2_5_VLForConditionalGeneration, rows: DataProto, devic
 
 
 def bytes_of_eager_maps(config: Qwen2_5_VLConfig, length: int, dtype: torch.dtype) -> int:
-    """What an eager pass holds at its end: a map (T, T) for each layer and head."""
+    """Bytes of the maps of an eager pass: (T, T) for each layer and head."""
     text = config.text_config
     return text.num_hidden_layers * text.num_attention_heads * length**2 * dtype.itemsize
 
@@ -208,7 +208,7 @@ def measure_times(
 
 
 def fits_in_memory(run: Callable[[], object]) -> bool:
-    """Runs the pass once, which loads what loads once."""
+    """Whether the pass runs without running out of memory; it also serves as warm-up."""
     try:
         run()
     except torch.OutOfMemoryError:
@@ -260,7 +260,7 @@ def table_of(results: dict[int, dict[str, dict[str, float] | str]]) -> str:
 
 
 def cell_text(name: str, figures: dict[str, float] | str) -> str:
-    """figures: or why there are none."""
+    """figures: the measurements, or a text that explains why there are none."""
     if isinstance(figures, str):
         return figures
     time = f"{figures['seconds']:.2f} s" if name.startswith(PLAIN) else ratio_text(figures["ratio"])

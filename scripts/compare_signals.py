@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains arms that differ in a few overrides, over warm starts and seeds, and says which differences are real.
+"""Trains arms that differ in a few overrides, over warm starts and seeds, and tests which differences are significant.
 
     python scripts/compare_signals.py examples/study/digits.yaml --processes 2
     python scripts/compare_signals.py examples/study/digits.yaml --table-only
@@ -63,14 +63,14 @@ MEANS = ("actor/grad_norm", "actor/entropy_loss", "response_length/mean")
 
 
 class Runner:
-    """Runs what has no line yet.
+    """Trains the runs that have no line yet.
 
     Args:
-        study: what to run.
-        folder: of data and runs.
-        lines: the file of the lines.
-        keep: whether checkpoints of runs stay.
-        threads: of each process.
+        study: the study.
+        folder: folder of data and runs.
+        lines: file of the lines.
+        keep: whether to keep the runs' checkpoints.
+        threads: threads per process.
     """
 
     def __init__(self, study: Study, folder: Path, lines: Path, keep: bool = False, threads: int = 1) -> None:
@@ -83,10 +83,10 @@ class Runner:
         self._live: set[subprocess.Popen] = set()
 
     def run(self, runs: Sequence[Run], processes: int) -> list[str]:
-        """Run those without a line, some at a time.
+        """Train the runs without a line, several at a time.
 
         Returns:
-            What went wrong, a text for each run that failed.
+            An error text for each run that failed.
         """
         done = {line.key for line in read_lines(self.lines)}
         left = [run for run in runs if run.key not in done]
@@ -215,7 +215,7 @@ class Runner:
 
 
 def identity(source: str) -> str:
-    """What tells a model or a data set from another: the SHA-256 of its weights or its file, or a hub id itself."""
+    """Identity of a model or dataset: the SHA-256 of its weights or its file, or a hub id itself."""
     path = Path(source)
     files = sorted(file for pattern in ("*.safetensors", "*.bin") for file in path.glob(pattern))
     if path.is_file():
@@ -230,7 +230,7 @@ def identity(source: str) -> str:
 
 
 def line_of(run: Run, folder: Path, model: str, questions: str, seconds: float) -> Line:
-    """What is kept of a finished run.
+    """The line of a finished run.
 
     Raises:
         StudyError: its held-out results lack the key that is compared.
@@ -262,12 +262,12 @@ def line_of(run: Run, folder: Path, model: str, questions: str, seconds: float) 
 
 
 def _values(steps: Sequence[Mapping[str, float | None]], name: str) -> list[float]:
-    """Of the steps at which it was measured and finite."""
+    """The finite values of a metric, by step."""
     return [step[name] for step in steps if step.get(name) is not None]
 
 
 def _rounded(value: float, digits: int = 4) -> float:
-    """To significant digits."""
+    """Rounds to significant digits."""
     return float(f"{value:.{digits}g}")
 
 
@@ -279,7 +279,7 @@ def _tail(log: Path, num_lines: int = 15) -> str:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run what is left, print the table and draw the picture; 1 where a run failed."""
+    """Train the remaining runs, print the table and draw the picture; return 1 if a run failed."""
     study = Study.read(arguments.study)
     if arguments.first is not None:
         study.runs(arms=[arguments.first])  # refuses what is no arm

@@ -10,7 +10,7 @@ usage: bash scripts/gpu_check.sh [STAGE ...]
 On a machine with an NVIDIA GPU of 80 GB; without STAGE all of them, one after the other:
 
   report      device, versions, speed of a product of matrices and of copies
-  tests       the tests that need a GPU, and those of the Triton kernel, compiled
+  tests       the tests that need a GPU, and the tests of the compiled Triton kernel
   parity      every model family on the GPU against the CPU: log-probs, attention masses, gradients, checkpoints, memory
   vgr         what VGR costs, at a small shape and at the 7B one
   train       tokens per second, memory and MFU of a model of 2.5 billion weights, switch by switch

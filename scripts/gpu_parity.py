@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is a worker on a GPU what it is on a CPU? One rank of each in this process, with the same rows and tiny models.
+"""Compares a worker on a GPU with one on a CPU: one rank of each in this process, with the same rows and tiny models.
 
     python scripts/gpu_parity.py                           # every model family, in float32
     python scripts/gpu_parity.py Qwen2.5-VL Qwen2 --bf16   # some of them, computing in bf16
 
-A line for each family says how far apart they are: log-probabilities, attention masses, KL from a reference and values
+A line per family shows the differences: log-probabilities, attention masses, KL from a reference and values
 (largest difference), gradients of policy and critic (norm of the difference over the norm); and the MiB that stay on
 the GPU between phases, with everything offloaded, after a checkpoint was saved and loaded and the rollout engine
-filled. What is beyond its bound has a `!`, and the exit code is then 1.
+filled. A difference above its bound has a `!`, and the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ BOUNDS = {
     "fp32": dict(log_probs=3e-4, mass=3e-5, kl=1e-4, values=1e-3, actor_gradient=3e-3, critic_gradient=3e-3),
     "bf16": dict(log_probs=0.15, mass=0.03, kl=0.05, values=0.1, actor_gradient=0.15, critic_gradient=0.15),
 }
-"""TF32 in the convolutions of vision towers is within those of float32."""
+"""Even with TF32 in the convolutions of vision towers, these bounds of float32 hold."""
 HELD_BOUND = 80.0
 """MiB of workspaces that cuBLAS keeps; the models have less than five."""
 
 
 def measure(config: PPOConfig, batch: DataProto, device: str, folder: Path) -> dict[str, torch.Tensor]:
-    """What a worker on `device` makes of the batch, on the CPU, and the MiB that it holds there between phases."""
+    """The results of a worker on `device`, moved to the CPU, and the MiB that it holds there between phases."""
     worker = ProbeWorker(**run_of(config, 1), rank=0, world_size=1, local_rank=0, device=device)
     worker.init_model()
     worker.fill_value_head()
@@ -90,7 +90,7 @@ def _flat(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def compare(family: str, device: str, precision: str, folder: Path) -> dict[str, float]:
-    """How far a worker on `device` is from one on the CPU, by the names of `BOUNDS`, and `HELD`."""
+    """The differences between a worker on `device` and one on the CPU, by the names of `BOUNDS`, and `HELD`."""
     path = make_family_model(family, folder / "model")
     batch = with_random_weights(answer_at_random(make_family_prompts(path, folder), 2, RESPONSE_LENGTH))
     config = make_config(path, *SETTINGS, *OFFLOADED, *(BF16 if precision == "bf16" else []))
@@ -107,13 +107,13 @@ def _distance(name: str, found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def beyond_bounds(distances: Mapping[str, float], precision: str) -> set[str]:
-    """The names of what is too far, NaN included."""
+    """The names of differences above their bounds, including NaN."""
     bounds = {**BOUNDS[precision], HELD: HELD_BOUND}
     return {name for name, distance in distances.items() if not distance <= bounds[name]}
 
 
 def run(families: Iterable[str], device: str, precision: str) -> bool:
-    """Prints the lines; whether all is within its bounds."""
+    """Prints the lines; returns whether all differences are within their bounds."""
     is_fine = True
     for family in families:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the GPU of this machine is, and how fast: for reading the figures of the benchmarks beside it."""
+"""Reports this machine's GPU and its speed, to interpret the benchmarks' figures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import transformers
 from verl.models.flops import peak_flops
 
 SIDE = 8192
-"""Of the square matrices that are multiplied."""
+"""Side of the square matrices that are multiplied."""
 COPIED_BYTES = 2**30
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model looks at while it answers, without training: VGR, weights and maps of every token, layer by layer.
+"""Shows a model's attention while it answers, without training: VGR, weights and maps of every token, per layer.
 
     python scripts/inspect_attention.py --model Qwen/Qwen2.5-VL-3B-Instruct --image a.png --prompt "What is it?"
     python scripts/inspect_attention.py --model MODEL --responses answers.jsonl --layers last:4
@@ -62,14 +62,14 @@ from verl.workers.rollout.hf_rollout import HFRollout
 BLANK = ImageNoise("blank", 1.0)
 GREEDY = Sampling(n=1, temperature=0, top_p=1.0, top_k=-1, ignore_eos=False)
 ON_THE_PAGE = 32
-"""Responses; numbers are written of all."""
+"""Responses on the page; the numbers of all responses are written."""
 GROUPS_SHOWN = 8
 """Columns of the page's table of layers."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """All that is known of one response of T tokens; L layers, G groups of heads, V image tokens."""
+    """The measurements of one response of T tokens; L layers, G groups of heads, V image tokens."""
 
     row: dict[str, Any]
     images: list[Image.Image]
@@ -79,20 +79,20 @@ class Measured:
     log_probs: np.ndarray
     """(T,)."""
     image_gain: np.ndarray
-    """(T,), how much of it is lost when the images are black."""
+    """(T,), log-probability lost when the images are black."""
     vgr: np.ndarray
     """(T,), from the chosen layers."""
     weights: np.ndarray
-    """(T,), those that training would give."""
+    """(T,), the weights that training would give."""
     chosen: AttentionMap
-    """Of the chosen layers."""
+    """The attention map of the chosen layers."""
     every: AttentionMap
-    """Of all layers, with groups of heads."""
+    """The attention maps of all layers, with groups of heads."""
     keys: tuple[int, int]
 
     @property
     def for_comparison(self) -> MeasuredResponse:
-        """What layers are compared by."""
+        """The input of the comparison of layers."""
         return MeasuredResponse(self.every.layers, self.every.layer_masses, self.keys, self.image_gain)
 
     @property
@@ -102,18 +102,18 @@ class Measured:
 
     @property
     def vgr_by_group(self) -> np.ndarray:
-        """(L, G), of the response as a whole: from the mean masses of its tokens."""
+        """(L, G), VGR of the whole response, from the mean masses of its tokens."""
         return _vgr(self.every.group_masses.mean(axis=2), self.keys)
 
 
 class Inspector:
-    """A model that answers and is looked at.
+    """A model whose attention is measured while it answers.
 
     Args:
         arguments: of the command line.
 
     Raises:
-        ValueError: the model takes no images, or has other layers or heads than are asked for.
+        ValueError: the model takes no images, or lacks the requested layers or groups of heads.
         OSError: there is no model at the path.
     """
 
@@ -151,7 +151,7 @@ class Inspector:
         """The measurements of all rows.
 
         Raises:
-            ValueError: a row cannot be read or is too long; a response holds a token that stands for an image.
+            ValueError: a row cannot be read or is too long; a response contains an image placeholder.
         """
         prompts, images = self._prompts(rows)
         batch = self._answered(prompts, rows)
@@ -192,7 +192,7 @@ class Inspector:
         return measured
 
     def _prompts(self, rows: Sequence[dict[str, Any]]) -> tuple[DataProto, list[list[Image.Image]]]:
-        """As training writes them, and each one's images as they enter the processor."""
+        """The prompts as in training, and each prompt's images as given to the processor."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rows.jsonl"
             known = ("prompt", "images", "answer")
@@ -214,7 +214,7 @@ class Inspector:
         return prompts, images
 
     def _answered(self, prompts: DataProto, rows: Sequence[dict[str, Any]]) -> DataProto:
-        """A batch with the rows' responses; those that are not given are decoded."""
+        """A batch with the rows' responses; missing responses are decoded."""
         missing = [place for place, row in enumerate(rows) if row["response"] is None]
         answers = {
             place: torch.tensor(self._ids_of(row["response"], place))
@@ -259,7 +259,7 @@ def _vgr(masses: np.ndarray, keys: tuple[int, int]) -> np.ndarray:
 
 
 def _blackened(handle: MediaHandle) -> MediaHandle:
-    return MediaHandle.put(Image.fromarray(BLANK.spoil(np.asarray(handle.load()))))
+    return MediaHandle.put(Image.fromarray(BLANK.degrade(np.asarray(handle.load()))))
 
 
 def _objects(values: Sequence[Any]) -> np.ndarray:
@@ -364,7 +364,7 @@ def _median(values: np.ndarray) -> float:
 
 
 def layers_of(report: LayerReport) -> dict[str, Any]:
-    """What `layers.json` holds."""
+    """The content of `layers.json`."""
     return {
         "advice": report.advice,
         "responses": report.num_responses,
@@ -388,7 +388,7 @@ def rows_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows with `prompt`, `images` (whole paths), `response` (None where it is to be decoded) and `answer`.
 
     Raises:
-        ValueError: a line is no row; or what a row needs is missing.
+        ValueError: a line is no row, or a required field is missing.
     """
     if arguments.responses is None:
         return [_row(vars(arguments) | {"images": arguments.image or []}, Path.cwd(), "the command line")]
@@ -448,7 +448,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--response", help="the answer to look at, in place of the model's own")
     many = "many prompts, in place of the three above"
     parser.add_argument("--responses", type=Path, metavar="FILE.jsonl", help=many)
-    parser.add_argument("--output", type=Path, default=Path("attention"), help="folder of what is written")
+    parser.add_argument("--output", type=Path, default=Path("attention"), help="output folder")
     parser.add_argument(
         "--layers", type=layer_choice, default="all", help="for weights and maps: last:K, middle, all, or 3,5,7"
     )

@@ -5,7 +5,7 @@ Writes DIR/train.parquet, DIR/test.parquet (real handwritten digits side by side
 DIR/model, a tiny Qwen2.5-VL which a short supervised phase has taught the form of an answer and some of the reading.
 Nothing is downloaded: the digits are the UCI set that scikit-learn carries (E. Alpaydin, C. Kaynak, CC BY 4.0).
 
-`--form long` has four digits, and answers of 60 to 100 tokens of which four name a digit of the picture.
+`--form long` has four digits, and answers of 60 to 100 tokens; four of these name a digit of the picture.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def long_solution(*digits: int) -> str:
 
 @dataclass(frozen=True)
 class Form:
-    """What a row and its answer look like."""
+    """The form of a row and its answer."""
 
     num_digits: int
     solution: Callable[..., str]
@@ -100,7 +100,7 @@ FORMS = {
 def build_split(
     digits: DigitImages, sources: range, rng: np.random.Generator, form: Form, num_rows: int | None = None
 ) -> list[Example]:
-    """Combine the images of `sources` at random, each of them once in every place, and so again for more rows.
+    """Combine the images of `sources` at random. Each image is used once in every position, then again for more rows.
 
     The facts are `digits` and `sources`: the labels and the rows of scikit-learn's set.
 
@@ -119,7 +119,7 @@ def main(
     """Write data and model under `output`. The same `seed` gives the same files; the test set ignores it.
 
     Args:
-        steps: of the warm start; null is the form's own number.
+        steps: number of steps of the warm start; null takes the form's number.
         held_out: rows of the test set; null is one for each of its images.
     """
     digits = DigitImages()

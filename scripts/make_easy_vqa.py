@@ -54,14 +54,14 @@ class Question:
 
     @property
     def kind(self) -> str:
-        """Out of `KINDS`."""
+        """The kind of question, one of `KINDS`."""
         if self.answer in ("yes", "no"):
             return "presence"
         return "shape" if self.answer in SHAPES else "color"
 
     @property
     def words(self) -> list[str]:
-        """Without the question mark."""
+        """The words, without the question mark."""
         return self.text.rstrip("?").split()
 
     @property
@@ -76,15 +76,15 @@ class Split:
 
     questions: Sequence[Question]
     paths: dict[int, str]
-    """By picture."""
+    """File of each picture, by its number."""
     seen: dict[int, str]
-    """What is in each picture: `red circle`."""
+    """The content of each picture: `red circle`."""
 
     def example(self, question: Question, seen: str | None = None) -> Example:
         """The row of a question.
 
         Args:
-            seen: what the solution says to be in the picture; null is what is there.
+            seen: the content that the solution states; null is the true content.
         """
         picture = Image.open(self.paths[question.picture]).convert("RGB")
         picture = picture.resize((PICTURE_PIXELS, PICTURE_PIXELS), Image.Resampling.BICUBIC)
@@ -93,7 +93,7 @@ class Split:
         return Example(picture, f"<image>{question.text}", question.answer, text, facts)
 
     def of_kinds(self, rng: np.random.Generator, num_rows: int, pictures: range) -> list[Question]:
-        """As many questions of each kind, drawn once each, in random order."""
+        """Equally many questions of each kind, without repetition, in random order."""
         chosen: list[Question] = []
         for kind in KINDS:
             of_kind = [one for one in self.questions if one.kind == kind and one.picture in pictures]
@@ -108,7 +108,7 @@ def confused(seen: str) -> str:
 
 
 def answer_from(seen: str, question: Question) -> str:
-    """What follows for the question from what is seen."""
+    """The answer to a question about a picture with this content."""
     color, shape = seen.split()
     if question.kind != "presence":
         return {"color": color, "shape": shape}[question.kind]
@@ -117,7 +117,7 @@ def answer_from(seen: str, question: Question) -> str:
 
 
 def solution(seen: str, question: Question) -> str:
-    """Write the answer that supervision teaches: what is seen, what is asked, the answer in the box."""
+    """Write the answer for the supervised phase: the content, the question, the boxed answer."""
     if question.kind == "presence":
         subject = next(f"{word} shape" if word in COLORS else word for word in question.words if word in NAMES)
         asked = f"if a {subject} is {'not ' if question.is_negated else ''}there"
@@ -127,7 +127,7 @@ def solution(seen: str, question: Question) -> str:
 
 
 def what_is_seen(questions: Sequence[Question]) -> dict[int, str]:
-    """Colour and shape by picture, from questions and answers; without the pictures of which these leave one open."""
+    """Colour and shape by picture, from questions and answers; omits pictures for which either is unknown."""
     names: dict[int, set[str]] = {}
     for question in questions:
         told = names.setdefault(question.picture, set())
@@ -140,7 +140,7 @@ def what_is_seen(questions: Sequence[Question]) -> dict[int, str]:
 
 
 def read_split(name: str) -> Split:
-    """Read `train` or `test`, without the questions about pictures whose content they do not tell."""
+    """Read `train` or `test`, without questions about pictures whose content is unknown."""
     import easy_vqa
 
     get_questions, get_paths = {

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes of a checkpoint a model to load and to serve: `python3 scripts/model_merger.py --local_dir CHECKPOINT/actor`.
+"""Merges a checkpoint into a model to load and serve: `python3 scripts/model_merger.py --local_dir CHECKPOINT/actor`.
 
-Puts the ranks' shards together, or a low-rank adapter and the model that it adapts, and writes the weights beside
-config and processor into `CHECKPOINT/actor/huggingface`, which transformers' `from_pretrained` and vLLM load. Takes
-checkpoints of this trainer and of EasyR1, of any number of ranks. Needs no GPU, and no more host memory than about
-twice the weights that it writes.
+Joins the ranks' shards, or a low-rank adapter and its base model, and writes the weights, beside config and processor,
+into `CHECKPOINT/actor/huggingface`, which transformers' `from_pretrained` and vLLM load. Takes
+checkpoints of this trainer and of EasyR1, from any number of ranks. Needs no GPU, and host memory of about twice the
+size of the weights.
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ DTYPE_NAMES = ("bfloat16", "float16", "float32")
 
 
 def rank_files(local_dir: Path) -> list[Path]:
-    """The file of every rank's weights, in the order of ranks.
+    """The weight files of all ranks, in rank order.
 
     Raises:
-        ValueError: there is none, a rank's is missing, or they are of runs with different numbers of ranks.
+        ValueError: there are none, a rank's file is missing, or the files come from runs with different numbers of
+            ranks.
     """
     matches = [re.fullmatch(r"model_world_size_(\d+)_rank_(\d+)\.pt", path.name) for path in local_dir.glob("*.pt")]
     numbers = [(int(match[1]), int(match[2])) for match in matches if match is not None]
@@ -75,7 +76,7 @@ def rank_files(local_dir: Path) -> list[Path]:
     if missing:
         raise ValueError(
             f"--local_dir={local_dir} lacks {', '.join(missing)}: it takes the files of all {world_size} ranks; copy "
-            "those that other machines wrote here"
+            "the files of other machines here"
         )
     return expected
 
@@ -84,8 +85,7 @@ def read_whole_tensors(local_dir: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, whole tensor) of the checkpoint's model, one at a time; files are mapped, not read.
 
     Raises:
-        ValueError: as `rank_files` and `load_tensors`, a tensor that not every file has, or a sharding that is not
-            known here.
+        ValueError: as in `rank_files` and `load_tensors`, a tensor that not every file has, or an unknown sharding.
     """
     files = rank_files(local_dir)
     ranks = [load_tensors(path, mmap=True) for path in files]
@@ -106,19 +106,19 @@ def read_whole_tensors(local_dir: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def merge(
     local_dir: Path, dtype: torch.dtype, base_model: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model that a checkpoint holds, in `dtype` on the CPU, ready to run.
+    """The model of a checkpoint, in `dtype` on the CPU, ready to run.
 
-    A critic comes as transformers' token classification of one label: the value of each position is its logit.
+    A critic becomes transformers' token classification with one label: the value of each position is its logit.
 
     Args:
         local_dir: `.../global_step_<N>/actor` or `critic`.
-        base_model: what a low-rank adapter adapts, where its config names a place that is not there.
-        trust_remote_code: runs code that comes with the model.
+        base_model: the base model of a low-rank adapter, if the path in its config does not exist.
+        trust_remote_code: allows code that comes with the model.
 
     Raises:
-        ValueError: files are missing or do not fit together, weights are not those of the model that
-            `huggingface/config.json` describes, a base model is needed and not found, or the model needs code of its
-            own that is not trusted.
+        ValueError: files are missing or do not fit together, the weights do not fit the model of
+            `huggingface/config.json`, a base model is needed and not found, or the model needs its own code and
+            `trust_remote_code` is false.
     """
     description = local_dir / DESCRIPTION
     if not (description / "config.json").exists():
@@ -171,14 +171,14 @@ def _merge_shards(local_dir: Path, config: PretrainedConfig, options: dict[str, 
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if wrong:
         listed = "; ".join(f"{kind.replace('_', ' ')}: {_some_of(names)}" for kind, names in wrong.items())
-        raise ValueError(f"the weights in {local_dir} are not those of a {type(model).__name__}: {listed}")
+        raise ValueError(f"the weights in {local_dir} do not fit a {type(model).__name__}: {listed}")
     return model
 
 
 def _merge_adapter(
     adapter: Path, config: PretrainedConfig, base_model: str | None, options: dict[str, Any]
 ) -> PreTrainedModel:
-    """The weights of the base, which training has not changed, plus the adapter's product."""
+    """The base model's frozen weights plus the adapter's update."""
     adapter_config = PeftConfig.from_pretrained(adapter)
     base = base_model or adapter_config.base_model_name_or_path
     try:
@@ -195,14 +195,14 @@ def _merge_adapter(
     report = adapted.load_adapter(adapter, adapter_name="default")
     if report.missing_keys or report.unexpected_keys:
         raise ValueError(
-            f"the weights in {adapter} are not those that its adapter_config.json puts on {base}: "
+            f"the weights in {adapter} do not fit its adapter_config.json and {base}: "
             f"missing {_some_of(report.missing_keys)}; unexpected {_some_of(report.unexpected_keys)}"
         )
     return adapted.merge_and_unload().eval()
 
 
 def _name_in_classifier(name: str, prefix: str) -> str:
-    """A `ValueModel`'s name for a weight as transformers' token classification has it."""
+    """Converts a `ValueModel`'s weight name to the name in transformers' token classification."""
     owner, _, rest = name.partition(".")
     return {"value_head": f"score.{rest}", "model": f"{prefix}.{rest}"}.get(owner, name)
 
@@ -224,8 +224,8 @@ def save_pretrained_with_generation_config(
 ) -> None:
     """`model.save_pretrained(path, **kwargs)`, with `generation_config` in place of the model's own unless None.
 
-    It is written as it is, also where transformers would only warn of it on loading but refuse to save it, as of a
-    temperature without sampling.
+    It is written unchanged, even if transformers would refuse to save it, for example a temperature without
+    sampling.
     """
     if generation_config is None:
         model.save_pretrained(path, **kwargs)
@@ -237,7 +237,7 @@ def save_pretrained_with_generation_config(
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
-    """Writes weights and config into `folder`; the generation config that is there stays, as do all other files."""
+    """Writes weights and config into `folder`; an existing generation config and all other files stay."""
     kept = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_CONFIG_NAME).exists() else None
     families = (family for family in MODEL_FAMILIES if model.config.model_type in family.model_types)
     transposed = next((family.transposed_weights for family in families), ())
@@ -256,7 +256,7 @@ def upload(folder: Path, repo: str, public: bool) -> str:
     """Uploads a folder to the hub, into a new repository or over the files of an old one; returns its address.
 
     Raises:
-        ValueError: the repository is there and public, and `public` was not asked for.
+        ValueError: the repository is public, and `public` is false.
     """
     api = HfApi()
     url = api.create_repo(repo, private=not public, exist_ok=True)
@@ -270,7 +270,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Merges, writes and, if asked, uploads.
 
     Raises:
-        ValueError: as `merge` and `upload`, or `local_dir` is the output itself.
+        ValueError: as in `merge` and `upload`, or `local_dir` is the output folder itself.
     """
     local_dir = arguments.local_dir
     folder = local_dir / DESCRIPTION

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What share of all weight a signal puts on the tokens that name what is seen: without training, on a tiny task.
+"""The share of all weight that a signal puts on tokens that name the image's content: a tiny task, no training.
 
     python scripts/naming_share.py checkpoints/study/digits/data/{1,2,3}
 

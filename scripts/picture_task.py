@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What making and judging the tiny tasks share: examples, prompts as the trainer builds them, answers, their marks."""
+"""Common code of the tiny tasks: examples, prompts as in the trainer, answers, scores."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this process holds in memory and has held at most, read from Linux. Benchmarks share it."""
+"""Current and peak memory of this process, read from Linux, for the benchmarks."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Holds 20 steps of the quickstart against the committed curve: `python scripts/reference_curve.py [--renew]`.
+"""Compares 20 steps of the quickstart with the committed curve: `python scripts/reference_curve.py [--renew]`.
 
-Data and warm start are made anew if they are not there, as in `scripts/quickstart.sh`. Means over the steps are
-compared. Where the warm start gives the very model that the curve was made from, as on the same kind of CPU with the
-same release of torch, they have to agree to rounding. Elsewhere the warm start rounds otherwise and ends in another
-model, and the tolerance is what other seeds and instruction sets were seen to differ by, and some more.
+Data and warm start are made if they are missing, as in `scripts/quickstart.sh`. Means over the steps are compared.
+On the same kind of CPU with the same release of torch, the warm start gives the same model as for the curve, and the
+means must agree up to rounding. Elsewhere rounding leads to another model, and the tolerance is a little more than the
+measured differences between seeds and instruction sets.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TOLERANCES = {
     "token_weights/std": 0.05,
     "vgr/mean": 0.25,
 }
-"""How far the mean over the steps may be from the committed one, from another model. Seeds 0 and 2, and seed 0 with
+"""Tolerance of the mean over the steps if the model differs. Seeds 0 and 2, and seed 0 with
 AVX2 in place of AVX-512, were up to 0.21, 0.16, 0.12, 0.19, 0.04, 0.03, 0.01 and 0.13 apart."""
 
 
@@ -67,7 +67,7 @@ def settings(data: Path, folder: Path) -> PPOConfig:
 
 
 def curve_of(data: Path, folder: Path) -> dict[str, Any]:
-    """The values of each metric that is compared, step by step, and the SHA-256 sum of the model from before them."""
+    """The values of each compared metric, step by step, and the SHA-256 sum of the initial model."""
     log = read_log(folder)
     with open(data / "model" / "model.safetensors", "rb") as file:
         model = hashlib.file_digest(file, "sha256").hexdigest()
@@ -96,7 +96,7 @@ def compare(curve: Mapping[str, Any], reference: Mapping[str, Any]) -> list[Row]
     """The means of every metric.
 
     Raises:
-        ValueError: a metric has not as many values as in the committed curve.
+        ValueError: a metric has another number of values than the committed curve.
     """
     rows = []
     for name, tolerance in TOLERANCES.items():
@@ -109,7 +109,7 @@ def compare(curve: Mapping[str, Any], reference: Mapping[str, Any]) -> list[Row]
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Runs, compares or renews; 1 where a metric is too far away."""
+    """Runs, then compares or renews; returns 1 if a metric is outside its tolerance."""
     data = arguments.data
     if not (data / "model").exists():
         make_digits.main(data, seed=0)

@@ -26,7 +26,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from verl.trainer.sinks import read_log
 
 Log = dict[int, dict[str, float | None]]
-"""Metrics by name, by step."""
+"""Step -> metrics by name."""
 
 WINDOW = 5  # steps averaged in the curve and in the table's rewards
 
@@ -99,9 +99,9 @@ def control_accuracies(
 ) -> dict[str, float]:
     """Accuracy with each row's own image, with a blank one and with another row's.
 
-    `read` gives the model's answers to some images and their prompts. The question never changes, so that greedy
-    answers depend on the picture alone: the blank one is answered once, and the answers to other rows' pictures are
-    the answers to the own ones, moved on by one row.
+    `read` returns the model's answers to images and prompts. The question never changes, so greedy answers depend
+    only on the picture. So the blank image is answered once, and the answers to other rows' pictures are the answers
+    to the rows' own pictures, shifted by one row.
     """
     own = read(images, prompts)
     blank = read([Image.new("RGB", images[0].size, "white")], prompts[:1]) * len(images)
@@ -118,7 +118,7 @@ def table(rows: Sequence[tuple[str, float, float]]) -> str:
 
 
 def summarize(run: Path) -> list[tuple[str, float, float]]:
-    """Return what the run in `run` changed, as (name, before, after): its log's figures, and its models asked anew."""
+    """Return the changes of the run in `run` as (name, before, after), from its log and new answers of its models."""
     log = read_log(run)
     config = json.loads((run / "experiment_config.json").read_text(encoding="utf-8"))
     actor = run / f"global_step_{max(log)}" / "actor"

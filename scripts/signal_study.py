@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A study's file: which arms, warm starts and seeds `scripts/compare_signals.py` is to train."""
+"""A study's file: the arms, warm starts and seeds that `scripts/compare_signals.py` trains."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLACEHOLDERS = ("data", "warm_start", "seed", "python")
 
 
 class StudyError(ValueError):
-    """What is wrong with a study or with a run, for the reader."""
+    """An error of a study or of a run."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Study:
         """Read a study's file.
 
         Raises:
-            StudyError: naming the key.
+            StudyError: the file is wrong; the message names the key.
         """
         try:
             content = yaml.safe_load(path.read_text("utf-8"))
@@ -90,10 +90,10 @@ class Study:
         warm_starts: Sequence[str] | None = None,
         seeds: Sequence[str] | None = None,
     ) -> list[Run]:
-        """All, or those of some; the arms of a warm start and a seed side by side, so that pairs are there early.
+        """All runs, or a selection. The arms of a warm start and a seed come together, so that pairs complete early.
 
         Raises:
-            StudyError: something is asked for that the study has not.
+            StudyError: the selection names something that the study does not have.
         """
         wanted = {"arms": arms, "warm_starts": warm_starts, "seeds": seeds}
         for key, values in wanted.items():
@@ -122,16 +122,16 @@ class Run:
 
     @property
     def key(self) -> tuple[str, int | str, int]:
-        """What no other run of the study has."""
+        """The unique key of the run."""
         return self.arm, self.warm_start, self.seed
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of the run's folder."""
         return f"{self.arm}_{self.warm_start}_{self.seed}"
 
     def overrides(self, data: Path) -> list[str]:
-        """The study's and the arm's, filled in."""
+        """The overrides of the study and of the arm, filled in."""
         values = dict(zip(PLACEHOLDERS, (data, self.warm_start, self.seed, sys.executable), strict=True))
         given = [("overrides", self.study.overrides), (f"arms.{self.arm}", self.study.arms[self.arm])]
         return [filled(str(override), key, values) for key, overrides in given for override in overrides]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the lines of `scripts/compare_signals.py` say: paired differences with their intervals, a table, a picture.
+"""Evaluates the lines of `scripts/compare_signals.py`: paired differences with intervals, a table, a picture.
 
 Shapes: R pairs of runs, Q held-out questions, B resamples.
 """
@@ -22,7 +22,7 @@ WINDOW = 5
 
 @dataclass(frozen=True)
 class Line:
-    """What is kept of a run."""
+    """The record of a run."""
 
     task: str
     arm: str
@@ -46,7 +46,7 @@ class Line:
 
     @property
     def key(self) -> tuple[str, int | str, int]:
-        """What no other run of the study has."""
+        """The unique key of the run."""
         return self.arm, self.warm_start, self.seed
 
     @property
@@ -71,7 +71,7 @@ class Line:
 
     @classmethod
     def from_json(cls, text: str) -> Line:
-        """What `to_json` wrote."""
+        """Reads a line of `to_json`."""
         content: dict[str, Any] = json.loads(text)
         results, num_questions = content.pop("results"), content.pop("num_questions")
         if isinstance(results, str):
@@ -113,9 +113,9 @@ class Pairs:
     """Runs of an arm and of the first, from the same model, with the same seed, on the same questions."""
 
     differences: np.ndarray
-    """(R, Q), the arm's result less the first's."""
+    """(R, Q), the arm's result minus the first arm's."""
     warm_starts: list[int | str]
-    """By pair."""
+    """The warm start of each pair."""
 
     @property
     def mean(self) -> float:
@@ -182,7 +182,7 @@ class Row:
     accuracies: list[float]
     num_pairs: int
     difference: float | None
-    """From the first arm."""
+    """Mean paired difference from the first arm."""
     plain: tuple[float, float] | None
     """The 95 % interval."""
     corrected: tuple[float, float] | None

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains through faults and holds the result against a run without any: `python scripts/soak.py [--steps 300]`.
+"""Trains through faults and compares the result with a run without faults: `python scripts/soak.py [--steps 300]`.
 
-Two runs of tiny steps on the quickstart's digits. In the second one, every `--fault-every` steps something is lost: a
-worker, the reward function's process, the driver, the disk for a while, or the machine asks the run to end (SIGTERM).
-What the run does not survive by itself (`trainer.max_restarts`) is started again. In the end weights, optimizer and
-log must be what the first run has, and processes, shared memory and temporary files what they were before. Memory
-and open files of the processes of the run without faults are shown as it goes.
+Two runs of tiny steps on the quickstart's digits. In the second one, there is a fault every `--fault-every` steps: a
+worker, the reward function's process or the driver is killed, the disk is full for a while, or the run gets SIGTERM.
+If the run does not survive by itself (`trainer.max_restarts`), the script starts it again. In the end weights,
+optimizer and log must equal the first run's, and processes, shared memory and temporary files must be as before.
+Memory and open files of the processes of the run without faults are printed during the run.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ SETTINGS = (
 )
 
 PATIENCE_SECONDS = 120
-"""Within which a run takes its next step, fault or not."""
+"""Seconds within which a run must take its next step, with or without a fault."""
 
 
 class Failure(Exception):
-    """What the two runs should have in common and have not."""
+    """The two runs differ where they must not."""
 
 
 # ---- a run ----
@@ -70,7 +70,7 @@ class Failure(Exception):
 
 @dataclass
 class Trainer:
-    """The trainer's command on a folder of its own, started as often as it ends."""
+    """The trainer's command on its own folder, restarted whenever it ends."""
 
     data: Path
     folder: Path
@@ -100,11 +100,11 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """The last one in its log."""
+        """The last step in its log."""
         return max((line["step"] for line in log_of(self.folder)), default=0)
 
     def wait_for(self, step: int) -> None:
-        """Until it has logged this step."""
+        """Waits until it has logged this step."""
         seen, deadline = self.step, time.monotonic() + PATIENCE_SECONDS
         while seen < step:
             if self.process.poll() is not None:
@@ -118,7 +118,7 @@ class Trainer:
             time.sleep(0.05)
 
     def wait(self) -> int:
-        """Until it has ended; the exit code."""
+        """Waits until it has ended; returns the exit code."""
         return self.process.wait(timeout=PATIENCE_SECONDS)
 
     def processes(self) -> dict[str, psutil.Process]:
@@ -214,7 +214,7 @@ def require_equal(whole: Path, faulty: Path, steps: int) -> None:
 
 
 def differences(left: object, right: object, place: str = "") -> list[str]:
-    """Where two trees of tensors and values differ."""
+    """The places in which two trees of tensors and values differ."""
     if isinstance(left, dict) and isinstance(right, dict) and left.keys() == right.keys():
         return [found for key in left for found in differences(left[key], right[key], f"{place}/{key}")]
     if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)) and len(left) == len(right):
@@ -227,7 +227,7 @@ def differences(left: object, right: object, place: str = "") -> list[str]:
 
 
 def leftovers(temporary: Path) -> dict[str, int]:
-    """What runs might leave on this machine.
+    """The resources that runs might leave behind on this machine.
 
     Args:
         temporary: the folder for their temporary files. Ray's logs and torch's compiled code stay there, and empty
@@ -245,7 +245,7 @@ def leftovers(temporary: Path) -> dict[str, int]:
 
 
 def resources(trainer: Trainer) -> dict[str, str]:
-    """Memory of its own and open files of each process of a run."""
+    """Private memory and open files of each process of a run."""
     shown = {}
     for name, process in trainer.processes().items():
         memory = process.memory_info()
@@ -279,7 +279,7 @@ def run_without_faults(data: Path, folder: Path, steps: int) -> None:
 
 
 def run_with_faults(data: Path, folder: Path, steps: int, fault_every: int) -> None:
-    """The run that something happens to."""
+    """The run with faults."""
     trainer = Trainer(data, folder, steps, max_restarts=steps)
     trainer.start()
     for step, name in zip(range(fault_every, steps - 3, fault_every), itertools.cycle(FAULTS), strict=False):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which processes live, and whether those that should have ended have."""
+"""Lists living processes, and checks that processes have ended."""
 
 import time
 from collections.abc import Collection

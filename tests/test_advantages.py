@@ -58,7 +58,7 @@ def test_grpo_by_hand():
     """Group a has rewards 1, 0, 0: mean 1/3, unbiased variance (4/9 + 1/9 + 1/9) / 2 = 1/3, std 0.57735.
 
     (1 - 1/3) / 0.57735 = 1.15470 and -1/3 / 0.57735 = -0.57735.
-    Group b, rows between those of a, has 3 and 1: mean 2, std sqrt(2): +-0.70711.
+    Group b, with rows between the rows of a, has 3 and 1: mean 2, std sqrt(2): +-0.70711.
     """
     inputs = on_last_token([1.0, 3.0, 0.0, 1.0, 0.0], [4, 1, 2, 3, 1], ["a", "b", "a", "b", "a"])
     advantages, returns = compute_grpo_advantages(inputs)

@@ -376,7 +376,7 @@ def test_where_there_are_no_spans_the_processor_names_the_placeholders():
 
 
 def test_kinds_of_a_real_batch_are_those_of_training(processor, tiny_model_path):
-    """All special tokens that the tokenizer declares count as such, not only those that Qwen's chats need."""
+    """All special tokens that the tokenizer declares count as such, not only the ones in Qwen's chats."""
     text = "<|im_start|>system\nA<|im_end|>\n<|vision_pad|>b<|vision_start|><|image_pad|><|vision_end|>"
     input_ids = processor.tokenizer([text, "What?"], padding=True, return_tensors="pt")["input_ids"]
     key_kinds, _ = classify_generated(input_ids, input_ids, processor)
@@ -416,7 +416,7 @@ def maps_of_two_steps() -> list[list[torch.Tensor]]:
 
 def test_masses_by_hand():
     """First token, layer 0: means over heads are sink 0.4, text 0.3, vision 0.15, other 0.15. Without the sink 0.6 is
-    left, of which text has 0.5 and vision 0.25. Layer 1: 0.2 and 0.4 of 0.8, so 0.25 and 0.5. Mean 0.375 and 0.375.
+    left: 0.5 for text and 0.25 for vision. Layer 1: 0.2 and 0.4 of 0.8, so 0.25 and 0.5. Mean 0.375 and 0.375.
 
     Second token: 0.1 and 0.3 of 0.5 in layer 0, so 0.2 and 0.6; nothing at all in layer 1; mean 0.1 and 0.3.
     """

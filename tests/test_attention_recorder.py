@@ -108,7 +108,7 @@ def inputs_of(zoo: Family, input_ids: torch.Tensor, kinds: torch.Tensor, images:
 
 
 def of_full_layers(family: str, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Without those of Gemma's sliding layers. Qwen3.5's recurrent layers show none to begin with."""
+    """Without Gemma's sliding layers. Qwen3.5's recurrent layers have no attention anyway."""
     return [maps[layer] for layer in FULL_LAYERS[family]] if family == "Gemma 3" else list(maps)
 
 
@@ -308,7 +308,7 @@ def test_in_bfloat16_the_mass_is_that_of_the_models_own_queries_and_keys(monkeyp
 def recorded_and_expected_of_own_queries(
     model: PreTrainedModel, inputs: dict[str, Any], kinds: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mass in one forward of a bfloat16 model, and in float64 that of the queries and keys its attention got.
+    """The mass in one forward of a bfloat16 model, and the float64 mass of the same queries and keys.
 
     A function in the table keeps them, in the place of the model's own. Whoever put one there does not lose it.
     """

@@ -54,7 +54,7 @@ def weights_of(vgr: list[float], **options) -> list[float]:
 
 
 def test_weights_by_hand():
-    """1 / VGR is 1, 0.25 and 4, of mean 1.75: 0.571428, 0.142857 and 2.285714, of which the second is clipped."""
+    """1 / VGR is 1, 0.25 and 4, of mean 1.75: 0.571428, 0.142857 and 2.285714; the second is clipped."""
     weights = token_weights_from_vgr(torch.tensor([[1.0, 4.0, 0.25]]), torch.ones(1, 3))
     assert weights.dtype == torch.float32
     torch.testing.assert_close(weights, torch.tensor([[0.571428571, 0.2, 2.285714286]]))
@@ -331,7 +331,7 @@ WHAT_IS_THERE = ["both", "both", "no image", "both", "no text"]
 
 @pytest.fixture(scope="module")
 def generated(tiny_model_path: str) -> SimpleNamespace:
-    """Answers to five prompts of different lengths, their attention maps, and those of one pass over the whole.
+    """Answers to five prompts of different lengths, their attention maps, and the maps of one pass over the whole.
 
     Queries are sharpened, since the attention of a random model is nearly even. The fourth prompt begins with its
     image, the last ends with it. The second answer ends early.

@@ -103,7 +103,7 @@ def test_rows_balanced_over_ranks_stay_in_the_mini_batches_of_both_models(actor,
         world_size=2,
     )
     lengths = np.random.RandomState(0).randint(10, 90, plan.sequences_per_step).tolist()
-    order = balanced_order(lengths, plan.world_size, plan.pieces_to_balance)
+    order = balanced_order(lengths, plan.world_size, plan.num_balance_pieces)
     per_rank = plan.sequences_per_step // 2
     for model in (plan.actor, plan.critic):
         for place, row in enumerate(order):

@@ -25,11 +25,11 @@ import os, signal, subprocess, sys, time
 from verl.trainer.cluster_guard import ClusterGuard
 
 with ClusterGuard() as guard:
-    with guard.takes_in():
+    with guard.mark_children():
         member = subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL, start_new_session=True)
     outsider = subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL, start_new_session=True)
     guard.remember(sys.argv[1])
-    loader = os.fork()  # as those of a data loader, it holds all pipes of the driver
+    loader = os.fork()  # like a process of a data loader, it holds all pipes of the driver
     if loader == 0:
         time.sleep(1000)
     print(member.pid, outsider.pid, loader, flush=True)

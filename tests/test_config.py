@@ -36,7 +36,7 @@ from verl.trainer.config import (
     load_config,
 )
 from verl.trainer.config_checks import CONTRADICTIONS, effect_notes, require_available
-from verl.trainer.help_text import docstrings_of_fields
+from verl.trainer.help_text import field_docstrings
 from verl.trainer.main import prepare
 from verl.trainer.ray_cluster import _start_ray
 from verl.workers.actor.config import LOSS_TYPES, ActorConfig, FSDPConfig, LoraConfig, OptimConfig
@@ -528,7 +528,7 @@ def test_an_interpolation_of_the_wrong_type_is_refused():
 
 def test_a_value_left_open_is_refused():
     for key in ("trainer.experiment_name", "worker.reward.reward_function_kwargs.scale"):
-        assert refusal(f"{key}=???") == f"{key}=??? leaves the value open; put one in its place"
+        assert refusal(f"{key}=???") == f"{key}=??? has no value; write one in its place"
 
 
 def test_a_section_left_null_is_refused(write_yaml):
@@ -1089,7 +1089,7 @@ def test_a_mapping_of_the_file_is_emptied_replaced_or_loses_an_entry(write_yaml)
     assert kwargs(f"~{key}", f"{key}={{d: 3}}") == kwargs(f"{key}={{}}", f"{key}.d=3") == {"d": 3}
     assert kwargs(f"~{key}.a") == {"b": {"c": 2}}
     assert load_config([file, "~worker.rollout.n"]).worker.rollout.n == 1
-    with pytest.raises(ValueError, match=rf"'~{key}.x' takes away what is not there: {key} has \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=rf"'~{key}.x' removes an entry that does not exist: {key} has \['a', 'b'\]"):
         kwargs(f"~{key}.x")
     with pytest.raises(ValueError, match="unknown key 'worker.rollout.m'"):
         load_config(["~worker.rollout.m"])
@@ -1180,7 +1180,7 @@ def is_read(section: type[ConfigSection], key: str, reads: set[tuple[str, str]])
 def test_every_field_is_read_from_its_section_or_says_that_it_has_no_effect() -> None:
     reads = set().union(*(reads_of(path.read_text()) for path in (ROOT / "verl").rglob("*.py")))
     for section, name, key in declared_fields(PPOConfig):
-        docstring = docstrings_of_fields(section)[name]
+        docstring = field_docstrings(section)[name]
         assert docstring.startswith("Accepted for existing configurations, no effect") or is_read(
             section, key, reads
         ), f"{key} is never read"

@@ -117,7 +117,7 @@ def test_a_small_share_is_drawn_in_some_epochs_and_in_the_mean_as_often_as_its_w
 
 
 def test_passes_over_a_source_and_sources_of_one_size_have_orders_of_their_own() -> None:
-    """Two sources of 8 rows of which an epoch has 6 and 6: which ones, no later shuffling changes."""
+    """Two sources of 8 rows; an epoch has 6 of each. Later shuffling does not change which ones."""
     epochs = [set(mixed_order([8, 8, 8], [1, 1, 2], epoch, True, 3).tolist()) for epoch in range(8)]
     of_one, of_other = ([{row % 8 for row in rows if row // 8 == source} for rows in epochs] for source in (0, 1))
     assert of_one != of_other
@@ -166,7 +166,7 @@ def test_a_path_may_end_like_a_weight(tmp_path) -> None:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Ten good pictures, of which 3 loses its last bytes and 7 is no picture: rows 0 to 9 of `rows.jsonl`."""
+    """Rows 0 to 9 of `rows.jsonl` have pictures; picture 3 then loses its last bytes and 7 becomes no picture."""
     noise = np.random.default_rng(0).integers(0, 256, (10, 56, 56, 3), dtype=np.uint8)
     for index in range(10):
         Image.fromarray(noise[index]).save(tmp_path / f"{index}.png")
@@ -260,7 +260,7 @@ def test_a_set_without_a_good_row_is_refused(read, pictures) -> None:
 
 @pytest.mark.parametrize("drawn", range(4))
 def test_a_run_that_met_a_damaged_picture_goes_on_without_it(drawn, read) -> None:
-    """The rows drawn after the restart are those of the first run's order, less the damaged one."""
+    """The rows drawn after the restart follow the first run's order, without the damaged one."""
     order = epoch_order(10, 0, True, seed=5).tolist()
     before = PromptLoader(read(), 1, shuffle=True, seed=5)
     for _ in range(min(drawn, order.index(3))):

@@ -198,8 +198,8 @@ def test_a_saved_set_of_splits_is_read_by_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "problem"),
     [
-        ("no/such-dataset", r"no such file or folder here, and from the hub it cannot be had \(Couldn't reach"),
-        ("no/such-dataset@test", "'no/such-dataset@test': .*from the hub it cannot be had"),
+        ("no/such-dataset", r"no such file or folder here, and it cannot be loaded from the hub \(Couldn't reach"),
+        ("no/such-dataset@test", "'no/such-dataset@test': .*it cannot be loaded from the hub"),
         ("./nowhere", "no such file or folder"),
         ("nowhere.parquet", "no such file or folder"),
     ],
@@ -692,7 +692,7 @@ def test_a_single_image_instead_of_a_list_is_refused(make: Callable) -> None:
 
 
 def test_images_for_a_text_model_name_the_first_row_that_has_them(make: Callable) -> None:
-    with pytest.raises(ValueError, match="row 1 of .* has images, but .* is a model of text alone"):
+    with pytest.raises(ValueError, match="row 1 of .* has images, but .* is a text-only model"):
         make([row("a"), row("<image>", ["a.png"])], processor=None)
 
 

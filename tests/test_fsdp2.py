@@ -98,7 +98,7 @@ def _wrap(worker: ProbeWorker) -> None:
         fully_shard(module, mesh=build_mesh(worker.device), mp_policy=policy)
     actor.optimizer = build_optimizer(actor.model, actor.config.optim)
     actor.scheduler = build_scheduler(actor.optimizer, actor.config.optim, worker.training_steps)
-    actor.checkpoint = FSDPCheckpoint(actor.model, actor.optimizer, actor.scheduler, actor.checkpoint.described_by)
+    actor.checkpoint = FSDPCheckpoint(actor.model, actor.optimizer, actor.scheduler, actor.checkpoint.pretrained_parts)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])

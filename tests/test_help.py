@@ -19,7 +19,7 @@ import setuptools
 from verl.config import as_yaml
 from verl.trainer import main
 from verl.trainer.config import PPOConfig
-from verl.trainer.help_text import docstrings_of_fields, help_text
+from verl.trainer.help_text import field_docstrings, help_text
 from verl.utils.lean_imports import import_object
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +48,7 @@ def keys_of(section: type, prefix: str = "") -> dict[str, tuple]:
         if is_dataclass(field.type):
             found |= keys_of(field.type, f"{prefix}{field.name}.")
         else:
-            found[prefix + field.name] = (field, docstrings_of_fields(section)[field.name])
+            found[prefix + field.name] = (field, field_docstrings(section)[field.name])
     return found
 
 

@@ -32,7 +32,7 @@ IMAGES_A_STEP = 4
 IMAGE = (512, 512)
 MIB = 2**20
 ONE_COPY_KEPT = 3 * WINDOW * IMAGES_A_STEP * 3 * IMAGE[0] * IMAGE[1]
-"""Bytes by which memory would grow from one window to the other if every image were kept once: 90 MiB."""
+"""Growth of memory in bytes from one window to the other if every image were kept once: 90 MiB."""
 BOUND = 15 * MIB
 """Without a leak the median grows by up to 4 MiB in a worker, of 460, and by less than 1 MiB elsewhere."""
 

@@ -18,9 +18,9 @@ from tests.test_training_run import ROOT, arguments, lines_of
 
 PROGRAM = """
 import logging, subprocess, sys
-from verl.utils.lasting_output import outlive_readers
+from verl.utils.lasting_output import survive_lost_readers
 
-outlive_readers()
+survive_lost_readers()
 logging.basicConfig()
 print("read")
 sys.stdin.read()

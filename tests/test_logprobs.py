@@ -119,7 +119,7 @@ def test_huge_logits_stay_finite():
 
 
 def test_a_suppressed_label_has_the_lowest_log_prob_and_no_gradient_of_its_own():
-    """The other ids' gradient is that of -log-sum-exp; the suppressed id's logit plays no part."""
+    """The other ids have the gradient of -log-sum-exp; the suppressed id's logit plays no part."""
     logits, labels = draw()
     labels[:] = SUPPRESSED[0]
     log_probs = log_probs_from_logits(logits, labels, 1.0, SUPPRESSED)
@@ -278,7 +278,7 @@ def test_no_more_than_four_pieces_of_the_logits_are_held_in_float32_at_a_time(nu
 
 
 def draw_head(seed: int, bias: bool = True, dtype: torch.dtype = torch.float32) -> LazyLogits:
-    """Hidden states (3, 5, 6) and a head of 11 ids, all of which want a gradient."""
+    """Hidden states (3, 5, 6) and a head of 11 ids, all with gradients."""
     generator = torch.Generator().manual_seed(seed)
     shapes = ((3, 5, 6), (11, 6), (11,))
     hidden_states, weight, own_bias = (

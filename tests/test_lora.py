@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # python -m pytest tests/test_lora.py
-"""Low-rank adapters: they begin as nothing, they alone train, and the policy is that of their merged weights."""
+"""Low-rank adapters: they start at zero, only they train, and the policy equals the model with merged weights."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def prompts(tiny_model_path: str, ray_cluster, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def batch(prompts: DataProto) -> DataProto:
-    """Eight rows: the first four with images, the last four text only, so that of two ranks one has no image."""
+    """Eight rows: the first four with images, the last four text only, so one of two ranks has no image."""
     return answer_at_random(prompts, RESPONSES_PER_PROMPT, RESPONSE_LENGTH)
 
 
@@ -469,7 +469,7 @@ def test_two_ranks_stream_merge_save_and_resume_the_adapters_of_one(
 def test_ranks_that_share_rows_and_repeat_a_model_that_one_reads_train_save_and_resume_the_adapters_of_one(
     batch: DataProto, ray_cluster, lone_process_group, tmp_path: Path
 ) -> None:
-    """Two pairs of ranks, each of which holds the model once and every row once; embeddings tied, states in bf16."""
+    """Two pairs of ranks; each pair holds the model once and every row once; embeddings tied, states in bf16."""
     model_path = make_tiny_model(tmp_path / "model", tie_word_embeddings=True)
     keys = (FAST, "worker.actor.optim.strategy=adamw_bf16")
     shared = ("worker.actor.fsdp.fsdp_size=2", "worker.actor.ulysses_size=2", "algorithm.kl_penalty=full")

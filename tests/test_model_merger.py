@@ -487,7 +487,7 @@ def test_ranks_that_hold_different_tensors_are_refused(folder_of, tmp_path: Path
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("norm.weight", None, r"not those of a Qwen2\w+: missing keys: [\w.]*norm.weight$"),
+        ("norm.weight", None, r"do not fit a Qwen2\w+: missing keys: [\w.]*norm.weight$"),
         ("norm.weight", "norm.scale", r"missing keys: [\w.]*norm.weight; unexpected keys: [\w.]*norm.scale$"),
         ("norm.weight", "norm.weight", r"mismatched keys: .*norm.weight"),
     ],

@@ -19,7 +19,7 @@ from verl.workers.rollout.base import Sampling
 
 @pytest.fixture(scope="module")
 def batch(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> DataProto:
-    """Eight rows: the first four with images, the last four text only, so that of two ranks one has no image."""
+    """Eight rows: the first four with images, the last four text only, so one of two ranks has no image."""
     prompts = make_prompts(tiny_model_path, tmp_path_factory.mktemp("prompts"))
     return answer_at_random(prompts, RESPONSES_PER_PROMPT, RESPONSE_LENGTH)
 

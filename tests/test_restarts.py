@@ -50,7 +50,7 @@ def kill_worker(trainer: RayDAPOTrainer) -> None:
 
 
 def kill_reward(trainer: RayDAPOTrainer) -> None:
-    os.kill(ray.get(trainer.rewards._process._whereabouts).pid, signal.SIGKILL)
+    os.kill(ray.get(trainer.rewards._process._location).pid, signal.SIGKILL)
 
 
 def steps_in(folder: Path, name: str = "experiment_log.jsonl") -> list[int]:

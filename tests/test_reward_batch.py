@@ -145,7 +145,7 @@ def test_what_the_function_changes_in_its_batch_stays_there(score, tokenizer):
         ("return torch.tensor([1, 1e16, 0]), {}", "for sample 1 .uid a, .*not a number between"),
         ("return {'overall': lengths, 'token_weights': torch.ones(3, 2)}", r"shape \(3, 2\), not \(3, 64\)"),
         ("return {'overall': ['a', 1, 2]}", "'overall': 'a' for sample 0"),
-        ("raise KeyError('x')", "raised KeyError: 'x' for the batch of 3 samples, the first of which is sample 0"),
+        ("raise KeyError('x')", "raised KeyError: 'x' for the batch of 3 samples, starting with sample 0"),
     ],
 )
 def test_another_form_is_refused_with_those_that_are_right(score, body, message):
@@ -241,7 +241,7 @@ def test_unknown_streams_are_refused_with_those_there_are(tiny_model_path, data_
 def test_a_function_that_weighs_by_the_attention_trains_as_the_signal_does(
     tiny_model_path, data_files, tmp_path, ray_cluster
 ):
-    """Bit for bit: the masses that it is given are those that the trainer weighs by."""
+    """Bit for bit: the function gets the same masses as the trainer's weights."""
     shared = ["worker.rollout.collect_attentions=true", "algorithm.enable_token_weights=true", "trainer.max_steps=2"]
     rewards = {
         "signal": f"{TESTS}/rewards.py:compute_score",

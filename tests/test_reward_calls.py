@@ -158,7 +158,7 @@ def test_a_failure_that_does_not_repeat_is_told_and_its_second_result_used(make_
     (told,) = scored.failures
     assert "raised ConnectionError: 429 Too Many Requests for sample" in told
     assert ("sample 1 (uid a" if kind == "sequential" else "samples 0 to 2") in told
-    assert told.endswith("called once more, it gave a result, which is used")
+    assert told.endswith("the second call succeeded, and its result is used")
 
 
 @pytest.mark.parametrize("kind", ["batch", "sequential"])
@@ -420,5 +420,5 @@ def test_weights_that_do_nothing_are_told_of_once(tmp_path, tokenizer, ray_clust
             for step in (1, 2):
                 batch = make_batch(tokenizer)
                 client.receive(batch, client.send(batch, step), StepRecord(step))
-        told = [record for record in caplog.messages if "token_weights, which do nothing" in record]
+        told = [record for record in caplog.messages if "token_weights, which have no effect" in record]
         assert len(told) == count

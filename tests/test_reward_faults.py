@@ -54,7 +54,7 @@ def start(tmp_path: Path, tokenizer, ray_cluster) -> Iterator[Callable[..., Rewa
 
 
 def pid_of(client: RewardClient) -> int:
-    return ray.get(client._process._whereabouts).pid
+    return ray.get(client._process._location).pid
 
 
 def supervisor_of(client: RewardClient) -> psutil.Process:
@@ -110,7 +110,7 @@ def test_a_list_that_no_signal_can_interrupt_names_its_samples(start, tokenizer)
     client = start("def main(samples):\n    sum(range(10**14))\n", SOON, timeout_s=0.3)
     with (
         within(15),
-        pytest.raises(RuntimeError, match="in the call for samples 0 to 2, the first of which is sample 0 "),
+        pytest.raises(RuntimeError, match="in the call for samples 0 to 2, starting with sample 0 "),
     ):
         client.validate(make_batch(tokenizer), step=1)
 
@@ -273,7 +273,7 @@ def test_nothing_outlives_a_driver_and_a_raylet_that_are_killed(tmp_path, tiny_m
     client = RewardClient(config, {str(tmp_path)!r})
     client.load(text_decoder(tokenizer))
     with open({f"{tmp_path}/reward_pid"!r}, "w") as file:
-        file.write(str(ray.get(client._process._whereabouts).pid))
+        file.write(str(ray.get(client._process._location).pid))
     client.validate(make_batch(tokenizer), 1)
     """
     mark = f"{tmp_path}"
@@ -352,7 +352,7 @@ def test_twenty_megabytes_go_to_the_file_and_one_line_to_the_console(start, toke
 
 
 def test_the_file_is_bounded_in_rate_and_size_and_says_what_it_lacks(tmp_path, monkeypatch) -> None:
-    """1000 lines of 10 bytes in a minute that takes 500 of them; then files of 2000 bytes, two of which stay."""
+    """1000 lines of 10 bytes in a minute that takes 500 of them; then files of 2000 bytes; two stay."""
     monkeypatch.setattr(output_log, "FILE_BYTES_PER_MINUTE", 5_000)
     monkeypatch.setattr(output_log, "FILE_BYTES", 2_000)
     path, nowhere = tmp_path / "made" / "reward.log", os.open(os.devnull, os.O_WRONLY)
@@ -474,7 +474,7 @@ def test_a_machine_that_is_full_of_other_things_is_no_reason_to_end_the_function
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_the_limit_of_a_container_goes_before_the_machines_memory(version: int, tmp_path) -> None:
-    """3000 bytes in use, of which the kernel can take 1000 back."""
+    """3000 bytes in use; the kernel can reclaim 1000."""
     names = {
         1: (
             "memory/memory.limit_in_bytes",

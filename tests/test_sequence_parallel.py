@@ -130,7 +130,7 @@ def test_two_pairs_take_the_training_step_of_one_rank(
 ) -> None:
     """Four ranks, two mini-batches, a full KL: rows are spread over the pairs as a run does it, and each counts once.
 
-    The metrics are means over two optimizer steps, of which the second sees what the first did.
+    The metrics are means over two optimizer steps; the second depends on the first.
     """
     keys = (
         COLLECT,
@@ -235,7 +235,7 @@ def test_ranks_that_do_not_come_in_whole_groups_are_refused(tiny_model_path: str
 
 
 def test_a_slice_is_the_ranks_own_share() -> None:
-    slices = [SequenceGroup(None, 3, rank).own_slice(12) for rank in range(3)]
+    slices = [SequenceGroup(None, 3, rank).local_slice(12) for rank in range(3)]
     assert slices == [slice(0, 4), slice(4, 8), slice(8, 12)]
     with pytest.raises(AssertionError, match="13 tokens do not divide over 3 ranks"):
-        SequenceGroup(None, 3, 0).own_slice(13)
+        SequenceGroup(None, 3, 0).local_slice(13)

@@ -143,7 +143,7 @@ def costs_of(groups: list[tuple[int, list[int]]]) -> tuple[TokenCosts, list[int]
     prompts = [prompt for prompt, responses in groups for _ in responses]
     lengths = [prompt + response for prompt, responses in groups for response in responses]
     uids = [str(number) for number, (_, responses) in enumerate(groups) for _ in responses]
-    return TokenCosts.of_groups(lengths, prompts, uids), lengths, uids
+    return TokenCosts.from_groups(lengths, prompts, uids), lengths, uids
 
 
 def batch_of(groups: list[tuple[int, list[int]]], prompt_length: int = 100, response_length: int = 50) -> DataProto:
@@ -158,7 +158,7 @@ def batch_of(groups: list[tuple[int, list[int]]], prompt_length: int = 100, resp
 
 def test_costs_by_hand() -> None:
     costs, _, _ = costs_of([(10, [1, 2]), (20, [3])])
-    assert costs.of([0]) == 11 and costs.of([0, 1]) == 13 and costs.of([1, 2]) == 35
+    assert costs.total([0]) == 11 and costs.total([0, 1]) == 13 and costs.total([1, 2]) == 35
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -169,7 +169,7 @@ def test_micro_batches_fit_hold_every_row_once_and_cut_no_group_that_fits(seed: 
     most = 260
     _, index_lists = prepare_dynamic_batch(batch_of(groups), most, shares_prompts=True)
     assert sorted(row for rows in index_lists for row in rows) == list(range(len(uids)))
-    assert all(costs.of(rows) <= most for rows in index_lists)
+    assert all(costs.total(rows) <= most for rows in index_lists)
     for number, (prompt, responses) in enumerate(groups):
         parts = [rows for rows in index_lists if any(uids[row] == str(number) for row in rows)]
         assert len(parts) == 1 or prompt + sum(responses) > most
@@ -179,7 +179,7 @@ def test_a_group_above_the_limit_is_cut_with_its_prompt_in_each_piece() -> None:
     groups = [(100, [50] * 6)]
     costs, _, _ = costs_of(groups)
     _, index_lists = prepare_dynamic_batch(batch_of(groups), 250, shares_prompts=True)
-    assert [costs.of(rows) for rows in index_lists] == [250, 250]
+    assert [costs.total(rows) for rows in index_lists] == [250, 250]
 
 
 def test_sharing_takes_fewer_micro_batches_than_packing() -> None:
@@ -195,7 +195,7 @@ def test_ranks_get_whole_groups_where_they_divide() -> None:
     ranks = order[:4], order[4:]
     assert sorted(order) == list(range(8))
     assert all(len({uids[row] for row in rows}) == 2 for rows in ranks)
-    assert [costs.of(rows) for rows in ranks] == [80 + 71, 20 + 86]
+    assert [costs.total(rows) for rows in ranks] == [80 + 71, 20 + 86]
 
 
 def test_groups_that_do_not_divide_over_the_ranks_are_cut() -> None:

@@ -167,7 +167,7 @@ def test_both_layouts_hold_the_same_tokens_in_the_same_order(batch: DataProto) -
         assert torch.equal(streams["down"], -streams["up"])
         assert (streams["up"][~is_response] == 0).all()
         pairs = torch.stack([streams["up"], streams["down"]], dim=-1)  # (N, R, 2)
-        assert torch.equal(layout.as_wide(pairs[:, : layout.length]), pairs)
+        assert torch.equal(layout.pad_masses(pairs[:, : layout.length]), pairs)
     packed = PackedLayout(batch)
     assert len(packed.input_ids) == packed.borders[-1] == batch.batch["attention_mask"].sum()
     for row, (start, end) in enumerate(pairwise(packed.borders)):
@@ -347,7 +347,7 @@ def test_responses_that_continue_a_prompt_are_given_its_keys(
 
 def test_a_model_whose_layers_look_along_the_row_is_not_packed() -> None:
     hybrid = make_model(FAMILIES["Qwen3.5"].class_name, FAMILIES["Qwen3.5"].config())
-    assert why_not_packed(hybrid) == "it has layers of convolution, linear_attention, which look along the row"
+    assert why_not_packed(hybrid) == "it has layers of convolution, linear_attention, which mix tokens along the row"
     eager = make_model("Qwen2ForCausalLM", transformers.Qwen2Config(**TEXT_CONFIG), "eager")
     assert why_not_packed(eager) == "attn_implementation=eager does not keep samples apart"
 

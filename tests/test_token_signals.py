@@ -157,7 +157,7 @@ def test_entropy_and_image_kl_are_those_of_the_bare_model_row_by_row_in_float64(
         if not handles:
             assert (image_kl[index] == 0).all()
             continue
-        spoilt = [Image.fromarray(NOISE.spoil(np.asarray(handle.load()))) for handle in handles]
+        spoilt = [Image.fromarray(NOISE.degrade(np.asarray(handle.load()))) for handle in handles]
         row.non_tensor_batch["multi_modal_data"] = [MediaHandle.put(image) for image in spoilt]
         log_p, log_q = logits.log_softmax(-1), response_logits(model, processor, row).log_softmax(-1)
         ratio = torch.where(log_p.isfinite(), log_p - log_q, 0)
@@ -640,7 +640,7 @@ def test_token_kinds_and_the_shares_of_weight_on_them(tiny_model_path: str) -> N
     texts = {"7": TokenKind.DIGIT, "a": TokenKind.WORD, "<": TokenKind.MARKUP, " ": TokenKind.MARKUP}
     ids = [tokenizer.encode(text, add_special_tokens=False)[0] for text in texts] + [tokenizer.eos_token_id]
     kinds = TokenKinds(tokenizer)
-    assert kinds.of(torch.tensor(ids)).tolist() == [*texts.values(), TokenKind.MARKUP]
+    assert kinds.classify(torch.tensor(ids)).tolist() == [*texts.values(), TokenKind.MARKUP]
     batch = DataProto.from_dict(
         {
             "responses": torch.tensor([ids]),
@@ -664,13 +664,13 @@ def test_noise_spoils_what_it_says_and_the_same_picture_alike() -> None:
     frames = np.stack([pixels, pixels[::-1]])
     for kind in ("blank", "patches", "gaussian"):
         noise = ImageNoise(kind, 0.4)
-        spoilt = noise.spoil(pixels)
+        spoilt = noise.degrade(pixels)
         assert (spoilt.shape, spoilt.dtype) == (pixels.shape, np.uint8)
-        assert np.array_equal(spoilt, noise.spoil(pixels.copy()))
-        assert noise.spoil(frames).shape == frames.shape
-    assert not ImageNoise("blank", 0.4).spoil(pixels).any()
+        assert np.array_equal(spoilt, noise.degrade(pixels.copy()))
+        assert noise.degrade(frames).shape == frames.shape
+    assert not ImageNoise("blank", 0.4).degrade(pixels).any()
 
-    spoilt = ImageNoise("patches", 0.4).spoil(pixels)
+    spoilt = ImageNoise("patches", 0.4).degrade(pixels)
     is_black = (spoilt == 0).all(-1)
     assert (spoilt[~is_black] == pixels[~is_black]).all()
     squares = [is_black[y : y + 14, x : x + 14] for y in range(0, 70, 14) for x in range(0, 100, 14)]
@@ -678,9 +678,9 @@ def test_noise_spoils_what_it_says_and_the_same_picture_alike() -> None:
     assert sum(square.all() for square in squares) == round(0.4 * 40)
 
     grey = np.full((200, 200, 3), 128, dtype=np.uint8)
-    noisy = ImageNoise("gaussian", 0.04).spoil(grey) / 127.5 - 1
+    noisy = ImageNoise("gaussian", 0.04).degrade(grey) / 127.5 - 1
     assert noisy.std() == pytest.approx(0.2, rel=0.02)
-    assert (ImageNoise("gaussian", 0.0).spoil(pixels) == pixels).all()
+    assert (ImageNoise("gaussian", 0.0).degrade(pixels) == pixels).all()
 
 
 @pytest.mark.parametrize(
@@ -704,7 +704,7 @@ def test_a_run_says_in_a_line_how_tokens_are_weighted(settings: dict, told: str)
 
 def test_weights_without_attention_are_said_to_be_the_reward_functions_alone() -> None:
     told = describe_token_weights(AlgorithmConfig(enable_token_weights=True), is_measured=False)
-    assert told == "token weights on: those that the reward function returns; all other tokens weigh 1"
+    assert told == "token weights on: only from the reward function; all other tokens weigh 1"
     weighted = ["algorithm.use_kl_loss=true", "algorithm.enable_token_weights=true"]
     (note,) = effect_notes(load_config(weighted))
     assert "weighs tokens only by what the reward function returns" in note

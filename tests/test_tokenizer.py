@@ -88,7 +88,7 @@ def test_a_chat_template_that_reaches_into_python_is_refused_with_file_and_key(
         load(tiny_model_path, str(path))
     shutil.copytree(tiny_model_path, tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text(ATTACK)
-    with pytest.raises(ValueError, match=f"^the chat template of {tmp_path}/model reaches for more than its messages"):
+    with pytest.raises(ValueError, match=f"^the chat template of {tmp_path}/model accesses more than its messages"):
         load(str(tmp_path / "model"))
 
 

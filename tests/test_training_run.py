@@ -371,7 +371,7 @@ def runs_with_critic(
 def test_a_run_with_a_critic_trains_it_from_the_first_step_and_logs_what_it_expected(
     runs_with_critic: tuple[Path, Path], tiny_model_path: str
 ) -> None:
-    """Of the first step all values are 0, those of an untrained critic; the actor waits for the second."""
+    """In the first step the untrained critic's values are all 0; the actor waits for the second."""
     whole, _ = runs_with_critic
     records = {record["step"]: record for record in lines_of(whole / "experiment_log.jsonl") if "critic" in record}
     assert list(records) == [1, 2, 3]

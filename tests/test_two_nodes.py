@@ -20,7 +20,7 @@ from verl.trainer.config import load_config
 pytestmark = pytest.mark.ray
 
 STEPS = 3
-"""In the last of which the node leaves."""
+"""The node leaves in the last of them."""
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def start_with_values(config: PPOConfig) -> ProbeWorker:
 
 @pytest.fixture(scope="module")
 def batch(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> DataProto:
-    """Eight rows: the first four with images, the last four text only, so that of two ranks one has no image."""
+    """Eight rows: the first four with images, the last four text only, so one of two ranks has no image."""
     prompts = make_prompts(tiny_model_path, tmp_path_factory.mktemp("prompts"))
     return answer_at_random(prompts, RESPONSES_PER_PROMPT, RESPONSE_LENGTH)
 
@@ -245,10 +245,10 @@ def test_a_critic_without_a_model_of_its_own_has_the_actors_as_the_actor_has_it(
     """Tokenizer, overrides and trust come with the path; how the model is trained stays the critic's own."""
     overrides = {"attn_implementation": "eager", "text_config": {"rms_norm_eps": 0.5}}
     actor = ModelConfig(tiny_model_path, "org/tokenizer", overrides, trust_remote_code=False)
-    found = ModelConfig(enable_gradient_checkpointing=False, override_config={"a": 1}).or_that_of(actor)
+    found = ModelConfig(enable_gradient_checkpointing=False, override_config={"a": 1}).with_default_model(actor)
     assert found == replace(actor, enable_gradient_checkpointing=False)
     own = ModelConfig("org/critic", override_config={"a": 1})
-    assert own.or_that_of(actor) == own
+    assert own.with_default_model(actor) == own
 
     keys = "{attn_implementation: eager, text_config: {rms_norm_eps: 0.5}}"
     worker = start_alone(critic_config(tiny_model_path, f"worker.actor.model.override_config={keys}"))

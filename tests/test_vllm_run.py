@@ -108,7 +108,7 @@ def test_an_engine_that_cannot_start_ends_the_run_with_its_own_error_and_no_proc
 def test_an_engine_that_dies_while_it_generates_ends_the_run_within_seconds_and_leaves_no_process(
     model_path: str, data_files: list[str], tmp_path: Path
 ) -> None:
-    """Two workers, each with an engine of its own, of which one is killed."""
+    """Two workers, each with its own engine; one worker is killed."""
     mark = uuid.uuid4().hex
     endless = (
         "trainer.n_gpus_per_node=2",

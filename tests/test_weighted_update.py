@@ -85,8 +85,8 @@ def test_the_weighted_gradient_is_the_sum_of_weight_times_advantage_times_that_o
 
     d loss = - sum_t w_t A_t d log pi_t / c_t,
 
-    where c is the number of all tokens, or of all rows times that of the row's own tokens. The right side comes from
-    the bare model, row by row without padding.
+    where c is the number of all tokens, or the number of all rows times the number of the row's tokens. The right side
+    comes from the bare model, row by row without padding.
     """
     worker = start_alone(make_config(tiny_model_path, "algorithm.kl_coef=0"))
     rows = with_weights(batch, batch.batch["token_weights"])
@@ -176,7 +176,7 @@ def test_importance_weights_are_as_advantages_times_them_and_leave_the_kl_loss_a
 ) -> None:
     """Weights above 0 leave every advantage its sign, at which the loss is linear in it, clipped or not.
 
-    Beside token weights they multiply: the policy loss is that of the product of both.
+    With token weights they multiply: the policy loss uses the product of both.
     """
     rows = with_weights(batch, batch.batch["token_weights"] if with_token_weights else None)
     weights = 0.1 + 1.9 * torch.rand(8, RESPONSE_LENGTH, generator=torch.Generator().manual_seed(3))

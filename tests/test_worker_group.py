@@ -29,7 +29,7 @@ class ArithmeticWorker(Worker):
         self.offset = offset
 
     @register(ONE_TO_ALL)
-    def whereabouts(self) -> tuple[int, int, int, int]:
+    def location(self) -> tuple[int, int, int, int]:
         return self.rank, self.local_rank, dist.get_rank(), os.getpid()
 
     @register(DP_COMPUTE_PROTO)
@@ -93,7 +93,7 @@ def _pids_gone(pids: list[int], seconds: float) -> bool:
 
 
 def test_every_worker_knows_its_place_and_all_share_one_process_group(group) -> None:
-    places = group.whereabouts()
+    places = group.location()
     assert [place[:3] for place in places] == [(0, 0, 0), (1, 1, 1)]
     assert len({place[3] for place in places}) == 2
 
@@ -122,7 +122,7 @@ def test_a_batch_that_does_not_divide_is_refused_before_any_worker_is_called(gro
 
 
 def test_a_worker_that_raises_ends_the_call_with_its_own_traceback_and_leaves_no_process(doomed_group) -> None:
-    pids = [place[3] for place in doomed_group.whereabouts()]
+    pids = [place[3] for place in doomed_group.location()]
     start = time.monotonic()
     with pytest.raises(KeyError, match="camel's back") as failure:
         doomed_group.fail_on_the_last_rank_while_others_wait()
@@ -147,7 +147,7 @@ def test_a_module_that_the_processes_cannot_import_is_told_of_by_its_own_error(r
 
 def test_a_worker_that_dies_ends_the_call_with_its_rank_and_node_and_leaves_no_process(doomed_group) -> None:
     """Not with the broken collective of the rank that waited for it, which is heard of first."""
-    pids = [place[3] for place in doomed_group.whereabouts()]
+    pids = [place[3] for place in doomed_group.location()]
     here = re.escape(ray.util.get_node_ip_address())
     start = time.monotonic()
     message = rf"^rank 1 on node {here} \(Ray node \w+\) died .* goes on from the last checkpoint$"
@@ -161,17 +161,17 @@ def test_a_worker_that_dies_ends_the_call_with_its_rank_and_node_and_leaves_no_p
 def test_a_wait_for_a_rank_that_has_stopped_is_told_with_method_rank_node_and_time(group, monkeypatch, caplog) -> None:
     """Rank 1 stops for a second and a half; rank 0 has answered by then and is not among those awaited."""
     monkeypatch.setattr(waiting, "REPORT_SECONDS", 0.5)
-    pid = group.whereabouts()[1][3]
+    pid = group.location()[1][3]
     os.kill(pid, signal.SIGSTOP)
     alarm = threading.Timer(1.7, os.kill, (pid, signal.SIGCONT))
     alarm.start()
     with caplog.at_level("INFO", "verl"):
-        assert [place[0] for place in group.whereabouts()] == [0, 1]
+        assert [place[0] for place in group.location()] == [0, 1]
     alarm.join()
     lines = [record.message for record in caplog.records if "still waiting" in record.message]
     assert 2 <= len(lines) <= 4
     here = re.escape(ray.util.get_node_ip_address())
-    place = rf"ArithmeticWorker.whereabouts on rank 1 of node {here} \(Ray node \w+\)"
+    place = rf"ArithmeticWorker.location on rank 1 of node {here} \(Ray node \w+\)"
     assert re.fullmatch(rf"still waiting, since \d\d:\d\d:\d\d \([01] s\), for {place}", lines[0])
 
 
@@ -184,7 +184,7 @@ def test_groups_live_side_by_side_in_the_same_processes(group) -> None:
     batch = DataProto.from_dict({"value": torch.zeros(2, dtype=torch.int64)})
     assert other.tag_rows(batch, factor=1).batch["value"].tolist() == [7, 7]
     assert group.tag_rows(batch, factor=1).batch["value"].tolist() == [100, 100]
-    assert [place[3] for place in other.whereabouts()] == [place[3] for place in group.whereabouts()]
+    assert [place[3] for place in other.location()] == [place[3] for place in group.location()]
     other.release()
     assert group.tag_rows(batch, factor=1).batch["value"].tolist() == [100, 100]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A script for one test: a run on a cluster of two nodes on this machine, of which one leaves in each attempt.
+"""A script for one test: a run on a cluster of two nodes on this machine. One node leaves in each attempt.
 
     python -m tests.two_nodes key=value ...
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every configuration section shares: a frozen dataclass that checks its values when it is built.
+"""The base of configuration sections: a frozen dataclass that checks its values when it is built.
 
 `verl/config_loading.py` fills sections from YAML and the command line. This file loads nothing but the standard
 library, since every process of a run unpickles its sections.
@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 
 class ConfigValueError(ValueError):
-    """A value that its key cannot take; `under` gives the key its full name once the section's place is known."""
+    """A value that its key cannot take. `under` adds the section's prefix to the key."""
 
     def __init__(self, key: str, value: Any, problem: str) -> None:
         super().__init__(f"{key}={as_yaml(value)} {problem}")
@@ -27,19 +27,19 @@ class ConfigValueError(ValueError):
 
 @dataclass(frozen=True)
 class RetiredKey:
-    """A key that existing configurations hold and no field answers to: accepted with one warning."""
+    """A key of existing configurations that has no field here: accepted with one warning."""
 
     note: str
     """What the warning says after the key and its value."""
     moved_to: str | None = None
     """The key that takes the value; null drops it."""
     allowed: tuple[str, ...] = ()
-    """The values that were ever valid; empty allows any."""
+    """The values that were valid; empty allows any."""
 
 
 @dataclass(frozen=True)
 class ConfigSection:
-    """Base of all sections: holds `Literal` fields to their values and floats to finite ones, and offers checks."""
+    """Base of all sections: checks that `Literal` fields hold an allowed value and that floats are finite."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -74,9 +74,9 @@ class ConfigSection:
             self.require(value is None or low <= value <= high, key, f"is not between {low} and {high}")
 
     def refuse_contradictions(self) -> None:
-        """Raise the first of the section's `CONTRADICTIONS` (`verl/trainer/config_checks.py`) that holds.
+        """Raise the first error that the section's `CONTRADICTIONS` (`verl/trainer/config_checks.py`) find.
 
-        For the end of `__post_init__`, once each value has been checked by itself.
+        To be called at the end of `__post_init__`, after each value has been checked by itself.
         """
         from verl.trainer.config_checks import contradictions  # it imports every section
 
@@ -84,13 +84,13 @@ class ConfigSection:
             raise error
 
     def settle(self, key: str, value: Any) -> None:
-        """Write a normal form over what was given. For `__post_init__` alone: afterwards sections do not change."""
+        """Replace a value by its normal form. For `__post_init__` alone: afterwards sections do not change."""
         object.__setattr__(self, key, value)
 
     def settle_path(self, key: str, kind: Literal["file", "folder", "output"]) -> None:
         """Make the path under `key` absolute, since workers run in other folders; null stays null.
 
-        A `file` or `folder` must be there as one; an `output` may come later.
+        A `file` or `folder` must exist; an `output` need not.
         """
         value = getattr(self, key)
         if value is None:
@@ -105,7 +105,7 @@ class ConfigSection:
         """Make the path of a `path.py:function` under `key` absolute; null and plain names stay as they are.
 
         Args:
-            default: the function of a value that is a path alone; None asks for its name.
+            default: the function to use if the value is only a path; None makes the function's name required.
         """
         value = getattr(self, key)
         if value is not None:
@@ -128,12 +128,12 @@ class ConfigSection:
 
 
 def cut(text: str, limit: int = 100) -> str:
-    """`text` as an error shows it: what is beyond `limit` characters is left out."""
+    """`text` for an error message, cut after `limit` characters."""
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def names_a_file(value: str) -> bool:
-    """Whether `value` is a `path.py:function` of the user's, and not the name of something registered."""
+    """Whether `value` is a user's `path.py:function` and not a registered name."""
     return ":" in value or value.endswith(".py")
 
 
@@ -143,32 +143,32 @@ def absolute(path: str) -> str:
 
 
 def looks_local(path: str, suffixes: Sequence[str] = ()) -> bool:
-    """Whether `path` cannot be a hub id, which is `name` or `owner/name`, by its start, its depth or its suffix."""
+    """Whether the start, depth or suffix of `path` rules out a hub id, which is `name` or `owner/name`."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(tuple(suffixes))
 
 
 def _choices(expected: Any) -> tuple[str, ...]:
-    """The values of a `Literal`, an optional one or a list of them; empty for any other type."""
+    """The choices of a `Literal`, an optional `Literal` or a list of them; empty for any other type."""
     if get_origin(expected) is Literal:
         return get_args(expected)
     return next((get_args(part) for part in get_args(expected) if get_origin(part) is Literal), ())
 
 
 def _wrong_items(expected: Any, value: Any) -> list[Any]:
-    """What of `value` is not among the choices of its field."""
+    """The items of `value` that are not among the choices of its field."""
     if value is None and NoneType in get_args(expected):
         return []
     return [item for item in (value if isinstance(value, list) else [value]) if item not in _choices(expected)]
 
 
 def did_you_mean(wrong: str, choices: Sequence[str]) -> str:
-    """The end of a message about `wrong`: the nearest of `choices`, or nothing where none is near."""
+    """The end of an error message: suggests the choice nearest to `wrong`; empty if none is near."""
     nearest = get_close_matches(wrong, choices, n=1)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
 def expectation(expected: Any, value: Any) -> str:
-    """Say in words what a field takes, with the nearest choice."""
+    """The end of an error message: what the field takes, with the nearest choice."""
     message = f"is not {in_words(expected)}"
     for wrong in _wrong_items(expected, value) if _choices(expected) else []:
         return message + did_you_mean(str(wrong), _choices(expected))
@@ -176,7 +176,7 @@ def expectation(expected: Any, value: Any) -> str:
 
 
 def in_words(expected: Any) -> str:
-    """The type of a field, as a reader knows it; `Any` stands for a text or a list."""
+    """The type of a field in words; `Any` stands for a text or a list."""
     origin, arguments = get_origin(expected), get_args(expected)
     if origin is Literal:
         return f"one of {', '.join(arguments)}"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fills configuration sections from a YAML file and the command line.
 
-`load_sections` goes through an OmegaConf structured config, in the order dataclass < YAML < command line, and tells as
-many mistakes at once as it can.
+`load_sections` uses an OmegaConf structured config. Values override each other in the order dataclass < YAML < command
+line. All mistakes that can be found at once are reported together.
 """
 
 import logging
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 Section = TypeVar("Section")
 
 REMOVED = object()
-"""In the place of a value that `~key` takes away."""
+"""Stands for a value that `~key` removes."""
 
 USAGE = "write key=value, as in worker.rollout.n=8"
 
@@ -39,20 +39,21 @@ def load_sections(
 ) -> Section:
     """Build `config_class`, a frozen dataclass of sections, from `config=FILE` and `key=value` arguments.
 
-    Values merge in the order dataclass default < YAML < command line; mappings merge into mappings and
-    `${other.key}` interpolates, whole sections too. A text takes what was written, also where YAML would read a
-    number, a switch or a time (`1.10`, `off`, `12:30`). A bare word for a list is a list of one, an empty section `{}`
-    says nothing. An empty mapping `{}` empties a key that holds a mapping; `~key` takes away what was said of a key so
-    far, or one entry of its mapping. A section left null is refused on purpose: it reads like keys that got lost.
+    Values merge in the order dataclass default < YAML < command line. Mappings merge into mappings, and
+    `${other.key}` interpolates values and whole sections. A text field keeps the written characters, even if YAML
+    would read a number, a switch or a time (`1.10`, `off`, `12:30`). A bare word for a list is a list of one item. An
+    empty section `{}` changes nothing; an empty mapping `{}` for a key that holds a mapping empties it. `~key` resets
+    a key to its default, or removes one entry of its mapping. A section that is null is refused: its keys were
+    probably lost.
 
     Args:
-        retired_keys: keys that no field answers to, and that are taken nevertheless.
-        remedies: what to write in place of a key that is unknown, by its last part.
+        retired_keys: keys without a field that are accepted nevertheless.
+        remedies: what to write in place of an unknown key, by its last part.
 
     Raises:
-        ValueError: one line for every argument that is not `key=value`, unknown key and value of the wrong type; or,
-            where there is none of these, for the first value out of range or path to nothing of each section whose
-            own sections are right.
+        ValueError: one line for every argument that is not `key=value`, every unknown key and every value of the wrong
+            type. If there is none of these: one line per section, for its first value that is out of range or path
+            that does not exist.
     """
     retired_keys = retired_keys or {}
     leaves = dict(_leaf_fields(config_class))
@@ -101,7 +102,7 @@ def load_sections(
     try:
         values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
-        raise ValueError(f"{error.full_key}=??? leaves the value open; put one in its place") from None
+        raise ValueError(f"{error.full_key}=??? has no value; write one in its place") from None
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}={texts.get(error.full_key, '')} {str(error).splitlines()[0]}") from None
     errors: list[ConfigValueError] = []
@@ -129,13 +130,13 @@ def _remove(tree: DictConfig, key: str, leaves: Mapping[str, Any]) -> list[str]:
         return [unknown_key(key, "", list(leaves), {})]
     mapping = OmegaConf.select(tree, parent)
     if not isinstance(mapping, DictConfig) or entry not in mapping:
-        return [f"'~{key}' takes away what is not there: {parent} has {sorted(mapping or {})}"]
+        return [f"'~{key}' removes an entry that does not exist: {parent} has {sorted(mapping or {})}"]
     del mapping[entry]
     return []
 
 
 Source = tuple[Mapping[str, Any], Mapping[str, str], bool]
-"""Values, the words in which they were written, and whether they were typed on the command line."""
+"""Values, their texts as written, and whether they come from the command line."""
 
 
 def _read_sources(argv: Sequence[str], problems: list[str]) -> list[Source]:
@@ -175,9 +176,9 @@ def _read_sources(argv: Sequence[str], problems: list[str]) -> list[Source]:
 def _flatten(
     values: Mapping[str, Any], leaves: Collection[str], retired: Collection[str], prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
-    """Yield (full key, value), opening sections down to a key of `leaves` or `retired`, or one that nobody knows.
+    """Yield (full key, value) for every key of `leaves` or `retired` and every unknown key in nested sections.
 
-    A section that interpolates another one becomes its leaves, so that single keys can still go over them.
+    A section that interpolates another one is expanded into its keys, so that single keys can still override them.
     """
     for name, value in values.items():
         key = f"{prefix}{name}"
@@ -191,7 +192,7 @@ def _flatten(
 
 
 def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The file's values, and by full key its scalars as they are written."""
+    """The file's values, and its scalars as written, by full key."""
     if not os.path.isfile(path):
         folder = Path(path).parent
         nearest = get_close_matches(Path(path).name, sorted(p.name for p in folder.glob("*.y*ml")), n=1)
@@ -242,7 +243,7 @@ def _leaf_fields(config_class: type, prefix: str = "") -> Iterator[tuple[str, An
 def _build(
     config_class: type[Section], values: Mapping[str, Any], errors: list[ConfigValueError], prefix: str = ""
 ) -> Section | None:
-    """Turn resolved plain values into the section and those below it; null, with the reason in `errors`, if not."""
+    """Build the section and its nested sections from resolved values; null on errors, which are added to `errors`."""
     sections = {
         field.name: _build(field.type, values[field.name], errors, f"{prefix}{field.name}.")
         for field in fields(config_class)
@@ -258,7 +259,7 @@ def _build(
 
 
 def unknown_key(key: str, text: str, known: Sequence[str], remedies: Mapping[str, str]) -> str:
-    """The message for a key that no field answers to, with what to write in its place, or the nearest key."""
+    """The error message for an unknown key: what to write instead, or the nearest key."""
     section = f"{key}."
     if any(other.startswith(section) for other in known):
         return f"{key}={text} is a section of keys such as {next(k for k in known if k.startswith(section))}"

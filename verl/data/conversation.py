@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a prompt says: a text, or the messages of a chat, with `<image>` and `<video>` in the place of media.
+"""The content of a prompt: a text, or the messages of a chat, with `<image>` and `<video>` in place of media.
 
 Every message is brought to one form, a list of parts: `{"type": "text", "text": ...}`, `{"type": "image"}`,
-`{"type": "video"}`. In a text, `\\<image>` and `\\<video>` are those very words; in a part of type text all is text.
+`{"type": "video"}`. In a text, `\\<image>` and `\\<video>` are escaped words; a part of type text has no placeholders.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ import numpy as np
 from verl.config import cut
 
 PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
-"""What stands in a prompt for a medium of each kind."""
+"""The placeholder in a prompt for each kind of media."""
 
 _KINDS = {placeholder: kind for kind, placeholder in PLACEHOLDERS.items()}
-# One backslash escapes; two, as LaTeX ends a line, are text before a medium.
+# One backslash escapes; two, as at the end of a LaTeX line, are text before a placeholder.
 _MARK = re.compile(r"(?<!(?<!\\)\\)(<image>|<video>)")
 _ESCAPED = re.compile(r"(?<!\\)\\(<image>|<video>)")
 _STAND_IN = "\0{}\0"
 
 Part = dict[str, str]
 Message = dict[str, Any]
-"""`role`, `content` (a list of parts), and whatever else the chat template reads."""
+"""`role`, `content` (a list of parts), and further keys of the chat template."""
 
 
 def messages_of(prompt: Any) -> list[Message]:
-    """The messages of a prompt; a text is one of the user.
+    """The messages of a prompt; a text becomes one user message.
 
     Args:
-        prompt: a text, or a list of messages with `role` and `content`, which is a text or a list of parts. Keys that
-            are null are none; a message with `tool_calls` needs no content.
+        prompt: a text, or a list of messages with `role` and `content`, which is a text or a list of parts. Null
+            values count as missing keys; a message with `tool_calls` needs no content.
 
     Raises:
-        ValueError: it is neither; it ends with an answer; or a part is of another type, or holds its medium itself.
+        ValueError: it is neither; it ends with an assistant message; a part has another type, or contains its medium.
     """
     if isinstance(prompt, str):
         return [{"role": "user", "content": _parts_of_text(prompt)}]
@@ -46,21 +46,21 @@ def messages_of(prompt: Any) -> list[Message]:
         raise ValueError(f"the prompt is {cut(repr(prompt))}, neither a text nor a list of chat messages")
     messages = [_message(item) for item in prompt]
     if messages[-1]["role"] == "assistant":
-        raise ValueError("the prompt's last message is the assistant's; leave it out, it is the policy's to write")
+        raise ValueError("the prompt's last message is the assistant's; leave it out, the policy writes it")
     return messages
 
 
 def count_placeholders(messages: Sequence[Message], kind: str) -> int:
-    """How many media of a kind, `image` or `video`, the messages have a place for."""
+    """Number of placeholders of a kind, `image` or `video`, in the messages."""
     return sum(part["type"] == kind for message in messages for part in message["content"])
 
 
 def wrap_question(prompt: Any, messages: Sequence[Message], wrap: Callable[[str], str]) -> list[Message]:
-    """The messages with the user's last one wrapped in further text.
+    """The messages with the last user message wrapped in further text.
 
     Args:
-        prompt: what `messages_of` made the messages of.
-        wrap: from the question to the whole text; placeholders of its own count where the question is a text.
+        prompt: the original prompt, before `messages_of`.
+        wrap: takes the question, returns the whole text; its own placeholders count if the question is a text.
     """
     last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=len(messages) - 1)
     source = prompt if isinstance(prompt, str) else prompt[last]["content"]
@@ -79,7 +79,7 @@ def wrap_question(prompt: Any, messages: Sequence[Message], wrap: Callable[[str]
 
 
 def as_text(messages: Sequence[Message]) -> str:
-    """The conversation for people and reward functions: a single message's text, or several with their roles."""
+    """The conversation as text, for people and reward functions: a single message, or several with their roles."""
     plain = with_plain_content(messages)
     if len(plain) == 1:
         return plain[0]["content"]
@@ -87,7 +87,7 @@ def as_text(messages: Sequence[Message]) -> str:
 
 
 def with_plain_content(messages: Sequence[Message]) -> list[Message]:
-    """For templates that take texts: the content as it reads, with placeholders for media."""
+    """Messages for templates that take texts: the content as text, with placeholders for media."""
     return [
         {
             **message,
@@ -98,10 +98,10 @@ def with_plain_content(messages: Sequence[Message]) -> list[Message]:
 
 
 def with_content_parts(messages: Sequence[Message], kinds: Collection[str]) -> list[Message]:
-    """For templates that take parts.
+    """Messages for templates that take parts.
 
     Args:
-        kinds: of media that the row has; the placeholders of others are text.
+        kinds: the kinds of media in the row; placeholders of other kinds are text.
     """
     return [
         {
@@ -131,11 +131,11 @@ def _message(item: Mapping[str, Any]) -> Message:
 
 
 def _part(part: Any) -> Part:
-    given = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
-    kind = given.get("type")
-    if kind == "text" and isinstance(given.get("text"), str):
-        return {"type": "text", "text": given["text"]}
-    if kind in PLACEHOLDERS and not any(value for key, value in given.items() if key != "type"):
+    fields = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
+    kind = fields.get("type")
+    if kind == "text" and isinstance(fields.get("text"), str):
+        return {"type": "text", "text": fields["text"]}
+    if kind in PLACEHOLDERS and not any(value for key, value in fields.items() if key != "type"):
         return {"type": kind}
     if kind in PLACEHOLDERS:
         raise ValueError(
@@ -154,7 +154,7 @@ def _parts_of_text(text: str) -> list[Part]:
 
 
 def _merged(parts: Any) -> list[Part]:
-    """Without empty texts, and neighbouring texts as one."""
+    """Drops empty texts and joins neighbouring texts."""
     merged: list[Part] = []
     for part in parts:
         if part["type"] != "text":

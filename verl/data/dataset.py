@@ -70,7 +70,7 @@ class Resize(NamedTuple):
 
     @property
     def shrinks(self) -> bool:
-        """Whether it gets fewer."""
+        """Whether the image gets fewer pixels."""
         return math.prod(self.after) < math.prod(self.before)
 
     def __str__(self) -> str:
@@ -83,16 +83,16 @@ class PromptTooLong(ValueError):
 
 
 MEDIA = (ImageFeature, VideoFeature, Audio, Pdf, Nifti, Mesh)
-"""What `datasets` decodes when a row is read."""
+"""Features that `datasets` decodes when a row is read."""
 
 ROWS_PER_PROCESS = 1000
-"""Below this a further process takes longer to start than to work, and nobody needs a progress bar."""
+"""Rows per process; for fewer rows, starting a process takes longer than the work, and no progress bar is needed."""
 
 ROWS_SHOWN = 5
-"""Of those that a message is about."""
+"""Largest number of rows that a message lists."""
 
 LONGEST_REASON = 200
-"""Characters of what is wrong with a row."""
+"""Largest number of characters of a row's error."""
 
 OPTIONS = (
     "prompt_key",
@@ -114,7 +114,7 @@ OPTIONS = (
 
 
 TEMPLATES = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
-"""Where format prompts are rendered: they see the question, and nothing of Python."""
+"""The sandbox for format prompts: they see the question, but no Python internals."""
 
 
 @lru_cache
@@ -138,7 +138,7 @@ def _read_format_prompt(path: str) -> str:
 
 
 def _with_options(config: DataConfig | None, options: dict[str, Any]) -> DataConfig:
-    """The section with `options` over its fields; without one, over the defaults of EasyR1's class."""
+    """The section `data` with `options` as overrides. Without a section, EasyR1's defaults are overridden."""
     for name in options:
         if name not in OPTIONS:
             raise ValueError(f"RLHFDataset takes no {name}{did_you_mean(name, OPTIONS)}")
@@ -153,38 +153,37 @@ class RLHFDataset(torch.utils.data.Dataset):
     """Prompts with their images, videos and answers, one item a row.
 
     An item is a dict of `input_ids`, `attention_mask` (P,) int64, padded on the left; `position_ids` (P,), or (4, P)
-    for multimodal rope; `raw_prompt_ids`, the unpadded ids with one placeholder for each medium; `prompt_text`, what
-    the prompt says; `ground_truth`; `multi_modal_data`, {"images": [PIL images, resized], "videos": [`Video`]} or
-    None; `image_grid_thw`, an array (images, 3), the patches of each image, or None without images and for families
-    without such a grid; `extra`, a dict of the row's other columns.
+    for multimodal rope; `raw_prompt_ids`, the unpadded ids with one placeholder per image or video; `prompt_text`,
+    the prompt as text; `ground_truth`; `multi_modal_data`, {"images": [PIL images, resized], "videos": [`Video`]} or
+    None; `image_grid_thw`, an array (images, 3), the patches of each image, or None without images or without such a
+    grid in the family; `extra`, a dict of the row's other columns.
 
-    When a dataset has an image or video column, all its rows go through the processor, those without media as well.
-    Other columns of media come undecoded in `extra`, as they are stored.
+    If a dataset has an image or video column, all rows go through the processor, also rows without media. Other
+    columns of media are in `extra` undecoded, as they are stored.
 
-    Rows that cannot be read are refused, or skipped and named (`data.on_bad_row`). Loading looks at all prompts, at
-    the headers of media where long prompts are dropped, and at their pixels with `data.check_media`. A skipped row
-    keeps its index, so that the order of the others is as it was: see `skipped`.
+    Rows that cannot be read are refused, or skipped with a warning (`data.on_bad_row`). Loading checks all prompts;
+    with `data.filter_overlong_prompts` also the headers of media, and with `data.check_media` their pixels. A skipped
+    row keeps its index, so that the order of the other rows does not change: see `skipped`.
 
     Args:
         data_path: see `load_rows`.
         tokenizer: pads on the left.
-        processor: None for a model of text alone.
-        config: the section `data`, of which the fields in `OPTIONS` are read. Images and videos are a list in each
-            row, null or empty for none; every `<image>` and `<video>` in the prompt stands for one of them, in order,
-            and is text in a row without any. A video is a file (path or bytes) or the list of its frames. Prompts are
-            texts or chat messages (`conversation.py`).
-        model_config: the model's config; read from where the tokenizer came from if None and there is a processor.
-        first_rows: how many to take from the beginning; None takes all.
-        truncation: "error" alone: a prompt cut short would lose the opening of the answer, or its question.
-        options: any of `OPTIONS`, as EasyR1's callers give them; they override `config`. Without a config prompts have
-            at most 1024 tokens, and images stay as large as they are.
+        processor: None for a text-only model.
+        config: the section `data`; the fields in `OPTIONS` are read. Images and videos are a list in each row, null or
+            empty for none. Every `<image>` and `<video>` in the prompt stands for one of them, in order; in a row
+            without media it is text. A video is a file (path or bytes) or a list of frames. Prompts are texts or chat
+            messages (`conversation.py`).
+        model_config: the model's config; None reads it from the tokenizer's path, if there is a processor.
+        first_rows: number of rows to take from the beginning; None takes all.
+        truncation: only "error": a truncated prompt would lose its question or the opening of the answer.
+        options: any of `OPTIONS`, as EasyR1's callers pass them; they override `config`. Without a config, prompts
+            have at most 1024 tokens, and images keep their size.
 
     Raises:
-        ValueError: when loading, for an option that is none or cannot be taken, a column that is not there, a prompt
-            that is neither a text nor a chat, placeholders that do not match the media, media that the model does not
-            take, a file that is not there, no row left. When drawing, for a row that cannot be decoded or is longer
-            than P (`PromptTooLong`). Messages count rows from 0, as `load_rows` returns them: within a slice, and with
-            those that are later dropped for their length.
+        ValueError: when loading: an unknown or invalid option, a missing column, a prompt that is neither a text nor a
+            chat, placeholders that do not match the media, media that the model does not take, a missing file, no row
+            left. When drawing: a row that cannot be decoded, or is longer than P (`PromptTooLong`). Messages count
+            rows from 0 in the order of `load_rows`: within a slice, before long prompts are dropped.
     """
 
     def __init__(
@@ -216,18 +215,18 @@ class RLHFDataset(torch.utils.data.Dataset):
         self.encoder = PromptEncoder(tokenizer, processor, self.model_config)
         if not self.encoder.has_chat_template:
             raise ValueError(
-                f"the tokenizer of {cut(str(tokenizer.name_or_path))!r} has no chat template, by which prompts are "
-                "written; name a file with one as data.override_chat_template"
+                f"the tokenizer of {cut(str(tokenizer.name_or_path))!r} has no chat template, which formats the "
+                "prompts; name a file with one as data.override_chat_template"
             )
         self.video_limits = VideoLimits(self.config.video_fps, self.config.min_pixels, self.config.max_pixels)
 
         rows = load_rows(data_path)
         self.rows_in_files = len(rows)
-        """As loaded, before any is dropped."""
+        """Number of rows before any is dropped."""
         if first_rows is not None:
             rows = rows.select(range(min(first_rows, len(rows))))
         self._check_columns(rows)
-        # Media are read as arrow, which hands them out as they were stored: nothing decodes one before it is drawn.
+        # Media are read as arrow, which returns them as stored: nothing is decoded before it is drawn.
         self._media_keys = {
             kind: key
             for kind, key in (("image", self.config.image_key), ("video", self.config.video_key))
@@ -238,12 +237,12 @@ class RLHFDataset(torch.utils.data.Dataset):
         self._media = rows.select_columns(columns).with_format("arrow") if columns else None
         self._undecoded = rows.select_columns(undecoded).with_format("arrow") if undecoded else None
         self._rows = rows.remove_columns([*columns, *undecoded])
-        self._row_numbers = np.arange(len(rows))  # as loaded; rows that are dropped leave gaps
+        self._row_numbers = np.arange(len(rows))  # numbers before dropping; dropped rows leave gaps
         self.skipped: frozenset[int] = frozenset()
         """Indices of rows that cannot be read and must not be drawn."""
         self._check_prompts()
         if processor is None:
-            self._media, self._media_keys = None, {}  # columns without media read as none at all
+            self._media, self._media_keys = None, {}  # columns without media count as missing
         if self.config.filter_overlong_prompts:
             self._drop_overlong()
         if self.config.check_media and self._media is not None:
@@ -254,7 +253,7 @@ class RLHFDataset(torch.utils.data.Dataset):
 
     @property
     def has_videos(self) -> bool:
-        """Whether any row that can be drawn has a video."""
+        """Whether any usable row has a video."""
         return "video" in self._media_keys and _has_any(self._media, self._media_keys["video"])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -290,7 +289,7 @@ class RLHFDataset(torch.utils.data.Dataset):
     # ---- one row ----
 
     def _labelled(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with the names of class labels in the place of their numbers."""
+        """The row with class labels as names instead of numbers."""
         labels = {name: kind for name, kind in self._rows.features.items() if isinstance(kind, ClassLabel)}
         return {
             name: labels[name].int2str(value) if name in labels and value is not None else value
@@ -315,7 +314,7 @@ class RLHFDataset(torch.utils.data.Dataset):
 
     @contextmanager
     def _naming(self, index: int) -> Iterator[None]:
-        """Errors of what follows, whatever template, tokenizer and processor raise, name the row."""
+        """Inside, errors of template, tokenizer and processor become a ValueError that names the row."""
         try:
             yield
         except Exception as error:
@@ -323,7 +322,7 @@ class RLHFDataset(torch.utils.data.Dataset):
             raise ValueError(f"{self._name(index)}: {kind}{cut(str(error), LONGEST_REASON)}") from error
 
     def _read(self, index: int, kind: str, read: Callable[[Any], T]) -> list[T]:
-        """Apply `read` to each medium of a kind in a row, naming the row when one of them cannot be read."""
+        """Apply `read` to each image or video of a row; an error names the row."""
         if kind not in self._media_keys:
             return []
         results = []
@@ -339,7 +338,7 @@ class RLHFDataset(torch.utils.data.Dataset):
         return process_image(open_image(source, self.config.image_dir), self.config.min_pixels, self.config.max_pixels)
 
     def _resize(self, source: ImageSource) -> Resize:
-        """From the header of the image alone."""
+        """Sizes before and after resizing, from the image's header alone."""
         before = open_image(source, self.config.image_dir).size
         return Resize(before, target_size(*before, self.config.min_pixels, self.config.max_pixels))
 
@@ -354,11 +353,11 @@ class RLHFDataset(torch.utils.data.Dataset):
         if length > longest:
             raise PromptTooLong(
                 f"{self._name(index)} has {length} tokens, data.max_prompt_length={longest}; raise it, "
-                f"{self._way_to_fewer_tokens(index)}or set data.filter_overlong_prompts=true to drop such rows"
+                f"{self._size_remedy(index)}or set data.filter_overlong_prompts=true to drop such rows"
             )
 
-    def _way_to_fewer_tokens(self, index: int) -> str:
-        """What makes the media of a row smaller, as part of a sentence; nothing for a row of text."""
+    def _size_remedy(self, index: int) -> str:
+        """How to make the media of a row smaller, as part of an error message; empty for a row without media."""
         enlarged = next((one for one in self._read(index, "image", self._resize) if one.enlarges), None)
         if enlarged is not None:
             return f"lower data.min_pixels={self.config.min_pixels}, which enlarges an image {enlarged}, "
@@ -388,14 +387,14 @@ class RLHFDataset(torch.utils.data.Dataset):
             )
 
     def _check_prompts(self) -> None:
-        """Every prompt is a text or a chat, and has as many placeholders as its row has media, kind by kind."""
+        """Check that every prompt is a text or a chat with as many placeholders as its row has media of each kind."""
         counts = {
             kind: _entry_counts(self._media, self._media_keys[kind]) if kind in self._media_keys else [0] * len(self)
             for kind in PLACEHOLDERS
         }
         self._require_processor(counts)
         problems: dict[int, str] = {}
-        found: dict[str, dict[int, int]] = {kind: {} for kind in PLACEHOLDERS}
+        placeholders: dict[str, dict[int, int]] = {kind: {} for kind in PLACEHOLDERS}
         for index, prompt in enumerate(self._rows[self.config.prompt_key]):
             try:
                 with self._naming(index):
@@ -404,30 +403,30 @@ class RLHFDataset(torch.utils.data.Dataset):
                 problems[index] = str(error)
                 continue
             for kind in PLACEHOLDERS:
-                found[kind][index] = count_placeholders(messages, kind)
+                placeholders[kind][index] = count_placeholders(messages, kind)
         for kind in PLACEHOLDERS if self.processor is not None else ():
-            problems |= self._mismatches(kind, found[kind], counts[kind])
+            problems |= self._mismatches(kind, placeholders[kind], counts[kind])
         self._skip(problems)
 
     def _require_processor(self, counts: Mapping[str, Sequence[int]]) -> None:
-        for kind, of_rows in counts.items():
-            if self.processor is None and any(of_rows):
-                row = next(index for index, count in enumerate(of_rows) if count)
+        for kind, row_counts in counts.items():
+            if self.processor is None and any(row_counts):
+                row = next(index for index, count in enumerate(row_counts) if count)
                 raise ValueError(
-                    f"{self._name(row)} has {kind}s, but {self.tokenizer.name_or_path!r} is a model of text alone, "
-                    "with no processor; use a vision-language model (worker.actor.model.model_path)"
+                    f"{self._name(row)} has {kind}s, but {self.tokenizer.name_or_path!r} is a text-only model, "
+                    "without a processor; use a vision-language model (worker.actor.model.model_path)"
                 )
 
-    def _mismatches(self, kind: str, found: Mapping[int, int], counts: Sequence[int]) -> dict[int, str]:
-        """What is wrong with rows that have media of a kind and another number of placeholders.
+    def _mismatches(self, kind: str, placeholders: Mapping[int, int], counts: Sequence[int]) -> dict[int, str]:
+        """Errors of the rows whose number of placeholders differs from their number of media of a kind.
 
-        In a row without media of the kind a placeholder is text; one warning tells of such rows.
+        In a row without media of the kind a placeholder is text; one warning reports such rows.
 
         Raises:
-            ValueError: there are placeholders, and no column of such media at all.
+            ValueError: there are placeholders, but no column of such media.
         """
         placeholder = PLACEHOLDERS[kind]
-        texts = [index for index, number in found.items() if number > 0 and counts[index] == 0]
+        texts = [index for index, number in placeholders.items() if number > 0 and counts[index] == 0]
         if texts and kind not in self._media_keys:
             key = self.config.image_key if kind == "image" else self.config.video_key
             raise ValueError(
@@ -442,13 +441,13 @@ class RLHFDataset(torch.utils.data.Dataset):
         return {
             index: f"{self._name(index)}: {number} {placeholder} in the prompt (after data.format_prompt), but "
             f"{counts[index]} {kind}s"
-            for index, number in found.items()
+            for index, number in placeholders.items()
             if counts[index] > 0 and number != counts[index]
         }
 
     def _drop_overlong(self) -> None:
         measured = self._map_rows(self._measure, "counting prompt tokens")
-        self._tell_of_resized(measured)
+        self._log_resized(measured)
         problems = {index: text for index, text in enumerate(measured["problem"]) if text}
         self._skip(problems)
         lengths = np.asarray(measured["length"])
@@ -456,7 +455,7 @@ class RLHFDataset(torch.utils.data.Dataset):
         readable = [index for index in range(len(self)) if index not in self.skipped]
         fitting = [index for index in readable if lengths[index] <= longest]
         if not fitting:
-            way = self._way_to_fewer_tokens(readable[int(lengths[readable].argmin())])
+            way = self._size_remedy(readable[int(lengths[readable].argmin())])
             raise ValueError(
                 f"every row of {cut(self.data_path)!r} is longer than data.max_prompt_length={longest}: "
                 f"{lengths[readable].min()} to {lengths[readable].max()} tokens; {way}or raise it"
@@ -467,8 +466,8 @@ class RLHFDataset(torch.utils.data.Dataset):
         )
         self._keep(sorted({*fitting, *self.skipped}))
 
-    def _tell_of_resized(self, measured: Dataset) -> None:
-        """How many images `data.min_pixels` enlarges and `data.max_pixels` shrinks, with the first of each."""
+    def _log_resized(self, measured: Dataset) -> None:
+        """Log how many images `data.min_pixels` enlarges and `data.max_pixels` shrinks, with the first of each."""
         num_images = sum(measured["images"])
         for name, key in (("enlarged", "min_pixels"), ("shrunk", "max_pixels")):
             count, first = sum(measured[name]), next(filter(None, measured[f"first_{name}"]), "")
@@ -480,7 +479,7 @@ class RLHFDataset(torch.utils.data.Dataset):
                 )
 
     def _check_media(self) -> None:
-        """Makes every item once, to find those that cannot be made."""
+        """Build every item once, to find rows that fail."""
         texts = self._map_rows(self._find_problem, "checking media")["problem"]
         self._skip({index: text for index, text in enumerate(texts) if text})
 
@@ -494,7 +493,7 @@ class RLHFDataset(torch.utils.data.Dataset):
         self._row_numbers = self._row_numbers[indices]
 
     def _skip(self, problems: Mapping[int, str]) -> None:
-        """Marks rows that cannot be read as skipped and warns of them, or refuses the set."""
+        """Mark bad rows as skipped and warn about them, or refuse the dataset."""
         problems = {index: text for index, text in problems.items() if index not in self.skipped}
         if not problems:
             return
@@ -513,7 +512,7 @@ class RLHFDataset(torch.utils.data.Dataset):
         logger.warning("data.on_bad_row=skip leaves out %d of %d rows: %s", len(problems), len(self), shown)
 
     def _map_rows(self, function: Callable[[dict[str, Any], int], dict[str, Any]], label: str) -> Dataset:
-        """What a function makes of each row's prompt and index, in several processes and with a bar for large sets."""
+        """Apply a function to each row's prompt and index; large sets use several processes and a progress bar."""
         processes = min(self.config.filter_overlong_prompts_workers, len(self) // ROWS_PER_PROCESS)
         with progress_bars(shown=len(self) >= ROWS_PER_PROCESS):
             return self._rows.select_columns([self.config.prompt_key]).map(
@@ -521,14 +520,14 @@ class RLHFDataset(torch.utils.data.Dataset):
                 with_indices=True,
                 remove_columns=[self.config.prompt_key],
                 num_proc=processes if processes > 1 else None,
-                # Image files and limits may have changed since a cached result was written.
+                # Image files and limits may have changed since a result was cached.
                 load_from_cache_file=False,
                 new_fingerprint=uuid.uuid4().hex,
                 desc=label,
             )
 
     def _measure(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        """The tokens of a row's prompt and its resized images, from the headers of its media, and what is wrong."""
+        """A row's prompt length and resized images, from the headers of its media, or its error."""
         length, problem, resizes = 0, "", []
         try:
             resizes = self._read(index, "image", self._resize)
@@ -547,7 +546,7 @@ class RLHFDataset(torch.utils.data.Dataset):
         }
 
     def _length(self, prompt: Any, index: int, sizes: Sequence[tuple[int, int]]) -> int:
-        """sizes: of the images, as the model will see them."""
+        """sizes: (width, height) of the resized images."""
         outlines = self._read(index, "video", self._video_outline)
         with self._naming(index):
             chat_text = self._chat_text(self._messages(prompt), len(sizes), len(outlines))
@@ -579,7 +578,7 @@ def _has_any(rows: Dataset, column: str) -> bool:
 
 
 def _entry_counts(rows: Dataset, column: str) -> list[int]:
-    """How many entries each row of a column has: the length of a list, 0 for null, 1 for anything else."""
+    """Number of entries in each row of a column: the length of a list, 0 for null, 1 for anything else."""
     values = rows.select_columns([column]).with_format("arrow")[:].column(column)
     if isinstance(values.type, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
         return pa.compute.fill_null(pa.compute.list_value_length(values), 0).to_pylist()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a model's inputs of the images and videos of a micro-batch."""
+"""Turns the images and videos of a micro-batch into model inputs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
-"""Of a processor's outputs, those with one number for each token."""
+"""The outputs of a processor with one number per token."""
 
 
 class Featurizer:
-    """Makes a model's media inputs, and keeps the features of single media for the further passes of a step.
+    """Computes a model's media inputs, and caches the features of single images and videos for later passes of a step.
 
     Args:
-        processor: of the model, with the settings the dataset counted tokens with.
-        capacity: bytes of features to keep. Media that come when it is full are processed anew each time: passes go
-            through a step's media in the same order again and again, so that replacing the oldest would keep none.
+        processor: the model's processor, with the same settings as in the dataset.
+        capacity: size of the cache in bytes. When it is full, further media are processed again in each pass. Passes
+            visit a step's media in the same order, so replacing the oldest entries would never give a hit.
     """
 
     def __init__(self, processor: ProcessorMixin, capacity: int = 0) -> None:
@@ -42,11 +42,11 @@ class Featurizer:
         """Make the model's media inputs for a micro-batch: features of all its images and videos, in row order.
 
         Args:
-            media: the images and videos of each row; None or empty for a row without.
-            noise: spoils the images and frames first; None leaves them as they are. Spoilt features are not kept.
+            media: the images and videos of each row; None or empty for a row without media.
+            noise: degrades the images and frames first; None leaves them as they are. Such features are not cached.
 
         Returns:
-            What the processor makes of images (for Qwen-VL `pixel_values` (patches, patch size) float32 and
+            The processor's outputs for images (for Qwen-VL `pixel_values` (patches, patch size) float32 and
             `image_grid_thw` (images, 3) int64; for families with tiles `pixel_values` (tiles, 3, height, width)) and
             of videos (`pixel_values_videos`, `video_grid_thw`, ...); empty when no row has any. Each distinct handle
             is processed once and its features repeated.
@@ -60,7 +60,7 @@ class Featurizer:
         return {name: _join(values) for name, values in joined.items()}
 
     def clear(self) -> None:
-        """Drop the kept features."""
+        """Drop the cached features."""
         self._kept.clear()
         self._num_bytes = 0
 
@@ -80,11 +80,11 @@ class Featurizer:
 def _process(
     handle: MediaHandle, processor: ProcessorMixin, noise: ImageNoise | None = None
 ) -> dict[str, torch.Tensor]:
-    """What the processor adds to a prompt of nothing but this medium's placeholder."""
+    """The processor's media outputs for a prompt that consists of one placeholder."""
     medium = handle.load()
     if handle.is_video:
-        # What the store hands out is read-only, of which PyTorch warns.
-        frames = medium.frames.copy() if noise is None else noise.spoil(medium.frames)
+        # Arrays from the store are read-only, and PyTorch would warn about that.
+        frames = medium.frames.copy() if noise is None else noise.degrade(medium.frames)
         inputs = processor(
             text=[processor.video_token],
             videos=[frames],
@@ -93,14 +93,14 @@ def _process(
             return_tensors="pt",
         )
     else:
-        image = medium if noise is None else Image.fromarray(noise.spoil(np.asarray(medium)))
+        image = medium if noise is None else Image.fromarray(noise.degrade(np.asarray(medium)))
         inputs = processor(text=[processor.image_token], images=[image], return_tensors="pt")
     return {name: value for name, value in inputs.items() if name not in TEXT_INPUTS}
 
 
 def _join(values: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Along the first dimension. Images of different sizes get zeros on the right and at the bottom, as Pixtral pads
-    them; their true sizes are an input of their own. One value is given as it is, without a copy."""
+    """Concatenates along the first dimension. Images of different sizes get zeros on the right and at the bottom, as
+    in Pixtral, which has their true sizes as a further input. A single value is returned without a copy."""
     if len(values) == 1:
         return values[0]
     if any(value.shape[1:] != values[0].shape[1:] for value in values):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the rows of data files, folders and hub data sets, as they are written there."""
+"""Reads the rows of data files, folders and hub datasets, with their values as written."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ from verl.trainer.config import DATA_SUFFIXES, split_data_path
 logger = logging.getLogger(__name__)
 
 LARGEST_ROW_GROUP = 2_000_000_000
-"""Bytes. Arrow cannot read lists of more than 2 GiB at once."""
+"""Largest row group in bytes: Arrow cannot read lists of more than 2 GiB at once."""
 
 ROW_GROUP = 256 * 2**20
-"""Bytes of a row group in the copy of a file with larger ones."""
+"""Size in bytes of a row group in the copy of such a file."""
 
 
 def load_rows(data_path: str) -> Dataset:
     """Load the rows that `data.train_files` or `data.val_files` names.
 
     Args:
-        data_path: a data file, a folder of them (or one that `save_to_disk` wrote), or a dataset id on the hub; then,
-            optionally, `@split`, where split may carry a slice as in `@train[:100]`. The default split is train.
-            Which files of a folder are which split is the `datasets` library's rule: those with the split's name in
-            theirs (`test-00000.parquet`, `test/0.jsonl`), or all of them train when none is named after a split.
+        data_path: a data file, a folder of data files (or of `save_to_disk`), or a dataset id on the hub; then,
+            optionally, `@split`, with an optional slice as in `@train[:100]`. The default split is train. The
+            `datasets` library assigns the files of a folder to splits by name (`test-00000.parquet`, `test/0.jsonl`);
+            if no file is named after a split, all are train.
 
     Raises:
-        ValueError: nothing is there, or it has no such split or no rows.
+        ValueError: the data does not exist, or it has no such split or no rows.
     """
     path, split = split_data_path(data_path)
     split = split or "train"
@@ -71,7 +71,7 @@ def load_rows(data_path: str) -> Dataset:
 
 
 def _remedy(error: BaseException) -> str:
-    """What to do about an error of the library's, where that is known."""
+    """What to do about an error of the library; empty if unknown."""
     causes = [error]
     while causes[-1].__cause__ or causes[-1].__context__:
         causes.append(causes[-1].__cause__ or causes[-1].__context__)
@@ -98,7 +98,7 @@ def _load(path: str, split: str) -> Dataset:
 
 
 def _require_utf8(rows: Dataset) -> None:
-    """Raise unless all texts can be read; JSON and Parquet files are taken in as they are."""
+    """Raise unless all texts are valid UTF-8; JSON and Parquet files are loaded without a check."""
     for name in rows.column_names:
         first = 0
         for chunk in rows.data.column(name).chunks:
@@ -113,7 +113,7 @@ def _require_utf8(rows: Dataset) -> None:
 
 @contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
-    """Switch the bars of the `datasets` library, which are on or off for the whole process, for a while."""
+    """Inside, switches the progress bars of the `datasets` library on or off, for the whole process."""
     if shown or are_progress_bars_disabled():
         yield
         return
@@ -125,8 +125,8 @@ def progress_bars(shown: bool) -> Iterator[None]:
 
 
 def _load_files(files: Mapping[str, Sequence[Path]], split: str) -> Dataset:
-    """Load a split out of data files by split, all of one type."""
-    paths = [path for of_split in files.values() for path in of_split]
+    """Load a split from data files of one type, given by split."""
+    paths = [path for split_files in files.values() for path in split_files]
     suffixes = {".json" if path.suffix == ".jsonl" else path.suffix for path in paths}
     if len(suffixes) != 1:
         raise ValueError(f"it has files of several types ({', '.join(sorted(suffixes))}); name one of them")
@@ -136,20 +136,20 @@ def _load_files(files: Mapping[str, Sequence[Path]], split: str) -> Dataset:
     builder = suffixes.pop().removeprefix(".")
     if builder == "parquet":
         files = {name: [_with_small_row_groups(path) for path in files[name]] for name in files}
-    # The library takes `[`, `*` and `?` for patterns.
+    # The library reads `[`, `*` and `?` as patterns.
     data_files = {name: [glob.escape(str(path)) for path in files[name]] for name in files}
     return _load_as_written(builder, split, path=builder, data_files=data_files)
 
 
 def _load_as_written(builder: str, split: str, **source: Any) -> Dataset:
-    """A split of what `load_dataset` finds at `source`, its values as the files have them.
+    """Load a split with `load_dataset`, with values as they are in the files.
 
     Args:
-        builder: the library's name of the files' type.
+        builder: the library's name for the file type.
     """
     rows = load_dataset(split=split, **source)
     if builder == "csv":
-        # Left to guess types, pandas makes 7.0 of `007` and null of `NA`. Empty cells are null.
+        # If it guesses types, pandas turns `007` into 7.0 and `NA` into null. Empty cells are null.
         texts = Features({column: Value("string") for column in rows.column_names})
         return load_dataset(split=split, **source, features=texts, keep_default_na=False, na_values=[""])
     if builder == "json" and (changed := {name for name, feature in rows.features.items() if _is_changed(feature)}):
@@ -159,9 +159,9 @@ def _load_as_written(builder: str, split: str, **source: Any) -> Dataset:
 
 
 def _is_changed(feature: Any) -> bool:
-    """Whether pyarrow may have read a JSON column otherwise than it was written.
+    """Whether pyarrow may have changed the values of a JSON column.
 
-    It makes moments of texts that look like dates, and floats of whole numbers beside others.
+    It turns texts that look like dates into timestamps, and whole numbers beside other numbers into floats.
     """
     if isinstance(feature, Mapping):
         return any(map(_is_changed, feature.values()))
@@ -182,12 +182,14 @@ def _load_folder(folder: Path, split: str) -> Dataset:
         return splits[split]
 
     base_path = glob.escape(folder.resolve().as_posix())
-    found = DataFilesDict.from_patterns(get_data_patterns(base_path), base_path=base_path)
-    # Left out are the media that rows refer to; the library already passed over what the hub keeps beside the data.
-    files = {name: [Path(path) for path in paths if path.endswith(DATA_SUFFIXES)] for name, paths in found.items()}
+    split_paths = DataFilesDict.from_patterns(get_data_patterns(base_path), base_path=base_path)
+    # Media files that rows refer to are left out; the library already ignores the hub's own files.
+    files = {
+        name: [Path(path) for path in paths if path.endswith(DATA_SUFFIXES)] for name, paths in split_paths.items()
+    }
     files = {name: paths for name, paths in files.items() if paths}
     if not files:
-        example = next(iter(found.values()))[0]
+        example = next(iter(split_paths.values()))[0]
         raise ValueError(f"no {', '.join(DATA_SUFFIXES)} where its split names lead ({example}); name the data file")
     return _load_files(files, split)
 
@@ -196,14 +198,14 @@ def _load_from_hub(dataset_id: str, split: str) -> Dataset:
     try:
         return _load_as_written(load_dataset_builder(dataset_id).name, split, path=dataset_id)
     except OSError as error:
-        raise FileNotFoundError("no such file or folder here, and from the hub it cannot be had") from error
+        raise FileNotFoundError("no such file or folder here, and it cannot be loaded from the hub") from error
 
 
 def _with_small_row_groups(path: Path) -> Path:
-    """The Parquet file itself, or a copy in the library's cache if it has a row group that cannot be read at once."""
+    """The Parquet file itself; if a row group is too large, a copy in the library's cache with smaller ones."""
     try:
         metadata = pq.read_metadata(path)
-    except pa.ArrowInvalid:  # damaged, which loading it tells better
+    except pa.ArrowInvalid:  # damaged; loading it gives a better error
         return path
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     largest = max(groups, key=lambda group: group.total_byte_size, default=None)
@@ -220,7 +222,7 @@ def _with_small_row_groups(path: Path) -> Path:
 
 
 def _copy_in_row_groups(path: Path, copy: Path, rows: int) -> None:
-    """Copies a Parquet file with `rows` in each row group. The copy is there whole or not at all."""
+    """Copies a Parquet file with `rows` in each row group. The copy is complete or does not exist."""
     copy.parent.mkdir(parents=True, exist_ok=True)
     part = copy.with_suffix(f".{os.getpid()}.part")
     source = pq.ParquetFile(path)

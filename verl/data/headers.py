@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be known of the data before anything heavy is loaded: its columns and its number of rows."""
+"""Checks columns and number of rows of the data before anything heavy is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from verl.trainer.config import DataConfig, data_sources
 
 
 class Header(NamedTuple):
-    """What a file says of itself."""
+    """Columns and number of rows of a file."""
 
     columns: list[str]
     num_rows: int
@@ -21,28 +21,28 @@ class Header(NamedTuple):
 def check_headers(config: DataConfig) -> None:
     """Refuses local Parquet files that lack a column, or have fewer rows in all than a batch.
 
-    Other files, folders and hub data sets are checked when they are loaded; so is one whose header cannot be read.
+    Other files, folders, hub datasets and unreadable headers are checked when the data is loaded.
 
     Raises:
-        ValueError: as `require_columns` and `require_full_batch`.
+        ValueError: as in `require_columns` and `require_full_batch`.
     """
     headers: list[Header | None] = []
     for key in ("train_files", "val_files"):
-        of_key = [(source.path, _header(source.path)) for source in data_sources(getattr(config, key))]
-        for path, header in of_key:
+        key_headers = [(source.path, _header(source.path)) for source in data_sources(getattr(config, key))]
+        for path, header in key_headers:
             if header is not None:
                 require_columns(header.columns, path, config)
-        headers = headers or [header for _, header in of_key]
+        headers = headers or [header for _, header in key_headers]
     if None not in headers:
         num_rows = sum(header.num_rows for header in headers)
         require_full_batch(num_rows, config.mini_rollout_batch_size or config.rollout_batch_size)
 
 
 def require_columns(columns: Sequence[str], data_path: str, config: DataConfig) -> None:
-    """Raise unless there are the columns of prompts and answers.
+    """Raise unless the columns of prompts and answers exist.
 
     Raises:
-        ValueError: naming the key and the columns that there are.
+        ValueError: a column is missing; the message names the key and the existing columns.
     """
     for option in ("prompt_key", "answer_key"):
         column = getattr(config, option)
@@ -52,7 +52,7 @@ def require_columns(columns: Sequence[str], data_path: str, config: DataConfig) 
 
 
 def require_full_batch(num_prompts: int, batch_size: int) -> None:
-    """Raise unless a training set makes a batch.
+    """Raise unless a training set fills a batch.
 
     Raises:
         ValueError: it has fewer prompts.
@@ -66,8 +66,8 @@ def require_full_batch(num_prompts: int, batch_size: int) -> None:
 
 
 def _header(path: str) -> Header | None:
-    """Of a local Parquet file; None of anything else."""
-    import pyarrow as pa  # a quarter of a second, which `--help` does not wait for
+    """The header of a local Parquet file; None for anything else."""
+    import pyarrow as pa  # takes a quarter of a second, so `--help` does not import it
     import pyarrow.parquet as pq
 
     file = Path(path).expanduser()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lays what a response gives to the image tokens of its prompt over the pictures that they stand for.
+"""Maps values per image token, such as attention, onto the images of a prompt.
 
 Shapes: T response tokens, V image tokens of a prompt.
 """
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PictureMap:
-    """What each response token gives to the fields of one picture."""
+    """Values of each response token on the fields of one image."""
 
     values: np.ndarray
     """(T, rows, columns)."""
     box: tuple[float, float, float, float]
-    """Left, top, right and bottom of what the model sees of the picture, as shares of its width and height."""
+    """Left, top, right and bottom of the part that the model sees, as shares of the image's width and height."""
 
 
 class ImageGrids:
-    """Knows where the image tokens of a model lie.
+    """Positions of image tokens on images, for one model.
 
     Args:
-        processor: of the model.
-        model_config: of the model.
+        processor: the model's processor.
+        model_config: the model's config.
     """
 
     def __init__(self, processor: ProcessorMixin, model_config: PretrainedConfig) -> None:
@@ -44,8 +44,8 @@ class ImageGrids:
         self.model_config = model_config
         self._grids: dict[tuple[int, int], TokenGrid] = {}  # by (width, height)
 
-    def of(self, size: tuple[int, int]) -> TokenGrid:
-        """The grid of an image of this (width, height), as it enters the processor."""
+    def grid(self, size: tuple[int, int]) -> TokenGrid:
+        """The token grid of an image of this (width, height), as given to the processor."""
         if size not in self._grids:
             blank = Image.new("RGB", size)
             inputs = self.processor(text=[self.processor.image_token], images=[blank], return_tensors="pt")
@@ -56,15 +56,15 @@ class ImageGrids:
         return self._grids[size]
 
     def lay_out(self, vision: np.ndarray, images: Sequence[Image.Image]) -> list[PictureMap]:
-        """The maps of a prompt's images, from (T, V) over their tokens in the order of the prompt.
+        """The maps of a prompt's images, from (T, V) values on their tokens in prompt order.
 
         Args:
-            images: of the prompt, as they enter the processor, and no video beside them.
+            images: the prompt's images, as given to the processor; the prompt must have no videos.
 
         Raises:
-            ValueError: there are more or fewer tokens than those of the images.
+            ValueError: the number of tokens does not fit the images.
         """
-        grids = [self.of(image.size) for image in images]
+        grids = [self.grid(image.size) for image in images]
         expected = sum(grid.num_tokens for grid in grids)
         if vision.shape[1] != expected:
             raise ValueError(
@@ -79,7 +79,7 @@ class ImageGrids:
         ]
 
     def _seen_box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """All of the picture, but for a processor that cuts out its middle once its shorter side has some length."""
+        """The part of the image that the model sees: the whole, unless the processor crops the centre."""
         image_processor = self.processor.image_processor
         edge = getattr(getattr(image_processor, "size", None), "shortest_edge", None)
         if not getattr(image_processor, "do_center_crop", False) or edge is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Spoils images, to see what a policy would say without them. Sizes stay, and so do the tokens of a prompt.
+"""Degrades images, to measure what a policy says without them. Sizes and prompt tokens do not change.
 
 Shapes: F frames (1 for an image), H height and W width in pixels.
 """
@@ -15,12 +15,12 @@ from typing import Literal
 import numpy as np
 
 PATCH = 14
-"""Side in pixels of what `patches` blackens, as in VPPO and PAPO: a patch of Qwen2.5-VL's vision tower."""
+"""Side in pixels of the squares of `patches`, as in VPPO and PAPO: a patch of Qwen2.5-VL's vision tower."""
 
 
 @dataclass(frozen=True)
 class ImageNoise:
-    """How images are spoilt. The same image is spoilt in the same way wherever and whenever it is met.
+    """How images are degraded. The same image always gets the same noise.
 
     - `blank`: all black.
     - `patches`: squares of `PATCH` pixels, a share of them, black (VPPO, arXiv 2510.09285; PAPO, arXiv 2507.06448).
@@ -30,10 +30,10 @@ class ImageNoise:
 
     kind: Literal["blank", "patches", "gaussian"]
     share: float
-    """Of patches that are black, or of variance that is noise."""
+    """Share of black patches, or of the variance that is noise."""
 
-    def spoil(self, pixels: np.ndarray) -> np.ndarray:
-        """A spoilt copy of (H, W, 3) or (F, H, W, 3) uint8."""
+    def degrade(self, pixels: np.ndarray) -> np.ndarray:
+        """A degraded copy of (H, W, 3) or (F, H, W, 3) uint8."""
         generator = np.random.default_rng(zlib.crc32(np.ascontiguousarray(pixels).tobytes()))
         return KINDS[self.kind](pixels, self.share, generator)
 

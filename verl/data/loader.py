@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Feeds prompts to the trainer: an endless, resumable source for training and the held-out set in batches."""
+"""Loads prompts for the trainer: an endless, resumable training set, and the held-out set in batches."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 ROWS_WORTH_WORKERS = 1024
-"""Smaller sets are read in this process: loader processes would take longer to start than to help."""
+"""Smaller sets are read in this process: loader processes would take longer to start than they save."""
 
 MAX_WORKERS = 8
 
 
 class ResumableSampler(Sampler[int]):
-    """The rows of one epoch in their order, from a position on; each epoch has its own seeded order.
+    """The rows of one epoch in order, from a position on; each epoch has its own seeded order.
 
-    The order depends on `seed`, the epoch, the numbers of rows and the weights alone, so (epoch, position) is all that
-    there is to save. Skipped rows have their places in it, so that it does not change when one is found.
+    The order depends only on `seed`, the epoch, the numbers of rows and the weights, so (epoch, position) is the whole
+    state. Skipped rows keep their places in the order, so that it does not change when a bad row is found.
 
     Args:
-        num_rows: rows in the set.
-        shuffle: whether to permute them; otherwise they come in the file's order.
-        seed: of the orders.
-        skipped: rows that are passed over.
-        sizes: rows of each of the set's sources, where their shares of an epoch follow `weights`.
-        weights: of the sources; None takes every row once an epoch.
+        num_rows: number of rows in the set.
+        shuffle: whether to permute the rows; otherwise they come in the file's order.
+        seed: seed of the orders.
+        skipped: rows to skip.
+        sizes: number of rows of each source in the set; needed for `weights`.
+        weights: relative shares of the sources in an epoch; None takes every row once per epoch.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ResumableSampler(Sampler[int]):
 
     @property
     def _drops_rows(self) -> bool:
-        """Whether an epoch is shorter for the skipped rows; in a mixture others take their places."""
+        """Whether skipped rows make an epoch shorter; in a weighted mixture other rows take their places."""
         return bool(self.skipped) and self.weights is None
 
     def advance(self, count: int) -> None:
@@ -91,7 +91,7 @@ class ResumableSampler(Sampler[int]):
 
 
 class PieceSampler(Sampler[list[int]]):
-    """The rows of each batch in a sampler's order, in pieces of at most `piece_size`; no piece is of two batches."""
+    """The rows of each batch in a sampler's order, in pieces of at most `piece_size`; no piece spans two batches."""
 
     def __init__(self, batches: BatchSampler, piece_size: int) -> None:
         self.batches = batches
@@ -104,17 +104,17 @@ class PieceSampler(Sampler[list[int]]):
 
 
 class BatchLoader:
-    """Collated batches of a set in a sampler's order, read anew by every `iter`.
+    """Collated batches of a set in a sampler's order; every `iter` reads them again.
 
-    Processes that read share each batch, a piece each: it is there as soon as they can make it, and they are one batch
-    ahead at most. Reading whole batches, each would hold two of its own, and their media, decoded, all the host's
-    memory.
+    Loader processes divide each batch into pieces, so a batch is ready as early as possible, and they work at most one
+    batch ahead. If each process read whole batches, it would hold two of them, and the decoded media could fill the
+    host's memory.
 
     Args:
         dataset: the set.
-        batch_size: prompts of a batch.
-        sampler: the order of the rows, without those that the set skips.
-        drop_last: whether rows at the end that do not fill a batch are left out.
+        batch_size: prompts per batch.
+        sampler: the order of the rows, without skipped ones.
+        drop_last: whether to leave out an incomplete batch at the end.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class BatchLoader:
             yield _join(pieces)
 
     def prompts_at(self, places: Sequence[int]) -> dict[str, Any]:
-        """The prompts at some places of the order, collated and read by this process."""
+        """The prompts at some positions of the order, read by this process and collated."""
         rows = list(self._sampler)
         return collate_fn([self.dataset[rows[place]] for place in places])
 
@@ -157,7 +157,7 @@ def _begin_worker(_: int) -> None:
 
 
 def _join(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One batch of several: tensors and object arrays end to end."""
+    """Concatenates the tensors and object arrays of several pieces to one batch."""
     return {
         key: (torch.cat if isinstance(value, torch.Tensor) else np.concatenate)([piece[key] for piece in pieces])
         for key, value in pieces[0].items()
@@ -165,16 +165,16 @@ def _join(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 class PromptLoader:
-    """Batches of training prompts without end: past the last full batch of an epoch, the next epoch begins.
+    """Endless batches of training prompts: after the last full batch of an epoch, the next epoch begins.
 
-    Rows that do not fill a batch at the end of an epoch are left out of it; the next permutation mixes them in again.
+    Rows that do not fill a batch at the end of an epoch are left out; the next permutation includes them again.
 
     Args:
         dataset: the training set.
-        batch_size: prompts of a draw.
-        shuffle: a new order for each epoch, or always the file's.
-        seed: of the orders.
-        weights: shares of the prompts for each of the set's sources; None takes every row once an epoch.
+        batch_size: prompts per draw.
+        shuffle: whether each epoch has a new random order; otherwise it has the file's order.
+        seed: seed of the orders.
+        weights: relative shares of the set's sources; None takes every row once per epoch.
 
     Raises:
         ValueError: the set has fewer rows than a batch.
@@ -189,7 +189,7 @@ class PromptLoader:
         weights: Sequence[float] | None = None,
     ) -> None:
         self.num_prompts = len(dataset) - (len(dataset.skipped) if weights is None else 0)
-        """Of an epoch; in a mixture other rows take the places of skipped ones."""
+        """Prompts per epoch; in a weighted mixture other rows take the places of skipped ones."""
         require_full_batch(self.num_prompts, batch_size)
         self.dataset = dataset
         self.batch_size = batch_size
@@ -207,22 +207,22 @@ class PromptLoader:
         if self._batches is None:
             self._batches = iter(self._loader)
         batch = next(self._batches)
-        # Counted here and not in the sampler, which runs ahead of the draws by what the workers prefetch.
+        # Counted here, since the sampler runs ahead of the draws by the prefetched batches.
         self._sampler.advance(self.batch_size)
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return where the next draw begins, for `load_state_dict`."""
+        """Return the position of the next draw, for `load_state_dict`."""
         names = ("epoch", "position", "num_rows", "shuffle", "seed")
         mixture = () if self._sampler.weights is None else ("sizes", "weights")
         return {name: getattr(self._sampler, name) for name in (*names, *mixture)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on exactly where `state_dict` was taken, in the middle of an epoch too.
+        """Continue exactly at the position of a `state_dict`, also in the middle of an epoch.
 
         Raises:
-            ValueError: the set has another number of rows, other weights, or is shuffled otherwise, so that its order
-                is another; or `state` is another program's.
+            ValueError: the set has another number of rows, other weights or another shuffle, so its order differs; or
+                `state` was written by another program.
         """
         missing = sorted(set(self.state_dict()) - (set(state) if isinstance(state, dict) else set()))
         if missing:
@@ -264,7 +264,7 @@ def create_dataloader(
     smaller if need be.
 
     Raises:
-        ValueError: a key that names no data, or what `load_rows`, `RLHFDataset` and `PromptLoader` refuse.
+        ValueError: a key names no data, or `load_rows`, `RLHFDataset` or `PromptLoader` refuse the data.
     """
     for key, value in (("data.train_files", config.train_files), ("data.val_files", config.val_files)):
         if not value:

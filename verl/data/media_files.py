@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a dataset may name as an image or a video: a file, below `data.image_dir` where one is set, or a `data:` URI.
+"""Resolves the images and videos that a dataset names: files, below `data.image_dir` if set, or `data:` URIs.
 
-Datasets are data that others have made. A name in one leads neither to the network nor to a pipe that never ends.
+Datasets may come from strangers, so a name can lead neither to the network nor to a pipe.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def media_content(source: str | os.PathLike, folder: str | os.PathLike | None) -
 
     Args:
         source: a path, a `file://` URI or a `data:` URI.
-        folder: where relative paths start from, and which no path may leave (`data.image_dir`), be it by `..`, as an
-            absolute path or through a link. None is the working directory, and any path may be named.
+        folder: start of relative paths, which no path may leave, by `..`, as an absolute path or through a link
+            (`data.image_dir`). None is the working directory, and allows any path.
 
     Raises:
         ValueError: it is another URI, leaves `folder`, or is no regular file.

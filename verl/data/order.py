@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order of an epoch's rows, which seed, epoch and numbers of rows alone decide."""
+"""The order of an epoch's rows. It depends only on seed, epoch, numbers of rows and weights."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def mixed_order(
     seed: int,
     skipped: Collection[int] = (),
 ) -> np.ndarray:
-    """(sum of sizes,) rows of several sources, as many of each as its weight says.
+    """(sum of sizes,) rows of several sources, in proportion to the weights.
 
-    A source gives all its rows before it gives one again, over the ends of epochs. Unshuffled, the sources take turns
-    as evenly as their shares allow.
+    A source gives all its rows before it repeats one, also across epochs. Unshuffled, the sources alternate as evenly
+    as their shares allow.
 
     Args:
-        sizes: rows of each source; a row's number counts those of the sources before it.
-        weights: of the sources, above 0; they need not have sum one.
-        skipped: rows whose places other rows of their source take, so that shares and all other places stay.
+        sizes: number of rows of each source; row numbers continue from source to source.
+        weights: weights of the sources, above 0; their sum need not be one.
+        skipped: rows to replace by others of their source, so that shares and all other places do not change.
     """
     counts = [_shares(sum(sizes), weights, number) for number in range(epoch + 1)]
-    firsts = np.sum(counts[:-1], axis=0, dtype=int) if epoch else np.zeros(len(sizes), dtype=int)
+    starts = np.sum(counts[:-1], axis=0, dtype=int) if epoch else np.zeros(len(sizes), dtype=int)
     rows, places = [], []
-    for source, (size, first, count) in enumerate(zip(sizes, firsts, counts[-1], strict=True)):
-        drawn = np.arange(first, first + count)  # of all draws from this source in the run
+    for source, (size, first, count) in enumerate(zip(sizes, starts, counts[-1], strict=True)):
+        drawn = np.arange(first, first + count)  # numbers of the draws from this source, over the run
         start = sum(sizes[:source])
         usable = np.array([row for row in range(start, start + size) if row not in skipped])
         own = start + _cycled(drawn, size, shuffle, (seed, source))
@@ -48,10 +48,10 @@ def mixed_order(
 
 
 def _shares(total: int, weights: Sequence[float], epoch: int) -> list[int]:
-    """Whole numbers that have the sum `total`, in the mean over epochs in proportion to the weights.
+    """Whole numbers with the sum `total`, in proportion to the weights on average over epochs.
 
-    What is left over when all are rounded down goes to sources by a systematic sample of the remainders, whose start
-    moves by the golden ratio from epoch to epoch.
+    All shares are rounded down. A systematic sample of the remainders assigns the rest; its start moves by the golden
+    ratio from epoch to epoch.
     """
     exact = np.asarray(weights) / np.sum(weights) * total
     counts = np.floor(exact + 1e-9).astype(int)
@@ -64,7 +64,7 @@ def _shares(total: int, weights: Sequence[float], epoch: int) -> list[int]:
 
 
 def _cycled(drawn: np.ndarray, size: int, shuffle: bool, seed: tuple[int, int]) -> np.ndarray:
-    """The rows of one source at these draws: pass after pass over all its rows, each in an order of its own."""
+    """The rows of one source at these draws: pass after pass over all its rows, each in its own order."""
     rows = np.empty_like(drawn)
     for number in np.unique(drawn // size):
         in_pass = drawn // size == number

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a prompt as a model reads it: in its chat template, media expanded to their tokens by its processor."""
+"""Encodes prompts for a model: chat template, tokenizer, and the processor, which expands media placeholders."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class PromptEncoder:
-    """From the text of a prompt to token ids and model inputs, for one model.
+    """Turns prompts into token ids and model inputs, for one model.
 
     Args:
-        tokenizer: of the model.
-        processor: of the model; None for a model of text alone.
-        model_config: of the model.
+        tokenizer: the model's tokenizer.
+        processor: the model's processor; None for a text-only model.
+        model_config: the model's config.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class PromptEncoder:
         self.processor = processor
         self.family = family_of(model_config)
         self.media_token_ids = media_token_ids(model_config)
-        # What a chat template writes for a medium may be another token than those it becomes: Gemma 3's begins it.
+        # The token that a chat template writes for an image may differ from its placeholder tokens, as in Gemma 3.
         self.placeholder_ids = {
             kind: tokenizer.convert_tokens_to_ids(getattr(processor, f"{kind}_token"))
             for kind in PLACEHOLDERS
@@ -45,23 +45,23 @@ class PromptEncoder:
         }
 
     def chat_text(self, messages: Sequence[Message], kinds: Collection[str], by_processor: bool) -> str:
-        """The conversation in the chat template, the assistant's turn opened.
+        """The conversation in the chat template, with the assistant's turn opened.
 
         Args:
-            messages: as `messages_of` gives them.
-            kinds: of media that the row has; the placeholders of others are text.
-            by_processor: whether the processor's template writes it, where there is one; otherwise the tokenizer's, if
-                it has one.
+            messages: from `messages_of`.
+            kinds: the kinds of media in the row; placeholders of other kinds are text.
+            by_processor: whether to prefer the processor's template over the tokenizer's; the other one is the
+                fallback.
 
         Raises:
-            jinja2.TemplateError: the template refuses the messages, as some do a system turn.
+            jinja2.TemplateError: the template refuses the messages; some refuse a system turn.
         """
         by_processor = by_processor or self.tokenizer.chat_template is None
         if by_processor and self.processor is not None:
-            given, template_owner = with_content_parts(messages, kinds), self.processor
+            formatted, template_owner = with_content_parts(messages, kinds), self.processor
         else:
-            given, template_owner = with_plain_content(messages), self.tokenizer
-        chat_text = template_owner.apply_chat_template(given, add_generation_prompt=True, tokenize=False)
+            formatted, template_owner = with_plain_content(messages), self.tokenizer
+        chat_text = template_owner.apply_chat_template(formatted, add_generation_prompt=True, tokenize=False)
         return self._without_outer_marks(chat_text)
 
     @property
@@ -70,22 +70,22 @@ class PromptEncoder:
         return any(getattr(owner, "chat_template", None) is not None for owner in (self.tokenizer, self.processor))
 
     def raw_ids(self, chat_text: str, num_images: int, num_videos: int) -> list[int]:
-        """The prompt's tokens with one placeholder for each medium, and none for anything else.
+        """The prompt's tokens with exactly one placeholder for each image or video.
 
         Raises:
-            ValueError: there are more or fewer of them, or tokens that only a processor should write.
+            ValueError: the number of placeholders differs, or the text has tokens that only a processor may write.
         """
         token_ids = self.tokenizer.encode(chat_text, add_special_tokens=self._adds_special_tokens(chat_text))
         expected = dict.fromkeys([*self.media_token_ids, *self.placeholder_ids.values()], 0)
         for kind, number in (("image", num_images), ("video", num_videos)):
             if kind in self.placeholder_ids:
                 expected[self.placeholder_ids[kind]] = number
-        found = {token_id: token_ids.count(token_id) for token_id in expected}
-        if found != expected:
+        counts = {token_id: token_ids.count(token_id) for token_id in expected}
+        if counts != expected:
             names = ", ".join(
-                f"{found[token_id]} of {self.tokenizer.convert_ids_to_tokens(token_id)}"
+                f"{counts[token_id]} of {self.tokenizer.convert_ids_to_tokens(token_id)}"
                 for token_id in expected
-                if found[token_id] != expected[token_id]
+                if counts[token_id] != expected[token_id]
             )
             media = f"{num_images} images" + (f" and {num_videos} videos" if num_videos else "")
             raise ValueError(
@@ -97,16 +97,16 @@ class PromptEncoder:
     def model_inputs(
         self, chat_text: str, image_sizes: Sequence[tuple[int, int]], videos: Sequence[VideoOutline]
     ) -> Mapping[str, torch.Tensor]:
-        """What the processor makes of this prompt: `input_ids` (1, length), and the grids of its media.
+        """The processor's outputs for this prompt: `input_ids` (1, length), and the grids of its media.
 
-        No pixel is needed or made: the processor works on tensors that have a shape and no content, so that a prompt
-        is measured before its media are decoded by the very code that writes it.
+        No pixels are needed: the processor works on tensors with a shape but no content. So the same code measures a
+        prompt before its media are decoded, and encodes it.
 
         Args:
-            image_sizes: (width, height) of each image once it is resized.
+            image_sizes: (width, height) of each resized image.
 
         Raises:
-            ValueError: a medium has a shape that the processor refuses.
+            ValueError: the processor refuses the shape of an image or video.
         """
         options: dict[str, Any] = {
             "add_special_tokens": self._adds_special_tokens(chat_text),
@@ -129,20 +129,20 @@ class PromptEncoder:
         image_sizes: Sequence[tuple[int, int]],
         videos: Sequence[VideoOutline],
     ) -> int:
-        """How many tokens `model_inputs` gives. `raw_ids` are those of the chat text, and all there is to text."""
+        """Number of tokens of `model_inputs`. For a text-only prompt this is the length of `raw_ids`."""
         if not image_sizes and not videos:
             return len(raw_ids)
         return self.model_inputs(chat_text, image_sizes, videos)["input_ids"].shape[1]
 
     def _adds_special_tokens(self, chat_text: str) -> bool:
-        """Whether the tokenizer has to begin the sequence, which the chat templates of some families leave to it."""
+        """Whether the tokenizer must add the begin-of-sequence token, because the chat template does not."""
         bos = self.tokenizer.bos_token
         return self.processor is not None and bos is not None and not chat_text.startswith(bos)
 
     def _without_outer_marks(self, chat_text: str) -> str:
-        """With the bare placeholder of each video where the processor writes marks around each of its moments.
+        """Removes the template's vision marks around a video if the processor writes marks around each of its frames.
 
-        Qwen3-VL was trained on these alone; transformers 5.19 leaves the template's pair standing around them.
+        Qwen3-VL was trained only on the inner marks; transformers 5.19 keeps the template's pair around them.
         """
         if self.processor is None or not self.family.marks_each_frame:
             return chat_text
@@ -151,7 +151,7 @@ class PromptEncoder:
         return chat_text.replace(marked, processor.video_token)
 
     def _blank(self, width: int, height: int) -> Image.Image | torch.Tensor:
-        """An image of this size and of nothing else, in the form that the processor takes."""
+        """An image with this size and no content, in the form that the processor takes."""
         if self.family.copies_pixels:
             return Image.new("RGB", (width, height))
         return torch.empty(3, height, width, dtype=torch.uint8, device="meta")

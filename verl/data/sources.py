@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several data sets as one."""
+"""Several datasets as one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from verl.data.dataset import RLHFDataset
 
 
 class JoinedDataset(ConcatDataset):
-    """The rows of data sets end to end.
+    """The rows of datasets, one after the other.
 
     Args:
         datasets: at least one.
@@ -20,7 +20,7 @@ class JoinedDataset(ConcatDataset):
     def __init__(self, datasets: Sequence[RLHFDataset]) -> None:
         super().__init__(datasets)
         self.sizes = [len(dataset) for dataset in datasets]
-        """Rows of each, those to skip included."""
+        """Number of rows of each dataset, including rows to skip."""
         self.skipped = frozenset(
             end - len(dataset) + index
             for dataset, end in zip(datasets, self.cumulative_sizes, strict=True)
@@ -30,5 +30,5 @@ class JoinedDataset(ConcatDataset):
 
     @property
     def has_videos(self) -> bool:
-        """Whether any row that can be drawn has a video."""
+        """Whether any usable row has a video."""
         return any(dataset.has_videos for dataset in self.datasets)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens videos: which frames of one are shown to a model, of what size, and their pixels.
+"""Opens videos: chooses the frames that a model is shown, their size, and decodes them.
 
-A video is a file, of which frames are sampled, or a list of frames, which are all shown. Files are read with PyAV,
-which is imported when one is opened.
+A video is a file, from which frames are sampled, or a list of frames, which are all shown. Files are read with PyAV,
+which is imported when the first one is opened.
 
 Shapes: T frames of a video that are shown, H by W pixels each.
 """
@@ -32,8 +32,8 @@ MAX_FRAME_PIXELS = 768 * 28 * 28
 """Bounds of Qwen's own sampler: https://github.com/QwenLM/Qwen2.5-VL/tree/main/qwen-vl-utils"""
 
 MAX_VIDEO_PIXELS = 2**39
-"""The most pixels of all frames of a file, shown or not, since all are decoded up to the last that is shown: two and a
-half hours of 1920 x 1080 at 30 a second."""
+"""Largest number of pixels of all frames of a file, since all frames up to the last shown one are decoded: two and a
+half hours of 1920 x 1080 at 30 frames a second."""
 
 CONTAINERS = (
     *(
@@ -55,15 +55,16 @@ CONTAINERS = (
     ),
     *("mpegvideo", "m4v", "h264", "hevc", "vvc", "av1", "obu", "mjpeg", "yuv4mpegpipe"),
 )
-"""FFmpeg's names of what is read (mov is MP4 too, matroska WebM; the second line is streams without a container): all
-hold their frames themselves. Playlists (HLS, DASH, concat) and session descriptions name other files or addresses."""
+"""FFmpeg's names of the accepted formats (mov includes MP4, matroska WebM; the second line has streams without a
+container). All contain their frames. Playlists (HLS, DASH, concat) and session descriptions, which refer to other
+files or addresses, are not accepted."""
 
 OPENING = {
     "format_whitelist": ",".join(CONTAINERS),
     "protocol_whitelist": "none",
     "max_pixels": str(MAX_IMAGE_PIXELS),
 }
-"""How FFmpeg opens a file: without opening others, and without decoding a giant frame to find out what is in it."""
+"""FFmpeg's options for opening a file: open no other files, and decode no giant frame to identify the content."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,13 @@ class VideoLimits:
     """How much of a video a model is shown."""
 
     fps: float
-    """Frames of a second of a file that are shown, and at which lists of frames were taken."""
+    """Frames per second that are shown of a file; also the assumed frame rate of lists of frames."""
     min_pixels: int | None
     max_pixels: int | None
-    """Bounds of a frame's area, of which the upper is never above `MAX_FRAME_PIXELS`; None for that alone."""
+    """Bounds of a frame's area. The upper bound is at most `MAX_FRAME_PIXELS`, which None stands for."""
 
     def frame_size(self, width: int, height: int) -> tuple[int, int]:
-        """The (width, height) that a frame is resized to, its shape kept."""
+        """The (width, height) to which a frame is resized, with its aspect ratio."""
         most = MAX_FRAME_PIXELS if self.max_pixels is None else min(self.max_pixels, MAX_FRAME_PIXELS)
         least = None if self.min_pixels is None else min(self.min_pixels, most)
         return target_size(width, height, least, most)
@@ -85,20 +86,20 @@ class VideoLimits:
 
 @dataclass(frozen=True)
 class VideoOutline:
-    """All that a processor has to know of a video to count its tokens."""
+    """The properties of a video from which a processor counts its tokens."""
 
     frame_indices: tuple[int, ...]
-    """Which of the source's frames are shown, T of them in order."""
+    """Indices in the source of the T frames that are shown, in order."""
     total_frames: int
-    """Of the source."""
+    """Number of frames of the source."""
     source_fps: float
     """Frames per second of the source."""
     frame_size: tuple[int, int]
-    """(width, height) of a frame as it is shown."""
+    """(width, height) of a resized frame."""
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The same as transformers' processors take it."""
+        """The outline in the form that transformers' processors take."""
         width, height = self.frame_size
         return {
             "total_num_frames": self.total_frames,
@@ -112,7 +113,7 @@ class VideoOutline:
 
 @dataclass(frozen=True)
 class Video:
-    """The frames of a video that are shown, resized."""
+    """The resized frames of a video that are shown."""
 
     outline: VideoOutline
     frames: np.ndarray
@@ -120,10 +121,10 @@ class Video:
 
 
 def sample_frames(total_frames: int, source_fps: float, fps: float) -> tuple[int, ...]:
-    """Indices of the frames that are shown: `fps` for each second, spread evenly from the first to the last.
+    """Indices of the frames that are shown: `fps` per second, spread evenly from the first to the last.
 
-    An even number of them (towers take two frames at a time) between `MIN_FRAMES` and `MAX_FRAMES`, unless the video
-    has fewer; then all, and a single one twice.
+    Their number is even (towers take two frames at a time) and between `MIN_FRAMES` and `MAX_FRAMES`. If the video has
+    fewer frames, all are shown, and a single one twice.
     """
     if total_frames == 1:
         return (0, 0)
@@ -135,18 +136,18 @@ def sample_frames(total_frames: int, source_fps: float, fps: float) -> tuple[int
 
 
 def outline_video(source: VideoSource, video_dir: str | os.PathLike | None, limits: VideoLimits) -> VideoOutline:
-    """What `load_video` will give, from headers and the first frame of a file, which knows how the camera was held.
+    """The outline of what `load_video` returns, from headers and a file's first frame, which has the rotation.
 
     Args:
         source: a path or a `file://` or `data:` URI, the bytes of a video file, a dict with one of these under `path`
             or `bytes`, or a list of frames in any form that `open_image` takes.
-        video_dir: the folder that relative paths start from and that no path may leave; None for the working directory
-            and any path.
+        video_dir: start of relative paths, which no path may leave; None is the working directory, and allows any
+            path.
 
     Raises:
-        ValueError: `source` is none of these, no video that can be read, one that refers to other files, or larger
-            than `MAX_VIDEO_PIXELS` or, in a frame, `MAX_IMAGE_PIXELS`.
-        OSError: no such file, or a frame of a list cannot be opened.
+        ValueError: `source` is none of these, cannot be read as a video, refers to other files, or has more than
+            `MAX_VIDEO_PIXELS` in all or `MAX_IMAGE_PIXELS` in a frame.
+        OSError: the file does not exist, or a frame of a list cannot be opened.
         ImportError: PyAV is not installed.
     """
     source = _unwrapped(source)
@@ -167,7 +168,7 @@ def outline_video(source: VideoSource, video_dir: str | os.PathLike | None, limi
 
 
 def load_video(source: VideoSource, video_dir: str | os.PathLike | None, limits: VideoLimits) -> Video:
-    """Decode the frames that are shown and bring them to their size. Arguments and errors as `outline_video`."""
+    """Decode and resize the frames that are shown. Arguments and errors as in `outline_video`."""
     source = _unwrapped(source)
     outline = outline_video(source, video_dir, limits)
     width, height = outline.frame_size
@@ -193,7 +194,7 @@ def _is_list_of_frames(source: Any) -> bool:
 
 
 def _resized(image: Image.Image, outline: VideoOutline) -> np.ndarray:
-    """(H, W, 3) uint8. All frames get the size of the first, whatever theirs is."""
+    """(H, W, 3) uint8. All frames get the size of the first."""
     image = process_image(image, None, None)
     return np.asarray(image if image.size == outline.frame_size else image.resize(outline.frame_size))
 
@@ -212,7 +213,7 @@ def _opened(source: Any, video_dir: str | os.PathLike | None) -> Iterator[av.con
             "requirements.txt`, or give each video as a list of frames"
         ) from error
     content = source if isinstance(source, bytes) else media_content(source, video_dir)
-    # Opened here, no name is taken for one of FFmpeg's protocols, such as `concat:` and `subfile:`.
+    # Opened here, so that FFmpeg takes no file name for a protocol such as `concat:` or `subfile:`.
     with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
         try:
             with av.open(file, options=OPENING) as container:
@@ -228,7 +229,7 @@ def _opened(source: Any, video_dir: str | os.PathLike | None) -> Iterator[av.con
 
 
 def _require_stream(container: av.container.InputContainer) -> None:
-    """Raise unless there is a stream whose frames can be decoded, by what the header says; and hold it to that."""
+    """Raise unless the header names a stream that can be decoded; and enforce the header's frame size."""
     if not container.streams.video:
         raise ValueError("the file has no video stream")
     context = container.streams.video[0].codec_context
@@ -244,7 +245,7 @@ def _require_stream(container: av.container.InputContainer) -> None:
 
 def _outline_of_file(container: av.container.InputContainer, limits: VideoLimits) -> VideoOutline:
     stream = container.streams.video[0]
-    # Containers such as WebM do not say how many frames they hold; each packet of a video stream is one.
+    # Containers such as WebM do not store their number of frames; each packet of a video stream is one.
     total = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
     source_fps = float(stream.average_rate or stream.guessed_rate or 0)
     if total == 0 or source_fps == 0:
@@ -264,7 +265,7 @@ def _outline_of_file(container: av.container.InputContainer, limits: VideoLimits
 
 
 def _upright_size(container: av.container.InputContainer) -> tuple[int, int]:
-    """(width, height) of the file's frames as they are to be seen."""
+    """(width, height) of the file's frames after rotation."""
     container.seek(0)
     frame = next(container.decode(video=0), None)
     if frame is None:
@@ -273,7 +274,7 @@ def _upright_size(container: av.container.InputContainer) -> tuple[int, int]:
 
 
 def _decoded(container: av.container.InputContainer, outline: VideoOutline) -> Iterator[Image.Image]:
-    """The frames that are shown, upright. Those that a file lacks at its end are the last one before, once more."""
+    """The frames that are shown, upright. Frames missing at the file's end are replaced by the last one."""
     wanted = list(outline.frame_indices)
     image = None
     for position, frame in enumerate(container.decode(video=0)):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens and resizes images, and hands images and videos (which video.py opens) on by reference.
+"""Opens and resizes images, and passes images and videos (opened by video.py) on by reference.
 
-The dataset opens and resizes a medium once; from there on it travels as a `MediaHandle`, and whoever needs model
-inputs makes them with the `Featurizer` of features.py. Prompt and model thus agree on the number of its tokens. The
-reward process has handles too, so that this file does not load torch.
+The dataset opens and resizes an image or video once. From then on it is passed as a `MediaHandle`, and `Featurizer`
+(features.py) turns it into model inputs. So prompt and model agree on its number of tokens. The reward process uses
+handles too, so this file does not load torch.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ if TYPE_CHECKING:
 ImageSource = Image.Image | bytes | Mapping[str, Any] | str | os.PathLike
 
 UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What opening or decoding a broken image raises; Pillow uses SyntaxError for damaged PNG files."""
+"""Errors of opening or decoding a broken image; Pillow raises SyntaxError for damaged PNG files."""
 
 MAX_IMAGE_PIXELS = 89_478_485
-"""The most pixels that are decoded, 256 MiB as RGB. Above, Pillow suspects a decompression bomb, but only warns."""
+"""Largest image that is decoded, 256 MiB as RGB. Above it, Pillow only warns of a decompression bomb."""
 
 PROGRAMS = ("EPS",)
-"""Formats that Pillow has another program run, which may be turned against its user (Ghostscript for PostScript)."""
+"""Formats that Pillow decodes by running another program, which can be abused (Ghostscript for PostScript)."""
 
-UPRIGHT = 1  # the orientation of the Exif standard that needs no turning
+UPRIGHT = 1  # the Exif orientation that needs no rotation
 
 
 def open_image(source: ImageSource, image_dir: str | os.PathLike | None = None) -> Image.Image:
-    """Open an image in any of the forms in which datasets hold them, turned upright if the camera says so.
+    """Open an image in any form that datasets use, rotated according to its Exif data.
 
-    Pixels are decoded later, on first use, except where the image has to be turned.
+    Pixels are decoded later, on first use, unless the image must be rotated.
 
     Args:
         source: a PIL image, the bytes of an image file, a path, a `data:` or `file://` URI, or a dict with one of
             these under `bytes`, `path` or `image`.
-        image_dir: the folder that relative paths start from and that no path may leave; None for the working directory
-            and any path.
+        image_dir: start of relative paths, which no path may leave; None is the working directory, and allows any
+            path.
 
     Raises:
         ValueError: `source` is none of these, is no regular file, or has more than `MAX_IMAGE_PIXELS`.
-        OSError: no such file, or not an image.
+        OSError: the file does not exist or is no image.
     """
     if isinstance(source, Mapping):
         source = next((source[key] for key in ("bytes", "path", "image") if source.get(key) is not None), None)
@@ -68,7 +68,7 @@ def open_image(source: ImageSource, image_dir: str | os.PathLike | None = None) 
             f"an image has to be a PIL image, bytes, a path, or a dict with 'bytes' or 'path', not {source!r:.80}"
         )
     _require_decodable(image)
-    # Pillow decodes all pixels before it turns an image, and a PNG's even before it looks for an orientation.
+    # Pillow decodes all pixels before it rotates an image; for a PNG even before it reads the orientation.
     may_be_turned = image.format != "PNG" or "exif" in image.info
     if may_be_turned and image.getexif().get(ExifTags.Base.Orientation, UPRIGHT) != UPRIGHT:
         image = ImageOps.exif_transpose(image)
@@ -76,7 +76,7 @@ def open_image(source: ImageSource, image_dir: str | os.PathLike | None = None) 
 
 
 def _require_decodable(image: Image.Image) -> None:
-    """Raise for an image that decoding would run as a program, or that would fill the memory."""
+    """Raise for an image whose decoding would run a program or fill the memory."""
     if image.format in PROGRAMS:
         raise ValueError(f"{image.format} files are programs, which decoding would run; save it as PNG")
     width, height = image.size
@@ -88,8 +88,8 @@ def _require_decodable(image: Image.Image) -> None:
 
 
 def target_size(width: int, height: int, min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:
-    """Return the (width, height) that `process_image` gives an image: its shape kept, its area
-    within the bounds up to rounding down to whole pixels."""
+    """Return the (width, height) after `process_image`: the same aspect ratio, and an area within the bounds, up to
+    rounding down to whole pixels."""
     if max_pixels is not None and width * height > max_pixels:
         factor = math.sqrt(max_pixels / (width * height))
         width, height = max(1, int(width * factor)), max(1, int(height * factor))
@@ -100,12 +100,12 @@ def target_size(width: int, height: int, min_pixels: int | None, max_pixels: int
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode an image to 8-bit RGB, as one sees it.
+    """Decode an image to 8-bit RGB.
 
     - Transparency (RGBA, LA, PA, and palettes, greys or RGB with a transparent colour) is laid on white.
     - 16-bit greys (I;16, and PNG's in mode I) are scaled from 0..65535 to 0..255.
-    - Other 32-bit integers (I) and floats (F) do not say what black and white are, and are refused.
-    - What Pillow converts without loss of meaning (1, L, P, CMYK, YCbCr, HSV) is converted by it.
+    - Other 32-bit integers (I) and floats (F) do not define black and white, and are refused.
+    - Pillow converts the modes that it handles correctly (1, L, P, CMYK, YCbCr, HSV).
 
     Raises:
         ValueError: the mode cannot be converted; the message names it.
@@ -134,10 +134,10 @@ def process_image(image: Image.Image, min_pixels: int | None, max_pixels: int | 
 
 
 class MediaHandle:
-    """One image or video of a prompt by reference: small to send, equal to every copy of itself.
+    """A reference to one image or video of a prompt. Copies of a handle are equal, and cheap to send.
 
-    The n samples of a prompt share one handle, so the medium crosses the network once a machine and its features are
-    computed once a step. Where Ray is not running, a handle holds the medium itself.
+    The n samples of a prompt share one handle, so the content is sent once per machine and its features are computed
+    once per step. Without Ray, a handle holds the content itself.
     """
 
     def __init__(self, key: str, reference: ray.ObjectRef | None, medium: Medium | None, is_video: bool) -> None:
@@ -148,8 +148,8 @@ class MediaHandle:
 
     @classmethod
     def put(cls, medium: Medium) -> MediaHandle:
-        """Store an RGB image (as `process_image` returns it) or a video (as `load_video` does) in Ray's object store
-        and return a handle to it."""
+        """Store an RGB image (from `process_image`) or a video (from `load_video`) in Ray's object store and return a
+        handle to it."""
         is_video = not isinstance(medium, Image.Image)
         assert is_video or medium.mode == "RGB", f"images are stored as RGB, not {medium.mode}"
         key = uuid.uuid4().hex

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a few chosen rows look at, image token by image token, beside the masses that are measured of every row.
+"""Attention maps of a few chosen rows: the attention on every single image token.
 
 Shapes: T response tokens of a row, V image and video tokens of its prompt, L measured layers, G groups of heads.
 """
@@ -19,21 +19,21 @@ from verl.models.sequence_parallel import SequenceGroup
 
 @dataclass(frozen=True)
 class MapRequest:
-    """Whose maps are wanted, and in what detail."""
+    """Which rows get attention maps, and in what detail."""
 
     rows: Collection[int]
-    """Of the batch that is measured."""
+    """Row numbers in the measured batch."""
     head_groups: int | None = None
-    """G: each layer's heads are also told apart in so many groups of neighbours; None for the layer as a whole."""
+    """G: splits each layer's heads into this many groups of neighbours; None for the mean over all heads."""
     keeps_layers: bool = False
     """Whether each layer and group keeps its own map, which takes L x G times the memory of one."""
 
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """What one row's response tokens look at, as shares of the attention to the prompt without its first token.
+    """Attention of one row's response tokens, as shares of their attention to the prompt without its first token.
 
-    All are NumPy arrays in float32, so that it travels between processes as it is.
+    All are float32 NumPy arrays, which can be sent between processes.
     """
 
     layers: tuple[int, ...]
@@ -43,22 +43,22 @@ class AttentionMap:
     layer_masses: np.ndarray
     """(L, T, 2), each layer's share on text and on images."""
     group_masses: np.ndarray | None = None
-    """(L, G, T, 2), the same of groups of heads, each as a share of the group's own attention to the prompt."""
+    """(L, G, T, 2), the same for groups of heads, as shares of each group's attention to the prompt."""
     group_vision: np.ndarray | None = None
-    """(L, G, T, V), the map of each layer and group; G is 1 where no groups were asked for."""
+    """(L, G, T, V), the map of each layer and group; G is 1 without groups."""
 
 
 class AttentionMaps:
-    """Gathers the maps of a request, layer by layer, while a model runs.
+    """Collects the requested maps layer by layer while a model runs.
 
     Args:
-        plan: which queries and keys the rows have.
-        request: the maps that are wanted.
-        layers: the layers that will be shown.
-        group: the ranks that share the heads with this one, with the same request; None for all heads here.
+        plan: gives the queries and keys of the rows.
+        request: the maps to collect.
+        layers: the layers to measure.
+        group: the ranks that share the attention heads, with the same request; None if this rank has all heads.
 
     Raises:
-        ValueError: groups of heads are asked for where ranks share the heads.
+        ValueError: `request` asks for groups of heads while ranks share the heads.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class AttentionMaps:
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> None:
-        """Takes a layer's part. Where ranks share the heads this is a collective for each row of the request.
+        """Adds a layer's maps. If ranks share the heads, this is a collective for each row of the request.
 
         Raises:
             ValueError: the groups of the request do not divide the layer's heads.
@@ -96,22 +96,22 @@ class AttentionMaps:
         if query.shape[1] % head_groups:
             raise ValueError(f"head_groups={head_groups} does not divide the {query.shape[1]} heads of layer {layer}")
         for sample in self._samples:
-            of_groups = attention_map(query, key, self._plan, sample, scaling, softcap, sinks, head_groups)
+            group_attention = attention_map(query, key, self._plan, sample, scaling, softcap, sinks, head_groups)
             if self._group is not None:
-                of_groups = self._group.mean(of_groups)
-            shares = _normalised(of_groups.mean(dim=0))  # (T, V + 1)
+                group_attention = self._group.mean(group_attention)
+            shares = _normalised(group_attention.mean(dim=0))  # (T, V + 1)
             self._sums[sample.row] = self._sums.get(sample.row, 0.0) + shares[:, :-1].double()
             self._masses[layer, sample.row] = _masses(shares).cpu()
             if self._request.head_groups is not None or self._request.keeps_layers:
-                group_shares = _normalised(of_groups)  # (G, T, V + 1)
+                group_shares = _normalised(group_attention)  # (G, T, V + 1)
                 kept = group_shares if self._request.keeps_layers else _masses(group_shares)
                 self._group_shares[layer, sample.row] = kept.cpu()
 
-    def of_rows(self, response_mask: torch.Tensor) -> dict[int, AttentionMap]:
-        """The maps by row. A row without a response, or without a prompt, has none.
+    def by_row(self, response_mask: torch.Tensor) -> dict[int, AttentionMap]:
+        """The maps by row number. A row without a response or without a prompt has none.
 
         Args:
-            response_mask: (N, R) bool; the tokens of each row whose maps are given.
+            response_mask: (N, R) bool; the response tokens that get a map.
         """
         columns = self._plan.to(torch.device("cpu")).result_columns
         maps = {}
@@ -131,11 +131,11 @@ class AttentionMaps:
 
 
 def _normalised(attention: torch.Tensor) -> torch.Tensor:
-    """(..., V + 1) shares of the prompt's attention, from (..., V + 2) with that attention last; 0 where it is 0."""
+    """(..., V + 1) shares of the attention to the prompt, which is the last entry of the input (..., V + 2)."""
     prompt = attention[..., -1:]
     return torch.where(prompt == 0, 0.0, attention[..., :-1] / prompt)
 
 
 def _masses(shares: torch.Tensor) -> torch.Tensor:
-    """(..., 2) on text and on images, from (..., V + 1) with the text last."""
+    """(..., 2) attention on text and on images, from (..., V + 1) with the text last."""
     return torch.stack([shares[..., -1], shares[..., :-1].sum(dim=-1)], dim=-1)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures, while a Hugging Face model runs, how much each response token attends to text and to images.
 
-For the time of a context, the attention functions of transformers have a tap behind them: the function runs untouched,
-then its rotated queries and keys are looked at. No mask is read and no attention map is made.
+Inside a context, a tap is added to the attention functions of transformers: the function runs unchanged, then the tap
+reads its rotated queries and keys. No attention mask is read and no attention map is stored.
 
 Shapes: N samples, R response columns, S sequence length, L layers, H heads, D head dimension.
 """
@@ -25,28 +25,28 @@ from verl.models.sequence_parallel import SequenceGroup
 from verl.trainer.config import LayerChoice
 
 WRAPPERS = ("_orig_mod", "module")
-"""Where torch.compile keeps the model it wraps, and where DDP and FSDP1 do."""
+"""Attributes in which torch.compile, and DDP and FSDP1, keep the wrapped model."""
 
 CHANGES_OF_SCORES = ("position_bias", "indices", "block_indices")
-"""Arguments by which some models' attention departs from a softmax of scaled products over all earlier tokens."""
+"""Attention arguments of some models that change the plain softmax of scaled products over all earlier tokens."""
 
 REMEDY = "set worker.rollout.collect_attentions=false"
 
 
 class AttentionMassRecorder:
-    """What one forward pass showed; made by `record_attention_mass`.
+    """The attention masses of one forward pass. `record_attention_mass` creates it.
 
     Args:
         model: a Hugging Face model.
-        plan: which queries and keys to look at.
-        shape: of the tokens that `plan` was made of, batch rows and columns.
-        layers: of the language model's full-attention layers; see `choose_layers`.
+        plan: the queries and keys to measure.
+        shape: rows and columns of the token batch that `plan` describes.
+        layers: a choice of the language model's full-attention layers; see `choose_layers`.
         backend: one of `BACKENDS`; None for the default of the device.
-        group: the ranks that share the heads with this one; None for all heads here.
-        maps: the rows whose attention is wanted image token by image token; None for no row.
+        group: the ranks that share the attention heads; None if this rank has all heads.
+        maps: the rows to make attention maps of; None for no row.
 
     Raises:
-        ValueError: `layers` is no choice of layers, or `maps` asks for what `AttentionMaps` refuses.
+        ValueError: `layers` is no valid choice, or `AttentionMaps` refuses `maps`.
         RuntimeError: no layer has full attention.
     """
 
@@ -73,11 +73,11 @@ class AttentionMassRecorder:
         self._maps = None if maps is None else AttentionMaps(plan, maps, self.layers, group)
 
     def mass(self) -> torch.Tensor:
-        """(N, R, 2) float32, attention of the query that predicts response token r on text keys and on vision keys.
+        """(N, R, 2) float32, attention on text keys and on vision keys, by the query that predicts response token r.
 
         Per layer the mean over heads, as a share of the attention to the prompt's keys without the sink; then the
-        mean over the layers. Zero where there is no response token. Where ranks share the heads, this is a collective:
-        one for all layers.
+        mean over the layers. Zero where there is no response token. If ranks share the heads, this is one collective
+        for all layers.
 
         Raises:
             RuntimeError: a layer was not seen.
@@ -87,16 +87,16 @@ class AttentionMassRecorder:
         return normalised_layer_mean(masses if self._group is None else self._group.mean(masses))
 
     def maps(self, response_mask: torch.Tensor) -> dict[int, AttentionMap]:
-        """What the rows that were asked for look at, by row; a row without a response has none.
+        """The attention maps of the requested rows, by row number; a row without a response has none.
 
         Args:
-            response_mask: (N, at least R) bool, the tokens whose attention is given.
+            response_mask: (N, at least R) bool, the response tokens that get a map.
 
         Raises:
             RuntimeError: a layer was not seen.
         """
         self._require_all_layers()
-        return {} if self._maps is None else self._maps.of_rows(response_mask)
+        return {} if self._maps is None else self._maps.by_row(response_mask)
 
     def _require_all_layers(self) -> None:
         missing = [layer for layer in self.layers if layer not in self._masses]
@@ -110,20 +110,20 @@ class AttentionMassRecorder:
     # Traced, a back end's loops over samples would be unrolled, and compiled anew for every batch.
     @torch.compiler.disable
     def observe(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, **options: Any) -> None:
-        """Takes the mass of a layer that is to be measured.
+        """Computes and stores the mass of a layer, if the layer is to be measured.
 
         Args:
             query: (B, H, S, D). key: (B, Hkv, S, D).
-            options: what else the attention function was given by keyword.
+            options: the other keyword arguments of the attention function.
 
         Raises:
-            RuntimeError: the layer's attention is not what can be measured, or was measured already.
+            RuntimeError: the layer's kind of attention cannot be measured, or the layer was measured already.
         """
         layer = self._layer_of.get(id(module))
         if layer is None:
             return
         if layer in self._masses:
-            if _in_backward():  # gradient checkpointing computes the same once more
+            if _in_backward():  # gradient checkpointing recomputes the layer
                 return
             raise RuntimeError(
                 f"layer {layer} of {self._model_name} ran twice while its attention was measured; one context of "
@@ -145,7 +145,7 @@ class AttentionMassRecorder:
         shapes = [(tensor.shape[0], tensor.shape[2]) for tensor in (query, key)]
         if shapes != [self._shape, self._shape]:
             raise RuntimeError(
-                f"{name} has queries and keys of {shapes[0]} and {shapes[1]} rows and tokens, but key_kinds tell of "
+                f"{name} has queries and keys of {shapes[0]} and {shapes[1]} rows and tokens, but key_kinds has "
                 f"{self._shape}; give the forward whole sequences, all at once and without a cache of earlier ones"
             )
         window = window_of_layer(module, options)
@@ -172,24 +172,24 @@ def record_attention_mass(
     backend: str | None = None,
     maps: MapRequest | None = None,
 ) -> Iterator[AttentionMassRecorder]:
-    """Around one forward of `model` on a padded batch; afterwards the recorder's `mass()` has the result.
+    """A context around one forward of `model` on a padded batch; afterwards the recorder's `mass()` has the result.
 
-    The model computes what it would without, with any attention implementation, padding anywhere, gradient
-    checkpointing and FSDP2. The backward pass may come inside the context or after it.
+    The model's outputs do not change. Works with any attention implementation, padding at any place, gradient
+    checkpointing and FSDP2. The backward pass may run inside the context or after it.
 
     Args:
-        model: a Hugging Face model, also sharded, compiled or with adapters.
+        model: a Hugging Face model; it may be sharded, compiled or have adapters.
         key_kinds: (N, S) `KeyKind` of the batch's tokens.
         response_length: R, the last columns.
         layers: which of the language model's full-attention layers to measure; see `choose_layers`.
         backend: one of `BACKENDS`; None takes the default of the device.
-        maps: the rows whose attention is wanted image token by image token, in `maps()`; None for no row.
+        maps: the rows to make attention maps of, for the recorder's `maps()`; None for no row.
 
     Raises:
-        ValueError: `layers` is no choice of layers, or `maps` has groups that do not divide the heads.
-        RuntimeError: the model has no layer of full attention; from the forward, where the attention of a layer to be
-            measured goes through a window shorter than a sample, or otherwise not over all earlier tokens, where the
-            forward's shape is not that of `key_kinds`, and where it is the context's second.
+        ValueError: `layers` is no valid choice, or `maps` has groups that do not divide the heads.
+        RuntimeError: the model has no full-attention layer. During the forward: a measured layer has a sliding window
+            shorter than a sample, or another kind of attention that does not cover all earlier tokens; the forward's
+            shape differs from the shape of `key_kinds`; or it is the second forward inside the context.
     """
     plan = KeyPlan.from_kinds(key_kinds, response_length)
     recorder = AttentionMassRecorder(model, plan, tuple(key_kinds.shape), layers, backend, maps=maps)
@@ -209,14 +209,14 @@ def record_mass_at(
     group: SequenceGroup | None = None,
     maps: MapRequest | None = None,
 ) -> Iterator[AttentionMassRecorder]:
-    """`record_attention_mass` for a forward on samples in one row, end to end or with tokens in common.
+    """`record_attention_mass` for samples that are packed into one row, end to end or with shared prompts.
 
     Args:
         key_kinds: (total,) `KeyKind` of the tokens.
-        places: of each sample the places of its tokens in the row, ascending, in their order.
-        columns: of each sample the columns of the result that its response tokens go to, ascending.
+        places: for each sample, the positions of its tokens in the row, ascending.
+        columns: for each sample, the columns of the result for its response tokens, ascending.
         response_length: R of the result.
-        group: the ranks that share the row with this one; its ranks all get the same result.
+        group: the ranks that share the row with this one; all get the same result.
     """
     plan = KeyPlan.from_places(key_kinds, places, columns, response_length)
     recorder = AttentionMassRecorder(model, plan, (1, len(key_kinds)), layers, backend, group, maps)
@@ -236,12 +236,12 @@ def require_layers(model_config: PretrainedConfig, choice: LayerChoice) -> None:
 
 
 def choose_layers(full: Sequence[int], choice: LayerChoice | int | None) -> list[int]:
-    """Out of the numbers of a model's full-attention layers, those that `choice` names.
+    """Select full-attention layers by a choice such as `last:8`.
 
     Args:
-        full: ascending.
-        choice: `all` or None; `middle`, the middle third, at least one; `last:K` or the number K, the last K or all if
-            there are fewer; or layer numbers.
+        full: the numbers of the model's full-attention layers, ascending.
+        choice: `all` or None; `middle`, the middle third, at least one; `last:K` or the number K, the last K, or all
+            if there are fewer; or layer numbers.
 
     Raises:
         ValueError: `choice` is none of these, or names a layer that is not in `full`.
@@ -266,10 +266,10 @@ def choose_layers(full: Sequence[int], choice: LayerChoice | int | None) -> list
 
 
 def _layers_to_measure(model: nn.Module, layers: LayerChoice | int | None) -> tuple[dict[int, int], list[int]]:
-    """Layer number by identity of the decoder's modules that have one, and the numbers to measure.
+    """Layer numbers by `id` of the decoder's modules that have one, and the layer numbers to measure.
 
-    Vision towers lie outside the decoder, and their modules have no layer number. Hybrid models and those with sliding
-    windows say in `layer_types` which layers attend to everything.
+    Vision towers lie outside the decoder, and their modules have no layer number. Hybrid models and models with
+    sliding windows list in `layer_types` which layers have full attention.
     """
     decoder = model.get_decoder()
     numbers = {
@@ -279,8 +279,8 @@ def _layers_to_measure(model: nn.Module, layers: LayerChoice | int | None) -> tu
     last = max(numbers.values(), default=-1)
     if types is not None and last >= len(types):
         raise RuntimeError(
-            f"{type(model).__name__} has a layer {last}, of which its {len(types)} layer_types do not say whether it "
-            f"attends to everything; give its config one for each layer, or {REMEDY}"
+            f"{type(model).__name__} has a layer {last}, but its layer_types have only {len(types)} entries; give its "
+            f"config one entry for each layer, or {REMEDY}"
         )
     full = [number for number in sorted(set(numbers.values())) if types is None or types[number] == "full_attention"]
     if not full:
@@ -292,11 +292,11 @@ def _layers_to_measure(model: nn.Module, layers: LayerChoice | int | None) -> tu
 
 
 def _in_backward() -> bool:
-    return ModuleTracker().is_bw  # it asks the autograd engine, so that it need not have tracked anything
+    return ModuleTracker().is_bw  # it asks the autograd engine and needs no earlier tracking
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The Hugging Face model itself, in whatever order others are wrapped around it."""
+    """The Hugging Face model inside any wrappers."""
     for name in WRAPPERS:
         inner = getattr(model, name, None)
         if isinstance(inner, nn.Module):

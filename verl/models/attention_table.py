@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place that reaches into transformers' attention: what happens around the attention of a decoder layer.
+"""Extends the attention functions of transformers. No other module touches them.
 
-transformers looks every layer's attention function up in a table, each time the layer runs; `extend_attention` has the
-table hand them out with rings around them. The functions keep their names: other names lose the causal mask or a
-vision tower's fast path without a word.
+Each time a layer runs, transformers looks up its attention function in a table. `extend_attention` makes the table
+return wrapped functions. The functions keep their names: under other names transformers silently drops the causal mask
+or a vision tower's fast path.
 
 Shapes: N samples, T tokens in a row, W ranks that share it, H heads, D head dimension.
 """
@@ -27,17 +27,16 @@ from verl.models.sequence_parallel import SequenceGroup
 SAMPLES = "packed_samples"
 """The keyword under which a model's forward is given its `PackedSamples`.
 
-Models pass it on to their attention, like any keyword that they do not know. It thus reaches layers that gradient
-checkpointing runs once more in the backward pass, when no context of the forward is open any longer.
+Models pass unknown keywords on to their attention. This also works for layers that gradient checkpointing recomputes
+in the backward pass, after every context around the forward has closed.
 """
 
 PACKING_IMPLEMENTATIONS = ("sdpa", "flash_attention_2")
-"""Implementations of attention that can keep packed samples apart."""
+"""Attention implementations that can keep packed samples apart."""
 
 NOT_A_MASK = (1, 1, 0, 0)
-"""Shape of what packed rows have in place of an attention mask: the models pass it through untouched, whereas they
-would make a (T, T) mask of none. A layer that does not take its attention from the table, and would let samples see
-each other, fails on it."""
+"""Shape of the placeholder that packed rows pass as attention mask. Models pass it through unchanged; without it they
+would build a (T, T) mask. A layer that bypasses the table, and would let samples see each other, fails on it."""
 
 Attend = Callable[..., tuple[torch.Tensor, Any]]
 Tap = Callable[..., None]
@@ -47,19 +46,18 @@ _taps: list[Tap] = []
 
 @dataclass(frozen=True)
 class PackedSamples:
-    """Pieces that lie end to end in one batch row of T tokens, all of them. Each attends to itself, and to the piece
-    that it continues.
+    """Pieces that fill one batch row of T tokens, end to end. Each attends to itself and to the piece it continues.
 
-    Samples of their own continue nothing. Where samples share a prompt, the prompt is a piece, which attends to
-    itself, and each response is one that continues it.
+    Independent samples continue nothing. If samples share a prompt, the prompt is one piece, and each response is a
+    piece that continues it.
     """
 
     borders: tuple[int, ...]
-    """Where each piece begins, and T: 0 first."""
+    """The start of each piece, and T at the end; begins with 0."""
     group: SequenceGroup | None = None
-    """The ranks that share the row, T / W tokens each; None for a row of one rank's own."""
+    """The ranks that share the row, T / W tokens each; None if one rank has the whole row."""
     continued: tuple[int | None, ...] | None = None
-    """For each piece the number of the piece that it continues, or None; None where no piece continues another."""
+    """For each piece the index of the piece that it continues, or None; None if no piece continues another."""
 
     @cached_property
     def pieces(self) -> list[Piece]:
@@ -73,7 +71,7 @@ class PackedSamples:
 
 
 class Piece(NamedTuple):
-    """Positions of a piece, and of the one that it continues, which is empty where there is none."""
+    """Positions of a piece and of its prefix, the piece that it continues; the prefix may be empty."""
 
     start: int
     end: int
@@ -90,20 +88,20 @@ class Piece(NamedTuple):
 
 
 def extend_attention() -> None:
-    """Puts the rings around transformers' attention, for the life of the process; once is enough. Innermost first:
+    """Wraps transformers' attention for the life of the process; further calls do nothing. Innermost first:
 
-    1. Samples that lie end to end in one row attend each to itself.
-    2. Taps look at the queries and keys (`tapped_attention`).
-    3. Where ranks share the row, each gives all positions of some heads for some positions of all heads, and back.
+    1. Samples that are packed in one row attend only to themselves.
+    2. Taps read the queries and keys (`tapped_attention`).
+    3. If ranks share the row, they exchange their positions of all heads for all positions of some heads, and back.
 
-    1 and 3 act on calls that bring `PackedSamples` along, and on nothing else.
+    1 and 3 apply only to calls with `PackedSamples`.
     """
     if _is_extended():
         return
     hand_out = ALL_ATTENTION_FUNCTIONS.get_interface
 
     def hand_out_extended(attn_implementation: str, default: Attend) -> Attend:
-        # Eager attention has no entry: every modeling file offers its own as the default, some one for each tower.
+        # Eager attention has no entry: every modeling file passes its own as the default, some one per tower.
         return _extended(hand_out(attn_implementation, default))
 
     ALL_ATTENTION_FUNCTIONS.get_interface = hand_out_extended
@@ -111,9 +109,9 @@ def extend_attention() -> None:
 
 @contextmanager
 def tapped_attention(tap: Tap) -> Iterator[None]:
-    """Shows every attention function's module, query, key and keywords to `tap`, after the function has run.
+    """Inside, calls `tap` after every attention function, with its module, query, key and keywords.
 
-    The table is left as it was found, extended or not.
+    Afterwards the table is as before, extended or not.
 
     Args:
         tap: called as tap(module, query (B, H, T, D), key (B, Hkv, T, D), **keywords).
@@ -130,12 +128,12 @@ def tapped_attention(tap: Tap) -> Iterator[None]:
 
 
 def window_of_layer(module: nn.Module, keywords: dict[str, Any]) -> int | None:
-    """How many tokens a layer sees, the own one included; None for all.
+    """The sliding window of a layer in tokens, the current one included; None for full attention.
 
-    Qwen2-MoE and Phi-3.5-MoE tell it to nobody but their masks, all others to the attention function too.
+    Most models pass the window to the attention function; Qwen2-MoE and Phi-3.5-MoE only build it into their masks.
 
     Args:
-        keywords: of the call of its attention function.
+        keywords: the keyword arguments of its attention function.
     """
     if keywords.get("sliding_window"):
         return keywords["sliding_window"]
@@ -149,10 +147,10 @@ def _is_extended() -> bool:
 
 
 def _extended(attend: Attend) -> Attend:
-    # The first parameters' names are those that some models pass by keyword.
+    # Some models pass the first parameters by keyword, under these names.
     def extended(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **keywords: Any) -> Any:
         samples: PackedSamples | None = keywords.pop(SAMPLES, None)
-        # Some models hand the keyword to their vision tower as well, whose layers have no number.
+        # Some models pass the keyword to their vision tower as well, whose layers have no number.
         if samples is None or not isinstance(getattr(module, "layer_idx", None), int):
             _require_a_mask(module, args[1] if len(args) > 1 else keywords.get("attention_mask"))
             output = attend(module, query, key, *args, **keywords)
@@ -166,8 +164,8 @@ def _extended(attend: Attend) -> Attend:
 def _require_a_mask(module: nn.Module, mask: Any) -> None:
     if isinstance(mask, torch.Tensor) and tuple(mask.shape) == NOT_A_MASK:
         raise RuntimeError(
-            f"{type(module).__name__} is not told where packed samples begin: its model passes no further keywords on "
-            "to its attention; set padding_free=false, and ulysses_size=1"
+            f"{type(module).__name__} does not learn where packed samples begin: its model passes no further keywords "
+            "on to its attention; set padding_free=false, and ulysses_size=1"
         )
 
 
@@ -187,7 +185,7 @@ def _attend_packed(
     **keywords: Any,
 ) -> tuple[torch.Tensor, None]:
     """(1, T, H, D), or (1, T / W, H, D) where ranks share the row; query, key and value are (1, H, T or T / W, D)."""
-    assert tuple(attention_mask.shape) == NOT_A_MASK, "packed samples know by themselves who attends to whom"
+    assert tuple(attention_mask.shape) == NOT_A_MASK, "packed samples take no attention mask"
     keywords["sliding_window"] = window_of_layer(module, keywords)
     group = samples.group
     if group is not None:
@@ -199,15 +197,15 @@ def _attend_packed(
             own = tuple(tensor.index_select(2, key_places) for tensor in own)
         output, _ = attend(module, query, *own, None, **keywords, **borders)
     else:
-        output = _one_by_one(attend, samples, _with_own_heads(module, query, key), query, key, value, **keywords)
+        output = _one_by_one(attend, samples, _with_local_heads(module, query, key), query, key, value, **keywords)
     _show(module, query, key, keywords)
     return (output if group is None else group.exchange_positions(output)), None
 
 
-def _with_own_heads(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> nn.Module:
-    """The layer as SDPA is to see it: it repeats a key for so many queries as the layer names, where there is a mask.
+def _with_local_heads(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> nn.Module:
+    """The layer with the number of query heads per key head that SDPA needs to repeat key heads, if there is a mask.
 
-    A rank that has one of the repeated keys (`SequenceGroup.exchange_heads`) has fewer queries for it.
+    A rank with a repeated key head (`SequenceGroup.exchange_heads`) has fewer query heads for it than the layer says.
     """
     groups = query.shape[1] // key.shape[1]
     if getattr(module, "num_key_value_groups", groups) == groups:
@@ -217,10 +215,10 @@ def _with_own_heads(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -
     return own
 
 
-@lru_cache(maxsize=1)  # all layers ask for the same, and each time the CPU would wait for the device
+@lru_cache(maxsize=1)  # once for all layers: it waits for the device
 def _flash_borders(samples: PackedSamples, device: torch.device) -> tuple[dict[str, Any], torch.Tensor | None]:
-    """Keywords of FlashAttention, which lets the last query of a piece see the last of its keys; and the positions of
-    each piece's keys, one piece after the other, or None where they are the row's own."""
+    """Keywords for FlashAttention, which aligns a piece's last query with its last key; and the positions of the keys,
+    piece after piece, or None if they are all positions of the row in order."""
     borders = torch.tensor(samples.borders, dtype=torch.int32, device=device)
     longest = max(piece.length for piece in samples.pieces)
     queries = dict(cu_seq_lens_q=borders, max_length_q=longest)
@@ -242,14 +240,14 @@ def _one_by_one(
     value: torch.Tensor,
     **keywords: Any,
 ) -> torch.Tensor:
-    """Attention piece by piece, whose cost grows with the pieces' own lengths and not with the whole row's."""
+    """Attention piece by piece: the cost depends on the pieces' lengths, not on the row's."""
     window = keywords["sliding_window"]
     outputs = []
     for piece in samples.pieces:
         keys, values = (_with_prefix(tensor, piece) for tensor in (key, value))
         sees_all = window is None or piece.prefix_length + piece.length <= window
         if sees_all and piece.prefix_length < piece.length:
-            # Half of a square without a mask is less than a rectangle with one; the prefix's part is not used.
+            # A causal square without a mask costs less than a rectangle with one; the prefix's output is not used.
             output, _ = attend(module, _with_prefix(query, piece), keys, values, None, **keywords)
             outputs.append(output[:, piece.prefix_length :])
             continue
@@ -267,7 +265,7 @@ def _with_prefix(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
 
 
 def _mask_of(piece: Piece, window: int | None, query: torch.Tensor) -> torch.Tensor:
-    """(1, 1, length, prefix and length) bool: a token sees itself and what came before, or the last `window` of it."""
+    """(1, 1, length, prefix and length) bool: a token sees itself and all earlier tokens, or the last `window`."""
     keys = torch.arange(piece.prefix_length + piece.length, device=query.device)
     behind = keys[piece.prefix_length :, None] - keys  # (length, prefix and length)
     visible = behind >= 0

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many floating point operations a forward or a training pass takes, from the model's own matrices and tokens.
+"""Floating-point operations of a forward or training pass, computed from the model's matrices and the tokens.
 
-Counted are multiplications with weights, in decoder, vision tower and output head, and the products of attention. Not
+Counted: multiplications with weights in decoder, vision tower and output head, and the products of attention. Not
 counted: norms, activations, rope, the state updates of recurrent layers, the projector behind towers other than Qwen's
-(less than a percent), and what gradient checkpointing computes a second time: a utilisation made of this is that of
-the model and not of the hardware.
+(less than a percent), and the recomputation of gradient checkpointing. So a utilisation from these counts is a model
+FLOPs utilisation (MFU), not a hardware utilisation.
 
 Shapes: images are rows of a grid (images, 3) of frames, height and width in patches.
 """
@@ -43,13 +43,13 @@ PEAK_TFLOPS = {
     "L20": 119.5,
     "L4": 121.0,
 }
-"""Dense bf16 operations per second, in 10^12, by the words that name the device (makers' data sheets)."""
+"""Dense bf16 operations per second, in 10^12, by the words of a device's name. Source: the makers' data sheets."""
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Operations per second that a device is made for, by its name as CUDA gives it; None where it is not known.
+    """Peak operations per second of a device, by the name that CUDA gives; None if unknown.
 
-    Whole words are compared, so that an H200 is no H20 and an L40S no L40; cards for other slots are slower.
+    Whole words are compared, so that an H200 is not taken for an H20, nor an L40S for an L40.
     """
     words = set(re.findall(r"[A-Z0-9]+", device_name.upper()))
     known = [name for name in PEAK_TFLOPS if words.issuperset(name.split())]
@@ -58,14 +58,14 @@ def peak_flops(device_name: str) -> float | None:
 
 @dataclass(frozen=True)
 class Work:
-    """Operations of one forward pass, by what the backward pass adds to them."""
+    """Operations of one forward pass, grouped by what the backward pass adds to them."""
 
     trained: float = 0.0
-    """With weights that train, and in attention: twice as many again, for inputs and for weights (or keys)."""
+    """With trained weights, and in attention: the backward pass adds twice as many, for inputs and weights or keys."""
     frozen: float = 0.0
-    """With weights that do not, which gradients flow through: once as many again."""
+    """With frozen weights that gradients flow through: the backward pass adds as many."""
     outside: float = 0.0
-    """Before anything that trains: none again."""
+    """With frozen weights before all trained ones: the backward pass adds none."""
 
     @property
     def forward(self) -> float:
@@ -88,7 +88,7 @@ class FlopCounter:
 
     Args:
         model: with or without adapters, sharded or not.
-        tower: its vision tower; None for a text model.
+        tower: its vision tower; None for a text-only model.
     """
 
     def __init__(self, model: nn.Module, tower: nn.Module | None) -> None:
@@ -109,10 +109,10 @@ class FlopCounter:
         media: dict[str, torch.Tensor],
         prefixes: Sequence[int] | None = None,
     ) -> Work:
-        """Of a forward pass over pieces of `lengths` tokens that predicts some of them, with their media inputs.
+        """Operations of a forward pass over pieces of `lengths` tokens and their media inputs.
 
         Args:
-            prefixes: for each piece how many tokens before it it attends to as well, which count elsewhere; None for
+            prefixes: for each piece, the number of earlier tokens in another piece that it also attends to; None for
                 whole samples.
         """
         pairs = sum(
@@ -129,7 +129,7 @@ class FlopCounter:
 
 
 class _TowerCounter:
-    """The part of the vision tower. Each frame of an image attends to itself, or each window of it."""
+    """Operations of the vision tower, in which attention stays within a frame, or within a window of it."""
 
     def __init__(self, tower: nn.Module) -> None:
         self.config = config = tower.config
@@ -172,7 +172,7 @@ class _TowerCounter:
 
 
 def _work_of(module: nn.Module, config: Any) -> Work:
-    """Per token: two operations for every weight that it is multiplied with."""
+    """Operations per token: two for every weight that it is multiplied with."""
     embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     work = Work()
     for name, parameter in module.named_parameters():
@@ -186,7 +186,7 @@ def _work_of(module: nn.Module, config: Any) -> Work:
 
 
 def _share_of_experts(config: Any) -> float:
-    """Of the experts of a layer, how many a token goes to."""
+    """The share of a layer's experts that a token is routed to."""
     fields = ("num_experts", "num_local_experts", "n_routed_experts")
     counts = [getattr(config, field) for field in fields if hasattr(config, field)]
     return config.num_experts_per_tok / counts[0] if counts else 1.0
@@ -197,12 +197,12 @@ def _head_dim(config: Any) -> int:
 
 
 def _causal_pairs(length: int, window: int | None) -> int:
-    """Queries and the keys that they attend to, of one head."""
+    """Number of query-key pairs of one head."""
     if window is None or length <= window:
         return length * (length + 1) // 2
     return window * (window + 1) // 2 + (length - window) * window
 
 
 def _squares(length: int, side: int) -> int:
-    """Sum of the squares of the pieces of `side` that `length` falls into, the last one smaller."""
+    """Sum of the squared lengths of pieces when `length` is cut every `side`; the last piece may be shorter."""
     return length // side * side**2 + (length % side) ** 2

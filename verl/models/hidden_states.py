@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks at a model's last hidden states while it runs."""
+"""Reads a model's last hidden states during its forward pass."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import nn
 def observe_hidden_states(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Inside, every forward of `model` adds its language model's last hidden states, (B, T, H), without gradient.
 
-    They are what the output head is given, of all positions.
+    These are the inputs of the output head, at all positions.
 
     Args:
-        model: a Hugging Face model, also sharded or with adapters.
+        model: a Hugging Face model; it may be sharded or have adapters.
     """
     seen: list[torch.Tensor] = []
 

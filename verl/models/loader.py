@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads a Hugging Face model as the trainer wants it: the right auto class, attention and rope, no silent default."""
+"""Loads a Hugging Face model for training, with the right auto class and attention, and no missing weights."""
 
 import logging
 from collections.abc import Sequence
@@ -39,11 +39,11 @@ DTYPES = {
 def load_model_config(config: ModelConfig) -> PretrainedConfig:
     """The model's Hugging Face config with `override_config` applied.
 
-    An `attn_implementation` among the overrides is not a config field of the model: `load_model` takes it from there.
+    `attn_implementation` may be among the overrides though it is no field of the config; `load_model` reads it.
 
     Raises:
-        ValueError: an override that the model's config has no field for, or a model that needs code of its own and
-            is not trusted to run it.
+        ValueError: the model's config has no field for an override, or the model needs its own code and
+            `trust_remote_code` is false.
     """
     overrides = {key: value for key, value in config.override_config.items() if key != "attn_implementation"}
     with refused_remote_code(config.model_path):
@@ -61,7 +61,7 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
 
 
 def load_generation_config(path: str, model_config: PretrainedConfig) -> GenerationConfig:
-    """The checkpoint's, as transformers' models find theirs."""
+    """The checkpoint's generation config, or the default if it has none."""
     try:
         return GenerationConfig.from_pretrained(path)
     except OSError:  # a checkpoint without one
@@ -69,7 +69,7 @@ def load_generation_config(path: str, model_config: PretrainedConfig) -> Generat
 
 
 def policy_class(model_config: PretrainedConfig) -> type[AutoModelForImageTextToText] | type[AutoModelForCausalLM]:
-    """The auto class of a policy: image-text wherever transformers has one for this config, else causal."""
+    """The auto class of a policy: image-text if transformers has one for this config, otherwise causal."""
     is_image_text = type(model_config) in AutoModelForImageTextToText._model_mapping
     return AutoModelForImageTextToText if is_image_text else AutoModelForCausalLM
 
@@ -77,21 +77,21 @@ def policy_class(model_config: PretrainedConfig) -> type[AutoModelForImageTextTo
 def load_model(
     config: ModelConfig, dtype: torch.dtype, compute_dtype: torch.dtype, with_weights: bool = True
 ) -> nn.Module:
-    """A policy with its weights, on the CPU; or the same modules without any.
+    """Loads a policy on the CPU, with its weights or as empty modules.
 
     Image-text models load as `AutoModelForImageTextToText`, all others as `AutoModelForCausalLM`. Attention is
-    FlashAttention 2 where a GPU and the package are present and the model computes in half precision without a mask
-    of its own, PyTorch's SDPA otherwise, unless `override_config.attn_implementation` says which.
+    FlashAttention 2 if a GPU and the package are present and the model computes in half precision without a special
+    mask, otherwise PyTorch's SDPA. `override_config.attn_implementation` overrides this.
 
     Args:
         config: `worker.actor.model`, or the critic's.
-        dtype: of the parameters.
-        compute_dtype: of the forward pass, which mixed precision may set apart from `dtype`.
+        dtype: precision of the parameters.
+        compute_dtype: precision of the forward pass; mixed precision may differ from `dtype`.
         with_weights: false opens no file of weights and leaves every tensor on the meta device.
 
     Raises:
         OSError: `model_path` is neither a folder with a model nor a reachable hub id (transformers says which).
-        ValueError: its files lack weights of the model, or hold some of another shape.
+        ValueError: its files lack weights of the model, or have weights of another shape.
     """
     return _load(config, dtype, compute_dtype, with_weights, needs_head=True)
 
@@ -126,23 +126,23 @@ def _load(
 def load_value_model(
     config: ModelConfig, dtype: torch.dtype, compute_dtype: torch.dtype, with_weights: bool = True
 ) -> ValueModel:
-    """A critic with the weights of a policy and a head at zero, on the CPU. Arguments and errors as in `load_model`.
+    """Loads a critic on the CPU, with a policy's weights and a value head of zeros. Arguments as in `load_model`.
 
-    Read as the policy that it is on disk, since only then does transformers know every name its weights may have.
+    The files are read as a policy: only then does transformers know every name that the weights may have.
     """
     return ValueModel(_load(config, dtype, compute_dtype, with_weights, needs_head=False))
 
 
 def _require_all_weights(model: nn.Module, report: dict[str, Any], path: str, needs_head: bool) -> None:
-    """Refuses a model of which transformers had to make up weights, and tells once of weights that it has no use for.
+    """Refuses a model whose files lack weights, and warns once of unused weights in the files.
 
     Args:
-        report: what `from_pretrained` says of the names; ties and what a class declares as optional are not in it.
-        needs_head: False where the output head is not used and may be missing.
+        report: what `from_pretrained` reports of the names; tied and optional weights are not in it.
+        needs_head: False if the output head is not used and may be missing.
     """
     head = model.get_output_embeddings()
-    of_head = set() if head is None or needs_head else {id(parameter) for parameter in head.parameters()}
-    unused = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in of_head}
+    head_ids = set() if head is None or needs_head else {id(parameter) for parameter in head.parameters()}
+    unused = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in head_ids}
     missing, unexpected = sorted(set(report["missing_keys"]) - unused), sorted(report["unexpected_keys"])
     if report["mismatched_keys"]:
         name, in_files, in_model = sorted(report["mismatched_keys"])[0]
@@ -170,7 +170,7 @@ def require_room_for_tokens(tokenizer: Any, model_config: PretrainedConfig, toke
     """Raise unless the model has an embedding for every token.
 
     Raises:
-        ValueError: naming both numbers.
+        ValueError: it has not; the message gives both numbers.
     """
     last = max(tokenizer.get_vocab().values())
     rows = model_config.get_text_config().vocab_size
@@ -182,15 +182,15 @@ def require_room_for_tokens(tokenizer: Any, model_config: PretrainedConfig, toke
 
 
 def keep_vision_tower_in_step(model: nn.Module) -> None:
-    """Lets the vision tower run once in every forward: on a tiny blank image, times zero, where there is none, and on
-    images and videos together where there are both.
+    """Makes the vision tower run exactly once in every forward: on images and videos together if there are both, on a
+    tiny blank image, times zero, if there are none.
 
-    Under FSDP2 each run of the tower gathers and scatters its parameters. Ranks whose rows hold other media would run
-    it more often or not at all, and wait for each other for ever (or crash, on gloo). The result is unchanged; without
-    media the tower's gradient is an exact zero instead of none, on one rank as on many.
+    Under FSDP2 each run of the tower gathers and scatters its parameters. Ranks with other media in their rows would
+    run it more often or not at all, and wait for each other for ever (or crash, on gloo). The result is unchanged;
+    without media the tower's gradient is exactly zero instead of missing, on any number of ranks.
 
-    Call it before sharding. Models without a vision tower are left alone; a tower has to answer to
-    `get_image_features`, as those of all known families do.
+    Call it before sharding. Models without a vision tower stay as they are. A tower is run by `get_image_features`,
+    which all known families have.
     """
     blank_image = family_of(model.config).blank_image
     if blank_image is None:
@@ -207,7 +207,7 @@ def keep_vision_tower_in_step(model: nn.Module) -> None:
         inputs = {name: to_device(value, embeds.device) for name, value in blank_image(model.config).items()}
         inputs["pixel_values"] = inputs["pixel_values"].to(embeds.dtype)
         features = core.get_image_features(**inputs, return_dict=True)
-        # Qwen3-VL feeds deeper layers from the tower as well: they need a gradient path too.
+        # Qwen3-VL also feeds deeper layers from the tower; they need a gradient path too.
         outputs = tree_leaves([features.pooler_output, features.get("deepstack_features") or []])
         blank = sum(output.mean() for output in outputs)
         return args, {**kwargs, "input_ids": None, "inputs_embeds": embeds + 0.0 * blank}
@@ -216,9 +216,9 @@ def keep_vision_tower_in_step(model: nn.Module) -> None:
 
 
 def _with_media_encoded(core: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A forward's arguments with what one run of the tower makes of images and videos, in the place of their pixels.
+    """Replaces the pixels in a forward's arguments by the features of one run of the tower on images and videos.
 
-    Towers that take both take a video as an image of several moments.
+    Towers that take both treat a video as an image with several time steps.
     """
     pixels = torch.cat([kwargs["pixel_values"], kwargs["pixel_values_videos"]])
     grids = torch.cat([kwargs["image_grid_thw"], kwargs["video_grid_thw"]])

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts another computation in the place of a model's output head, for one forward.
+"""Replaces a model's output head by another computation for one forward pass.
 
-FSDP gathers the head's weight for the time of the model's own forward and no longer, so that whoever needs it has to
-work in there.
+FSDP gathers the head's weight only during the model's own forward, so code that needs the weight has to run inside it.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ LOGIT_CHANGES = (
     "logits_soft_cap",
     "output_multiplier",
 )
-"""Fields by which the configs of some models say that what the head gives is not yet their logits."""
+"""Config fields of models that change the output of the head before it is their logits."""
 
 
 def has_plain_head(model: nn.Module) -> bool:
-    """Whether the logits of `model` are its hidden states through one linear layer, with nothing before or after."""
+    """Whether the logits of `model` are one linear layer of its hidden states, with nothing before or after."""
     config = model.config.get_text_config()
     is_changed = any(getattr(config, field, None) for field in LOGIT_CHANGES)
     return type(model.get_output_embeddings()) is nn.Linear and not is_changed
@@ -39,46 +38,46 @@ def forward_with_head(
     inputs: dict[str, Any],
     select: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """One forward of `model`, in which `compute` takes the place of its output head; returns what that returned.
+    """Runs one forward of `model` with `compute` in place of its output head; returns the result of `compute`.
 
-    A model without a plain head makes its logits itself, and `compute` is given those.
+    A model without a plain head computes its logits itself, and `compute` gets these.
 
     Args:
-        model: a Hugging Face model or a `ValueModel`, also sharded or with adapters.
-        compute: from logits, states (..., H) with the head's whole weight (V, H), to any tensor.
-        inputs: keywords of the forward.
-        select: from the states of the positions that `logits_to_keep` names, to those whose logits are wanted.
+        model: a Hugging Face model or a `ValueModel`; it may be sharded or have adapters.
+        compute: takes `LazyLogits`, states (..., H) with the head's whole weight (V, H); returns any tensor.
+        inputs: keyword arguments of the forward.
+        select: from the states at the positions of `logits_to_keep`, takes the ones whose logits are wanted.
 
     Raises:
-        RuntimeError: the model went on to change what it took for its logits.
+        RuntimeError: the model changes the output of its head after the head.
     """
     if not has_plain_head(model):
         return compute(LazyLogits(select(model(**inputs).logits)))
     head = model.get_output_embeddings()
     results: list[torch.Tensor] = []
 
-    def in_place_of_head(hidden_states: torch.Tensor) -> torch.Tensor:
+    def run_replacement(hidden_states: torch.Tensor) -> torch.Tensor:
         results.append(compute(LazyLogits(select(hidden_states), head.weight, head.bias)))
         return results[-1]
 
-    head.forward = in_place_of_head
+    head.forward = run_replacement
     try:
-        given = model(**inputs).logits  # what stood in for the head's logits, unless the model went on to change it
+        logits = model(**inputs).logits  # the result of `run_replacement`, unless the model changed it
     finally:
         del head.forward
-    if len(results) != 1 or given is not results[0]:
+    if len(results) != 1 or logits is not results[0]:
         raise RuntimeError(
             f"{type(model).__name__} gives other logits than its output head does, and none of the fields "
             f"{', '.join(LOGIT_CHANGES)} of its config says so: it cannot be trained; use another model"
         )
-    return given
+    return logits
 
 
 @torch.no_grad()
 def capture_logits(
     model: nn.Module, inputs: dict[str, Any], select: Callable[[torch.Tensor], torch.Tensor]
 ) -> LazyLogits:
-    """The logits of one forward, to be used after it: hidden states and a copy of the head.
+    """The logits of one forward, for use after it: hidden states and a copy of the head.
 
     The copy (V, H) is far smaller than the logits of a batch of long responses.
 

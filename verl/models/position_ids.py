@@ -16,7 +16,7 @@ from transformers import MODEL_MAPPING, PretrainedConfig
 from verl.models.registry import family_of, media_token_types
 
 GRIDS = {"image_grid_thw", "video_grid_thw", "second_per_grid_ts"}
-"""Of a processor's outputs, those that say where media lie in time and space."""
+"""The outputs of a processor that give the positions of media in time and space."""
 
 
 def prompt_position_ids(
@@ -34,14 +34,14 @@ def prompt_position_ids(
     Args:
         input_ids: (P,) int64, placeholders already expanded to one token per merged patch.
         attention_mask: (P,), 0 on padding.
-        mm_inputs: what the processor returned; of it, `image_grid_thw` (images, 3), `video_grid_thw` (videos, 3) and
-            `second_per_grid_ts` (videos,), seconds, are read.
+        mm_inputs: outputs of the processor; `image_grid_thw` (images, 3), `video_grid_thw` (videos, 3) and
+            `second_per_grid_ts` (videos,), in seconds, are read.
     """
     text_positions = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)  # (P,)
     if not family_of(model_config).uses_mrope:
         return text_positions
     model_class = MODEL_MAPPING[type(model_config)]
-    # The method reads nothing but the config and this helper: a model instance, weights and all, is not needed.
+    # The method reads only the config and this helper, so no model instance with weights is needed.
     stand_in = SimpleNamespace(config=model_config)
     stand_in.get_vision_position_ids = partial(model_class.get_vision_position_ids, stand_in)
     (token_types,) = media_token_types(model_config, input_ids).values()
@@ -58,10 +58,11 @@ def prompt_position_ids(
 def extend_position_ids(position_ids: torch.Tensor, response_length: int) -> torch.Tensor:
     """Continue prompts into their responses: (N, P) gives (N, R), (N, 4, P) gives (N, 4, R).
 
-    Every row goes on by one, past the end of the response too: the text row from its last position, those of
-    multimodal rope from the highest of the prompt, as the models' own `rope_deltas` have it. That is the last one too,
-    unless a video is longer in time than all that follows it: then transformers' `generate`, and a forward pass that
-    makes positions of the whole sequence by itself, put the response earlier. Rollout and training both use these.
+    Every row increases by one per token, also past the end of the response. The text row starts after its last
+    position. The rows of multimodal rope start after the prompt's highest position, as the models' `rope_deltas` say.
+    The highest position is also the last one, unless a video is longer in time than everything after it. In that case
+    transformers' `generate`, and a forward pass that computes its own positions, place the response earlier. Rollout
+    and training both use the positions of this function.
     """
     last = position_ids[..., -1:].clone()
     if position_ids.dim() == 3:
@@ -71,5 +72,5 @@ def extend_position_ids(position_ids: torch.Tensor, response_length: int) -> tor
 
 
 def swap_rope_rows(position_ids: torch.Tensor) -> torch.Tensor:
-    """Turn the (N, 4, S) of a batch into the (4, N, S) that models take, and back; (N, S) stays as it is."""
+    """Swap between the (N, 4, S) of a batch and the (4, N, S) that models take; (N, S) stays as it is."""
     return position_ids.transpose(0, 1) if position_ids.dim() == 3 else position_ids

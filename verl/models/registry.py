@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model families that this package can train, one row each; the rest of the package asks here, never by name."""
+"""The model families that this package can train, one row each. Other modules use these rows, never a model's name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def blank_tile(model_config: PretrainedConfig) -> dict[str, torch.Tensor]:
 
 
 def blank_sized_image(model_config: PretrainedConfig) -> dict[str, torch.Tensor]:
-    """An image of four tokens for a tower that takes images of any size and is told it."""
+    """An image of four tokens for a tower that takes images of any size, with the size as an input."""
     side = 2 * model_config.vision_config.patch_size * model_config.spatial_merge_size
     return {"pixel_values": torch.zeros(1, 3, side, side), "image_sizes": torch.tensor([[side, side]])}
 
@@ -40,24 +40,24 @@ def blank_sized_image(model_config: PretrainedConfig) -> dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """What the trainer has to know of a family beyond what transformers' auto classes and processors settle."""
+    """Facts about a family that transformers' auto classes and processors do not give."""
 
     name: str
-    """How messages call it."""
+    """Its name in messages."""
     model_types: tuple[str, ...]
-    """The `model_type` of the configs that belong to it."""
+    """The `model_type` of its configs."""
     media_token_fields: tuple[str, ...] = ()
     """Config fields with the placeholder ids, in the order of transformers' media types: 1 image, 2 video."""
     blank_image: Callable[[PretrainedConfig], dict[str, torch.Tensor]] | None = None
-    """Makes an image without content, to pass the vision tower's gradient; None where there is no tower."""
+    """Makes a blank image, so that the vision tower takes part in every forward; None without a tower."""
     token_grid: Callable[..., TokenGrid] | None = None
-    """Says where the tokens of an image lie on it: one of those in `token_grid.py`; None where there is no tower."""
+    """Gives the positions of image tokens on the image: a function of `token_grid.py`; None without a tower."""
     token_types: str | None = None
-    """Name of the model input that marks media tokens; None where the model takes none."""
+    """Name of the model input that marks media tokens; None if the model has no such input."""
     uses_mrope: bool = False
     """Whether position ids have time, height and width beside the text position: (4, S) a row instead of (S,)."""
     copies_pixels: bool = False
-    """Whether the processor copies an image's pixels to count its tokens, so that a shape alone will not do."""
+    """Whether the processor needs real pixels to count an image's tokens; otherwise a shape is enough."""
     takes_videos: bool = False
     """Whether prompts may hold videos."""
     vllm_reads_videos: bool = False
@@ -66,16 +66,16 @@ class ModelFamily:
     Qwen2.5-VL they differ by 0.3 to 0.5: vLLM counts on from the largest position of a video, its time included,
     transformers from its height and width."""
     marks_each_frame: bool = False
-    """Whether a video's tokens have a time and a pair of marks for each frame, in place of the template's one pair."""
+    """Whether each frame of a video has a time stamp and a pair of vision marks, in place of one pair per video."""
     attends_both_ways: bool = False
-    """Whether tokens of an image see later ones, which takes attention that reads a mask: neither FlashAttention nor
-    vLLM gives what transformers gives."""
+    """Whether the tokens of an image attend to later ones. This needs attention with a mask: FlashAttention and vLLM
+    give other results than transformers."""
     transposed_weights: tuple[str, ...] = ()
-    """Ends of the names of weights whose last two dimensions transformers holds swapped against checkpoints."""
+    """Suffixes of the names of weights whose last two dimensions are swapped between transformers and checkpoints."""
 
     @property
     def has_vision_tower(self) -> bool:
-        """Whether images enter the model, through `model.model.get_image_features`."""
+        """Whether the model takes images, through `model.model.get_image_features`."""
         return self.blank_image is not None
 
 
@@ -107,10 +107,10 @@ MODEL_FAMILIES = (
 )
 
 NESTED_TOWERS = {"clip_vision_model", "siglip_vision_model"}
-"""Vision towers whose weights have a `vision_model.` in checkpoints that transformers leaves out of their names."""
+"""Vision towers whose weights have a `vision_model.` in their checkpoint names, but not in transformers."""
 
 PLAIN_TEXT = ModelFamily("plain text", ())
-"""Every causal language model without other inputs, whatever its type."""
+"""Any causal language model that takes only text."""
 
 
 def family_of(model_config: PretrainedConfig) -> ModelFamily:
@@ -132,7 +132,7 @@ def family_of(model_config: PretrainedConfig) -> ModelFamily:
 
 
 def checkpoint_name(model_config: PretrainedConfig, name: str) -> str:
-    """Return what checkpoints call the weight that a loaded model calls `name`."""
+    """Return the name in checkpoints of a weight of a loaded model."""
     vision_config = getattr(model_config, "vision_config", None)
     if vision_config is not None and vision_config.model_type in NESTED_TOWERS:
         return name.replace("vision_tower.", "vision_tower.vision_model.")
@@ -140,17 +140,17 @@ def checkpoint_name(model_config: PretrainedConfig, name: str) -> str:
 
 
 def packs(model_config: PretrainedConfig) -> bool:
-    """Whether sequences may go end to end in one row, told apart by their borders in attention alone.
+    """Whether sequences may be packed in one row, with only attention keeping them apart.
 
-    Not where a layer carries a state along the row, nor where an image's tokens see each other; nor for a model whose
-    code is not transformers' own, of which neither is known.
+    False for models with recurrent layers, which carry a state along the row; for models whose image tokens attend to
+    each other; and for models with their own code, where neither is known.
     """
     model_class = MODEL_MAPPING.get(type(model_config), None)
     return model_class is not None and not model_class._is_stateful and not family_of(model_config).attends_both_ways
 
 
 def media_token_ids(model_config: PretrainedConfig) -> list[int]:
-    """Return the ids that stand for image and video content in a prompt.
+    """Return the placeholder ids of image and video tokens.
 
     A response must never contain one: the model would look for media that is not there. Empty for text models.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files beside a checkpoint's weights, such that older transformers and other engines read them rightly."""
+"""The files beside a checkpoint's weights, written so that older transformers and other engines can read them."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ TOKENIZER_FILES = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
 )
-"""What tokenizers and processors are made of."""
+"""File names of tokenizers and processors."""
 
 
 class OriginalFiles:
-    """A model's own tokenizer and processor files, which a checkpoint keeps as they are.
+    """A model's original tokenizer and processor files, which checkpoints copy unchanged.
 
-    What transformers 5 writes of a tokenizer names classes that older versions and some engines do not know.
+    The tokenizer files that transformers 5 writes name classes that older versions and some engines do not know.
 
     Args:
-        path: folder or hub id that tokenizer and processor came from.
-        loaded: writes what it can where there are no files to keep.
+        path: folder or hub id of the tokenizer and processor.
+        loaded: the loaded tokenizer or processor, which is saved if there are no files to copy.
     """
 
     def __init__(self, path: str, loaded: PreTrainedTokenizerBase | ProcessorMixin) -> None:
@@ -47,11 +47,11 @@ class OriginalFiles:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copies the files into `folder`."""
-        found = [file for file in map(self._file, TOKENIZER_FILES) if file is not None]
-        if not any(Path(file).name.startswith(("tokenizer", "vocab")) for file in found):
+        files = [file for file in map(self._file, TOKENIZER_FILES) if file is not None]
+        if not any(Path(file).name.startswith(("tokenizer", "vocab")) for file in files):
             self.loaded.save_pretrained(folder)
         Path(folder).mkdir(parents=True, exist_ok=True)
-        for file in found:
+        for file in files:
             shutil.copyfile(file, Path(folder) / Path(file).name)
 
     def _file(self, name: str) -> str | None:
@@ -65,7 +65,7 @@ class OriginalFiles:
 
 
 def apply_umask(folder: str | Path) -> None:
-    """Gives the weight files in `folder` the mode of other files; safetensors makes them the owner's alone."""
+    """Gives the weight files in `folder` the usual mode; safetensors makes them readable by the owner only."""
     umask = os.umask(0o077)
     os.umask(umask)
     for path in Path(folder).glob("*.safetensors"):
@@ -73,9 +73,9 @@ def apply_umask(folder: str | Path) -> None:
 
 
 def add_legacy_rope(folder: str | Path) -> None:
-    """Writes into the `config.json` of `folder` the rope fields of transformers 4 beside those of transformers 5.
+    """Adds the rope fields of transformers 4 to the `config.json` in `folder`, which has the fields of transformers 5.
 
-    Without them transformers 4 reads such a config with the default base frequency, and says nothing.
+    Without them transformers 4 silently uses the default base frequency.
     """
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -83,7 +83,7 @@ def add_legacy_rope(folder: str | Path) -> None:
 
 
 def with_legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """The config and its `text_config`; fields that are there already stay. Vision towers had no such fields."""
+    """Adds the fields to the config and its `text_config`; existing fields stay. Vision towers had no such fields."""
     if isinstance(config.get("text_config"), dict):
         config = {**config, "text_config": with_legacy_rope(config["text_config"])}
     rope = config.get("rope_parameters")

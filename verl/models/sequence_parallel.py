@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several ranks share one row of tokens: each runs the layers on its slice, and attention on its share of the heads.
+"""Sequence parallelism: each rank runs the layers on its slice of a row, and attention on its share of the heads.
 
-Source: DeepSpeed Ulysses, arXiv 2309.14509, section 3. Delta: the vision tower, which is not sharded this way, runs on
-every rank of the group, and its gradient comes from the rank's own slice alone.
+Source: DeepSpeed Ulysses, arXiv 2309.14509, section 3. Delta: the vision tower is not split this way. It runs on every
+rank of the group, and its gradient comes only from the rank's own slice.
 
 Shapes: T tokens in a row, W ranks of the group, H heads, D head dimension.
 """
@@ -19,26 +19,26 @@ from torch import nn
 
 @dataclass(frozen=True)
 class SequenceGroup:
-    """The ranks that share every row with this one."""
+    """The group of ranks that share every row."""
 
     process_group: dist.ProcessGroup
     size: int
     """W."""
     rank: int
-    """Of this process in the group."""
+    """Rank of this process in the group."""
 
-    def own_slice(self, length: int) -> slice:
-        """This rank's positions of a row of `length`, which W divides."""
+    def local_slice(self, length: int) -> slice:
+        """This rank's positions in a row of `length`, a multiple of W."""
         assert length % self.size == 0, f"{length} tokens do not divide over {self.size} ranks"
         share = length // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def exchange_heads(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """From all heads at the rank's own positions to the rank's own heads at all positions.
+        """From all heads at this rank's positions to this rank's heads at all positions.
 
         Args:
-            tensors: (1, H, T / W, D) each, each with its own H. One with fewer heads than W (keys and values of
-                grouped-query attention) has every head repeated for the ranks that need it.
+            tensors: (1, H, T / W, D) each; H may differ. If a tensor has fewer heads than W (keys and values of
+                grouped-query attention), its heads are repeated for the ranks that need them.
 
         Returns:
             (1, H / W, T, D) each.
@@ -54,30 +54,29 @@ class SequenceGroup:
         return received.transpose(0, 1).flatten(1, 2)[None]  # (1, H / W, T, D)
 
     def exchange_positions(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The way back for what attention gives: from (1, T, H / W, D) to (1, T / W, H, D)."""
+        """The way back for the output of attention: from (1, T, H / W, D) to (1, T / W, H, D)."""
         by_rank = tensor[0].unflatten(0, (self.size, -1))  # (W, T / W, H / W, D)
         received = _AllToAll.apply(by_rank, self.process_group)  # (W, T / W, H / W, D), first of all the heads
         return received.transpose(0, 1).flatten(1, 2)[None]  # (1, T / W, H, D)
 
     def gather(self, own: torch.Tensor) -> torch.Tensor:
-        """(T, ...) from (T / W, ...). In the backward pass each rank takes the gradient of its own part.
+        """(T, ...) from (T / W, ...). In the backward pass each rank takes the gradient of its part.
 
-        Every rank of the group goes on to compute the same loss of the whole, so that the ranks' parts make up its
-        gradient once.
+        Every rank of the group computes the same loss of the whole, so the ranks' parts together are its gradient.
         """
         return _AllGather.apply(own, self)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean of every rank's tensor, without gradient."""
+        """The mean over the ranks' tensors, without gradient."""
         total = values.detach().clone()
         dist.all_reduce(total, group=self.process_group)
         return total / self.size
 
 
 def join_sequence_group(size: int) -> SequenceGroup | None:
-    """The group of this rank among all ranks, cut into neighbours by `size`; None for groups of one.
+    """This rank's group of `size` neighbouring ranks; None if `size` is 1.
 
-    A collective over all ranks, whose number `size` divides.
+    A collective over all ranks; `size` must divide their number.
     """
     if size == 1:
         return None
@@ -91,13 +90,13 @@ def _shares(heads: int, kv_heads: int, size: int) -> bool:
 
 
 def share_rows(model: nn.Module, size: int, keyword: str) -> None:
-    """Has the decoder of `model` run on the rank's own slice of each row that a group shares.
+    """Makes the decoder of `model` run on this rank's slice of each shared row.
 
-    Vision features are put in their places before: what a rank cuts out is the same row as every other's.
+    Vision features are inserted before the cut, so that all ranks cut the same row.
 
     Args:
-        size: of the groups.
-        keyword: under which a forward of the model is given something that has the `group`, or None.
+        size: number of ranks in a group.
+        keyword: name of the forward's keyword argument whose value has the `group`, or is None.
 
     Raises:
         ValueError: the ranks cannot share the model's attention heads evenly.
@@ -108,8 +107,8 @@ def share_rows(model: nn.Module, size: int, keyword: str) -> None:
     if not _shares(heads, kv_heads, size):
         fitting = [str(count) for count in range(1, heads + 1) if _shares(heads, kv_heads, count)]
         raise ValueError(
-            f"ulysses_size={size}: so many ranks cannot share {heads} attention heads and {kv_heads} key-value heads "
-            f"of {type(model).__name__} evenly; use {', '.join(fitting)}"
+            f"ulysses_size={size}: {heads} attention heads and {kv_heads} key-value heads of {type(model).__name__} "
+            f"cannot be divided evenly among {size} ranks; use {', '.join(fitting)}"
         )
 
     def cut(_: nn.Module, args: tuple, inputs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -119,7 +118,7 @@ def share_rows(model: nn.Module, size: int, keyword: str) -> None:
         assert not args, f"{type(model).__name__} calls its decoder with arguments by position, which cannot be cut"
         cut_inputs = dict(inputs)
         tokens = next(inputs[name] for name in ("inputs_embeds", "input_ids") if inputs.get(name) is not None)
-        own = group.own_slice(tokens.shape[1])
+        own = group.local_slice(tokens.shape[1])
         for name in ("input_ids", "inputs_embeds", "visual_pos_masks"):
             if inputs.get(name) is not None:
                 cut_inputs[name] = inputs[name][:, own]
@@ -136,8 +135,8 @@ def share_rows(model: nn.Module, size: int, keyword: str) -> None:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Part i of this rank goes to rank i, whose part for this rank takes its place. Its own inverse, so its own
-    gradient."""
+    """Sends part i to rank i and receives rank i's part for this rank in its place. It is its own inverse, and
+    therefore its own gradient."""
 
     @staticmethod
     def forward(ctx, parts: torch.Tensor, process_group: dist.ProcessGroup) -> torch.Tensor:
@@ -161,4 +160,4 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad[ctx.group.own_slice(len(grad))], None
+        return grad[ctx.group.local_slice(len(grad))], None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the tokens of an image lie on it, so that what they are given can be drawn over the picture.
+"""Positions of image tokens on the image, so that values per token can be drawn over it.
 
-Each function takes the config of a model, what its processor makes of one image, how many tokens the image has, and
-the picture's (width, height), and returns the grid of those tokens.
+Each function takes a model's config, the processor's output for one image, the image's number of tokens and its
+(width, height), and returns the grid of the tokens.
 
 Shapes: T response tokens, V tokens of one image.
 """
@@ -20,14 +20,14 @@ from transformers import PretrainedConfig
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """Tiles of `rows` x `columns` tokens, row by row, which lie in `tile_rows` x `tile_columns` over the picture."""
+    """`tile_rows` x `tile_columns` tiles over the image, each with `rows` x `columns` tokens in row-major order."""
 
     rows: int
     columns: int
     tile_rows: int = 1
     tile_columns: int = 1
     has_overview: bool = False
-    """Whether one more tile, the last, shows the whole picture."""
+    """Whether a further tile, the last, shows the whole image."""
 
     @property
     def num_tokens(self) -> int:
@@ -36,13 +36,13 @@ class TokenGrid:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns over the whole picture."""
+        """Rows and columns over the whole image."""
         return self.tile_rows * self.rows, self.tile_columns * self.columns
 
     def lay_out(self, values: np.ndarray) -> np.ndarray:
-        """(T, *shape), the sums unchanged, from (T, V) in the order of the tokens.
+        """(T, *shape) from (T, V) in token order, with the same sums.
 
-        What lies on the overview is spread evenly over the fields that each of its tokens covers.
+        The value of each overview token is spread evenly over the fields that the token covers.
         """
         assert values.shape[1] == self.num_tokens, f"{values.shape[1]} values for {self}"
         tiles = values.reshape(len(values), -1, self.rows, self.columns)
@@ -58,7 +58,7 @@ class TokenGrid:
 def grid_of_patches(
     model_config: PretrainedConfig, features: Mapping[str, torch.Tensor], num_tokens: int, size: tuple[int, int]
 ) -> TokenGrid:
-    """For a tower that takes patches and their grid, and merges squares of them."""
+    """For a tower that takes patches and their grid, and merges squares of patches."""
     _, height, width = features["image_grid_thw"][0].tolist()
     side = model_config.vision_config.spatial_merge_size
     return TokenGrid(height // side, width // side)
@@ -67,7 +67,7 @@ def grid_of_patches(
 def grid_of_sized_image(
     model_config: PretrainedConfig, features: Mapping[str, torch.Tensor], num_tokens: int, size: tuple[int, int]
 ) -> TokenGrid:
-    """For a tower that takes images of any size and is told it."""
+    """For a tower that takes images of any size, with the size as an input."""
     height, width = features["image_sizes"][0].tolist()
     side = model_config.vision_config.patch_size * model_config.spatial_merge_size
     return TokenGrid(height // side, width // side)
@@ -76,9 +76,9 @@ def grid_of_sized_image(
 def grid_of_tiles(
     model_config: PretrainedConfig, features: Mapping[str, torch.Tensor], num_tokens: int, size: tuple[int, int]
 ) -> TokenGrid:
-    """For a tower that takes square tiles: one of the whole picture, after those of its parts if there are any.
+    """For a tower that takes square tiles: the tiles of the image's parts, if any, then one of the whole image.
 
-    Of all ways to lay so many tiles the processor took the one whose shape is nearest to the picture's.
+    Among the layouts with this many tiles, the processor uses the one closest to the image's aspect ratio.
     """
     num_tiles = len(features["pixel_values"])
     side = math.isqrt(num_tokens // num_tiles)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the rows of a micro-batch lie before the model: padded side by side, or packed end to end without padding.
+"""Lays out the rows of a micro-batch for the model: padded, packed end to end, or packed with shared prompts.
 
-Both hold the same tokens, and whoever reads results by a layout gets the same numbers in the same order: those of the
-L response tokens, row after row.
+All layouts hold the same tokens. They return results for the same L response tokens, row after row.
 
 Shapes: N sequences, R response length, S = prompt length + R, T tokens of a packed row, W ranks that share it, L
 response tokens of all rows, H hidden size.
@@ -30,11 +29,11 @@ from verl.utils.device_copies import to_device
 from verl.utils.response_span import response_columns, response_ends, response_tokens
 
 KEEPS_SAMPLES_APART = {"full_attention", "sliding_attention"}
-"""Kinds of layers, by the names of transformers' `layer_types`, that need nothing but the samples' borders."""
+"""The kinds of layers (names of transformers' `layer_types`) that work on packed rows, given the samples' borders."""
 
 
 class TokenLayout(ABC):
-    """The rows of a micro-batch as a model takes them.
+    """The rows of a micro-batch as model inputs.
 
     Args:
         rows: `input_ids`, `attention_mask` (N, S), `position_ids` (N, S) or (N, 4, S), `response_mask` (N, R).
@@ -47,77 +46,77 @@ class TokenLayout(ABC):
         attention_mask = rows.batch["attention_mask"]
         behind_prompt = response_columns(attention_mask.shape[1], self.response_mask.shape[1])
         self.own_columns = [is_token.nonzero()[:, 0] for is_token in attention_mask[:, behind_prompt]]
-        """Of each row the response columns that hold a token, of the response or between its turns."""
+        """For each row, the response columns with a token, of the response or between its turns."""
 
     @abstractmethod
     def pieces(self) -> list[tuple[int, int]]:
-        """Numbers of tokens that the model computes, and for each of how many before them they attend to as well."""
+        """For each piece, its number of tokens, and the number of prefix tokens that it also attends to."""
 
     def prompt_rows(self) -> Sequence[int]:
-        """The rows whose prompts, and media, stand in the layout, in its order."""
+        """The rows whose prompts and media are in the layout, in its order."""
         return range(len(self.response_mask))
 
     @abstractmethod
     def model_inputs(self) -> dict[str, Any]:
-        """Keywords of the model's forward, all but media; tensors on the CPU."""
+        """Keyword arguments of the model's forward without media; tensors on the CPU."""
 
     @abstractmethod
     def labels(self) -> torch.Tensor:
-        """(L,) the response tokens; where ranks share the row, those that this rank's positions predict."""
+        """(L,) the response tokens; if ranks share the row, only the tokens that this rank's positions predict."""
 
     @abstractmethod
-    def at_labels(self, kept: torch.Tensor) -> torch.Tensor:
-        """(L, H), what the model has for the position that predicts each of `labels`.
+    def label_outputs(self, kept: torch.Tensor) -> torch.Tensor:
+        """(L, H), the model's output at the position that predicts each of `labels`.
 
         Args:
-            kept: of the positions that `logits_to_keep` names.
+            kept: the outputs at the positions of `logits_to_keep`.
         """
 
-    def of_all_ranks(self, at_labels: torch.Tensor) -> torch.Tensor:
-        """(L, K) of all response tokens, from (L, K) of those that this rank's positions predict."""
-        return at_labels
+    def gather_ranks(self, label_values: torch.Tensor) -> torch.Tensor:
+        """(L, K) for all response tokens, from the (L, K) of this rank's labels."""
+        return label_values
 
     def as_streams(
-        self, names: Sequence[str], at_labels: torch.Tensor, constant: Collection[str] = ()
+        self, names: Sequence[str], label_values: torch.Tensor, constant: Collection[str] = ()
     ) -> dict[str, torch.Tensor]:
-        """By name (N, R), zero outside `response_mask`, from the columns of (L, K) of this rank's `labels`.
+        """Streams (N, R) by name, zero outside `response_mask`, from the columns of (L, K) of this rank's `labels`.
 
         Args:
-            constant: the names out of `names` whose streams carry no gradient.
+            constant: the names whose streams carry no gradient.
         """
-        mask = to_device(self.response_mask, at_labels.device)
-        zeros = at_labels.new_zeros(mask.shape)  # (N, R)
-        columns = dict(zip(names, self.of_all_ranks(at_labels).unbind(-1), strict=True))
+        mask = to_device(self.response_mask, label_values.device)
+        zeros = label_values.new_zeros(mask.shape)  # (N, R)
+        columns = dict(zip(names, self.gather_ranks(label_values).unbind(-1), strict=True))
         return {
             name: zeros.masked_scatter(mask, column.detach() if name in constant else column)
             for name, column in columns.items()
         }
 
     def label_states(self, states: torch.Tensor) -> torch.Tensor:
-        """(L, H), the state that predicts each of this rank's `labels`.
+        """(L, H), the hidden state that predicts each of this rank's `labels`.
 
         Args:
-            states: of all of this rank's positions, as the decoder gives them.
+            states: the decoder's output at all of this rank's positions.
         """
         keep = self.model_inputs()["logits_to_keep"]
         kept = slice(-keep, None) if isinstance(keep, int) else to_device(keep, states.device)
-        return self.at_labels(states[:, kept])
+        return self.label_outputs(states[:, kept])
 
     @abstractmethod
     def label_rows(self) -> torch.Tensor:
-        """(L,) the row of each of this rank's `labels`."""
+        """(L,) row numbers of this rank's `labels`."""
 
     @abstractmethod
     def row_means(self, states: torch.Tensor, is_chosen: torch.Tensor) -> torch.Tensor:
-        """(N, H) float32, the mean state of each row's chosen tokens; NaN for a row without any.
+        """(N, H) float32, the mean hidden state of each row's chosen tokens; NaN for a row without any.
 
         Args:
-            states: of all of this rank's positions, as the decoder gives them.
+            states: the decoder's output at all of this rank's positions.
             is_chosen: (N, S) bool.
         """
 
-    def as_wide(self, masses: torch.Tensor) -> torch.Tensor:
-        """(N, R, 2), zero outside `response_mask`, from the recorder's first columns."""
+    def pad_masses(self, masses: torch.Tensor) -> torch.Tensor:
+        """Pads the recorder's (N, columns, 2) to (N, R, 2), with zeros outside `response_mask`."""
         mask = to_device(self.response_mask, masses.device)
         wide = nn.functional.pad(masses, (0, 0, 0, mask.shape[1] - masses.shape[1]))
         return torch.where(mask[:, :, None], wide, 0)
@@ -130,7 +129,7 @@ class TokenLayout(ABC):
         layers: LayerChoice | int | None,
         maps: MapRequest | None = None,
     ) -> Iterator[AttentionMassRecorder]:
-        """A context around the model's forward; its recorder's mass (N, columns, 2) is for `as_wide`.
+        """A context around the model's forward; its recorder's mass (N, columns, 2) is for `pad_masses`.
 
         Args:
             key_kinds: (N, S) `KeyKind` of the rows' tokens.
@@ -146,13 +145,13 @@ class TokenLayout(ABC):
         maps: MapRequest | None,
         group: SequenceGroup | None = None,
     ) -> Iterator[AttentionMassRecorder]:
-        """`record_attention` for rows that lie in one: `kinds` (T,) and of each row the places of its tokens."""
+        """`record_attention` for packed rows: `kinds` (T,), and for each row the positions of its tokens."""
         num_columns = max((int(columns[-1]) + 1 for columns in self.own_columns if len(columns) > 0), default=0)
         return record_mass_at(model, kinds, places, self.own_columns, num_columns, layers, group=group, maps=maps)
 
 
 class PaddedLayout(TokenLayout):
-    """Rows side by side, left-padded prompts and right-padded responses; columns that are padding in all are cut."""
+    """Rows with left-padded prompts and right-padded responses; columns with padding in every row are cut."""
 
     def __init__(self, rows: DataProto) -> None:
         super().__init__(rows)
@@ -179,9 +178,9 @@ class PaddedLayout(TokenLayout):
     def labels(self) -> torch.Tensor:
         return self.input_ids[:, response_columns(self.input_ids.shape[1], self.length)][self.is_label]
 
-    def at_labels(self, kept: torch.Tensor) -> torch.Tensor:
-        # What stands at a position is about the token after it, so that `kept` begins a position before the responses.
-        # The places are found on the CPU: for those of a mask on the device the host would wait.
+    def label_outputs(self, kept: torch.Tensor) -> torch.Tensor:
+        # An output predicts the next token, so `kept` begins one position before the responses. The indices come from
+        # a mask on the CPU: indexing by a mask on the device would make the host wait.
         rows, columns = (to_device(places, kept.device) for places in self.is_label.nonzero(as_tuple=True))
         return kept[rows, columns]
 
@@ -203,11 +202,11 @@ class PaddedLayout(TokenLayout):
 
 
 class PackedLayout(TokenLayout):
-    """All rows end to end in one, without padding, for a model that `why_not_packed` has nothing against.
+    """All rows end to end in one, without padding. `why_not_packed` must return None for the model.
 
     Args:
         rows: as in the base class.
-        group: the ranks that share the row; they all have the same rows. None for this rank alone.
+        group: the ranks that share the row; all have the same rows. None for a single rank.
     """
 
     def __init__(self, rows: DataProto, group: SequenceGroup | None = None) -> None:
@@ -221,18 +220,18 @@ class PackedLayout(TokenLayout):
         is_response = response_tokens(batch["attention_mask"], self.response_mask)  # (N, S)
         self.predictors = self._packed(is_response).nonzero()[:, 0] - 1  # (L,)
         if group is not None:
-            self._fill_up_to_a_multiple(group.size)
-            own = group.own_slice(len(self.input_ids))
-            self.is_own = (self.predictors >= own.start) & (self.predictors < own.stop)  # (L,)
-            self.own_predictors = self.predictors[self.is_own]
+            self._pad_to_multiple(group.size)
+            own = group.local_slice(len(self.input_ids))
+            self.is_local = (self.predictors >= own.start) & (self.predictors < own.stop)  # (L,)
+            self.local_predictors = self.predictors[self.is_local]
             self.first = own.start
 
-    def _packed(self, of_tokens: torch.Tensor) -> torch.Tensor:
+    def _packed(self, values: torch.Tensor) -> torch.Tensor:
         """(..., T) from (..., N, S)."""
-        return of_tokens[..., self._is_real]
+        return values[..., self._is_real]
 
-    def _fill_up_to_a_multiple(self, size: int) -> None:
-        """Adds a sample of its own that nobody looks at, so that the ranks get as many tokens each."""
+    def _pad_to_multiple(self, size: int) -> None:
+        """Appends a filler sample without labels, so that every rank gets the same number of tokens."""
         missing = -len(self.input_ids) % size
         self.input_ids = torch.cat([self.input_ids, self.input_ids[-1:].expand(missing)])
         more_positions = torch.arange(missing).expand(*self.position_ids.shape[:-1], missing)
@@ -244,7 +243,7 @@ class PackedLayout(TokenLayout):
     def model_inputs(self) -> dict[str, Any]:
         num_tokens = len(self.input_ids)
         with_filler = self.borders if self.borders[-1] == num_tokens else (*self.borders, num_tokens)
-        keep = self.predictors if self.group is None else self.own_predictors - self.first
+        keep = self.predictors if self.group is None else self.local_predictors - self.first
         return {
             "input_ids": self.input_ids[None],
             "attention_mask": torch.empty(NOT_A_MASK),
@@ -254,37 +253,39 @@ class PackedLayout(TokenLayout):
         }
 
     def labels(self) -> torch.Tensor:
-        return self.input_ids[(self.predictors if self.group is None else self.own_predictors) + 1]
+        return self.input_ids[(self.predictors if self.group is None else self.local_predictors) + 1]
 
-    def at_labels(self, kept: torch.Tensor) -> torch.Tensor:
+    def label_outputs(self, kept: torch.Tensor) -> torch.Tensor:
         return kept[0]
 
     def label_rows(self) -> torch.Tensor:
         rows = self.response_mask.nonzero()[:, 0]
-        return rows if self.group is None else rows[self.is_own]
+        return rows if self.group is None else rows[self.is_local]
 
     def row_means(self, states: torch.Tensor, is_chosen: torch.Tensor) -> torch.Tensor:
         num_rows = len(is_chosen)
-        rows = torch.where(is_chosen, torch.arange(num_rows)[:, None], num_rows)  # tokens not chosen: one row more
-        of_tokens = nn.functional.pad(self._packed(rows), (0, len(self.input_ids) - self.borders[-1]), value=num_rows)
+        rows = torch.where(is_chosen, torch.arange(num_rows)[:, None], num_rows)  # tokens not chosen: an extra row
+        row_indices = nn.functional.pad(
+            self._packed(rows), (0, len(self.input_ids) - self.borders[-1]), value=num_rows
+        )
         if self.group is not None:
-            of_tokens = of_tokens[self.group.own_slice(len(self.input_ids))]
-        of_tokens = to_device(of_tokens, states.device)  # (T,) or (T / W,)
+            row_indices = row_indices[self.group.local_slice(len(self.input_ids))]
+        row_indices = to_device(row_indices, states.device)  # (T,) or (T / W,)
         sums = states.new_zeros(num_rows + 1, states.shape[-1], dtype=torch.float32)
-        sums.index_add_(0, of_tokens, states[0].float())
+        sums.index_add_(0, row_indices, states[0].float())
         if self.group is not None:
             sums = self.group.mean(sums) * self.group.size
         return sums[:-1] / to_device(is_chosen.sum(dim=1, keepdim=True), states.device)
 
-    def of_all_ranks(self, at_labels: torch.Tensor) -> torch.Tensor:
+    def gather_ranks(self, label_values: torch.Tensor) -> torch.Tensor:
         if self.group is None:
-            return at_labels
-        # Ranks have different numbers of labels, but all as many positions.
+            return label_values
+        # Ranks have the same number of positions, but different numbers of labels.
         share = len(self.input_ids) // self.group.size
-        at_positions = at_labels.new_zeros(share, *at_labels.shape[1:])
-        own_places = to_device(self.own_predictors - self.first, at_labels.device)
-        at_positions = at_positions.index_put((own_places,), at_labels)
-        return self.group.gather(at_positions)[to_device(self.predictors, at_labels.device)]
+        at_positions = label_values.new_zeros(share, *label_values.shape[1:])
+        local_places = to_device(self.local_predictors - self.first, label_values.device)
+        at_positions = at_positions.index_put((local_places,), label_values)
+        return self.group.gather(at_positions)[to_device(self.predictors, label_values.device)]
 
     def record_attention(
         self,
@@ -302,11 +303,11 @@ class PackedLayout(TokenLayout):
 class SharedPromptLayout(TokenLayout):
     """Packed, with each prompt once: a group's prompt, then its responses end to end, then the next group.
 
-    A response attends to its prompt and to itself, and its positions are those of its row, so that all results are
-    those of packed rows. What the prompt's tokens learn is the sum over the responses.
+    A response attends to its prompt and to itself and keeps the position ids of its row, so all results equal the
+    results of packed rows. The gradient of a prompt's tokens is the sum over its responses.
 
     Args:
-        rows: as in the base class; non-tensor `uid` tells the groups. Rows of a group have the same prompt.
+        rows: as in the base class, with non-tensor `uid`. Rows with the same uid are a group and have the same prompt.
     """
 
     def __init__(self, rows: DataProto) -> None:
@@ -326,7 +327,7 @@ class SharedPromptLayout(TokenLayout):
             token_columns.append(prompt)
             continued.append(None)
             places_of_prompt = torch.arange(start, start + len(prompt))
-            if len(members) > 1:  # a row alone is a piece by itself
+            if len(members) > 1:  # a single row is one piece, with its prompt
                 borders.append(start + len(prompt))
             for row in members:
                 columns = first_column + self.own_columns[row]
@@ -366,14 +367,14 @@ class SharedPromptLayout(TokenLayout):
     def labels(self) -> torch.Tensor:
         return self._labels
 
-    def at_labels(self, kept: torch.Tensor) -> torch.Tensor:
+    def label_outputs(self, kept: torch.Tensor) -> torch.Tensor:
         return kept[0]
 
     def label_rows(self) -> torch.Tensor:
         return self.response_mask.nonzero()[:, 0]
 
     def row_means(self, states: torch.Tensor, is_chosen: torch.Tensor) -> torch.Tensor:
-        # Prompts of a group are the same, in the same columns.
+        # Prompts of a group are equal, in the same columns.
         chosen = [places[is_chosen[row, self.token_columns[places]]] for row, places in enumerate(self._places)]
         means = [states[0, to_device(own, states.device)].float().mean(dim=0) for own in chosen]
         return torch.stack(means)
@@ -390,7 +391,7 @@ class SharedPromptLayout(TokenLayout):
 
 
 def _rows_by(uids: Sequence[Any]) -> list[list[int]]:
-    """Rows of the same uid, groups in the order of their first rows."""
+    """Groups of rows with the same uid, in the order of their first rows."""
     groups: dict[Any, list[int]] = {}
     for row, uid in enumerate(uids):
         groups.setdefault(uid, []).append(row)
@@ -398,9 +399,9 @@ def _rows_by(uids: Sequence[Any]) -> list[list[int]]:
 
 
 def why_not_packed(model: nn.Module) -> str | None:
-    """What keeps the rows of `model` from being packed; None where nothing does.
+    """Why rows of `model` cannot be packed; None if they can.
 
-    Packed samples are kept apart in attention alone, so that nothing else may look along the row.
+    Only attention keeps packed samples apart, so no other layer may mix tokens along the row.
     """
     decoder = model.get_decoder()
     config = decoder.config.get_text_config()
@@ -409,5 +410,5 @@ def why_not_packed(model: nn.Module) -> str | None:
     others = set(getattr(config, "layer_types", None) or ()) - KEEPS_SAMPLES_APART
     others |= {"convolution" for part in decoder.modules() if isinstance(part, nn.Conv1d)}
     if others:
-        return f"it has layers of {', '.join(sorted(others))}, which look along the row"
+        return f"it has layers of {', '.join(sorted(others))}, which mix tokens along the row"
     return None if packs(model.config) else "its attention depends on more than the order of the tokens"

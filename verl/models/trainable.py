@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a model trains: all of it, all but its vision tower, or low-rank adapters on its linear layers alone."""
+"""Chooses what trains: the whole model, all but its vision tower, or only low-rank adapters on linear layers."""
 
 import re
 from contextlib import AbstractContextManager
@@ -15,25 +15,25 @@ from verl.models.registry import family_of
 from verl.workers.actor.config import ModelConfig
 
 ADAPTER = "default"
-"""The name that peft gives a layer's adapter, of which there is one here."""
+"""peft's name for a layer's adapter; each layer has only one."""
 ALL_LAYERS = "all-linear"
 TOWER_NAMES = ("visual", "vision_tower")
-"""What families call their vision tower."""
+"""Attribute names of vision towers."""
 
 
 def choose_trainable(model: nn.Module, config: ModelConfig) -> None:
-    """Freezes what shall stay as it is and puts in the adapters that shall train, in place; call it before sharding.
+    """Freezes weights and adds adapters in place, as configured; call it before sharding.
 
     Source of the adapters: Hu et al., arXiv 2106.09685, section 4.1, in peft's implementation. A layer computes
     W x + (alpha / rank) B A x with W frozen. B begins at zero, so that the model begins as it was. Deltas: 1. A begins
     uniform instead of Gaussian, as in peft. 2. The adapters are float32 whatever W is stored in.
 
-    They sit inside the model's own layers and nothing is wrapped around the model: its class, its parts and the names
-    of its other weights stay what they were (those of an adapted layer move under `base_layer.`).
+    The adapters are inside the model's layers, and the model is not wrapped: its class, its modules and the names of
+    its other weights do not change, except that an adapted layer's weights move under `base_layer.`.
 
     Args:
         model: a policy, or a value model without adapters.
-        config: of the model; `freeze_vision_tower` and `lora` are read. A frozen tower gets no adapter either.
+        config: the model's section; `freeze_vision_tower` and `lora` are read. A frozen tower gets no adapters.
 
     Raises:
         ValueError: a target names no linear layer, or no layer is left to adapt.
@@ -51,37 +51,37 @@ def choose_trainable(model: nn.Module, config: ModelConfig) -> None:
         base_model_name_or_path=config.model_path,
     )
     with torch.random.fork_rng(devices=[]):
-        # Each rank keeps its part of a whole model that it makes itself: all have to draw the same one.
+        # Each rank builds the whole model and keeps its shard, so all ranks must draw the same adapters.
         torch.default_generator.manual_seed(0)
         inject_adapter_in_model(adapter, model, ADAPTER)
     cast_adapter_dtype(model, ADAPTER)
 
 
 def vision_tower(model: nn.Module) -> nn.Module | None:
-    """The part of a policy or value model that turns pixels into features; None where images do not enter."""
+    """The module of a policy or value model that turns pixels into features; None for a text-only model."""
     if not family_of(model.config).has_vision_tower:
         return None
     return next(getattr(model.model, name) for name in TOWER_NAMES if hasattr(model.model, name))
 
 
 def adapter_config(model: nn.Module) -> LoraConfig | None:
-    """How the model's adapters were made; None if it has none."""
+    """peft's config of the model's adapters; None if it has none."""
     return getattr(model, "peft_config", {}).get(ADAPTER)
 
 
 def without_adapters(model: nn.Module) -> AbstractContextManager:
-    """Inside, the model computes with its frozen weights alone, as it did before anything was trained.
+    """Inside, the model computes with its frozen weights only, as before training.
 
-    The adapters then count nothing, exactly. Their own switch in peft would also take their gradient away and give it
-    back, which reaches either the gathered or the sharded parameters of a layer under FSDP2, not both.
+    The adapters then contribute exactly nothing. peft's own switch would also toggle `requires_grad`, which under
+    FSDP2 reaches either the gathered or the sharded parameters of a layer, not both.
     """
     return rescale_adapter_scale(model, 0)
 
 
 def _layers_to_adapt(model: PreTrainedModel, config: ModelConfig, frozen: nn.Module | None) -> list[str]:
-    """Names of the linear layers that the targets name and the exclusion does not; never the output head.
+    """Names of the linear layers that match the targets and not the exclusion; never the output head.
 
-    A head may share its weight with the embedding, and an adapter on it would then set the two apart.
+    The head may share its weight with the embedding, and an adapter on it would break the tie.
     """
     section = "worker.actor.model.lora"
     untouched = {model.get_output_embeddings(), *(frozen.modules() if frozen is not None else ())}

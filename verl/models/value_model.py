@@ -16,14 +16,14 @@ from transformers.modeling_outputs import TokenClassifierOutput
 
 
 class ValueModel(nn.Module):
-    """The backbone of a policy with a scalar head in place of its LM head.
+    """A policy's backbone with a scalar head in place of the LM head.
 
-    The head starts at zero, whatever the policy was: the first values are all 0, so that the first advantages are the
-    rewards themselves, and no gradient of a random head reaches the backbone. Its state dict is the policy's under
-    `model.`, and `value_head.{weight,bias}`; no vocabulary head is kept, so none is ever multiplied with.
+    The head starts at zero for every policy: the first values are all 0, so the first advantages are the rewards
+    themselves, and no gradient of a random head reaches the backbone. The state dict has the policy's weights under
+    `model.`, and `value_head.{weight,bias}`. There is no LM head.
 
     Args:
-        policy: gives its backbone away and is of no use afterwards.
+        policy: gives up its backbone and cannot be used afterwards.
     """
 
     def __init__(self, policy: PreTrainedModel) -> None:
@@ -38,27 +38,27 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.value_head.bias)
 
     def get_decoder(self) -> nn.Module:
-        """The language model, as `PreTrainedModel` gives it under this name."""
+        """The language model, as in `PreTrainedModel`."""
         return self.model.get_decoder()
 
     def get_output_embeddings(self) -> None:
-        """None: there is no vocabulary head, as `PreTrainedModel` says under this name."""
+        """None, as in a `PreTrainedModel` without LM head."""
 
     def forward(self, logits_to_keep: int | torch.Tensor = 0, **inputs: Any) -> TokenClassifierOutput:
-        """The value at each position to keep, k of them, as `logits` (N, k, 1) float32.
+        """The values at the k kept positions, as `logits` (N, k, 1) float32.
 
         Args:
-            logits_to_keep: how many of the last positions to give a value, 0 for all; or which, (k,).
-            inputs: of the backbone.
+            logits_to_keep: the number of last positions to keep, 0 for all; or the positions (k,).
+            inputs: keyword arguments of the backbone.
         """
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = self.model(**inputs).last_hidden_state[:, kept]  # (N, k, H)
-        # In float32 also under mixed precision: bf16 would round values around 1 to steps of 0.004, and what the
-        # estimator looks at are differences of neighbours.
+        # In float32 also under mixed precision: bf16 would round values around 1 to steps of 0.004, and the estimator
+        # uses differences of neighbouring values.
         weight, bias = self.value_head.weight.float(), self.value_head.bias.float()
-        # The sum is a tensor of its own; `linear` with a bias would return a view, of which FSDP2 warns.
+        # The sum is a new tensor; `linear` with a bias would return a view, and FSDP2 warns about views.
         return TokenClassifierOutput(logits=nn.functional.linear(hidden_states.float(), weight) + bias)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Recomputes activations in the backward pass, as `PreTrainedModel` does under this name."""
+        """Recomputes activations in the backward pass, as in `PreTrainedModel`."""
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)

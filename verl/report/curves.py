@@ -13,17 +13,17 @@ from typing import NamedTuple
 import numpy as np
 
 MOST_POINTS = 400
-"""Of a line: longer ones are drawn as means over as many stretches."""
+"""Largest number of points in a line; longer lines are averaged over stretches."""
 
 WIDTH, HEIGHT = 4.6, 2.7
-"""Of a chart, in inches."""
+"""Size of a chart, in inches."""
 
 COLOURS = {"light": ("#0b57d0", "#b3541e", "#4d4d57", "#7a3e9d"), "dark": ("#8ab4f8", "#f4a66b", "#c4c4cf", "#c99be0")}
-"""Of the lines, in their order. Blue and orange stay apart for every kind of colour blindness; the styles below tell
-them apart without colour."""
+"""Colours of the lines, in order. Blue and orange can be told apart with every kind of colour blindness; the line
+styles below work without colour."""
 
 INKS = {"light": ("#16161a", "#d4d4dc"), "dark": ("#f2f2f5", "#44444e")}
-"""Of texts and of grid lines."""
+"""Colours of texts and of grid lines."""
 
 STYLES = ("-", "--", ":", "-.")
 
@@ -31,14 +31,14 @@ SPEARMAN = "signals/spearman/"
 
 
 class Line(NamedTuple):
-    """A metric and what the chart calls it."""
+    """A metric and its label in the chart."""
 
     metric: str
     label: str
 
 
 class Band(NamedTuple):
-    """What is shaded: between two metrics, or one metric around another."""
+    """A shaded area: between two metrics, or mean +- standard deviation."""
 
     low: str
     high: str
@@ -47,11 +47,11 @@ class Band(NamedTuple):
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart that is drawn where the run has any of its metrics."""
+    """A chart, drawn if the run has any of its metrics."""
 
     title: str
     meaning: str
-    """A sentence below it."""
+    """A sentence below the chart."""
     lines: tuple[Line, ...]
     band: Band | None = None
     around: tuple[str, str] | None = None
@@ -110,19 +110,19 @@ AGREEMENT = "Rank correlation of two signals over the tokens of a response, aver
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart as it stands on a page."""
+    """A chart on a page."""
 
     title: str
     meaning: str
     summary: str
-    """Its first and last numbers, for readers who do not see it."""
+    """The first and last values in words, for screen readers."""
     light: str
-    """`data:` address of the picture."""
+    """`data:` URI of the picture."""
     dark: str
 
 
 class History:
-    """The numbers of a run by metric.
+    """The metrics of a run over its steps.
 
     Args:
         steps: metrics by step.
@@ -135,17 +135,17 @@ class History:
                 if value is not None and math.isfinite(value):
                     self._points.setdefault(name, []).append((step, value))
 
-    def of(self, metric: str) -> np.ndarray:
-        """(points, 2), steps and numbers; none where the run has no such metric."""
+    def points(self, metric: str) -> np.ndarray:
+        """(points, 2), steps and values; no points if the run has no such metric."""
         return np.array(self._points.get(metric, []), dtype=np.float64).reshape(-1, 2)
 
     def names(self, prefix: str) -> list[str]:
-        """The metrics that begin so, in order."""
+        """The metrics whose names begin with `prefix`, in order."""
         return sorted(name for name in self._points if name.startswith(prefix))
 
 
 def charts(history: History) -> list[Chart]:
-    """The `PANELS` of which the run has numbers, and how far its signals agree."""
+    """The `PANELS` that have values in this run, and a chart of the agreement of its signals."""
     return [chart for panel in _panels_of(history) if (chart := _chart(panel, history)) is not None]
 
 
@@ -157,7 +157,7 @@ def _panels_of(history: History) -> Iterator[Panel]:
 
 
 def _chart(panel: Panel, history: History) -> Chart | None:
-    lines = {line.label: points for line in panel.lines if len(points := history.of(line.metric))}
+    lines = {line.label: points for line in panel.lines if len(points := history.points(line.metric))}
     if not lines:
         return None
     band = _band(panel, history)
@@ -170,26 +170,26 @@ def _chart(panel: Panel, history: History) -> Chart | None:
 
 
 def _band(panel: Panel, history: History) -> np.ndarray | None:
-    """(points, 3), steps and both ends."""
+    """(points, 3), steps and both ends of the band."""
     if panel.around is not None:
-        mean, deviation = (history.of(metric) for metric in panel.around)
-        steps, of_mean, of_deviation = np.intersect1d(mean[:, 0], deviation[:, 0], return_indices=True)
-        middle, width = mean[of_mean, 1], deviation[of_deviation, 1]
+        mean, deviation = (history.points(metric) for metric in panel.around)
+        steps, mean_places, deviation_places = np.intersect1d(mean[:, 0], deviation[:, 0], return_indices=True)
+        middle, width = mean[mean_places, 1], deviation[deviation_places, 1]
         return np.stack([steps, middle - width, middle + width], axis=1)
     if panel.band is not None:
-        low, high = history.of(panel.band.low), history.of(panel.band.high)
-        steps, of_low, of_high = np.intersect1d(low[:, 0], high[:, 0], return_indices=True)
-        return np.stack([steps, low[of_low, 1], high[of_high, 1]], axis=1)
+        low, high = history.points(panel.band.low), history.points(panel.band.high)
+        steps, low_places, high_places = np.intersect1d(low[:, 0], high[:, 0], return_indices=True)
+        return np.stack([steps, low[low_places, 1], high[high_places, 1]], axis=1)
     return None
 
 
 def _drawn(panel: Panel, lines: Mapping[str, np.ndarray], band: np.ndarray | None, mode: str) -> str:
-    import matplotlib  # half a second, which only a run with a report waits for
+    import matplotlib  # takes half a second, so only runs with a report import it
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     ink, grid = INKS[mode]
-    # Letters stay letters, in the reader's own font; without the salt two charts would name their parts alike.
+    # Text stays text, in the reader's font. Without the salt two charts would use the same ids.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.title, "font.family": "sans-serif"}):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         axes = figure.subplots()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers' attention says of a token what the image does for it: rank correlations, and a recommendation.
+"""Compares each layer's attention with the image's effect on tokens: rank correlations, and a recommendation.
 
-What the image does for a token is the log-probability that it loses when the image is blanked. What a layer says is
-the token's importance by VGR, measured in this layer alone.
+The image's effect on a token is the log-probability that the token loses when the image is blanked. It is compared
+with the token's importance by VGR, measured in one layer alone.
 
 Shapes: T response tokens, L measured layers.
 """
@@ -19,13 +19,13 @@ from verl.algorithms.token_weights import inverse_vgr
 from verl.models.attention_recorder import choose_layers
 
 FEWEST_TOKENS = 5
-"""Of a response that is counted: the rank correlation of fewer is noise."""
+"""Fewest tokens of a response that counts: rank correlations of fewer are noise."""
 
 FEW_RESPONSES = 20
-"""Below so many a recommendation comes with a warning."""
+"""With fewer responses, the recommendation comes with a warning."""
 
 NUM_BEST = 4
-"""Layers of the choice that takes those which agree best one by one."""
+"""Number of layers in the choice `best`."""
 
 
 @dataclass(frozen=True)
@@ -33,58 +33,58 @@ class MeasuredResponse:
     """One response."""
 
     layers: tuple[int, ...]
-    """Numbers of the L layers."""
+    """The numbers of the L layers."""
     masses: np.ndarray
     """(L, T, 2), each layer's attention on text and on images."""
     keys: tuple[int, int]
-    """How many tokens the two have."""
+    """Numbers of text tokens and image tokens."""
     image_gain: np.ndarray
-    """(T,), log-probability with the image less that without, in nats."""
+    """(T,), log-probability with the image minus log-probability without it, in nats."""
 
     def importance(self, layers: Sequence[int]) -> np.ndarray:
-        """(T,), 1 / VGR from the mean of the layers' masses, as training takes it; NaN where it is undefined."""
+        """(T,), 1 / VGR from the mean of the layers' masses, as in training; NaN where undefined."""
         own = self.masses[[self.layers.index(layer) for layer in layers]].mean(axis=0)
         return inverse_vgr(torch.from_numpy(own)[None], torch.tensor([self.keys]))[0].numpy()
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a choice of layers agrees with the gain, over responses."""
+    """Agreement of a choice of layers with the image's effect, over responses."""
 
     name: str
     layers: tuple[int, ...]
     correlations: np.ndarray
-    """Of each response; NaN where it has too few tokens, or one of the two is constant or undefined."""
+    """Rank correlation of each response; NaN if it has too few tokens, or if a side is constant or undefined."""
 
     @property
     def mean(self) -> float:
-        """Over the responses that have one; NaN if none has."""
+        """The mean over responses with a correlation; NaN if there are none."""
         known = self.correlations[np.isfinite(self.correlations)]
         return float(known.mean()) if known.size else float("nan")
 
     @property
     def standard_error(self) -> float:
-        """Of the mean; NaN for less than two responses."""
+        """The standard error of the mean; NaN for fewer than two responses."""
         return _standard_error(self.correlations)
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """The agreement of each layer and of some choices, and what follows."""
+    """The agreement of each layer and of some choices of layers, and the recommendation."""
 
     by_layer: list[Agreement]
     choices: list[Agreement]
     num_responses: int
-    """That were counted."""
+    """Number of responses that count."""
     num_tokens: int
-    """Of them."""
+    """Number of their tokens."""
     advice: list[str]
-    """Sentences."""
+    """The recommendation, as sentences."""
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Spearman's, over the places where both are finite; NaN for fewer than `FEWEST_TOKENS`, or without any spread."""
-    import pandas as pd  # comes with datasets; only who asks for ranks waits for it
+    """Spearman's correlation where both are finite; NaN for fewer than `FEWEST_TOKENS` values or a constant side."""
+    import pandas as pd  # comes with datasets; slow to import, so imported only here
 
     is_known = np.isfinite(one) & np.isfinite(other)
     if is_known.sum() < FEWEST_TOKENS:
@@ -96,11 +96,11 @@ def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
 def compare_layers(responses: Sequence[MeasuredResponse]) -> LayerReport:
     """Measures every layer and the usual choices, and recommends the choice that agrees best.
 
-    `best` takes the layers that agree best one by one. Each response is judged by layers that were chosen without it,
-    so that the choice has no advantage over those which were not chosen at all; it needs three responses.
+    `best` consists of the layers with the highest single agreement. Each response is judged by layers that were chosen
+    without it, which keeps the comparison with fixed choices fair; this needs three responses.
 
     Args:
-        responses: of the same layers.
+        responses: all measured in the same layers.
     """
     assert responses, "no response to compare layers by"
     layers = responses[0].layers
@@ -141,8 +141,8 @@ def _advise(choices: Sequence[Agreement], num_responses: int, num_tokens: int) -
     known = [choice for choice in choices if np.isfinite(choice.mean)]
     if not known:
         return [
-            f"No layers are recommended: no response has an image and {FEWEST_TOKENS} tokens of which the image "
-            "changes the probability."
+            f"No layers are recommended: no response has an image and {FEWEST_TOKENS} tokens whose probability the "
+            "image changes."
         ]
     basis = f"This rests on {num_tokens:,} tokens of {num_responses:,} responses"
     basis += ": too few to rely on." if num_responses < FEW_RESPONSES else "."
@@ -154,20 +154,20 @@ def _advise(choices: Sequence[Agreement], num_responses: int, num_tokens: int) -
             basis,
         ]
     value = best.name if best.name != "best" else f"[{','.join(map(str, best.layers))}]"
-    told = [f"Recommended: algorithm.token_weight_layers={value}, with a mean rank correlation of {_told(best)}."]
+    sentences = [f"Recommended: algorithm.token_weight_layers={value}, with a mean rank correlation of {_text(best)}."]
     if best is not default:
         gain = best.correlations - default.correlations
         gain_mean, error = float(np.nanmean(gain)), _standard_error(gain)
         if np.isfinite(error):
             is_clear = gain_mean > 2 * error and num_responses >= FEW_RESPONSES
-            told.append(
+            sentences.append(
                 f"That is {gain_mean:+.3f} ± {error:.3f} against all layers, "
                 + ("a clear difference." if is_clear else "which may be chance.")
             )
-    return [*told, basis]
+    return [*sentences, basis]
 
 
-def _told(agreement: Agreement) -> str:
+def _text(agreement: Agreement) -> str:
     error = agreement.standard_error
     return f"{agreement.mean:+.3f}" + (f" ± {error:.3f}" if np.isfinite(error) else "")
 

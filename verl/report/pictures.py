@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures as part of a page: shrunk, and written into the address itself."""
+"""Embeds pictures in a page as `data:` URIs, shrunk if needed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from PIL import Image
 
 TOTAL_BYTES = 900_000
-"""Of the pictures of a page, before base64 makes four bytes of three."""
+"""Bytes of all pictures of a page, before base64 adds a third."""
 
 LARGEST_BYTES = 60_000
-"""Of one picture."""
+"""Largest size of one picture in bytes, before base64."""
 
 LONGEST_SIDE, SHORTEST_SIDE = 512, 32
 """In pixels; a picture is made smaller step by step until it is small enough."""
 
 
 def picture_uris(images: Sequence[Image.Image]) -> list[str]:
-    """`data:` addresses of all pictures of a page, which share `TOTAL_BYTES`.
+    """`data:` URIs of all pictures of a page, which share `TOTAL_BYTES`.
 
     Args:
         images: in RGB.

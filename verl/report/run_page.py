@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run as one page: its curves, the ledger of its weights, and the responses that it shows, token by token."""
+"""The report page of a run: curves, statistics of the token weights, and sample responses token by token."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def run_page(
     """The page, below 5 MB for 32 samples with pictures of `picture_uris`.
 
     Args:
-        title: what the run is called.
-        notes: sentences below it.
-        history: the run's numbers.
-        sets: in the order in which they are shown.
-        bounds: lowest and highest weight of the colours.
+        title: the run's name.
+        notes: sentences below the title.
+        history: the run's metrics.
+        sets: in page order.
+        bounds: lowest and highest weight of the colour scale.
     """
     samples = iter(page_samples([sample for one in sets for sample in one.samples], bounds))
     return render(

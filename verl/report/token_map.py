@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Responses as a page: every token coloured by its weight, beside the images with the attention that it gives them.
+"""A page of responses: tokens coloured by weight, beside the images with each token's attention.
 
-The page is one file that asks for nothing else. What models and data wrote is escaped by the template, and the page's
-own policy lets no script run but the one that is part of it.
+The page is one self-contained file. The template escapes all texts of models and data, and the page's content policy
+allows only its own script.
 
 Shapes: T tokens of a response.
 """
@@ -26,48 +26,48 @@ if TYPE_CHECKING:
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("verl.report"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
 )
-"""Everything that a page shows goes through one of these. `token_map.html` has the macros of a sample."""
+"""The templates of all pages. `token_map.html` has the macros of a sample."""
 
 COLOURS = 11
 """Classes c0 (weighs least) to c10 (weighs most) of the style sheet; the one in the middle weighs 1."""
 
 MOST_TOKENS = 30_000
-"""Of a page: what is beyond is left out of the middle of its longest responses."""
+"""Largest number of tokens on a page; beyond it, the longest responses are cut in the middle."""
 
 MAP_BYTES = 1_600_000
-"""Of a page's maps, a byte for each field: they become coarser, and tokens share one, until they fit."""
+"""Largest size of all maps of a page, one byte per field. To fit, maps become coarser and tokens share maps."""
 
 FEWEST_FIELDS = 36
-"""Of a map, unless it has fewer to begin with: below, neighbouring tokens share one instead."""
+"""Fewest fields to which a map is reduced; beyond that, neighbouring tokens share a map."""
 
 VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
-"""Control characters, which show nothing, as the pictures that Unicode has for them."""
+"""Invisible control characters and the Unicode symbols shown for them."""
 
 LONGEST_TEXT = 6_000
-"""Characters of a prompt or an answer that are shown."""
+"""Largest number of characters shown of a prompt or an answer."""
 
 
 @dataclass(frozen=True)
 class TokenMap:
-    """A response and all that the page tells of it."""
+    """A response and everything that the page shows about it."""
 
     tokens: Sequence[str]
-    """T texts, as `token_texts` gives them: an empty one belongs to the character before it."""
+    """T texts from `token_texts`; a token with an empty text shares the character before it."""
     weights: Sequence[float]
-    """T, of the tokens in the loss."""
+    """T weights, as used in the loss."""
     vgr: Sequence[float]
-    """T, NaN where it is undefined."""
+    """T values of VGR, NaN where undefined."""
     prompt: str
     images: Sequence[str] = ()
-    """`data:` addresses of the prompt's pictures; see `picture_uris`."""
+    """`data:` URIs of the prompt's images; see `picture_uris`."""
     maps: Sequence[PictureMap] = ()
-    """One for each picture, (T, rows, columns): each token's attention on its fields."""
+    """One map per image, (T, rows, columns): each token's attention on the fields of the image."""
     answer: str | None = None
-    """What would be right."""
+    """The ground truth."""
     reward: float | None = None
     advantage: float | None = None
     title: str = ""
-    """Such as where the sample is from."""
+    """A note, for example where the sample comes from."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.tokens), len(self.weights), len(self.vgr), *(len(one.values) for one in self.maps)}
@@ -96,7 +96,7 @@ def token_map_html(
 
     Args:
         notes: sentences below the title.
-        bounds: lowest and highest weight of the colours, below 1 and above 1; weights beyond have theirs.
+        bounds: lowest and highest weight of the colour scale, below and above 1; weights outside take the end colours.
     """
     return render(
         "token_map_page.html",
@@ -109,7 +109,7 @@ def token_map_html(
 
 
 def render(template: str, **values: Any) -> str:
-    """A page from a template that extends `page.html`, with a policy that allows its style and script and no other."""
+    """Renders a template that extends `page.html`, with a content policy that allows only its own style and script."""
     style, script = (TEMPLATES.loader.get_source(TEMPLATES, f"token_map.{kind}")[0] for kind in ("css", "js"))
     policy = (
         f"default-src 'none'; img-src data:; style-src '{_hash_of(style)}'; script-src '{_hash_of(script)}'; "
@@ -120,7 +120,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def page_samples(samples: Sequence[TokenMap], bounds: tuple[float, float]) -> list[dict[str, Any]]:
-    """What the macro `sample` takes, for all samples of a page, which share its space."""
+    """Arguments of the macro `sample` for all samples of a page, which share the page's space."""
     most_tokens = _share_of_longest([len(sample.tokens) for sample in samples], MOST_TOKENS)
     num_maps = sum(min(len(sample.tokens), most_tokens) * len(sample.maps) for sample in samples)
     fields = MAP_BYTES // max(1, num_maps)
@@ -128,7 +128,7 @@ def page_samples(samples: Sequence[TokenMap], bounds: tuple[float, float]) -> li
 
 
 def colour_scale(bounds: tuple[float, float]) -> list[tuple[str, str]]:
-    """The class of each colour, least weight first, and the weight in its middle."""
+    """The CSS class of each colour, lowest weight first, and the weight at its middle."""
     low, high = _ends(bounds)
     middle = COLOURS // 2
     steps = [(place - middle) / middle for place in range(COLOURS)]
@@ -137,8 +137,8 @@ def colour_scale(bounds: tuple[float, float]) -> list[tuple[str, str]]:
 
 
 def colour_of(weight: float, bounds: tuple[float, float]) -> int:
-    """The number of a weight's colour: even steps of its logarithm from the lower bound to 1, and from 1 to the
-    upper."""
+    """The index of a weight's colour: even steps of the logarithm from the lower bound to 1, and from 1 to the upper
+    bound."""
     low, high = _ends(bounds)
     middle = COLOURS // 2
     if weight <= low:
@@ -148,7 +148,7 @@ def colour_of(weight: float, bounds: tuple[float, float]) -> int:
 
 
 def _ends(bounds: tuple[float, float]) -> tuple[float, float]:
-    """Bounds between which there is room on both sides of 1, on a logarithmic scale."""
+    """Bounds with room on both sides of 1, for a logarithmic scale."""
     return min(max(bounds[0], 0.05), 0.9), max(bounds[1], 1.1)
 
 
@@ -156,8 +156,10 @@ def _page_sample(sample: TokenMap, bounds: tuple[float, float], most_tokens: int
     kept = _kept_places(len(sample.tokens), most_tokens)  # (t,)
     looks = None
     if sample.maps:
-        of_images = sum(one.values.reshape(len(one.values), -1).sum(axis=1, dtype=np.float64) for one in sample.maps)
-        looks = [_short(of_images[place]) for place in kept]
+        image_attention = sum(
+            one.values.reshape(len(one.values), -1).sum(axis=1, dtype=np.float64) for one in sample.maps
+        )
+        looks = [_short(image_attention[place]) for place in kept]
     gap = next((place for place in range(1, len(kept)) if kept[place] != kept[place - 1] + 1), None)
     data = {
         "weights": [_short(sample.weights[place]) for place in kept],
@@ -182,9 +184,9 @@ def _page_sample(sample: TokenMap, bounds: tuple[float, float], most_tokens: int
 def _pieces(
     sample: TokenMap, kept: Sequence[int], gap: int | None, bounds: tuple[float, float]
 ) -> list[tuple[str, int, int, bool]]:
-    """Visible text, number of tokens, colour and whether it breaks the line; no token at all is the gap.
+    """Pieces: visible text, number of tokens, colour and whether the line breaks; a piece without tokens is the gap.
 
-    Tokens that share a character are one piece, whose colour is of their mean weight.
+    Tokens that share a character form one piece, coloured by their mean weight.
     """
     texts = [sample.tokens[place] for place in kept]
     runs = token_groups(texts[:gap])
@@ -199,7 +201,7 @@ def _pieces(
 
 
 def token_groups(tokens: Sequence[str]) -> list[list[int]]:
-    """Places of tokens, those together that share a character."""
+    """Groups of token positions; tokens that share a character are in one group."""
     groups: list[list[int]] = []
     for place, token in enumerate(tokens):
         if groups and token == "":
@@ -210,12 +212,12 @@ def token_groups(tokens: Sequence[str]) -> list[list[int]]:
 
 
 def visible(text: str) -> str:
-    """The text with `VISIBLE` in place of what shows nothing."""
+    """The text with the symbols of `VISIBLE` in place of control characters."""
     return text.translate(VISIBLE)
 
 
 def _kept_places(num_tokens: int, most: int) -> list[int]:
-    """Three quarters of what is shown from the beginning, the rest from the end."""
+    """Positions of the shown tokens: three quarters from the beginning, the rest from the end."""
     if num_tokens <= most:
         return list(range(num_tokens))
     first = most * 3 // 4
@@ -223,7 +225,7 @@ def _kept_places(num_tokens: int, most: int) -> list[int]:
 
 
 def _share_of_longest(lengths: Sequence[int], total: int) -> int:
-    """The largest number at which lengths may be cut so that their sum is no more than `total`."""
+    """The largest limit for which the lengths, cut to it, have a sum of at most `total`."""
     left = total
     for place, length in enumerate(sorted(lengths)):
         share = left // (len(lengths) - place)
@@ -234,7 +236,7 @@ def _share_of_longest(lengths: Sequence[int], total: int) -> int:
 
 
 def _packed_map(picture: PictureMap, kept: Sequence[int], fields: int) -> dict[str, Any]:
-    """A byte for each field, by the map's own highest; the last map is the mean of all tokens."""
+    """One byte per field, relative to the map's maximum; the last map is the mean over all tokens."""
     values = np.asarray(picture.values, dtype=np.float32)  # (T, rows, columns)
     pooled = _pooled(values[list(kept)], max(fields, FEWEST_FIELDS))
     stride = math.ceil(pooled[:1].size / max(1, fields))
@@ -255,7 +257,7 @@ def _packed_map(picture: PictureMap, kept: Sequence[int], fields: int) -> dict[s
 
 
 def _pooled(values: np.ndarray, most: int) -> np.ndarray:
-    """(T, fewer rows, fewer columns), means over blocks, with at most so many fields."""
+    """(T, fewer rows, fewer columns), means over blocks, with at most `most` fields."""
     _, rows, columns = values.shape
     side = 1
     while math.ceil(rows / side) * math.ceil(columns / side) > most:

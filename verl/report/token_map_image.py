@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A token map as a picture, for loggers that show no pages: coloured tokens, and what the whole response looks at.
+"""A token map as a picture, for loggers without HTML: coloured tokens, and the response's mean attention.
 
-Letters come from fonts of this machine. One that none of them has is a box.
+Letters come from this machine's fonts. A letter that no font has is drawn as a box.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ COLOURS = (
     "#998ec3", "#aea5d0", "#c3bcdc", "#d7d3e8", "#ebe9f3", "#ffffff", "#fdebd3", "#fcd7a8", "#f9c27c", "#f4ac50",
     "#ec9526",
 )  # fmt: skip
-"""Those of the page's style sheet on light ground."""
+"""The colours of the page's style sheet on light ground."""
 
 COLUMNS, MOST_LINES = 96, 60
-"""Of the text; a wide letter, such as a Chinese one, takes two columns."""
+"""Width of the text; a wide letter, such as a Chinese one, takes two columns."""
 
 LETTER, LINE, MARGIN = 14, 22, 10
-"""Height of letters, height of lines and space around, in pixels."""
+"""Height of letters, height of lines and margin, in pixels."""
 
 PICTURE, MOST_PICTURES = 224, 3
-"""Longest side of a picture in pixels, and how many are shown."""
+"""Longest side of an image in pixels, and the number of images shown."""
 
 WIDE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
               "Droid Sans Fallback", "SimHei", "PingFang SC")  # fmt: skip
-"""Looked for in this order where the first font, DejaVu Sans Mono, lacks a letter."""
+"""Fonts tried in this order for letters that DejaVu Sans Mono lacks."""
 
 TINT = (255, 128, 0)
-"""Of the attention, over a picture in greys."""
+"""Colour of the attention, over a grey image."""
 
 
 class Letter(NamedTuple):
-    """One letter, or space, in its place."""
+    """A letter or space at its position."""
 
     text: str
     line: int
     column: int
     colour: int | None
-    """Of its ground; None for none."""
+    """Background colour; None for none."""
 
 
 class Font(NamedTuple):
@@ -62,10 +62,10 @@ class Font(NamedTuple):
 
 
 def token_map_image(sample: TokenMap, bounds: tuple[float, float]) -> np.ndarray:
-    """(height, width, 3) uint8.
+    """The picture, (height, width, 3) uint8.
 
     Args:
-        bounds: lowest and highest weight of the colours.
+        bounds: lowest and highest weight of the colour scale.
     """
     letters = list(_laid_out(sample, bounds))
     pictures = _overlaid(sample)
@@ -93,12 +93,12 @@ def token_map_image(sample: TokenMap, bounds: tuple[float, float]) -> np.ndarray
 
 
 def _laid_out(sample: TokenMap, bounds: tuple[float, float]) -> Iterator[Letter]:
-    """The title, the facts and the prompt, and the tokens below them, in lines of `COLUMNS`."""
+    """The letters of the title, the facts and the prompt, then the tokens, in lines of `COLUMNS`."""
     facts = [("reward", sample.reward), ("advantage", sample.advantage)]
-    told = [f"{name} {value:.3g}" for name, value in facts if value is not None]
+    details = [f"{name} {value:.3g}" for name, value in facts if value is not None]
     if sample.answer is not None:
-        told.append(f"answer {sample.answer}")
-    head = "\n".join(text for text in (sample.title, ", ".join(told), sample.prompt) if text)
+        details.append(f"answer {sample.answer}")
+    head = "\n".join(text for text in (sample.title, ", ".join(details), sample.prompt) if text)
     runs = [(f"{head}\n", None)]
     for places in token_groups(sample.tokens):
         text = "".join(sample.tokens[place] for place in places)
@@ -119,14 +119,14 @@ def _laid_out(sample: TokenMap, bounds: tuple[float, float]) -> Iterator[Letter]
 
 
 def _columns(letter: str) -> int:
-    """How many columns a letter takes; an accent that belongs to the letter before it takes none."""
+    """The number of columns of a letter; a combining accent takes none."""
     if unicodedata.combining(letter):
         return 0
     return 2 if unicodedata.east_asian_width(letter) in "WF" else 1
 
 
 def _overlaid(sample: TokenMap) -> list[Image.Image]:
-    """The first pictures, with the mean map of the response where there is one."""
+    """The first images, with the response's mean attention map if there is one."""
     pictures = []
     for place, uri in enumerate(sample.images[:MOST_PICTURES]):
         picture = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB")
@@ -154,7 +154,7 @@ def _tinted(picture: Image.Image, attention: PictureMap) -> Image.Image:
 
 @cache
 def _fonts() -> list[Font]:
-    from matplotlib import font_manager  # half a second, which only a run with a report waits for
+    from matplotlib import font_manager  # takes half a second, so only runs with a report import it
     from matplotlib.ft2font import FT2Font
 
     manager = font_manager.fontManager

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How one call on a worker group becomes one call per worker, and how the answers become one answer.
+"""Splits a call on a worker group into one call per worker, and gathers the results.
 
-A worker method says with `@register(...)` how it is driven. Nothing here knows Ray or reinforcement learning.
+A worker method declares its kind of dispatch with `@register(...)`. This module knows neither Ray nor reinforcement
+learning.
 """
 
 from collections.abc import Callable
@@ -35,10 +36,10 @@ def _first(answers: list[Any]) -> Any:
 
 @dataclass(frozen=True)
 class Dispatch:
-    """One way to drive a method over all workers.
+    """A way to call a method on all workers.
 
-    `split` maps (number of workers, args, kwargs) to one (args, kwargs) per rank; `gather` maps the answers, in
-    rank order, to the one the caller gets.
+    `split` maps (number of workers, args, kwargs) to one (args, kwargs) per rank; `gather` maps the results, in rank
+    order, to the caller's result.
     """
 
     split: Callable[[int, tuple, dict], list[tuple[tuple, dict]]]
@@ -46,21 +47,21 @@ class Dispatch:
 
 
 ONE_TO_ALL = Dispatch(split=_same_for_all, gather=list)
-"""Every worker gets the same arguments; the caller gets the list of answers, by rank."""
+"""Every worker gets the same arguments; the caller gets the list of results, by rank."""
 
 DP_COMPUTE_PROTO = Dispatch(split=_chunk_batches, gather=DataProto.concat)
-"""Every worker gets its rows of the batch; the caller gets the answers' rows in the batch's order."""
+"""Every worker gets its rows of the batch; the caller gets the resulting rows in the batch's order."""
 
 DP_COMPUTE_METRIC = Dispatch(split=_chunk_batches, gather=_first)
-"""Every worker gets its rows of the batch; all return the same reduced numbers, of which the caller gets one copy."""
+"""Every worker gets its rows of the batch; all return the same reduced numbers, and the caller gets one copy."""
 
 
 def register(dispatch: Dispatch, shared_by: str | None = None) -> Callable[[Callable], Callable]:
-    """Marks a worker method as callable on the whole group, driven as `dispatch` says.
+    """Marks a worker method as callable on the whole group, with a kind of dispatch.
 
     Args:
-        shared_by: name, among the group's `shares`, of how many neighbouring ranks get the same part and give the same
-            answer; None for parts of each rank's own.
+        shared_by: a key of the group's `shares`: that number of neighbouring ranks gets the same part and returns the
+            same result. None gives each rank its own part.
     """
 
     def mark(method: Callable) -> Callable:

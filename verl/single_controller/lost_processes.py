@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says which processes of a run are gone, on which node, whether the node is gone with them, and how to go on."""
+"""Reports which processes of a run are lost, on which node, whether the node is lost too, and how to resume."""
 
 import time
 from collections.abc import Collection, Mapping
@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryError, RayActorError
 
 PROCESS_LOST = (RayActorError, ObjectLostError, OutOfMemoryError)
-"""What asking for an answer raises when there is no process to give it, or no store to fetch it from."""
+"""Ray's errors for a result whose process, or whose object store, is gone."""
 
 HOW_TO_GO_ON = (
     "The run's other processes were ended. Started again, by hand with trainer.find_last_checkpoint=true or by "
@@ -17,7 +17,7 @@ HOW_TO_GO_ON = (
 )
 
 NODE_VERDICT_SECONDS = 60
-"""Ray gives a node up after failed health checks: with its defaults 15 s after a crash, 60 s after silence."""
+"""Ray declares a node dead after failed health checks: by default 15 s after a crash, 60 s without an answer."""
 
 
 @dataclass(frozen=True, order=True)
@@ -32,7 +32,7 @@ class Node:
 
 
 class ProcessesLost(RuntimeError):
-    """Ends a run whose processes, or whose nodes, are gone; `news` says which."""
+    """Processes or nodes of the run are lost; `news` says which."""
 
     def __init__(self, news: str) -> None:
         super().__init__(f"{news}. {HOW_TO_GO_ON}")
@@ -40,18 +40,18 @@ class ProcessesLost(RuntimeError):
 
 
 def node_of(actor: ray.actor.ActorHandle) -> ray.ObjectRef:
-    """A reference to the `Node` that `actor` runs on, there once it has started and still there when it has died."""
+    """A reference to the `Node` of `actor`. It resolves once the actor has started, and outlives the actor."""
     return actor.__ray_call__.remote(
         lambda _: Node(ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id())
     )
 
 
 def run_ended_by(errors: Mapping[str, Exception], node_of_process: Mapping[str, Node]) -> ProcessesLost:
-    """The error that ends a run; waits for Ray's verdict on the nodes where Ray has none yet.
+    """The error that ends a run. Waits until Ray knows whether the nodes are alive.
 
     Args:
-        errors: what Ray said of the processes that are gone, by name.
-        node_of_process: where those and their peers were: a node that left took all of its own.
+        errors: Ray's errors for the lost processes, by name.
+        node_of_process: the nodes of these processes and their peers; a lost node takes all of its processes along.
     """
     undecided = any(isinstance(error, ActorUnavailableError) for error in errors.values())
     nodes = sorted({node_of_process[name] for name in errors})
@@ -70,7 +70,7 @@ def run_ended_by(errors: Mapping[str, Exception], node_of_process: Mapping[str, 
 
 
 def _nodes_gone(nodes: Collection[Node], seconds: float) -> set[Node]:
-    """Those of `nodes` that Ray counts as dead, waiting up to `seconds` for the first."""
+    """The dead ones among `nodes`, according to Ray; waits up to `seconds` for the first."""
     deadline = time.monotonic() + seconds
     while True:
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}

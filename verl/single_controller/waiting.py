@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waits for answers of other processes, and says every minute what is awaited and since when."""
+"""Waits for results of other processes, and logs every minute what it waits for and since when."""
 
 import logging
 import time
@@ -10,15 +10,15 @@ import ray
 logger = logging.getLogger(__name__)
 
 REPORT_SECONDS = 60.0
-"""Between two lines about the same wait."""
+"""Seconds between two log lines about the same wait."""
 
 
 class Waiting:
-    """One wait, which begins when it is made.
+    """One wait; its clock starts when the object is created.
 
     Args:
-        describe: what is awaited, in words, given the references without an answer yet.
-        limit_s: seconds that the wait may take; None for no limit.
+        describe: takes the references without a result; returns what is awaited, in words.
+        limit_s: longest wait in seconds; None for no limit.
     """
 
     def __init__(self, describe: Callable[[Sequence[ray.ObjectRef]], str], limit_s: float | None = None) -> None:
@@ -29,7 +29,7 @@ class Waiting:
         self._next_report = self._began + REPORT_SECONDS
 
     def first(self, references: Sequence[ray.ObjectRef]) -> tuple[ray.ObjectRef, list[ray.ObjectRef]]:
-        """The first reference with an answer, which may be an error, and the others.
+        """The first reference with a result, which may be an error, and the others.
 
         Raises:
             TimeoutError: the wait took longer than its limit.

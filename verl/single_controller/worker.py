@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every worker knows: its place among the others, and its device."""
+"""The base class of workers, with rank and device."""
 
 import torch
 

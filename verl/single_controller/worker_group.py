@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drives all workers of one class as one object."""
+"""Calls all workers of one class through one object."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,21 +10,20 @@ from verl.single_controller.worker_processes import WorkerProcesses
 
 
 class WorkerGroup:
-    """All workers of one class, one in each process, driven as one object.
+    """All workers of one class, one in each process, called through one object.
 
     Every method of `worker_class` that is marked with `@register` becomes a method of the group: its arguments are
-    split over the ranks, its answers gathered in rank order. The first exception of any rank ends the processes (the
-    others may be waiting in a collective for the rank that failed) and reaches the caller with the worker's own
-    traceback.
+    split over the ranks, and its results are gathered in rank order. The first exception of any rank ends all
+    processes (others may wait in a collective for the failed rank) and reaches the caller with the worker's traceback.
 
     Args:
-        processes: where the workers live, beside those of other groups. They stay their owner's to end.
-        worker_class: a subclass of `Worker`, or its place as `module:Class`, which this process then need not import.
-        shares: how many neighbouring ranks share the parts of the methods that name it; 1 for names that are missing.
+        processes: the processes that host the workers, possibly together with other groups. The caller ends them.
+        worker_class: a subclass of `Worker`, or its path `module:Class`, so that this process need not import it.
+        shares: by name, the number of neighbouring ranks that get the same part of a call; 1 for missing names.
         **worker_kwargs: passed on to the class beside `rank, world_size, local_rank, device`.
 
-    Its methods raise what a worker raised, or, where a worker's process or its node is gone, a RuntimeError that names
-    ranks and node.
+    Its methods raise the worker's exception. If a worker's process or node is lost, they raise a RuntimeError that
+    names ranks and node.
     """
 
     def __init__(
@@ -50,9 +49,9 @@ class WorkerGroup:
 
     @property
     def alive(self) -> bool:
-        """False once the processes were ended, by their owner or by a failure."""
+        """False once the processes were ended, by the caller or by a failure."""
         return self.processes.alive
 
     def release(self) -> None:
-        """Frees the workers. Their processes live on."""
+        """Frees the workers. Their processes keep running."""
         self.processes.drop(self._name)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process per device, over any number of nodes, joined in one process group: where workers live.
+"""The processes that host workers: one per device, on any number of nodes, joined in one process group.
 
-The processes start before anyone knows which worker they will house, so that they import what it needs while their
-owner still reads its data. This file loads neither torch nor transformers.
+The processes start before their workers are built, so that they import modules while the trainer still reads its data.
+This file loads neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from verl.single_controller.lost_processes import PROCESS_LOST, Node, run_ended_by
 from verl.single_controller.waiting import Waiting
 from verl.utils.lean_imports import import_modules, import_object
-from verl.utils.termination import leave_termination_to_the_driver
+from verl.utils.termination import ignore_sigterm
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
 """Longer than any phase in which ranks wait for each other (a slow rank may generate for most of an hour)."""
@@ -31,12 +31,12 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
 PLACEMENT_TIMEOUT_SECONDS = 300
 
 SETTLE_SECONDS = 5
-"""A rank whose peer died fails in their collective about two seconds before Ray says who died."""
+"""When a rank dies, its peers fail in a collective about two seconds before Ray reports the death."""
 
 
 def threads_of_worker(device: str, node_resources: Mapping[str, float]) -> str:
-    """The OpenMP threads of a worker: what `OMP_NUM_THREADS` says in this process; else its share of the node's cores
-    where it has a GPU, and one on a CPU, where workers with more would fight over the cores, many times slower.
+    """The number of OpenMP threads of a worker: `OMP_NUM_THREADS` if this process has it; otherwise, with a GPU, the
+    worker's share of the node's cores; on a CPU one, since more would compete for the cores and be many times slower.
 
     Args:
         node_resources: `CPU` and `GPU` of the worker's node, as Ray counts them.
@@ -54,32 +54,32 @@ def detect_device() -> str:
 
 
 class WorkerProcess:
-    """A Ray actor with one device, in which workers live.
+    """A Ray actor with one device that hosts workers.
 
     Args:
-        rank, world_size, local_rank, device: handed on to every worker.
-        variables: of the environment, for libraries that read them when they are imported.
+        rank, world_size, local_rank, device: passed on to every worker.
+        variables: environment variables, for libraries that read them on import.
     """
 
     def __init__(self, rank: int, world_size: int, local_rank: int, device: str, variables: Mapping[str, str]) -> None:
-        leave_termination_to_the_driver()
+        ignore_sigterm()
         os.environ.update(variables)
         self.place = {"rank": rank, "world_size": world_size, "local_rank": local_rank, "device": device}
         self.workers: dict[str, Any] = {}
 
     def import_modules(self, names: Sequence[str]) -> None:
-        """Imports what a worker will need."""
+        """Imports modules that a worker will need."""
         import_modules(names)
-        gc.freeze()  # modules stay for the life of the process; no collection needs to look at them again
+        gc.freeze()  # modules live as long as the process; collections need not visit them
 
     def free_address(self) -> tuple[str, int]:
-        """This node's address and a port that is free on it, for the others to meet at."""
+        """This node's address and a free port, for the ranks' rendezvous."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def join_process_group(self, address: str, port: int) -> None:
-        """Joins the default process group: gloo for CPU tensors, and NCCL beside it on CUDA."""
+        """Joins the default process group: gloo for CPU tensors, and on CUDA also NCCL."""
         import torch
         import torch.distributed as dist
 
@@ -101,7 +101,7 @@ class WorkerProcess:
     def build(
         self, name: str, worker_class: type | str, worker_kwargs: dict[str, Any]
     ) -> dict[str, tuple[Any, str | None]]:
-        """Builds the worker that the other methods know under `name`.
+        """Builds a worker under `name`, which the other methods take.
 
         Returns:
             The (dispatch, shared_by) of each method that is marked with `@register`.
@@ -113,13 +113,13 @@ class WorkerProcess:
         return {key: (one.dispatch, one.shared_by) for key, one in members.items() if hasattr(one, "dispatch")}
 
     def call(self, name: str, method: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What the worker's method answers."""
+        """Calls a method of the worker and returns its result."""
         return getattr(self.workers[name], method)(*args, **kwargs)
 
     def drop(self, name: str) -> None:
         """Forgets a worker and frees its memory."""
         self.workers.pop(name, None)
-        gc.collect()  # a model has cycles of references
+        gc.collect()  # a model has reference cycles
         if self.place["device"] == "cuda":
             import torch
 
@@ -127,16 +127,16 @@ class WorkerProcess:
 
 
 class WorkerProcesses:
-    """The processes that a group of workers runs in. A context manager that ends them.
+    """The processes that host groups of workers. A context manager that ends them.
 
-    Starting returns once the cluster has places for them; the first `build` waits until all have started and share a
-    process group. A failure of any method ends all of them.
+    The constructor returns once the cluster has reserved devices; the first `build` waits until all have started and
+    share a process group. A failure of any method ends all of them.
 
     Args:
         num_nodes, workers_per_node: their product is the number of processes; rank = node * workers_per_node + local.
         device: "cuda" gives each process one GPU, "cpu" none.
-        modules: what they import as soon as they have started.
-        variables: of their environment.
+        modules: modules to import right after the start.
+        variables: their environment variables.
 
     Raises:
         ValueError: the Ray cluster has fewer GPUs or CPUs than asked for.
@@ -160,8 +160,8 @@ class WorkerProcesses:
         self._has_joined = False
 
     def _start(self, workers_per_node: int, variables: Mapping[str, str]) -> list[ray.actor.ActorHandle]:
-        # Ray by itself gives each one thread. Not by way of a runtime environment, for which Ray would start a process
-        # anew instead of taking one that waits.
+        # By default Ray gives each process one thread. With a runtime environment for the variables, Ray would start a
+        # new process instead of taking an idle one.
         threads = [threads_of_worker(self.device, _record_of(group)["Resources"]) for group in self._placement_groups]
         actor_class = ray.remote(num_cpus=1, num_gpus=int(self.device == "cuda"))(WorkerProcess)
         return [
@@ -184,14 +184,14 @@ class WorkerProcesses:
         """Builds a worker in every process.
 
         Args:
-            worker_class: the class, or its place as `module:Class`, which only the processes then import.
+            worker_class: the class, or its path `module:Class`, which then only the processes import.
 
         Returns:
-            The name that `call` and `drop` want, and what `WorkerProcess.build` returns.
+            The name for `call` and `drop`, and the result of `WorkerProcess.build`.
 
         Raises:
-            RuntimeError: the processes have ended, or one of them, or its node, is lost.
-            Exception: what a worker raised.
+            RuntimeError: the processes have ended, or a process or its node is lost.
+            Exception: the exception of a worker.
         """
         class_name = worker_class.rpartition(":")[2] if isinstance(worker_class, str) else worker_class.__name__
         self._require_alive(class_name)
@@ -212,13 +212,13 @@ class WorkerProcesses:
         self._has_joined = True
 
     def call(self, name: str, method: str, parts: Sequence[tuple[tuple, dict]]) -> list[Any]:
-        """Calls a method of every worker of that name, each with its own (args, kwargs); the answers by rank.
+        """Calls a method of every worker of that name, each with its own (args, kwargs); returns the results by rank.
 
         Raises:
             RuntimeError, Exception: as `build` does.
         """
         self._require_alive(method)
-        title = f"{name.partition(' ')[0]}.{method}"  # Ray names the process after it while the call lasts
+        title = f"{name.partition(' ')[0]}.{method}"  # Ray shows it as the process title during the call
         return self._gather(
             title,
             [
@@ -228,7 +228,7 @@ class WorkerProcesses:
         )
 
     def drop(self, name: str) -> None:
-        """Has the workers of that name freed, without waiting for it."""
+        """Frees the workers of that name, without waiting."""
         for actor in self._actors:
             actor.drop.remote(name)
 
@@ -238,16 +238,16 @@ class WorkerProcesses:
 
     @property
     def alive(self) -> bool:
-        """False once the processes were ended, by their owner or by a failure."""
+        """False once the processes were ended, by the caller or by a failure."""
         return bool(self._actors)
 
     def _gather(self, called: str, references: list[ray.ObjectRef]) -> list[Any]:
-        """The answers in the order of `references`, one a rank; raises at the first failure, whichever rank it is.
+        """The results in the order of `references`, one per rank; raises at the first failure of any rank.
 
-        A failure ends all processes, since the others may be waiting in a collective for the rank that failed.
+        A failure ends all processes, since others may wait in a collective for the failed rank.
 
         Args:
-            called: what the ranks do, for those who wait.
+            called: the method, for messages.
         """
 
         def unanswered(pending: Sequence[ray.ObjectRef]) -> str:
@@ -271,15 +271,15 @@ class WorkerProcesses:
 
     def _places_of(self, ranks: Sequence[int]) -> str:
         """Ranks by node, such as `ranks 0, 1 of node 10.0.0.1 (Ray node 3fa9c210); rank 9 of node ...`."""
-        of_node: dict[Node, list[str]] = {}
+        ranks_by_node: dict[Node, list[str]] = {}
         for rank in ranks:
-            of_node.setdefault(self.node_of_rank[rank], []).append(str(rank))
+            ranks_by_node.setdefault(self.node_of_rank[rank], []).append(str(rank))
         return "; ".join(
-            f"rank{'s' * (len(names) > 1)} {', '.join(names)} of node {node}" for node, names in of_node.items()
+            f"rank{'s' * (len(names) > 1)} {', '.join(names)} of node {node}" for node, names in ranks_by_node.items()
         )
 
     def shutdown(self) -> None:
-        """Kills every process and gives its device back. Safe to call twice."""
+        """Kills every process and frees its device. Safe to call twice."""
         for actor in self._actors:
             ray.kill(actor)
         for group in self._placement_groups:
@@ -334,19 +334,19 @@ def _node_of(group: PlacementGroup) -> Node:
 
 
 def _record_of(group: PlacementGroup) -> dict[str, Any]:
-    """What Ray says of the node that has all bundles of the group."""
+    """Ray's record of the node that has all bundles of the group."""
     node_id = ray.util.placement_group_table(group)["bundles_to_node_id"][0]
     return next(node for node in ray.nodes() if node["NodeID"] == node_id)
 
 
 def _lost_ranks(references: list[ray.ObjectRef]) -> dict[str, Exception]:
-    """The ranks whose processes are gone, after a failure that may be theirs or may follow from it."""
+    """The ranks whose processes are lost, after a failure that may be the cause or a consequence."""
     settled, _ = ray.wait(references, num_returns=len(references), timeout=SETTLE_SECONDS)
     errors = {f"rank {rank}": _error_of(answer) for rank, answer in enumerate(references) if answer in settled}
     return {
         name: error
         for name, error in errors.items()
-        # A process that could not even begin, as where a node lacks a package, has a Python error of its own.
+        # A process that could not start, for example for a missing package, has a Python error of its own.
         if isinstance(error, PROCESS_LOST) and not getattr(error, "actor_init_failed", False)
     }
 

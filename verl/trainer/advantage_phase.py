@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a step's scores to its advantages: the KL is taken off the rewards, then the estimator compares them.
+"""From a step's scores to its advantages: subtracts the KL from the rewards, then runs the advantage estimator.
 
 Shapes: N rows, R response length.
 """
@@ -20,15 +20,15 @@ def compute_advantages(
 
     Args:
         state: has the KL coefficient; an adaptive one then follows the KL, for the next step.
-        kl_coef_may_adapt: false while the policy waits for its critic, and has no KL to follow.
+        kl_coef_may_adapt: false during the critic's warm-up, when the policy does not change and its KL says nothing.
 
     Returns:
-        Metrics of the KL in the reward, if there is any.
+        Metrics of the KL in the reward; empty without one.
     """
     streams, metrics = batch.batch, {}
     streams["token_level_rewards"] = streams["token_level_scores"]
     if algorithm.kl_in_reward:
-        metrics = _take_kl_off_the_rewards(batch, algorithm, state, kl_coef_may_adapt)
+        metrics = _subtract_kl(batch, algorithm, state, kl_coef_may_adapt)
     inputs = AdvantageInputs(
         streams["token_level_rewards"],
         streams["response_mask"],
@@ -43,7 +43,7 @@ def compute_advantages(
     return metrics
 
 
-def _take_kl_off_the_rewards(
+def _subtract_kl(
     batch: DataProto, algorithm: AlgorithmConfig, state: RunState, kl_coef_may_adapt: bool
 ) -> dict[str, float]:
     streams, kl_coef = batch.batch, state.kl_coef

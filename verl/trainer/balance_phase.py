@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts a step's rows in an order in which every rank has as many rows, and about as much to compute."""
+"""Orders a step's rows so that every rank gets the same number of rows and about the same number of tokens."""
 
 import torch
 
@@ -19,13 +19,13 @@ def balance_across_ranks(batch: DataProto, config: PPOConfig, plan: BatchPlan) -
     Reads: `attention_mask`, and where prompts are shared `response_mask` and `uid`.
 
     Returns:
-        Metrics of the tokens of each rank.
+        Metrics: tokens per rank before and after.
     """
     lengths = batch.batch["attention_mask"].sum(dim=1).tolist()
     costs = None
     if shares_prompts(config):
         prompts = prompt_lengths(batch.batch["attention_mask"], batch.batch["response_mask"]).tolist()
-        costs = TokenCosts.of_groups(lengths, prompts, batch.non_tensor_batch["uid"])
-    order = balanced_order(lengths, plan.world_size, plan.pieces_to_balance, costs)
+        costs = TokenCosts.from_groups(lengths, prompts, batch.non_tensor_batch["uid"])
+    order = balanced_order(lengths, plan.world_size, plan.num_balance_pieces, costs)
     batch.reorder(torch.tensor(order))
     return seqlen_metrics(lengths, order, plan.world_size)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small process beside a run: it ends the processes of the run's own Ray cluster when the run is gone.
 
-Of a driver that was killed, Ray's agents stay for a minute and more, and what workers have started stays for good.
+When a driver is killed, Ray's agents outlive it by a minute or more; processes that workers started never end.
 
     python -m verl.trainer.cluster_guard DRIVER_PID MARK
 
-What it reads is the folder of Ray's session. An empty line, or the end of its input, is the end of the session.
+Its input is one line, the folder of Ray's session. A second, empty line or the end of the input ends the session.
 """
 
 import os
@@ -26,19 +26,19 @@ import psutil
 from verl.utils.process_tree import has_variable, package_environment
 
 CLUSTER_MARK = "VERL_CLUSTER"
-"""The variable that every process of a cluster has from its start, and hands on to what it starts."""
+"""Environment variable that marks every process of a cluster; child processes inherit it."""
 
 KEEP_ENVIRONMENT = {"SPT_NOENV": "1"}
-"""Ray's processes change their titles, and would write over their environments: https://pypi.org/project/setproctitle."""
+"""Ray changes process titles, which overwrites their environments: https://pypi.org/project/setproctitle."""
 
 LOOKS_PER_SECOND = 2
 
 ATTEMPT_SECONDS = 10
-"""For as long, killed processes may still have started others."""
+"""Seconds during which killed processes may still have started others."""
 
 
 class ClusterGuard:
-    """The driver's side: a context manager, at whose end nothing is left of the cluster that was started in it."""
+    """The driver's side: a context manager that leaves nothing of the cluster started inside it."""
 
     def __enter__(self) -> Self:
         self._mark = secrets.token_hex(8)
@@ -59,8 +59,8 @@ class ClusterGuard:
         self._process.wait()
 
     @contextmanager
-    def takes_in(self) -> Iterator[None]:
-        """Processes that are started inside belong to the cluster, and so does all that they start."""
+    def mark_children(self) -> Iterator[None]:
+        """Inside, processes that are started belong to the cluster, with all their descendants."""
         variables = {CLUSTER_MARK: self._mark, **KEEP_ENVIRONMENT}
         before = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)
@@ -73,12 +73,12 @@ class ClusterGuard:
                     os.environ[name] = value
 
     def remember(self, session_folder: str) -> None:
-        """Tells where Ray keeps files of the session; in the end only the reader of its logs has a use for them."""
+        """Tells the guard the folder of Ray's session files. After the run only readers of its logs need it."""
         self._process.stdin.write(f"{session_folder}\n")
         self._process.stdin.flush()
 
     def end_helpers(self) -> None:
-        """Ends those of Ray's processes that the driver need not take leave of; Ray waits a second for each."""
+        """Ends the Ray processes that need no orderly shutdown; Ray itself would wait a second for each."""
         for process in psutil.Process().children():
             with suppress(psutil.NoSuchProcess):
                 if process.name() not in ("raylet", "gcs_server") and _has_mark(process, self._mark):
@@ -86,7 +86,7 @@ class ClusterGuard:
 
 
 def wait_for_end(driver: int) -> str | None:
-    """The session's folder, once the driver has said that it ends, has closed this process' input, or is gone."""
+    """Waits until the driver ends the session, closes the pipe or is gone; returns the session's folder."""
     heard = b""
     while True:
         is_gone = os.getppid() != driver
@@ -102,16 +102,16 @@ def wait_for_end(driver: int) -> str | None:
 
 
 def end_marked(mark: str) -> None:
-    """Kills the processes with this mark, and those that they start meanwhile."""
+    """Kills the processes with this mark, including children that they start meanwhile."""
     deadline = time.monotonic() + ATTEMPT_SECONDS
     while time.monotonic() < deadline:
-        found = [process for process in psutil.process_iter() if _has_mark(process, mark)]
-        if not found:
+        processes = [process for process in psutil.process_iter() if _has_mark(process, mark)]
+        if not processes:
             return
-        for process in found:
+        for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(found, timeout=1)
+        psutil.wait_procs(processes, timeout=1)
 
 
 def _has_mark(process: psutil.Process, mark: str) -> bool:

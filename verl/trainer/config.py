@@ -19,10 +19,10 @@ from verl.workers.config import WorkerConfig
 TOKEN_SIGNAL_NAMES = ("vgr", "vision_density", "entropy", "image_kl", "hidden_cosine", "uniform")
 ATTENTION_SIGNALS = ("vgr", "vision_density")
 """The package's own signals that are computed from attention."""
-"""The names that `verl/algorithms/token_weights.py` registers, here to be known without torch."""
+"""The names that `verl/algorithms/token_weights.py` registers, repeated here so that reading them needs no torch."""
 
 ADV_ESTIMATORS = ("grpo", "grpo_passk", "rloo", "reinforce_plus_plus", "remax", "gae")
-"""The names that `verl/algorithms/advantages.py` registers, here to be known without torch."""
+"""The names that `verl/algorithms/advantages.py` registers, repeated here so that reading them needs no torch."""
 
 LayerChoice = str | tuple[int, ...]
 """`all`, `middle`, `last:K`, or numbers of layers."""
@@ -46,7 +46,7 @@ class DataSource:
     """One item of `data.train_files` or `data.val_files`."""
 
     path: str
-    """With `@split`, if one was given."""
+    """The path, with `@split` if given."""
     weight: float | None = None
     """Its share of the prompts, relative to the other items'; None where shares follow the numbers of rows."""
 
@@ -114,9 +114,10 @@ class DataConfig(ConfigSection):
     filter_overlong_prompts_workers: int = 16
     """Processes that look for such rows, and for media that cannot be read."""
     check_media: bool = False
-    """Decode every image and video before training, to find those that are damaged."""
+    """Decode every image and video before training, to find damaged ones."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What happens with a row that cannot be read when the data is loaded: end, or leave it out and name it."""
+    """What to do with a row that cannot be read when the data is loaded: end the run, or leave the row out with a
+    warning."""
     media_cache_gb: float = 1.0
     """GiB of image and video features that each worker keeps in host memory for the passes of a step. What does not
     fit is processed anew in each pass."""
@@ -219,9 +220,10 @@ class AlgorithmConfig(ConfigSection):
     token_weight_last_k_layers: int | None = None
     """Take attention from this many of the last full-attention layers; null takes it from all."""
     token_weight_layers: Any = None
-    """The same said otherwise: `last:K`, `middle` (the middle third), `all`, or a list of layer numbers from 0 on."""
+    """Another form of `token_weight_last_k_layers`: `last:K`, `middle` (the middle third), `all`, or a list of layer
+    numbers, counted from 0."""
     token_weight_image_noise: Literal["blank", "patches", "gaussian"] = "patches"
-    """How `image_kl` spoils images: all black, black squares of 14 pixels, or noise."""
+    """How `image_kl` degrades images: all black, black squares of 14 pixels, or noise."""
     token_weight_image_noise_share: float = 0.5
     """Share of the squares that are black, or of the variance that is noise."""
     token_weight_control: Literal["none", "shuffled", "inverse", "random"] = "none"
@@ -269,12 +271,12 @@ class AlgorithmConfig(ConfigSection):
 
     @property
     def needs_critic(self) -> bool:
-        """Whether the advantage estimator holds rewards against the values of a critic."""
+        """Whether the advantage estimator compares rewards with the values of a critic."""
         return self.adv_estimator == "gae"
 
     @property
     def needs_baselines(self) -> bool:
-        """Whether the advantage estimator holds rewards against the score of the prompt's greedy response."""
+        """Whether the advantage estimator compares rewards with the score of the prompt's greedy response."""
         return self.adv_estimator == "remax"
 
     @property
@@ -284,7 +286,7 @@ class AlgorithmConfig(ConfigSection):
 
     @property
     def kl_in_reward(self) -> bool:
-        """Whether the KL term is taken off the reward."""
+        """Whether the KL term is subtracted from the reward."""
         return not self.use_kl_loss and not self.disable_kl
 
     @property
@@ -294,7 +296,7 @@ class AlgorithmConfig(ConfigSection):
 
     @property
     def full_kl_in_reward(self) -> bool:
-        """Whether a pass of its own measures the KL over the whole vocabulary."""
+        """Whether a separate pass measures the KL over the whole vocabulary."""
         return self.kl_in_reward and self.kl_penalty == "full"
 
     @property
@@ -304,7 +306,7 @@ class AlgorithmConfig(ConfigSection):
 
     @property
     def kl_coef_adapts(self) -> bool:
-        """Whether the coefficient follows the target: in the reward alone, as in EasyR1."""
+        """Whether the coefficient follows the target. As in EasyR1, only the KL in the reward has an adaptive one."""
         return self.kl_type == "adaptive" and self.kl_in_reward
 
 
@@ -396,7 +398,7 @@ class TrainerConfig(ConfigSection):
 
 @dataclass(frozen=True)
 class PPOConfig(ConfigSection):
-    """Everything a run is given."""
+    """The whole configuration of a run."""
 
     data: DataConfig = field(default_factory=DataConfig)
     worker: WorkerConfig = field(default_factory=WorkerConfig)
@@ -409,7 +411,7 @@ class PPOConfig(ConfigSection):
 
     @property
     def trained_models(self) -> dict[str, TrainedModelConfig]:
-        """The models that the run trains, each by the key of its section."""
+        """The sections of the models that the run trains, by their keys."""
         models = {"worker.actor": self.worker.actor}
         return models | {"worker.critic": self.worker.critic} if self.algorithm.needs_critic else models
 
@@ -432,7 +434,7 @@ def _visible_gpus() -> int:
 
 
 def _retired_keys() -> dict[str, RetiredKey]:
-    """Keys of EasyR1 and its older releases that no field answers to."""
+    """Keys of EasyR1 and its older releases that have no field here."""
     keys = {
         "worker.reward.reward_type": RetiredKey(
             "is not read: the constant REWARD_TYPE in the reward function's file decides",
@@ -510,17 +512,17 @@ REMEDIES = {
         for name in names
     },
 }
-"""What to write in place of keys that people try, by the last part of the key: words of other trainers, too."""
+"""What to write instead of an unknown key, by the last part of the key; includes keys of other trainers."""
 
 
 def load_config(argv: Sequence[str]) -> PPOConfig:
-    """Build the configuration from what follows the program's name on the command line.
+    """Build the configuration from the command-line arguments.
 
     `config=FILE` names a YAML file, `a.b.c=value` sets one key; the order is dataclass default < YAML < command line.
     Paths come out absolute. Keys of older releases are taken with one warning each.
 
     Raises:
-        ValueError: naming each key, its value and what would be right.
+        ValueError: names each wrong key, its value, and what would be right.
     """
     from verl.config_loading import load_sections  # OmegaConf, which workers that unpickle a config do without
 

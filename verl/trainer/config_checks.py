@@ -2,8 +2,8 @@
 """Every check that looks at more than one field of the configuration, in three lists.
 
 1. `CONTRADICTIONS` are refused as soon as a section is built, or the whole configuration.
-2. `UNAVAILABLE` are refused before a run starts: what the run must be given, and what this version or machine lacks.
-3. `NOTES` are taken with a warning: settings that do less, or more, than their names promise.
+2. `UNAVAILABLE` are refused before a run starts: missing required keys, and what this version or machine cannot do.
+3. `NOTES` are accepted with a warning: settings that do less, or more, than their names promise.
 
 A section checks its values one by one. Divisibility of batch sizes is `BatchPlan`'s (`verl/utils/batch_plan.py`),
 names of estimators and losses are the registries' (`verl/algorithms/registry.py`).
@@ -119,19 +119,19 @@ CONTRADICTIONS: dict[type[ConfigSection], tuple[Callable[..., Iterator[ConfigVal
     RolloutConfig: (greedy_validation_answers_once,),
     PPOConfig: (vllm_takes_a_whole_sequence, vllm_takes_a_whole_prompt_at_once),
 }
-"""By the section that they look at, which is refused."""
+"""By the class of the section that is checked, and refused if a check fails."""
 
 # ---- refused before a run ----
 
 
 def required_keys(config: PPOConfig) -> Iterator[str]:
-    given = {
+    required = {
         "data.train_files": config.data.train_files,
         "data.val_files": config.data.val_files,
         "worker.actor.model.model_path": config.worker.actor.model.model_path,
         "worker.reward.reward_function": config.worker.reward.reward_function,
     }
-    for key, value in given.items():
+    for key, value in required.items():
         if not value:
             yield f"{key} is required and not given"
 
@@ -161,7 +161,7 @@ def whole_critic(config: PPOConfig) -> Iterator[str]:
 def attention_for_signals(
     config: PPOConfig, is_by_attention: Callable[[str], bool] = ATTENTION_SIGNALS.__contains__
 ) -> Iterator[str]:
-    """`is_by_attention` knows the package's own signals; whoever has loaded the others gives another."""
+    """`is_by_attention` knows the package's own signals; a caller that has loaded the user's passes another."""
     if config.worker.rollout.collect_attentions:
         return
     algorithm = config.algorithm
@@ -218,7 +218,7 @@ UNAVAILABLE: tuple[Callable[[PPOConfig], Iterator[str]], ...] = (
     hub_of_modelscope,
 )
 
-# ---- taken with a warning ----
+# ---- accepted with a warning ----
 
 
 def adaptive_kl_in_the_loss(config: PPOConfig) -> Iterator[str]:
@@ -360,7 +360,7 @@ NOTES: tuple[Callable[[PPOConfig], Iterator[str]], ...] = (
 
 
 def contradictions(section: ConfigSection) -> Iterator[ConfigValueError]:
-    """Those of the `CONTRADICTIONS` that hold for a section, each with key, value and what it contradicts."""
+    """The `CONTRADICTIONS` that a section contains, each with key, value and what it contradicts."""
     for kind, checks in CONTRADICTIONS.items():
         if isinstance(section, kind):
             for check in checks:
@@ -371,8 +371,8 @@ def require_available(config: PPOConfig) -> None:
     """Raise unless this version can run `config`.
 
     Raises:
-        ValueError: one line for each key that must be given and is not, and for each setting that cannot be had, with
-            what to use instead.
+        ValueError: one line for each missing required key, and for each setting that is not available, with what to
+            use instead.
     """
     problems = [problem for check in UNAVAILABLE for problem in check(config)]
     if problems:
@@ -380,7 +380,7 @@ def require_available(config: PPOConfig) -> None:
 
 
 def effect_notes(config: PPOConfig) -> list[str]:
-    """One sentence for each of the `NOTES` that holds."""
+    """One sentence for each of the `NOTES` that applies."""
     return [note for check in NOTES for note in check(config)]
 
 

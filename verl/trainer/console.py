@@ -19,7 +19,7 @@ STEP_TIME, STEP_TOKENS = "perf/time_per_step", "perf/total_num_tokens"
 WEIGHT_MEAN, WEIGHT_SPREAD = "token_weights/mean", "token_weights/std"
 
 STEPS_AVERAGED = 10
-"""Of the last ones, whose mean time the time that is left follows from."""
+"""How many of the last steps are averaged to estimate the remaining time."""
 
 BAR = "{desc}, step {n_fmt}/{total_fmt} {bar} {elapsed}{postfix}"
 VALIDATION_BAR = "{desc} {n_fmt}/{total_fmt} prompts {bar} {elapsed}"
@@ -116,7 +116,7 @@ class Figures:
     """The latest value of each metric that the line of a step shows, and the time that is left.
 
     Args:
-        total_steps: of the run.
+        total_steps: number of steps of the run.
     """
 
     def __init__(self, total_steps: int) -> None:
@@ -133,11 +133,10 @@ class Figures:
             self._step_times.append(metrics[STEP_TIME])
 
     def text(self) -> str:
-        """What is known so far, parted by commas.
+        """The latest values, separated by commas.
 
-        Weights are told by mean and standard deviation over the response tokens. The held-out figure is the accuracy
-        where the reward function gives one. Tokens a second are those of prompts and responses, of all devices
-        together.
+        Weights are shown as mean and standard deviation over the response tokens. The held-out figure is the accuracy
+        where the reward function gives one. Tokens per second count prompts and responses, on all devices together.
         """
         parts = []
         held_out = "held-out accuracy" if HELD_OUT_ACCURACY in self._latest else "held-out reward"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`--dry-run`: shows a run's configuration, batches and machine, reads the first rows of its data, and trains nothing.
 
-It starts no process, loads no weights, and leaves the run's folder as it is. What the libraries of models and data
-sets keep in their caches, the run finds there.
+It starts no process, loads no weights, and leaves the run's folder as it is. What transformers and datasets download
+goes into their caches, which the run then uses.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DRY_RUN = "--dry-run"
 """The option's name."""
 
 ROWS_READ = 8
-"""Of each data file, from its beginning."""
+"""How many rows to read from the beginning of each data file."""
 
 LONGEST_PROMPT_SHOWN = 100
 """Characters."""
@@ -47,7 +47,7 @@ GIB = 2**30
 
 
 def dry_run(config: PPOConfig, output: TextIO) -> int:
-    """Writes what the run would be; the exit code, 2 where it would be refused, otherwise 0."""
+    """Writes what the run would do. Returns the exit code: 2 if the run would be refused, otherwise 0."""
     import yaml
 
     report = Report(output)
@@ -95,7 +95,7 @@ class Report:
 
     @contextmanager
     def collects_refusals(self) -> Iterator[None]:
-        """Keeps the message of an error inside that would end the run."""
+        """Inside, an error that would end the run is recorded as a refusal instead."""
         try:
             yield
         except (ValueError, OSError, RuntimeError) as error:
@@ -104,21 +104,21 @@ class Report:
 
 
 def describe_machine(folder: str) -> list[str]:
-    """CPUs, memory, GPUs, room on the disk of `folder`, which may not be there yet, and versions of packages."""
+    """CPUs, memory, GPUs, free space on the disk of `folder` (which may not exist yet), and versions of packages."""
     import torch
 
     used, total = memory_in_use()
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     names = [f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB" for gpu in gpus]
     there = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
-    installed = {name: found for name in PACKAGES if (found := _version(name)) is not None}
+    installed = {name: version for name in PACKAGES if (version := _version(name)) is not None}
     return [
         f"CPUs: {os.cpu_count()}",
         f"memory: {total / GIB:.1f} GiB, {(total - used) / GIB:.1f} GiB free",
         f"GPUs: {len(names)} ({'; '.join(dict.fromkeys(names))})" if names else "GPUs: none",
         f"disk: {shutil.disk_usage(there).free / GIB:.1f} GiB free at {folder}",
         f"versions: Python {platform.python_version()}, "
-        + ", ".join(f"{name} {found}" for name, found in installed.items()),
+        + ", ".join(f"{name} {version}" for name, version in installed.items()),
     ]
 
 
@@ -130,7 +130,7 @@ def _version(package: str) -> str | None:
 
 
 def _require_devices(config: PPOConfig) -> None:
-    """A cluster of the run's own has this machine's GPUs, and as many CPUs as it needs."""
+    """A Ray cluster that the run starts has this machine's GPUs, and as many CPUs as it needs."""
     import torch
 
     if torch.cuda.device_count() > 0 and not joins_cluster():
@@ -149,11 +149,11 @@ def _read_data(config: PPOConfig, report: Report) -> None:
     model, data = config.worker.actor.model, config.data
     source = (model.tokenizer_path, data.override_chat_template)
     # The first rows may all be too long, or damaged, where the whole set is not.
-    each_row = replace(data, filter_overlong_prompts=False, check_media=False)
+    row_config = replace(data, filter_overlong_prompts=False, check_media=False)
     with report.collects_refusals():
         tokenizer = get_tokenizer(*source, trust_remote_code=model.trust_remote_code)
         processor = get_processor(*source, trust_remote_code=model.trust_remote_code)
-        options = dict(config=each_row, model_config=fitting_model_config(config, tokenizer), first_rows=ROWS_READ)
+        options = dict(config=row_config, model_config=fitting_model_config(config, tokenizer), first_rows=ROWS_READ)
 
         def first_rows_of(path: str) -> RLHFDataset:
             return RLHFDataset(path, tokenizer, processor, **options)
@@ -170,7 +170,7 @@ def _read_data(config: PPOConfig, report: Report) -> None:
 
 
 def _read_files(config: PPOConfig, key: str, first_rows_of: Callable[[str], RLHFDataset], report: Report) -> int:
-    """Shows the first rows of the files under a key of `data`; how many rows they have in all."""
+    """Shows the first rows of the files under a key of `data`; returns the number of their rows in all."""
     num_rows = 0
     for source in data_sources(getattr(config.data, key)):
         dataset = first_rows_of(source.path)

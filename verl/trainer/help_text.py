@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `--help` says: every key with its type, its default and its meaning, from the docstrings under the fields."""
+"""The text of `--help`: every key with type, default and meaning, from the docstrings under the fields."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ examples/config.yaml has the usual ones.
 --dry-run shows the resolved keys, the batch sizes and the machine, checks the first rows of the data, says what would
 be refused, and trains nothing. Its exit code is 0, or 2 where the run would be refused.
 
---help lists all keys, or those of a section such as algorithm or worker.actor.optim, or one key. Each stands with its
+--help lists all keys, the keys of a section such as algorithm or worker.actor.optim, or one key, each with its
 default.
 """
 
 WIDTH_OF_PIPE = 100
-"""Columns where the output is no terminal and COLUMNS is not set."""
+"""Width in columns when the output is no terminal and COLUMNS is not set."""
 
 NARROWEST, WIDEST = 40, 120
-"""Columns; longer lines are hard to read."""
+"""Largest width in columns; longer lines are hard to read."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Topic:
     """One key, or the heading of a section."""
 
     key: str
-    """Its full name; empty for the whole configuration."""
+    """The full name; empty for the whole configuration."""
     docstring: str
     field: Field | None
-    """Of a key; None for a section."""
+    """The dataclass field of a key; None for a section."""
 
     def text(self, width: int) -> str:
         """A paragraph of at most `width` columns."""
@@ -66,7 +66,7 @@ def help_text(config_class: type[ConfigSection], names: Sequence[str], width: in
         width: columns; None takes the terminal's.
 
     Raises:
-        ValueError: a name that no section or key has, with the nearest one.
+        ValueError: no section or key has a given name; the message suggests the nearest one.
     """
     if width is None:
         columns = shutil.get_terminal_size((WIDTH_OF_PIPE, 24)).columns
@@ -80,8 +80,8 @@ def help_text(config_class: type[ConfigSection], names: Sequence[str], width: in
 
 
 def topics_of(section: type[ConfigSection], prefix: str = "") -> Iterator[Topic]:
-    """The keys of a section in their order, and then each section below it, with a heading."""
-    docstrings = docstrings_of_fields(section)
+    """The keys of a section in order, then each nested section, with a heading."""
+    docstrings = field_docstrings(section)
     if prefix:
         yield Topic(prefix.removesuffix("."), _first_paragraph(section), None)
     for field in fields(section):
@@ -92,22 +92,22 @@ def topics_of(section: type[ConfigSection], prefix: str = "") -> Iterator[Topic]
             yield from topics_of(field.type, f"{prefix}{field.name}.")
 
 
-def docstrings_of_fields(section: type[ConfigSection]) -> dict[str, str]:
-    """What stands under each field, by name, of the section and of those that it extends."""
-    found: dict[str, str] = {}
+def field_docstrings(section: type[ConfigSection]) -> dict[str, str]:
+    """The docstring under each field, by name, for the section and its base classes."""
+    docstrings: dict[str, str] = {}
     for owner in reversed(section.__mro__[:-1]):
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
         for node, after in pairwise(tree.body):
             if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr):
-                found[node.target.id] = after.value.value
-    return found
+                docstrings[node.target.id] = after.value.value
+    return docstrings
 
 
 def _named(name: str, topics: Sequence[Topic]) -> list[Topic]:
     name = name.strip(".")
-    found = [topic for topic in topics if topic.key == name or topic.key.startswith(f"{name}.")]
-    if found:
-        return found
+    matches = [topic for topic in topics if topic.key == name or topic.key.startswith(f"{name}.")]
+    if matches:
+        return matches
     keys = [topic.key for topic in topics]
     last = name.rpartition(".")[2]
     namesakes = [key for key in keys if key.rpartition(".")[2] == last]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loggers that a library stands behind: tensorboard, wandb, swanlab, mlflow; each is imported when it is asked for."""
+"""Loggers that need a library: tensorboard, wandb, swanlab, mlflow. Each library is imported when it is used."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GENERATIONS, TOKEN_MAPS = "{}/generations", "{}/token_maps"
-"""Names of the samples of a split at every logger, as texts and token by token."""
+"""Names under which every logger shows the samples of a split, as texts and as token maps."""
 
 
 class TensorboardSink(Sink):
     """Event files in `$TENSORBOARD_DIR/<project>/<experiment>`, with the configuration as hyper-parameters.
 
-    Points past the step that the run starts from are of steps that are taken again: viewers drop them.
+    Points after the step at which the run resumes belong to steps that are repeated: viewers drop them.
     """
 
     LIBRARY = "tensorboard"
@@ -62,7 +62,7 @@ class TensorboardSink(Sink):
         self._writer.flush()
 
     def log_token_maps(self, samples: Sequence[TokenMap], step: int, split: str) -> None:
-        """A picture of each, since pages cannot be shown."""
+        """One picture per sample: tensorboard cannot show HTML pages."""
         from verl.report.token_map_image import token_map_image
 
         for number, sample in enumerate(samples, start=1):
@@ -80,8 +80,8 @@ class TensorboardSink(Sink):
 class WandbSink(Sink):
     """A run of Weights & Biases, set up by its own `WANDB_*` variables; the x axis of every chart is `global_step`.
 
-    Its own `Step` cannot go back. It is the training step too, until a resumed run takes steps again that the server
-    knows: it would drop them, so they get further rows, with the `global_step` that is theirs.
+    wandb's own `Step` cannot go back. It equals the training step until a resumed run repeats steps that the server
+    already knows. The server would drop these, so they become further rows, with the right `global_step`.
     """
 
     LIBRARY = "wandb"
@@ -151,7 +151,7 @@ class WandbSink(Sink):
 class SwanlabSink(Sink):
     """An experiment of SwanLab, set up by its own `SWANLAB_*` variables; its files are in `$SWANLAB_DIR`.
 
-    Its metrics cannot go back: of steps that a resumed run takes again, the server keeps the first attempt's.
+    Its metrics cannot go back: when a resumed run repeats a step, the server keeps the metrics of the first attempt.
     """
 
     LIBRARY = "swanlab"
@@ -202,7 +202,7 @@ class MlflowSink(Sink):
     """A run of MLflow at `$MLFLOW_TRACKING_URI`, else in `./mlflow.db`; the configuration is its parameters.
 
     The experiment is the project's name, unless `MLFLOW_EXPERIMENT_NAME` or `MLFLOW_EXPERIMENT_ID` says otherwise.
-    Parameters cannot change: a resumed run has those that it was first started with.
+    Parameters cannot change: a resumed run keeps the parameters of its first start.
     """
 
     LIBRARY = "mlflow"
@@ -248,12 +248,12 @@ class MlflowSink(Sink):
 
     @staticmethod
     def _name(name: str) -> str:
-        """`name` in the characters that the server takes."""
+        """`name` with only the characters that the server accepts."""
         return re.sub(r"[^\w/.\- ]", "_", name)
 
 
 def token_page(samples: Sequence[TokenMap], step: int, run: Run) -> str:
-    """Samples of a step as a page of their own."""
+    """A page with the samples of one step."""
     from verl.report.token_map import token_map_html
 
     return token_map_html(samples, f"{run.experiment_name}, step {step}", bounds=weight_bounds(run))

@@ -17,7 +17,7 @@ from verl.trainer.stop_request import StopRequest
 from verl.trainer.tracking import Tracker
 from verl.utils.batch_plan import BatchPlan
 from verl.utils.determinism import VARIABLES
-from verl.utils.lasting_output import outlive_readers
+from verl.utils.lasting_output import survive_lost_readers
 from verl.utils.lean_imports import frozen_objects, import_modules
 from verl.utils.run_lock import FolderRefused, locked_folder
 from verl.workers.rollout.config import ENGINES
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger("verl.trainer.main")  # __name__ is __main__ under `python -m`
 
 TRAINER_MODULES = ("verl.data.loader", "verl.trainer.ray_trainer")
-"""What this process imports while Ray starts."""
+"""Modules that this process imports while Ray starts."""
 
 
 def run(config: PPOConfig, processes: "WorkerProcesses | None" = None) -> None:
     """Trains as the config says, from the data on disk to the last checkpoint.
 
     Args:
-        processes: where to train, such as those of the run before; they live on, for the next. None starts new ones,
-            and ends them with the run.
+        processes: existing worker processes to train in, for example from an earlier run; they are left running.
+            None starts new ones and ends them with the run.
 
     Raises:
-        ValueError: the config asks for what this version lacks, its batch numbers do not fit together, `processes`
-            do not fit the config, or (FolderRefused) the run cannot have the folder of the checkpoints.
+        ValueError: the config asks for something that is not available, its batch sizes do not fit together,
+            `processes` do not fit the config, or (FolderRefused) the checkpoint folder is in use or not writable.
     """
     plan = prepare(config)
     for note in effect_notes(config):
@@ -50,7 +50,7 @@ def run(config: PPOConfig, processes: "WorkerProcesses | None" = None) -> None:
     set_worker_environment()  # before transformers is imported, which reads some of it
     stop_request = StopRequest(config.trainer.grace_s)
     with _own_folder(config), stop_request.listening(), ThreadPoolExecutor(max_workers=1) as background:
-        # Ray takes seconds to start, most of which this process would only wait.
+        # Ray takes seconds to start; this process would spend most of them waiting.
         imports = background.submit(import_modules, TRAINER_MODULES)
         with ray_session(config):
             _require_cpus(config, plan)
@@ -81,7 +81,7 @@ def _train_on_cluster(
 
 
 def _own_folder(config: PPOConfig) -> AbstractContextManager:
-    """A run that only validates saves nothing, and may look at the folder of a run that does."""
+    """Locks the run's folder. A run that only validates saves nothing and takes no lock."""
     return nullcontext() if config.trainer.val_only else locked_folder(config.trainer.save_checkpoint_path)
 
 
@@ -99,13 +99,13 @@ def _require_fit(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses
 
 
 def start_processes(config: PPOConfig, device: str) -> "WorkerProcesses":
-    """Processes for the workers, which import what these need while the trainer reads its data.
+    """Starts the worker processes. They import what workers need while the trainer reads its data.
 
     Args:
         device: "cuda" or "cpu".
 
     Raises:
-        ValueError: the Ray cluster is too small for them.
+        ValueError: the Ray cluster has too few GPUs or CPUs.
     """
     from verl.single_controller.worker_processes import WorkerProcesses
 
@@ -115,12 +115,12 @@ def start_processes(config: PPOConfig, device: str) -> "WorkerProcesses":
 
 
 def worker_modules(engine: str) -> list[str]:
-    """What worker processes import as soon as they start: all that a worker with this rollout engine needs."""
+    """The modules that worker processes import as soon as they start, given the rollout engine."""
     return ["verl.workers.fsdp_workers", ENGINES[engine].partition(":")[0]]
 
 
 def _require_cpus(config: PPOConfig, plan: BatchPlan) -> None:
-    """The reward actor waits for ever where the workers leave it no CPU: say so first."""
+    """Raise unless the workers leave enough CPUs for the reward actor, which would otherwise wait for ever."""
     import ray
 
     wanted, present = _cpus_wanted(config, plan), int(ray.cluster_resources().get("CPU", 0))
@@ -162,12 +162,12 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses", sto
         tokenizer = get_tokenizer(*source, trust_remote_code=model.trust_remote_code)
         processor = get_processor(*source, trust_remote_code=model.trust_remote_code)
         model_config = fitting_model_config(config, tokenizer)
-        # A mistake in the user's file is told before any data or model is loaded.
+        # So that a mistake in the user's file is reported before any data or model is loaded.
         rewards.load(text_decoder(tokenizer), prefilled_text(tokenizer))
         train_loader, val_loader = create_dataloader(config.data, tokenizer, processor, model_config)
         check_videos(config, *train_loader.dataset.datasets, *val_loader.dataset.datasets)
         steps = training_steps(config, train_loader.num_prompts)
-        if not trainer_config.val_only:  # which may look at the folder of a run that is saving
+        if not trainer_config.val_only:  # such a run may read the folder of a run that is saving
             settle_checkpoints(trainer_config.save_checkpoint_path)
         resume_point = find_resume_point(
             trainer_config.save_checkpoint_path,
@@ -208,7 +208,7 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses", sto
 
 def main() -> None:
     """Parses the command line and runs; a mistake in it ends with a readable message and exit code 2."""
-    outlive_readers()  # before the loggers take sys.stderr
+    survive_lost_readers()  # before the loggers take sys.stderr
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("verl").setLevel(logging.INFO)
     arguments = sys.argv[1:]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer's own metrics of a finished step: pure functions from the batch and the timings to names and numbers.
 
-N sequences, P prompt length, R response length, S = P + R. The names are those that dashboards are built on; `critic/`
-is the area of scores and advantages even where no critic is trained.
+N sequences, P prompt length, R response length, S = P + R. Dashboards rely on the names: `critic/` holds scores and
+advantages even if no critic is trained.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from verl.utils.response_span import prompt_lengths, response_lengths
 PREFIX_HASH = np.uint64(0x9E3779B97F4A7C15)  # an odd number without structure (2^64 / golden ratio)
 
 PHASES_PER_RESPONSE_TOKEN = ("gen", "reward")
-"""Phases whose cost grows with what is generated."""
+"""Phases whose cost grows with the number of response tokens."""
 PHASES_PER_TOKEN = ("old", "ref", "values", "adv", "update_critic", "update_actor")
-"""Phases that read prompts and responses alike."""
+"""Phases whose cost grows with prompt and response tokens."""
 
 
 def compute_data_metrics(batch: DataProto, has_critic: bool) -> dict[str, float]:
@@ -33,7 +33,7 @@ def compute_data_metrics(batch: DataProto, has_critic: bool) -> dict[str, float]
     `critic/score` and `critic/rewards` are sums per sequence (rewards are scores less the KL penalty, where it is
     part of the reward); `critic/advantages`, `critic/returns` and, where there is a critic, `critic/values` are per
     response token. `critic/vf_explained_var` is 1 - var(returns - values) / var(returns): 1 for a critic that is
-    right, 0 for one that knows the mean; left out where all returns are equal and there is nothing to explain.
+    right, 0 for one that only knows the mean. It is left out if all returns are equal.
 
     Reads: `response_mask`, `token_level_scores`, `token_level_rewards`, `advantages`, `returns` (N, R), with a critic
     `values` (N, R), `attention_mask` (N, S).
@@ -59,7 +59,7 @@ def compute_data_metrics(batch: DataProto, has_critic: bool) -> dict[str, float]
 
 
 def compute_length_metrics(batch: DataProto, prefix: str = "") -> dict[str, float]:
-    """Lengths in tokens, and `clip_ratio`, the share of sequences that fill all the room there is.
+    """Lengths in tokens, and `clip_ratio`, the share of sequences that reach the maximum length.
 
     A response that ends in its last possible token counts as clipped too.
 
@@ -119,16 +119,17 @@ def compute_throughput_metrics(batch: DataProto, timings: Mapping[str, float], n
 
 
 def compute_rollout_metrics(batch: DataProto, importance_cap: float | None) -> dict[str, float]:
-    """How far the engine that drew the tokens and the trainer that learns from them disagree.
+    """How far the log-probabilities of the rollout engine and of the trainer differ.
 
-    `rollout/log_prob_diff_{mean,max}`: distance of the two log-probabilities over the response tokens, in nats; where
-    `top_k` or `top_p` leave tokens out, what that adds to the others is part of it. With importance correction also
-    `rollout/importance_weight_mean`, and `rollout/importance_capped`, the share of tokens whose weight is at the cap.
+    `rollout/log_prob_diff_{mean,max}`: absolute difference of the two log-probabilities over the response tokens, in
+    nats. If `top_k` or `top_p` exclude tokens, the difference includes the probability that the others gain. With
+    importance correction also `rollout/importance_weight_mean`, and `rollout/importance_capped`, the share of tokens
+    whose weight is at the cap.
 
     Reads: `response_mask`, `rollout_log_probs`, `old_log_probs`, and `importance_weights` (N, R) if there are any.
 
     Args:
-        importance_cap: `worker.rollout.importance_cap`; None where nothing is corrected.
+        importance_cap: `worker.rollout.importance_cap`; None without importance correction.
     """
     tensors = batch.batch
     is_response = tensors["response_mask"].bool()
@@ -142,7 +143,7 @@ def compute_rollout_metrics(batch: DataProto, importance_cap: float | None) -> d
 
 
 def compute_attention_metrics(batch: DataProto) -> dict[str, float]:
-    """What the responses attended to; nothing where no sample has both modalities.
+    """What the responses attended to; empty if no sample has both modalities.
 
     `vgr/*`: mean, median and the 10 % and 90 % quantiles over the response tokens that have a VGR.
     `attention/{text,vision}_mass`: share of a token's attention to the prompt (first token aside) that falls on the
@@ -158,19 +159,19 @@ def compute_attention_metrics(batch: DataProto) -> dict[str, float]:
     vgr = vgr[vgr.isfinite()]
     if vgr.numel() == 0:
         return {}
-    of_samples = attention_metrics_from_mass(mass, keys, response_mask)
+    sample_metrics = attention_metrics_from_mass(mass, keys, response_mask)
     both = (keys > 0).all(-1)  # (N,)
     p10, median, p90 = np.quantile(vgr.numpy(), (0.1, 0.5, 0.9)).tolist()
     metrics = {"vgr/mean": vgr.mean().item(), "vgr/median": median, "vgr/p10": p10, "vgr/p90": p90}
     for name in ("text_mass", "vision_mass", "aei_text", "aei_vision"):
-        metrics[f"attention/{name}"] = of_samples[name][both].nanmean().item()
+        metrics[f"attention/{name}"] = sample_metrics[name][both].nanmean().item()
     return metrics
 
 
 def compute_token_weight_metrics(
     batch: DataProto, clip_range: tuple[float, float] | None, kinds: TokenKinds | None = None
 ) -> dict[str, float]:
-    """`token_weights/*`: what the weights really do to the loss, so that weights that do nothing show.
+    """`token_weights/*`: how the weights change the loss. Weights without any effect can be seen here.
 
     Over response tokens: `mean`, `std`, `min`, `max`; where weights are clipped `clipped_low` and `clipped_high`, the
     shares at or beyond the bounds; `ess`, the effective sample size as a share of the tokens, (sum w)^2 / (n sum w^2),
@@ -199,16 +200,16 @@ def compute_token_weight_metrics(
         values["clipped_low"] = (weights <= low).float().mean()
         values["clipped_high"] = (weights >= high).float().mean()
     if kinds is not None:
-        of_tokens = kinds.of(tensors["responses"][is_response])  # (response tokens,)
+        token_kinds = kinds.classify(tensors["responses"][is_response])  # (response tokens,)
         for kind in TokenKind:
-            is_kind = of_tokens == kind
+            is_kind = token_kinds == kind
             values[f"{kind.name.lower()}_share"] = _share(weights[is_kind], weights)
             values[f"{kind.name.lower()}_tokens"] = is_kind.float().mean()
     return {f"token_weights/{name}": value.item() for name, value in values.items()}
 
 
 def compute_cancelled_share(batch: DataProto) -> float:
-    """The share of the weighted advantages that cancels between responses of a group which begin alike.
+    """The share of the weighted advantages that cancels between responses of a group with a common prefix.
 
     Responses to one prompt with the same tokens up to t share the gradient of log pi at t, which enters the loss times
     the sum of w A over them. 1 - (sum over those sums of |sum of w A|) / (sum over tokens of |w A|): 0 where every
@@ -219,23 +220,23 @@ def compute_cancelled_share(batch: DataProto) -> float:
     """
     tensors = batch.batch
     is_response = tensors["response_mask"].bool().numpy()  # (N, R)
-    pulls = (tensors["token_weights"] * tensors["advantages"]).double().numpy()  # (N, R)
+    weighted_advantages = (tensors["token_weights"] * tensors["advantages"]).double().numpy()  # (N, R)
     _, groups = np.unique(batch.non_tensor_batch["uid"].astype(str), return_inverse=True)
     prefixes = np.zeros(is_response.shape, dtype=np.uint64)  # (N, R), a rolling hash of uid and tokens
     running = _mixed(groups.astype(np.uint64))
     for column, ids in enumerate(tensors["responses"].numpy().astype(np.uint64).T):
         running = prefixes[:, column] = _mixed(running + ids)
     _, nodes = np.unique(prefixes[is_response], return_inverse=True)
-    left = np.abs(np.bincount(nodes, weights=pulls[is_response])).sum()
-    return float(1 - left / max(np.abs(pulls[is_response]).sum(), 1e-12))
+    left = np.abs(np.bincount(nodes, weights=weighted_advantages[is_response])).sum()
+    return float(1 - left / max(np.abs(weighted_advantages[is_response]).sum(), 1e-12))
 
 
 def compute_signal_metrics(importance: Mapping[str, torch.Tensor], response_mask: torch.Tensor) -> dict[str, float]:
-    """What token signals say, and how far they agree.
+    """Statistics of the token signals, and how far they agree.
 
     `signals/<name>/{mean,std,p10,p90}` over the response tokens for which a signal is defined.
     `signals/spearman/<a>_<b>`: the rank correlation of two signals over the tokens of a response, averaged over the
-    responses in which both are defined and neither is constant. What is defined nowhere is left out.
+    responses in which both are defined and neither is constant. A signal that is defined nowhere is left out.
 
     Args:
         importance: (N, R) by the signal's name; NaN where it is undefined.
@@ -254,9 +255,9 @@ def compute_signal_metrics(importance: Mapping[str, torch.Tensor], response_mask
             metrics |= {f"signals/{name}/{statistic}": float(value) for statistic, value in spread.items()}
     correlations = table.groupby(rows.numpy()).corr(method="spearman")  # (responses x signals, signals)
     for one, other in combinations(importance, 2):
-        of_responses = correlations.xs(one, level=1)[other]
-        if of_responses.notna().any():
-            metrics[f"signals/spearman/{one}_{other}"] = float(of_responses.mean())
+        response_correlations = correlations.xs(one, level=1)[other]
+        if response_correlations.notna().any():
+            metrics[f"signals/spearman/{one}_{other}"] = float(response_correlations.mean())
     return metrics
 
 
@@ -274,11 +275,11 @@ def reduce_metrics(metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 def largest_of_workers(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The largest value of each metric, from one mapping per worker, all with the same names."""
-    return {name: max(of_worker[name] for of_worker in metrics) for name in metrics[0]}
+    return {name: max(worker_metrics[name] for worker_metrics in metrics) for name in metrics[0]}
 
 
 def _mixed(numbers: np.ndarray) -> np.ndarray:
-    """uint64 to uint64: neighbours become numbers far apart."""
+    """Hashes uint64 to uint64: neighbouring numbers end up far apart."""
     numbers = (numbers + np.uint64(1)) * PREFIX_HASH
     numbers = (numbers ^ (numbers >> np.uint64(30))) * PREFIX_HASH
     return numbers ^ (numbers >> np.uint64(27))

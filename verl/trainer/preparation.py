@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is refused before a run has started a process, or before it has loaded any weights."""
+"""Checks before a run starts any process or loads any weights."""
 
 from typing import TYPE_CHECKING
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def prepare(config: PPOConfig) -> BatchPlan:
-    """The run's batch numbers; everything that can be refused without starting a process is refused here."""
+    """Makes every check that needs no process, and returns the run's batch plan."""
     require_available(config)
     require_cluster()
     require_loggers(config.trainer.logger)
     require_defined(config.worker.reward.reward_function, "worker.reward.reward_function")
     check_headers(config.data)
-    if not config.trainer.val_only:  # which may look at the folder of another run
+    if not config.trainer.val_only:  # such a run may read the folder of another run
         places = (config.trainer.save_checkpoint_path, config.trainer.load_checkpoint_path)
         refuse_to_start_anew(*places, config.trainer.find_last_checkpoint)
     plan = BatchPlan.from_config(config, config.trainer.nnodes * config.trainer.n_gpus_per_node)
@@ -35,7 +35,7 @@ def prepare(config: PPOConfig) -> BatchPlan:
 
 
 def _require_algorithms(config: PPOConfig) -> None:
-    # The registries load torch, so every other mistake is told first.
+    # The registries load torch, so every other mistake is reported first.
     from verl.algorithms.advantages import ADVANTAGE_ESTIMATORS
     from verl.algorithms.policy_loss import POLICY_LOSSES
 
@@ -57,7 +57,7 @@ def _require_algorithms(config: PPOConfig) -> None:
 def _require_signals(config: PPOConfig) -> None:
     from verl.algorithms.token_weights import find_signal, signals_of
 
-    find_signal(config.algorithm.token_weight_signal)  # also where nothing is weighed
+    find_signal(config.algorithm.token_weight_signal)  # checked even if token weights are off
     signals_of(config.algorithm)
     problems = list(attention_for_signals(config, lambda name: find_signal(name).needs_attention))
     if problems:
@@ -65,7 +65,7 @@ def _require_signals(config: PPOConfig) -> None:
 
 
 def check_videos(config: PPOConfig, *datasets: "RLHFDataset") -> None:
-    """Refuse data that the rollout engine would only refuse when the first row with a video is drawn."""
+    """Refuse videos that the rollout engine cannot read; without this, it fails when it draws the first one."""
     from verl.models.registry import family_of
     from verl.workers.rollout.base import require_videos
 
@@ -78,10 +78,10 @@ def check_videos(config: PPOConfig, *datasets: "RLHFDataset") -> None:
 
 
 def fitting_model_config(config: PPOConfig, tokenizer: "PreTrainedTokenizerBase") -> "PretrainedConfig":
-    """The policy's, once tokenizer and run are known to fit it.
+    """The policy's Hugging Face config, after checking that the tokenizer and the run's settings fit it.
 
     Raises:
-        ValueError: they do not.
+        ValueError: they do not fit.
     """
     from verl.models.attention_recorder import require_layers
     from verl.models.loader import load_generation_config, load_model_config, require_room_for_tokens

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Ray cluster of a run: one that is joined, or a new one on this machine that lets nobody else in.
+"""The Ray cluster of a run: an existing one, or a new one on this machine that is protected by a token.
 
-Whoever reaches the ports of a Ray cluster can run code in it. So a cluster that the run starts asks for a token, and
-one that is joined keeps what it has.
+Anyone who reaches the ports of a Ray cluster can run code in it. So a cluster that the run starts asks for a token; an
+existing cluster keeps its own setting.
 """
 
 import functools
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from verl.trainer.cluster_guard import ClusterGuard
 from verl.trainer.config import PPOConfig
-from verl.utils.termination import termination_kept_from_children
+from verl.utils.termination import block_sigterm_in_children
 
 if TYPE_CHECKING:
     from ray._private.worker import RayContext
@@ -31,25 +31,25 @@ WORKER_ENVIRONMENT = {
     "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    # Both want a group's GPUs to see each other, and Ray shows a process its own.
+    # Both need the GPUs of a group to see each other, but Ray shows each process only its own.
     "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-"""Defaults for every process of a run; what the user has set stays."""
+"""Default environment variables for every process of a run; variables that the user has set stay."""
 
 RAY_START_NOTE = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
-"""Where `ray start` leaves the address of the cluster that this machine belongs to, and `ray stop` takes it away."""
+"""File in which `ray start` writes the address of this machine's cluster; `ray stop` removes it."""
 
 
 def set_worker_environment() -> None:
-    """Gives this process, and so those that it starts, the variables that the user has not set."""
+    """Sets the default variables for this process and its children, unless the user has set them."""
     for name, value in WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def joins_cluster() -> bool:
-    """Whether the environment or this machine names a cluster that runs already."""
+    """Whether the environment or this machine names a running cluster."""
     return "RAY_ADDRESS" in os.environ or RAY_START_NOTE.exists()
 
 
@@ -57,8 +57,8 @@ def joins_cluster() -> bool:
 def ray_session(config: PPOConfig) -> Iterator[None]:
     """A Ray cluster for the run.
 
-    The one this process is connected to already, or the one that `RAY_ADDRESS` or `ray start` on this machine names,
-    or else a new one on this machine that ends with the run.
+    In this order: the cluster that this process is connected to; the one that `RAY_ADDRESS` or `ray start` on this
+    machine names; a new one on this machine, which ends with the run.
     """
     set_worker_environment()
     import ray
@@ -96,7 +96,7 @@ def _own_cluster(config: PPOConfig) -> Iterator[None]:
 
     logger.info("starting Ray")
     with token_authentication(), ClusterGuard() as guard:
-        with guard.takes_in():
+        with guard.mark_children():
             session = _start_ray(num_cpus=_cpus_of(config))
         guard.remember(session.address_info["session_dir"])
         try:
@@ -108,11 +108,11 @@ def _own_cluster(config: PPOConfig) -> Iterator[None]:
 
 @contextmanager
 def token_authentication() -> Iterator[None]:
-    """Meanwhile, a Ray cluster that this process starts lets in only those who know a secret of this process.
+    """Inside, a Ray cluster that this process starts asks for a token that only this process and the cluster know.
 
-    What the user has chosen by `RAY_AUTH_MODE` stays, and so does his own token (`RAY_AUTH_TOKEN` or
-    `RAY_AUTH_TOKEN_PATH`). The secret is in the environment of this process and of the cluster's: other users cannot
-    read it there, and unlike Ray's own token file it needs no home folder.
+    `RAY_AUTH_MODE` and the user's own token (`RAY_AUTH_TOKEN` or `RAY_AUTH_TOKEN_PATH`) have priority. The token is
+    in the environment of this process and of the cluster's processes. Other users cannot read it there, and unlike
+    Ray's own token file it needs no home folder.
     """
     mode = _users_mode()
     if mode == "disabled":
@@ -133,10 +133,10 @@ def token_authentication() -> Iterator[None]:
 
 
 def _users_mode() -> str | None:
-    """`token` or `disabled`, as RAY_AUTH_MODE says; None where it is unset or empty.
+    """The user's RAY_AUTH_MODE, `token` or `disabled`; None if it is unset or empty.
 
     Raises:
-        ValueError: it says anything else, which Ray would take for `disabled`.
+        ValueError: it has another value, which Ray would read as `disabled`.
     """
     mode = os.environ.get("RAY_AUTH_MODE", "")
     if mode.lower() not in ("", "token", "disabled"):
@@ -148,7 +148,7 @@ def _users_mode() -> str | None:
 
 @functools.cache
 def _secret() -> str:
-    """256 random bits; one secret a process, since Ray reads a token once."""
+    """256 random bits; one token per process, since Ray reads the token once."""
     return secrets.token_hex(32)
 
 
@@ -161,10 +161,10 @@ def _cpus_of(config: PPOConfig) -> int:
 def _join_ray() -> None:
     import ray
 
-    # As a job, this process has the values of the job's runtime environment; Ray refuses to be told them again.
+    # Inside a Ray job this process already has the job's runtime environment; Ray refuses to be given it again.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     variables = {name: os.environ[name] for name in WORKER_ENVIRONMENT}
-    with termination_kept_from_children():
+    with block_sigterm_in_children():
         ray.init(logging_level="ERROR", runtime_env={"env_vars": variables})
 
 
@@ -172,8 +172,8 @@ def _start_ray(**options: Any) -> "RayContext":
     import ray
 
     try:
-        # Where the user has said nothing, it asks for the token, and sets RAY_AUTH_MODE for the cluster's processes.
-        with termination_kept_from_children():
+        # Unless the user chose a mode, this asks for the token and sets RAY_AUTH_MODE for the cluster's processes.
+        with block_sigterm_in_children():
             session = ray.init("local", include_dashboard=False, logging_level="ERROR", **options)
     except OSError as error:
         if "AF_UNIX" not in str(error):
@@ -193,10 +193,10 @@ def _start_ray(**options: Any) -> "RayContext":
 
 
 def require_cluster() -> None:
-    """Raise unless something answers at the Ray cluster that the run is to join; Ray itself would wait for minutes.
+    """Raise unless the Ray cluster that the run is to join answers; Ray itself would wait for minutes.
 
     Raises:
-        ValueError: saying what named the cluster, and what to do; or RAY_AUTH_MODE is no mode.
+        ValueError: no answer; the message says what named the cluster and what to do. Or RAY_AUTH_MODE is no mode.
     """
     _users_mode()
     if address := os.environ.get("RAY_ADDRESS"):

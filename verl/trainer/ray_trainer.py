@@ -2,7 +2,7 @@
 """The training loop: one controller that drives the workers, step by step.
 
 Shapes: B prompts, n responses each, N = B * n rows, R response length, W workers. A DataProto batch holds the streams
-of `verl/trainer/streams.py`; each phase says which it reads and which it adds.
+listed in `verl/trainer/streams.py`; each phase says which streams it reads and adds.
 """
 
 import logging
@@ -60,18 +60,18 @@ class RayDAPOTrainer:
     Use: `trainer.init_workers()` then `trainer.fit()`, and `trainer.shutdown()` in any case.
 
     Args:
-        config: of the run.
-        plan: its batch numbers.
-        training_steps: length of the run.
-        tokenizer: of the policy.
-        grids: where the policy's image tokens lie, for the report; None for a model of text alone.
+        config: the run's configuration.
+        plan: the run's batch plan.
+        training_steps: number of steps of the run.
+        tokenizer: the policy's tokenizer.
+        grids: positions of image tokens on their images, for the report; None for a text-only model.
         train_loader: endless source of prompts, with a state that a checkpoint keeps.
         val_loader: the held-out set, in batches.
-        rewards: the reward function's process; it stays its owner's to end.
-        processes: where the workers live; they stay their owner's to end.
+        rewards: the reward function's process; the caller ends it.
+        processes: the processes that host the workers; the caller ends them.
         tracker: where metrics go.
-        resume_point: the checkpoint to go on from; None starts from the model's own weights.
-        stop_request: true once the run is to end after the step it is in, with that step saved.
+        resume_point: the checkpoint to resume from; None starts from the model's own weights.
+        stop_request: true once the run has been asked to finish the current step, save it and end.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class RayDAPOTrainer:
     # ---- the loop ----
 
     def fit(self) -> None:
-        """Trains to the end of the run, from wherever the checkpoint left off."""
+        """Trains to the end of the run, from the checkpoint or from step 0."""
         self._resume()
         self._validate_before_training()
         for step in self._remaining_steps():
@@ -179,8 +179,8 @@ class RayDAPOTrainer:
             yield self.state.global_step
 
     def _rollout(self, record: StepRecord) -> DataProto:
-        """Responses to the step's prompts, as `Rollouts.draw` makes them. What is scored here, to filter groups or for
-        baselines, is part of the phase `gen`, as in EasyR1.
+        """Responses to the step's prompts, from `Rollouts.draw`. Scoring that happens here (to filter groups, or for
+        baselines) counts as part of the phase `gen`, as in EasyR1.
 
         Adds: what `Rollouts.draw` adds; `reward_baselines`, if the estimator needs them.
         """
@@ -196,8 +196,8 @@ class RayDAPOTrainer:
         return batch
 
     def _start_rewards(self, batch: DataProto) -> ray.ObjectRef | None:
-        """Sends the responses to the reward actor, which works while the workers do. None if they are scored already,
-        or if the function waits for what the log-prob pass measures.
+        """Sends the responses to the reward actor, which scores them while the workers compute. None if they are
+        already scored, or if the function needs streams of the log-prob pass.
 
         Reads: what `reward_inputs` reads.
         """
@@ -209,10 +209,9 @@ class RayDAPOTrainer:
             batch.batch["is_mapped"] = self.samples.chosen(batch, record.step)
 
     def _compute_log_probs(self, batch: DataProto, record: StepRecord) -> DataProto:
-        """Reads: the model's inputs, `is_mapped` in runs that have it. Adds: `old_log_probs`; what the run's token
-        signals want measured, `attention_mass` and `attention_keys` if they are collected, and `attention_maps` for
-        the report; unless KL is off `ref_log_probs`, or, of a full
-        KL, `ref_kl` if it is for the reward."""
+        """Reads: the model's inputs, `is_mapped` in runs that have it. Adds: `old_log_probs`; the streams of the run's
+        token signals; `attention_mass` and `attention_keys` if attention is collected; `attention_maps` for the
+        report; with a KL term `ref_log_probs`, or, with the full KL in the reward, `ref_kl`."""
         algorithm = self.config.algorithm
         sequences = self._streams_for("compute_log_probs", batch)
         with record.timed("old"):
@@ -245,15 +244,15 @@ class RayDAPOTrainer:
             return batch.union(self.workers.compute_values(self._streams_for("compute_values", batch)))
 
     def _await_rewards(self, batch: DataProto, rewards: ray.ObjectRef | None, record: StepRecord) -> DataProto:
-        """Reads: `response_mask`, and of a function that waited what `reward_inputs` reads. Adds: what
+        """Reads: `response_mask`; if scoring starts only here, what `reward_inputs` reads. Adds: what
         `RewardClient.receive` adds, unless the batch has it already."""
         if scores_measured(self.config):
             rewards = self.rewards.send(batch, self.state.global_step)
         return batch if rewards is None else self.rewards.receive(batch, rewards, record)
 
     def _attach_token_weights(self, batch: DataProto, record: StepRecord) -> DataProto:
-        """Reads: `response_mask`, what the run's token signals ask for, and of weighted runs `responses` and
-        `reward_results`. Adds: `token_weights`, if they are enabled; all weigh 1 where nothing gives weights."""
+        """Reads: `response_mask`, the streams of the run's token signals; in weighted runs `responses` and
+        `reward_results`. Adds: `token_weights`, if they are enabled; all 1 if neither source gives weights."""
         streams = batch.batch
         if self.config.algorithm.enable_token_weights:
             reward_values = values_by_key(batch.non_tensor_batch["reward_results"])
@@ -265,10 +264,10 @@ class RayDAPOTrainer:
     def _maybe_compute_token_weights(
         self, batch: DataProto, reward_metrics: dict[str, list[Any]]
     ) -> torch.Tensor | None:
-        """Weights (N, R) float32 for the actor's loss, zero outside the responses; None where nothing gives any.
+        """Weights (N, R) float32 for the actor's loss, zero outside the responses; None if no source gives any.
 
-        What the reward function returned under `token_weights` comes first; samples without it take the weights of the
-        run's token signal, and weigh 1 where it could not be measured.
+        Weights that the reward function returned under `token_weights` have priority. Other samples take the weights
+        of the run's token signal, or 1 where the signal is undefined.
 
         Args:
             reward_metrics: values per sample of every key that the reward function returned.
@@ -307,7 +306,7 @@ class RayDAPOTrainer:
             record.add(self.workers.update_actor(self._streams_for("update_actor", batch)))
 
     def _watch_progress(self, batch: DataProto, record: StepRecord) -> None:
-        """A run that gets nowhere ends here, before the step is saved.
+        """Ends a run that makes no progress, before the step is saved.
 
         Reads: `response_mask`, `advantages`, `uid`, `prompt_text`."""
         self.standstill.watch(batch, record)
@@ -317,7 +316,7 @@ class RayDAPOTrainer:
         self.samples.log_training(batch, record.step)
 
     def _validate_if_due(self, record: StepRecord) -> None:
-        """Not where the run was asked to end: what it still has time for is to save."""
+        """Skipped if the run was asked to end: the remaining time is for saving."""
         if _is_due(record.step, self.config.trainer.val_freq) and not self.stop_request:
             with record.timed("validation"):
                 record.add(self._validate().metrics)
@@ -328,12 +327,12 @@ class RayDAPOTrainer:
                 self.state.save(self.workers, self.train_loader)
 
     def _name_checkpoint(self) -> None:
-        """After the log, so that a run that goes on from the checkpoint finds its step there."""
+        """Called after logging, so that a run that resumes from the checkpoint finds the step in the log."""
         self.state.publish(self.workers, wait=not self.config.trainer.save_async)
 
     def _log(self, batch: DataProto, record: StepRecord) -> None:
         """Reads: `attention_mask`, `response_mask`, `token_level_scores`, `token_level_rewards`, `advantages`,
-        `returns`, `values` where there is a critic, and of weighted runs `responses`, `uid`, `token_weights`."""
+        `returns`, `values` where there is a critic; in weighted runs `responses`, `uid`, `token_weights`."""
         record.add(compute_data_metrics(batch, has_critic=self.plan.critic is not None))
         if self.config.algorithm.enable_token_weights:
             record.add({"token_weights/cancelled_share": compute_cancelled_share(batch)})
@@ -343,7 +342,7 @@ class RayDAPOTrainer:
         self.tracker.log(record.metrics, record.step)
 
     def _resume(self) -> None:
-        """Goes on from the checkpoint, if there is one."""
+        """Restores the checkpoint, if there is one."""
         point = self.resume_point
         if point is None:
             return
@@ -361,8 +360,7 @@ class RayDAPOTrainer:
             self.tracker.log(self._validate().metrics, self.state.global_step)
 
     def _finish(self) -> None:
-        """The last step is always validated and saved, whatever the frequencies; only saved if the run was asked to
-        end."""
+        """Validates and saves the last step, whatever the frequencies. A run that was asked to end is only saved."""
         if self.config.trainer.val_only:
             return
         if not self.state.is_validated and not self.stop_request:
@@ -377,7 +375,7 @@ class RayDAPOTrainer:
             self.tracker.note(f"ended as asked, saved at step {step} of {last}; started again, the run goes on")
 
     def _streams_for(self, phase: str, batch: DataProto) -> DataProto:
-        """What the workers are sent in a phase: the streams that it reads."""
+        """The streams that a phase reads, to be sent to the workers."""
         return batch.select(*streams_read_by(phase, self.config), [])
 
     # ---- validation ----
@@ -392,8 +390,8 @@ class RayDAPOTrainer:
         return result
 
     def _measure_samples(self, result: ValidationResult) -> DataProto | None:
-        """The samples of a validation beside their media and what the log-prob pass gives of them; None where there
-        is nothing to show token by token."""
+        """The samples of a validation with their media and the streams of the log-prob pass; None if no token maps
+        are to be shown."""
         if not (maps_samples(self.config) and result.places):
             return None
         per_prompt = Sampling.for_validation(self.config.worker.rollout).n

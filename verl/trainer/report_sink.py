@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The logger that writes a run's page, which `trainer.report` asks for."""
+"""The logger that writes `report.html`, switched on by `trainer.report`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from verl.trainer.token_weigher import describe_token_weights
 from verl.utils.writing import write_text
 
 SETS = {"val": "Held-out responses, step {step}", "train": "Training responses, step {step}"}
-"""Headings of the samples of each split, in their order on the page."""
+"""Heading of each split's samples, in page order."""
 
 
 class ReportSink(Sink):
     """`report.html` in the run's folder: written anew after every validation and at the end.
 
-    Curves go over the whole run. Where it was resumed, its first part is read from the log of `FileSink`, and lacks
-    where there is none. Samples are the last of each split.
+    Curves cover the whole run. After a resume, the earlier part comes from the log of `FileSink`; without that log it
+    is missing. The samples shown are the latest of each split.
     """
 
     PAGE = "report.html"
@@ -61,7 +61,7 @@ class ReportSink(Sink):
         self._is_written = True
 
     def _notes(self) -> list[str]:
-        """What was trained, how far it is, and how tokens are weighted."""
+        """Sentences on what is trained, the current step, and the token weights."""
         config = self.run.config
         algorithm, actor = AlgorithmConfig(**config["algorithm"]), config["worker"]["actor"]
         is_measured = config["worker"]["rollout"]["collect_attentions"]

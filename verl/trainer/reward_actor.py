@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reward function's process as the trainer holds it: waits for its answers, and says why there will be none."""
+"""The trainer's handle of the reward function's process: waits for answers, and explains why one will not come."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from verl.workers.reward.process import RewardProcess
 from verl.workers.reward.supervision import Limits
 
 LAST_WORDS_SECONDS = 20.0
-"""For a process to start on the reward function's node and read them."""
+"""How long a process on the reward function's node may take to start and read the supervisor's reason."""
 
 
 class RewardActor:
@@ -26,8 +26,8 @@ class RewardActor:
 
     Args:
         config: the function, and how many CPUs its process takes.
-        log: the file for what it prints.
-        limits: what the supervisor lets it have.
+        log: the file for its output.
+        limits: enforced by the supervisor.
     """
 
     def __init__(self, config: RewardConfig, log: str, limits: Limits) -> None:
@@ -36,30 +36,30 @@ class RewardActor:
         actor_class = ray.remote(num_cpus=config.num_cpus)(RewardProcess)
         self._actor = actor_class.remote(config, os.path.abspath(log), limits)
         self._node = node_of(self._actor)
-        self._whereabouts = self._actor.whereabouts.remote()
+        self._location = self._actor.location.remote()
 
     def load(self, *args: Any) -> ray.ObjectRef:
         """As `RewardProcess.load`, without its config; the reference is for `answer`."""
         return self._actor.load.remote(self._config, *args)
 
-    def score(self, given: Any) -> ray.ObjectRef:
+    def score(self, inputs: Any) -> ray.ObjectRef:
         """As `RewardProcess.score`; the reference is for `answer`."""
-        return self._actor.score.remote(given)
+        return self._actor.score.remote(inputs)
 
     def kill(self) -> None:
-        """Ends the process; its supervisor ends what came from it."""
+        """Ends the process; its supervisor ends its descendants."""
         ray.kill(self._actor)
 
     def answer(self, request: ray.ObjectRef, task: str, num_samples: int | None = None) -> Any:
-        """What a request gives.
+        """The result of a request.
 
         Args:
-            task: what the process does for it, for messages, such as `loading its file`.
-            num_samples: how many samples are to be scored within the time limit of their calls, if there is one.
+            task: the work, in words for messages, such as `loading its file`.
+            num_samples: number of samples to be scored; sets how long to wait if calls have a time limit.
 
         Raises:
-            RuntimeError: the process or its node is gone, or it was ended for its time or memory.
-            Exception: what the process raised.
+            RuntimeError: the process or its node is gone, or the supervisor ended it for its time or memory.
+            Exception: the error that the process raised.
         """
         limit_s = self._longest_wait(num_samples)
         waiting = Waiting(lambda _: f"{self._label}, {task} ({self._place()})", limit_s)
@@ -72,22 +72,22 @@ class RewardActor:
             return ray.get(request)
         except PROCESS_LOST as error:
             node = ray.get(self._node)
-            if words := self._last_words(node):
+            if words := self._end_reason(node):
                 raise RuntimeError(f"{words}. It was {task}. {HOW_TO_GO_ON}") from error
             name = "the reward function's process"
             raise run_ended_by({name: error}, {name: node}) from error
 
     def _longest_wait(self, num_samples: int | None) -> float | None:
-        """Seconds in which the process or its supervisor answers, unless both are held up."""
+        """Seconds within which the process or its supervisor must answer, unless both are stuck."""
         if num_samples is None or self._config.timeout_s is None:
             return None
         return longest_seconds(self._config.timeout_s, num_samples) + 2 * self._limits.grace_s
 
-    def _last_words(self, node: Node) -> str:
-        """Why the supervisor ended the process; empty where it did not, or its node is gone."""
+    def _end_reason(self, node: Node) -> str:
+        """Why the supervisor ended the process; empty if it did not, or if its node is gone."""
         there = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
         try:
-            path = ray.get(self._whereabouts).last_words
+            path = ray.get(self._location).reason_file
             text = _take_text.options(scheduling_strategy=there).remote(path)
             return ray.get(text, timeout=LAST_WORDS_SECONDS)
         except ray.exceptions.RayError:
@@ -98,16 +98,16 @@ class RewardActor:
         return f"the reward function {self._config.reward_function}"
 
     def _place(self) -> str:
-        """Where the process is, as far as that is known."""
-        known = [self._node, self._whereabouts]
+        """The process id and node, as far as known."""
+        known = [self._node, self._location]
         if len(ray.wait(known, num_returns=len(known), timeout=0)[0]) < len(known):
             return "whose process has not started"
-        return f"process {ray.get(self._whereabouts).pid} of node {ray.get(self._node)}"
+        return f"process {ray.get(self._location).pid} of node {ray.get(self._node)}"
 
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _take_text(path: str) -> str:
-    """The text of a file, which is gone then; empty where there is none."""
+    """Reads and deletes a text file; empty if there is none."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:

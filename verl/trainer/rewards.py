@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainer's side of the reward function: what is sent to its process, and what comes back.
+"""The trainer's client of the reward function: sends batches to its process and receives the scores.
 
 Shapes: N rows, R response length.
 """
@@ -26,27 +26,27 @@ from verl.workers.reward.user_function import TextDecoder
 logger = logging.getLogger(__name__)
 
 LOG_FILE = "reward.log"
-"""In the run's folder: what the reward function prints."""
+"""File in the run's folder with the output of the reward function."""
 
 FAILURES_SHOWN = 3
-"""Of one batch."""
+"""Largest number of failures that are logged per batch."""
 
 GROWTH_TO_TELL = 2 * 2**30
-"""Bytes; a function that has also doubled what it held after its first batch is told of."""
+"""Bytes; a warning follows if the function's memory is above this and has doubled since the first batch."""
 
 GIB = 2**30
 
 
 class RewardClient:
-    """Has batches scored in a process of their own. Requests are answered in their order.
+    """Scores batches in a separate process. Requests are answered in order.
 
     A context manager: the process starts with it, and ends with it. `load` comes first.
 
     Args:
-        config: the function, and how many CPUs its process takes.
-        folder: of the run; `LOG_FILE` in it is for what the function prints.
-        limits: what the process may have.
-        uses_token_weights: whether tokens are weighted; if not, one warning says that returned weights are left out.
+        config: names the function, and how many CPUs its process takes.
+        folder: the run's folder; the function's output goes to `LOG_FILE` in it.
+        limits: the process's limits of time and memory.
+        uses_token_weights: whether tokens are weighted; if not, returned weights cause one warning.
     """
 
     def __init__(
@@ -65,19 +65,19 @@ class RewardClient:
         self._process.kill()
 
     def files(self) -> list[WrittenFile]:
-        """What the function prints; the second file is there once the first was full."""
+        """The files with the function's output; the second exists once the first was full."""
         paths = (self._log_file, f"{self._log_file}.1")
         return [WrittenFile("output of the reward function", Path(path)) for path in paths]
 
     def load(self, decoder: TextDecoder, prefix: str = "") -> None:
-        """Has the process run the user's file, with the variables and in the folder of this one.
+        """Loads the user's file in the process, with this process's environment and working folder.
 
         Args:
-            decoder: turns token ids into text there.
-            prefix: what the chat template writes of every answer.
+            decoder: turns token ids into text.
+            prefix: the part of every answer that the chat template writes.
 
         Raises:
-            ValueError: the file or the function is not what it has to be, or the folder is not there.
+            ValueError: the file or the function is not valid, or the folder does not exist.
             RuntimeError: the process or its node is gone.
         """
         run = (variables_of_run(), os.getcwd())
@@ -93,10 +93,10 @@ class RewardClient:
     def receive(self, batch: DataProto, request: ray.ObjectRef, record: StepRecord) -> DataProto:
         """Adds: `token_level_scores`, and `reward_results`, each row's own dict from the reward function.
 
-        The metrics `reward/*` are means over every sample received in the step: with filtered groups, over those that
-        are dropped too, as in EasyR1. `reward/retried` counts the calls that failed and then gave a result.
-        `perf/reward_memory_gb` is what the function's process and its children hold after a batch. The time recorded
-        is the wait that nothing else hid.
+        The metrics `reward/*` are means over every sample received in the step, as in EasyR1: filtered groups count
+        too. `reward/retried` counts the calls that failed once and then succeeded. `perf/reward_memory_gb` is the
+        memory of the function's process and its children after a batch. The recorded time is only the wait that other
+        work did not hide.
 
         Raises:
             RuntimeError: the function raised, or its process or node is gone.
@@ -104,24 +104,24 @@ class RewardClient:
         with record.timed("reward"):
             scored, memory = self._answer(request, batch, f"step {record.step}")
             batch = batch.union(place_scores(batch, scored))
-        self._tell_of_unused_weights(scored)
+        self._warn_of_unused_weights(scored)
         numbers = numbers_by_key(batch)
         record.average({f"reward/{key}": values for key, values in numbers.items()})
-        if "retried" not in numbers:  # else the name is the function's own
+        if "retried" not in numbers:  # otherwise the function returns a key of this name
             record.count("reward/retried", len(scored.failures))
         record.average({"perf/reward_memory_gb": [memory / GIB]})
         return batch
 
-    def _tell_of_unused_weights(self, scored: Scored) -> None:
+    def _warn_of_unused_weights(self, scored: Scored) -> None:
         if self._warns_of_token_weights and any(TOKEN_WEIGHTS in result for result in scored.results):
             self._warns_of_token_weights = False
             logger.warning(
-                "the reward function returns %s, which do nothing: algorithm.enable_token_weights=true uses them",
+                "the reward function returns %s, which have no effect: algorithm.enable_token_weights=true uses them",
                 TOKEN_WEIGHTS,
             )
 
     def totals(self, batch: DataProto, step: int, record: StepRecord) -> torch.Tensor:
-        """(N,) float32: the score of each row of a batch of training, which shows in no metric.
+        """(N,) float32: the score of each row of a training batch, without recording metrics.
 
         Raises:
             RuntimeError: as `receive` does.
@@ -131,7 +131,7 @@ class RewardClient:
             return _totals(scored)
 
     def validate(self, batch: DataProto, step: int) -> tuple[list[float], list[dict[str, Any]]]:
-        """The score of each row of a held-out batch, and what the function returned of it.
+        """The score and the function's result for each row of a held-out batch.
 
         Raises:
             RuntimeError: as `receive` does.
@@ -142,9 +142,10 @@ class RewardClient:
     def _send(self, batch: DataProto, step: int, split: str, streams: tuple[str, ...] = ()) -> ray.ObjectRef:
         return self._process.score(reward_inputs(batch, self._config, step, split, streams))
 
-    def _answer(self, request: ray.ObjectRef, batch: DataProto, of: str) -> tuple[Scored, int]:
-        """What was said of a batch, and the bytes that the process and its children held then."""
-        scored, memory = self._process.answer(request, f"scoring {len(batch)} samples of {of}", num_samples=len(batch))
+    def _answer(self, request: ray.ObjectRef, batch: DataProto, source: str) -> tuple[Scored, int]:
+        """The scores of a batch, and the memory of the process and its children afterwards, in bytes."""
+        task = f"scoring {len(batch)} samples of {source}"
+        scored, memory = self._process.answer(request, task, num_samples=len(batch))
         for failure in scored.failures[:FAILURES_SHOWN]:
             logger.warning(failure)
         if len(scored.failures) > FAILURES_SHOWN:
@@ -152,19 +153,19 @@ class RewardClient:
                 "%d more calls of the reward function failed and were made again",
                 len(scored.failures) - FAILURES_SHOWN,
             )
-        self._growth.look_at(memory)
+        self._growth.check(memory)
         return scored, memory
 
 
 class _Growth:
-    """Warns when the process holds twice what it held after its first batch, and at every doubling after that."""
+    """Warns when the process's memory has doubled since its first batch, and at every further doubling."""
 
     def __init__(self, config: RewardConfig) -> None:
         self._function = config.reward_function
         self._first: int | None = None
         self._next = 0
 
-    def look_at(self, memory: int) -> None:
+    def check(self, memory: int) -> None:
         """memory: bytes after a batch."""
         if self._first is None:
             self._first, self._next = memory, max(2 * memory, memory + GROWTH_TO_TELL)
@@ -180,12 +181,12 @@ class _Growth:
 
 
 def numbers_by_key(batch: DataProto) -> dict[str, list[float]]:
-    """What the reward function said of the batch's rows and can be averaged. Reads: `reward_results`."""
+    """The numeric values that the reward function returned, by key. Reads: `reward_results`."""
     return without_token_weights(values_by_key(batch.non_tensor_batch["reward_results"]))
 
 
 def _totals(scored: Scored) -> torch.Tensor:
-    """(N,) float32, what each sample is rewarded with."""
+    """(N,) float32, the reward of each sample."""
     if scored.token_level_scores is not None:
         return torch.tensor(scored.token_level_scores).sum(dim=-1)
     return torch.tensor([result["overall"] for result in scored.results])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws prompts and has the workers answer them, for training and for validation.
+"""Draws prompts and generates responses with the workers, for training and for validation.
 
 Shapes: B prompts, n responses each, N = B * n rows, the rows of a prompt side by side; P prompt length.
 """
@@ -28,18 +28,18 @@ from verl.workers.rollout.base import Sampling
 logger = logging.getLogger(__name__)
 
 TRAIN, VAL = 0, 1
-"""First part of every rollout seed, so that validation never repeats training's draws."""
+"""First part of every rollout seed: validation never repeats random numbers of training."""
 
 
 class Rollouts:
-    """Makes batches of responses with the workers' engines, between `awake()` and its end.
+    """Generates batches of responses with the workers' engines, inside `awake()`.
 
     Args:
-        config: of the run.
-        plan: its batch numbers.
-        workers: whose engines answer.
+        config: the run's configuration.
+        plan: the run's batch plan.
+        workers: hold the rollout engines.
         loader: endless source of the training prompts.
-        rewards: tell which groups of responses carry signal.
+        rewards: score responses, to tell which groups carry signal.
     """
 
     def __init__(
@@ -53,32 +53,32 @@ class Rollouts:
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """Inside, the engines hold the current policy and the memory that they need."""
+        """Inside, the engines hold the current policy and their memory."""
         self.workers.prepare_rollout_engine()
         try:
             yield
         finally:
-            if self.workers.alive:  # else there is nothing to release, and the failure must not be hidden
+            if self.workers.alive:  # otherwise nothing is to be released, and a second error would hide the first
                 self.workers.release_rollout_engine()
 
     def draw(self, record: StepRecord) -> DataProto:
         """Responses to the step's prompts: draws until enough groups carry signal.
 
-        A group is all responses to one prompt; those beyond the step's number are dropped, the last drawn first.
+        A group is all responses to one prompt. Groups beyond the step's number are dropped, the last drawn first.
 
         Adds: what `_generate` adds; what `RewardClient.receive` adds, if groups are filtered.
 
         Raises:
-            RuntimeError: the draws allowed did not give enough groups.
+            RuntimeError: too few groups after the allowed number of draws.
         """
         sampling = Sampling.for_training(self.config.worker.rollout)
         draws: list[DataProto] = []
         while self._groups_in(draws) < self.plan.prompts_per_step:
-            self._require_a_draw_left(draws, record)
+            self._require_remaining_draw(draws, record)
             prompts = self._prompts_from(self.loader.draw())
             draw = self._generate(prompts, sampling, seed_parts=(TRAIN, record.step, len(draws)))
             draws.append(self._keep_informative(draw, record))
-            self._tell_of_draw(draws, record)
+            self._log_draw(draws, record)
         if self.config.algorithm.online_filtering:
             kept_share = self._groups_in(draws) / (len(draws) * self.plan.prompts_per_draw)
             record.add({"filter/draws": len(draws), "filter/kept_share": kept_share})
@@ -98,7 +98,7 @@ class Rollouts:
         return self._generate(self._prompts_from(features), sampling, seed_parts=(VAL, number))
 
     def with_media(self, rows: DataProto, features: dict[str, Any]) -> DataProto:
-        """Rows of a validation beside their media.
+        """Rows of a validation with their media.
 
         Args:
             features: the rows' prompts, read once more.
@@ -107,7 +107,7 @@ class Rollouts:
         return rows.union(DataProto.from_dict({}, {"multi_modal_data": media}))
 
     def _prompts_from(self, features: dict[str, Any]) -> DataProto:
-        """One loader batch as the workers take it: every prompt named, every medium put in the store once."""
+        """A loader batch for the workers: each prompt gets a uid, each image or video is stored once."""
         handles = [
             None if media is None else [MediaHandle.put(medium) for medium in (*media["images"], *media["videos"])]
             for media in features["multi_modal_data"]
@@ -116,7 +116,7 @@ class Rollouts:
         return DataProto.from_single_dict({**features, "multi_modal_data": _objects(handles), "uid": _objects(uids)})
 
     def _prompts_of(self, batch: DataProto) -> DataProto:
-        """The B prompts that N rows of responses were generated from."""
+        """The B prompts of N rows of responses."""
         first_rows = batch[:: self.plan.responses_per_prompt]
         prompt_length = first_rows.batch["prompts"].shape[1]
         return DataProto.from_dict(
@@ -129,7 +129,7 @@ class Rollouts:
         )
 
     def _generate(self, prompts: DataProto, sampling: Sampling, seed_parts: tuple[int, ...]) -> DataProto:
-        """Responses for B prompts beside the prompts' own streams, repeated: N rows."""
+        """Responses for B prompts, with the prompts' streams repeated: N rows."""
         inputs = prompts.select(*prompt_streams_read_by("generate", self.config), [])
         inputs.meta_info = {"sampling": sampling, "seed_parts": seed_parts}
         padded, pad_size = pad_dataproto_to_divisor(inputs, self.plan.world_size)
@@ -138,9 +138,9 @@ class Rollouts:
         return responses.union(described.repeat(sampling.n, interleave=True))
 
     def _keep_informative(self, draw: DataProto, record: StepRecord) -> DataProto:
-        """The rows of those groups that carry signal, with their rewards; all as they are if none is to be filtered.
+        """The rows of the groups that carry signal, with their rewards; without filtering, all rows unchanged.
 
-        Reads: `uid`, and what the reward function is shown.
+        Reads: `uid`, and the inputs of the reward function.
         """
         algorithm = self.config.algorithm
         if not algorithm.online_filtering:
@@ -151,11 +151,11 @@ class Rollouts:
             informative_rows(numbers_by_key(draw), draw.non_tensor_batch["uid"], algorithm.filter_key, *bounds)
         ]
 
-    def _tell_of_draw(self, draws: list[DataProto], record: StepRecord) -> None:
-        """A step that filters may draw many times: each draw is a line."""
+    def _log_draw(self, draws: list[DataProto], record: StepRecord) -> None:
+        """Logs a line per draw, since a step that filters groups may draw many times."""
         if self.config.algorithm.online_filtering:
             logger.info(
-                "step %d, draw %d: %d of %d groups carry signal, %d of %d are there",
+                "step %d, draw %d: %d of %d groups carry signal, %d of %d collected",
                 record.step,
                 len(draws),
                 self._groups_in(draws[-1:]),
@@ -167,8 +167,8 @@ class Rollouts:
     def _groups_in(self, draws: list[DataProto]) -> int:
         return sum(len(draw) for draw in draws) // self.plan.responses_per_prompt
 
-    def _require_a_draw_left(self, draws: list[DataProto], record: StepRecord) -> None:
-        """A step can run out of draws only where groups are filtered."""
+    def _require_remaining_draw(self, draws: list[DataProto], record: StepRecord) -> None:
+        """Raises when no draw is left, which can happen only with filtered groups."""
         plan, algorithm = self.plan, self.config.algorithm
         if plan.most_draws is None or len(draws) < plan.most_draws:
             return
@@ -179,8 +179,8 @@ class Rollouts:
             f"filter_high={algorithm.filter_high}, and has {self._groups_in(draws)} after "
             f"trainer.max_try_make_batch={len(draws)} draws of {plan.prompts_per_draw} prompts, "
             f"{len(draws) * plan.prompts_per_draw} in all, whose mean is {mean:.3f}; raise worker.rollout.n or "
-            "trainer.max_try_make_batch (0: any number of draws), widen the bounds, or take prompts that the policy "
-            "answers neither always nor never right"
+            "trainer.max_try_make_batch (0: any number of draws), widen the bounds, or use prompts that the policy "
+            "answers correctly in some responses but not in all"
         )
 
 

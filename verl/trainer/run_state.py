@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run stands: its step, its KL coefficient, its best score; saved with the weights and taken up again."""
+"""The state of a run: step, KL coefficient, best score. It is saved with the weights and restored on resume."""
 
 import logging
 import os
@@ -48,16 +48,16 @@ class Save:
     folder: str
     step: int
     score: float | None
-    """Of the saved weights, where they have been validated."""
+    """Validation score of the saved weights; None if they were not validated."""
     files: dict[str, FileRecord]
-    """The trainer's own; each worker knows what it wrote."""
+    """Files that the trainer wrote; each worker knows its own."""
 
 
 class RunState:
-    """What the trainer remembers from step to step, beside the workers' weights and the loader's position.
+    """The trainer's state from step to step, apart from the workers' weights and the loader's position.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
     """
 
     def __init__(self, config: PPOConfig) -> None:
@@ -72,23 +72,23 @@ class RunState:
 
     @property
     def is_validated(self) -> bool:
-        """Whether the policy of this very step has been validated."""
+        """Whether the policy of the current step has been validated."""
         return self.last_validation is not None and self.last_validation[0] == self.global_step
 
     @property
     def is_saved(self) -> bool:
-        """Whether a checkpoint of this very step lies in the run's folder, or is on its way there."""
+        """Whether a checkpoint of the current step is in the run's folder or being written."""
         return self.global_step in (self.last_saved_step, self._save.step if self._save is not None else None)
 
     def remember_validation(self, score: float) -> None:
-        """Takes in the score of a validation of the present policy."""
+        """Records the validation score of the current policy."""
         self.last_validation = (self.global_step, score)
 
     def save(self, workers: WorkerGroup, loader: PromptLoader) -> None:
-        """Writes a checkpoint of this step, which counts from `publish` on; with `trainer.save_async` begins to.
+        """Writes a checkpoint of this step; with `trainer.save_async`, starts to. It is valid once `publish` names it.
 
         Raises:
-            RuntimeError: there is no room for it, or a file could not be written.
+            RuntimeError: the disk is too full, or a file could not be written.
         """
         trainer = self.config.trainer
         self.publish(workers)  # one is written at a time
@@ -108,16 +108,16 @@ class RunState:
 
     @property
     def _score(self) -> float | None:
-        """Of the present policy, if it has been validated."""
+        """Validation score of the current policy; None if it was not validated."""
         return self.last_validation[1] if self.is_validated else None
 
     def publish(self, workers: WorkerGroup, wait: bool = True) -> None:
-        """Names the checkpoint that was written, if there is one, and makes it the latest.
+        """Gives a finished checkpoint its final name, if there is one, and makes it the latest.
 
-        A run that is resumed from it finds its step in the log, provided that the step was logged before.
+        Log the step first: a run that resumes from the checkpoint then finds the step in the log.
 
         Args:
-            wait: whether to wait for workers that still write.
+            wait: whether to wait for workers that are still writing.
         """
         save = self._save
         if save is None:
@@ -126,20 +126,20 @@ class RunState:
         if None in files:
             return
         self._save = None
-        whole = {name: record for of_rank in (*files, save.files) for name, record in of_rank.items()}
+        whole = {name: record for rank_files in (*files, save.files) for name, record in rank_files.items()}
         write_manifest(f"{save.folder}{UNFINISHED}", save.step, self.config.trainer.save_model_only, whole)
         publish(save.folder)
         self.last_saved_step = save.step
         self._track(save.step, save.score)
 
     def track_checkpoint(self) -> None:
-        """Writes down what a validation since the checkpoint of this step was written says of it."""
+        """Adds to the tracker the score of a validation that came after this step's checkpoint."""
         self._track(self.global_step, self._score)
 
     def _track(self, step: int, score: float | None) -> None:
-        """Writes down that the checkpoint of `step` is the latest, and perhaps the best; removes what is obsolete.
+        """Records the checkpoint of `step` as the latest, and perhaps the best; removes obsolete ones.
 
-        Only a score of the saved weights themselves can make a checkpoint the best.
+        Only a validation of exactly the saved weights can make a checkpoint the best.
         """
         trainer = self.config.trainer
         if score is not None and (self.best_score is None or score > self.best_score):
@@ -149,7 +149,7 @@ class RunState:
         remove_obsolete_ckpt(root, step, self.best_step, trainer.save_limit)
 
     def files(self) -> list[WrittenFile]:
-        """The checkpoints that are there, and what tells which is which; the last and the best by their steps."""
+        """The tracker and the checkpoints on disk; the last and the best are named by their steps."""
         if self.config.trainer.val_only:
             return []
         root = self.config.trainer.save_checkpoint_path
@@ -163,7 +163,7 @@ class RunState:
         return [*files, WrittenFile("checkpoint tracker", Path(root, CHECKPOINT_TRACKER))]
 
     def resume(self, point: ResumePoint, workers: WorkerGroup, loader: PromptLoader) -> None:
-        """Takes up model, optimizer, data and this state where the checkpoint left them.
+        """Restores model, optimizer, data loader and this state from the checkpoint.
 
         Raises:
             ValueError: a file of the checkpoint is damaged, or does not fit this run.
@@ -190,7 +190,7 @@ class RunState:
         except ValueError as error:
             raise damaged_checkpoint(folder, str(error)) from error
         is_ours = isinstance(state, dict) and "position" in state
-        if not is_ours and read_manifest(folder) is None:  # such as EasyR1's, which has another data loader
+        if not is_ours and read_manifest(folder) is None:  # for example EasyR1, which has another data loader
             logger.warning("%s was written by another program: the data starts from its first epoch", path)
             return
         try:

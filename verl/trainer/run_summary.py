@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run told in one table when it ends: where its figures began and ended, how long it took, which files it wrote."""
+"""A table at the end of a run: first and last values of its metrics, its duration, the files it wrote."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ROWS = {
     HELD_OUT_ACCURACY: "held-out accuracy",
     "vgr/median": "VGR",
 }
-"""What the table shows of the metrics that the run logs, by name."""
+"""The metrics that the table shows: label by metric name."""
 
 HELD_OUT = (HELD_OUT_REWARD, HELD_OUT_ACCURACY)
-"""Those with a best step: the same prompts are answered at each."""
+"""Metrics with a best step: they come from the same prompts at every step."""
 
 
 class Value(NamedTuple):
@@ -34,12 +34,12 @@ class Value(NamedTuple):
 
 
 class RunSummary:
-    """Hears the metrics of a run and writes the table.
+    """Collects the metrics of a run and writes the table.
 
-    Time and figures are those of this process: what a resumed run did before is not in them.
+    Time and metrics cover this process only: the part of a run before its resume is not included.
 
     Args:
-        run: what it is called, and how long it is.
+        run: gives its name and its number of steps.
     """
 
     def __init__(self, run: Run) -> None:
@@ -60,7 +60,7 @@ class RunSummary:
         """The table.
 
         Args:
-            files: what the run wrote.
+            files: the files that the run wrote.
             failed: whether an exception ends it.
         """
         seconds = time.monotonic() - self._start

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The few responses that a run shows: which they are, as texts for every logger and token by token for its report.
+"""Chooses the few responses that a run shows, and logs them: as texts, and as token maps for the report.
 
 Shapes: N rows, R response length, T tokens of one response.
 """
@@ -36,11 +36,11 @@ class SampleLogger:
     """Hands samples of training and of the held-out set to the loggers.
 
     Args:
-        config: of the run.
-        training_steps: length of the run.
-        tokenizer: of the policy.
-        grids: where the image tokens of the policy lie; None for a model of text alone.
-        weigher: tells what held-out tokens would weigh.
+        config: the run's configuration.
+        training_steps: number of steps of the run.
+        tokenizer: the policy's tokenizer.
+        grids: positions of image tokens on their images; None for a text-only model.
+        weigher: computes the weights that held-out tokens would get.
         tracker: where samples go.
     """
 
@@ -61,10 +61,10 @@ class SampleLogger:
         self.tracker = tracker
 
     def chosen(self, batch: DataProto, step: int) -> torch.Tensor:
-        """(N,) bool: the rows of training that are shown, at the steps that validate and at the last.
+        """(N,) bool: the training rows to show, at steps with a validation and at the last step.
 
-        Each is of another prompt, as long as there are enough. The choice depends on the step alone, and draws from no
-        generator that training draws from.
+        Their prompts differ, as long as there are enough. The choice depends on the step alone and uses none of the
+        random generators of training.
 
         Reads: `uid`.
         """
@@ -86,8 +86,8 @@ class SampleLogger:
         """Shows the chosen rows of a step.
 
         Reads: `uid`, `responses`, `response_mask`, `prompt_text`, `ground_truth`, `token_level_scores`, `advantages`;
-        for token maps `multi_modal_data`, `attention_mass`, `attention_keys`, `attention_maps`, and `token_weights` of
-        weighted runs.
+        for token maps `multi_modal_data`, `attention_mass`, `attention_keys`, `attention_maps`, and in weighted runs
+        `token_weights`.
         """
         rows = self.chosen(batch, step).nonzero()[:, 0].tolist()
         if not rows:
@@ -103,11 +103,11 @@ class SampleLogger:
             self.tracker.log_token_maps(self._token_maps(shown, weights, scores, advantages), step, "train")
 
     def log_validation(self, result: ValidationResult, measured: DataProto | None, step: int) -> None:
-        """Shows the chosen rows of a validation after `step`. Their tokens weigh what the next step would weigh them.
+        """Shows the chosen rows of a validation after `step`, with the weights that the next step would give them.
 
         Args:
-            measured: `result.rows` beside `multi_modal_data`, and what the log-prob pass gives; None where no token
-                maps are shown.
+            measured: `result.rows` with `multi_modal_data` and the streams of the log-prob pass; None if no token maps
+                are shown.
         """
         if not len(result.rows):
             return
@@ -128,9 +128,9 @@ class SampleLogger:
         vgr = vgr_from_mass(streams["attention_mass"], streams["attention_keys"])  # (N, R)
         token_ids = response_token_ids(streams["responses"], streams["response_mask"])
         images = [self._images_of(handles) for handles in objects["multi_modal_data"]]
-        uris = iter(picture_uris([image for of_row in images for image in of_row]))
+        uris = iter(picture_uris([image for pictures in images for image in pictures]))
         maps = []
-        for row, of_row in enumerate(images):
+        for row, pictures in enumerate(images):
             attention = objects["attention_maps"][row]
             maps.append(
                 TokenMap(
@@ -138,8 +138,8 @@ class SampleLogger:
                     weights=weights[row, is_token[row]].tolist(),
                     vgr=vgr[row, is_token[row]].tolist(),
                     prompt=str(objects["prompt_text"][row]),
-                    images=[next(uris) for _ in of_row],
-                    maps=self.grids.lay_out(attention.vision, of_row) if of_row and attention is not None else (),
+                    images=[next(uris) for _ in pictures],
+                    maps=self.grids.lay_out(attention.vision, pictures) if pictures and attention is not None else (),
                     answer=str(objects["ground_truth"][row]),
                     reward=scores[row],
                     advantage=None if advantages is None else advantages[row],
@@ -149,8 +149,8 @@ class SampleLogger:
         return maps
 
     def _images_of(self, handles: Sequence[MediaHandle] | None) -> list[Image.Image]:
-        """The pictures of a prompt, as they enter the processor; none of a prompt with videos, whose tokens lie
-        between those of the pictures."""
+        """The images of a prompt, as given to the processor. Empty for a prompt with videos, whose tokens mix with the
+        image tokens."""
         handles = handles or ()
         return [] if any(handle.is_video for handle in handles) else [handle.load() for handle in handles]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a logger is: a `Sink` that hears everything about one `Run`. Here too are the two that need no library."""
+"""The base class of loggers, `Sink`, with the `Run` that it reports on, and the file logger."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Generation(NamedTuple):
     score: float
 
     def tagged(self) -> str:
-        """The three texts, each behind its tag."""
+        """The three texts, each after its tag."""
         return f"[prompt] {self.input}\n[output] {self.output}\n[ground_truth] {self.label}"
 
 
@@ -33,13 +33,13 @@ class WrittenFile(NamedTuple):
     """A file or a folder that a run leaves behind."""
 
     content: str
-    """What is in it, in a word or two."""
+    """Its content, in a word or two."""
     path: Path
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a sink may want to know about the run it reports on."""
+    """What a sink knows about the run it reports on."""
 
     config: dict[str, Any]
     """The whole configuration as plain dicts and lists, without its secrets."""
@@ -51,13 +51,13 @@ class Run:
     resume_step: int
     """The step of the checkpoint that the run starts from; 0 for the model's own weights."""
     continues: bool
-    """Whether that checkpoint lies in `output_dir`, so that this run and the one that saved it are one."""
+    """Whether that checkpoint is in `output_dir`, so that this run continues the run that saved it."""
     kept_ids: dict[str, str]
-    """Ids that servers gave to the run before it was interrupted, by logger; empty unless it `continues`."""
+    """Ids that servers gave to the run before its interruption, by logger; empty unless it `continues`."""
 
 
 def weight_bounds(run: Run) -> tuple[float, float]:
-    """Lowest and highest weight that the colours of token maps tell apart."""
+    """Lowest and highest weight of the colour scale of token maps."""
     low, high = run.config["algorithm"]["token_weight_clip"]
     return low, high
 
@@ -66,48 +66,48 @@ class Sink:
     """One destination. A subclass overrides what it can show and ignores the rest."""
 
     LIBRARY: ClassVar[str | None] = None
-    """The module that it imports when it is made, beyond what every run needs."""
+    """The module that its constructor imports; None if it needs no further library."""
     HAS_SERVER: ClassVar[bool] = False
-    """Whether it may fail because a server or the way to it does, for which a run must not die half-way."""
+    """Whether it depends on a server. If that fails later, the run goes on without it."""
 
     run_id: str | None = None
-    """The id to take up when the run is resumed; a subclass whose server gives ids sets it."""
+    """The id under which a resumed run continues at the server; set by a subclass whose server gives ids."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
 
     @classmethod
     def account_problem(cls) -> str | None:
-        """What keeps it from its server, as far as this machine knows, and what to do; None for nothing."""
+        """Why it cannot log in at its server, as far as this machine can tell, and what to do; None if it can."""
         return None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Takes the metrics of one step; may be called more than once for a step."""
 
     def log_generations(self, samples: Sequence[Generation], step: int, split: str) -> None:
-        """Takes a few samples of the step, of training (`train`) or of a validation after it (`val`)."""
+        """Takes a few samples of the step's training batch (`train`) or of the validation after it (`val`)."""
 
     def log_token_maps(self, samples: Sequence[TokenMap], step: int, split: str) -> None:
         """Takes the same samples token by token, in runs that make a report."""
 
     def log_val_rewards(self, rewards: Mapping[str, Sequence[float]], step: int) -> None:
-        """Takes what each held-out sample of a validation was given, by key, in the set's order."""
+        """Takes the rewards of all held-out samples of a validation, by key, in the set's order."""
 
     def phase(self, name: str, line: str | None) -> None:
-        """Hears which phase begins, and the line that says so where there is no room for its name alone."""
+        """Reports that a phase begins; `line` describes it where a name alone cannot be shown."""
 
     def validated(self, num_done: int, num_prompts: int) -> None:
-        """Hears how many of the held-out prompts have been answered and scored, from 0 to all of them."""
+        """Reports how many of the held-out prompts have been answered and scored, from 0 to all."""
 
     def note(self, text: str) -> None:
         """Takes a line for the person who watches the run."""
 
     def files(self) -> Sequence[WrittenFile]:
-        """What it writes on this machine; what is not there, as before the first line, is passed over."""
+        """The files that it writes on this machine; files that do not exist yet are ignored."""
         return ()
 
     def written(self, files: Sequence[WrittenFile]) -> None:
-        """Hears, just before `close`, which files and folders the run leaves behind."""
+        """Reports, just before `close`, the files and folders that the run leaves behind."""
 
     def close(self, failed: bool) -> None:
         """Writes out what is buffered; `failed` is whether an exception ends the run."""
@@ -117,12 +117,12 @@ class FileSink(Sink):
     """Files beside the checkpoints: the configuration, a JSON line per `log`, the sampled generations of each split,
     and the rewards of all held-out samples.
 
-    The first is for its owner's eyes (mode 0600): what a user hands to a reward function may be secret under any name.
-    The last has a line per validation, `{"step": 25, "rewards": {"overall": [0.1, 1.0, ...], ...}}`, the samples in
-    the held-out set's order. A step that was validated twice has two lines.
+    Only its owner can read the configuration file (mode 0600): arguments of a reward function may be secrets under any
+    name. The rewards file has a line per validation, `{"step": 25, "rewards": {"overall": [0.1, 1.0, ...], ...}}`, the
+    samples in the held-out set's order. A step that was validated twice has two lines.
 
-    Nothing that is in the others is lost. When a run takes its first step, the lines that an earlier one wrote of
-    this step and later ones move from `experiment_log.jsonl` to `experiment_log.cut.jsonl`; half a line does at once.
+    The other files only grow. When a run takes its first step, lines that an earlier run wrote for this step or later
+    ones move from `experiment_log.jsonl` to `experiment_log.cut.jsonl`; an incomplete line moves at the start.
     """
 
     CONFIG = "experiment_config.json"
@@ -146,21 +146,21 @@ class FileSink(Sink):
         finite = {name: _finite(value) for name, value in metrics.items()}
         self._append(self.LOG, json.dumps({"step": step, **nested(finite)}) + "\n")
 
-    def _cut_log(self, stays: Callable[[int, dict[str, Any]], bool]) -> int:
-        """Moves lines out of the log: those that are no whole line of a step, and those that `stays` says no to.
+    def _cut_log(self, is_kept: Callable[[int, dict[str, Any]], bool]) -> int:
+        """Moves lines from the log to the cut file: damaged lines, and lines for which `is_kept` returns false.
 
         Args:
-            stays: is given a line's number, from 0 on, and its content.
+            is_kept: called with a line's number, from 0 on, and its content.
 
         Returns:
-            How many lines the log has after it.
+            The number of lines that remain in the log.
         """
         path = self.run.output_dir / self.LOG
         kept, cut = [], []
         with naming_write_errors(path):
             for index, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(keepends=True)):
                 record = _whole_record(line)
-                (kept if record is not None and stays(index, record) else cut).append(line)
+                (kept if record is not None and is_kept(index, record) else cut).append(line)
             if cut:
                 self._append(self.CUT, "".join(line.rstrip("\n") + "\n" for line in cut))
                 unfinished = path.with_suffix(".tmp")
@@ -194,13 +194,13 @@ class FileSink(Sink):
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no word for NaN and infinity."""
+    """None in place of NaN and infinity, which JSON cannot express."""
     value = float(value)
     return value if math.isfinite(value) else None
 
 
 def _whole_record(line: str) -> dict[str, Any] | None:
-    """What a line of the log says, unless it was cut short or is none."""
+    """The content of a line of the log; None if it is damaged."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError:
@@ -210,9 +210,9 @@ def _whole_record(line: str) -> dict[str, Any] | None:
 
 
 def read_log(folder: Path) -> dict[int, dict[str, float | None]]:
-    """What `FileSink` wrote of a run: step -> its metrics by name, None where one was not finite.
+    """The metrics that `FileSink` wrote: step -> metrics by name, None for values that were not finite.
 
-    A step may have several lines, such as one of the validation before training; later ones add to earlier ones.
+    A step may have several lines, for example one of the validation before training; they are merged.
     """
     metrics: dict[int, dict[str, float | None]] = {}
     for line in (folder / FileSink.LOG).read_text("utf-8").splitlines(keepends=True):
@@ -223,9 +223,9 @@ def read_log(folder: Path) -> dict[int, dict[str, float | None]]:
 
 
 def read_val_rewards(folder: Path) -> dict[int, dict[str, list[float | None]]]:
-    """What `FileSink` wrote of a run's validations: step -> values by key of the reward function, in the set's order.
+    """The validation rewards that `FileSink` wrote: step -> values by key of the reward function, in the set's order.
 
-    Of a step that was validated twice, the second.
+    For a step that was validated twice, the second validation counts.
     """
     lines = (folder / FileSink.VAL_REWARDS).read_text("utf-8").splitlines(keepends=True)
     return {record["step"]: record["rewards"] for line in lines if (record := _whole_record(line)) is not None}
@@ -242,7 +242,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, floa
 def nested(metrics: Mapping[str, float | None]) -> dict[str, Any]:
     """`{"a/b": 1, "a/c": 2}` as `{"a": {"b": 1, "c": 2}}`.
 
-    Below a name that is a metric itself nothing opens: `a/b` beside `a/b/c` are `{"a": {"b": 1, "b/c": 2}}`.
+    A name that is itself a metric holds no others: `a/b` beside `a/b/c` become `{"a": {"b": 1, "b/c": 2}}`.
     """
     tree: dict[str, Any] = {}
     for name, value in metrics.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sees that training gets nowhere: optimizer steps that are skipped, batches with nothing to learn from.
+"""Detects that training makes no progress: skipped optimizer steps, or batches without any signal.
 
 Shapes: N rows, R response length.
 """
@@ -21,16 +21,16 @@ from verl.utils.writing import naming_write_errors
 logger = logging.getLogger(__name__)
 
 SKIPPED_SAMPLES = "skipped_samples.jsonl"
-"""File in the run's folder: for each prompt in a mini-batch that was skipped, a line of where and what it was."""
+"""File in the run's folder that lists the prompts of skipped mini-batches, one a line."""
 
 
 class Standstill:
-    """Counts steps in a row that changed nothing, from the start of the run or its last resume.
+    """Counts consecutive steps that changed nothing, since the start of the run or its last resume.
 
     Args:
-        config: what is too many, and where the run's folder is.
-        plan: which rows a mini-batch has.
-        workers: which mini-batches they skipped.
+        config: gives the limits and the run's folder.
+        plan: tells which rows form a mini-batch.
+        workers: know which mini-batches they skipped.
     """
 
     def __init__(self, config: TrainerConfig, plan: BatchPlan, workers: WorkerGroup) -> None:
@@ -42,8 +42,8 @@ class Standstill:
         self.uninformative = 0
 
     def watch(self, batch: DataProto, record: StepRecord) -> None:
-        """Looks at a step whose updates are done. Adds the metric `actor/uninformative_steps` where the actor learns:
-        how many steps in a row, this one included, had no advantage other than 0.
+        """Checks a step after its updates. If the actor was updated, adds the metric `actor/uninformative_steps`: the
+        number of consecutive steps, including this one, in which every advantage was 0.
 
         Reads: `response_mask`, `advantages` (N, R), `uid`, `prompt_text`.
 
@@ -57,7 +57,7 @@ class Standstill:
             self._count_uninformative(has_signal, record)
         for model, plan in self.plans.items():
             skipped = metrics.get(f"{model}/skipped_steps")
-            if skipped is None:  # it was not updated
+            if skipped is None:  # the model was not updated
                 continue
             if skipped:
                 self._name_samples(model, plan, batch.non_tensor_batch["uid"], prompts, record.step)
@@ -65,7 +65,7 @@ class Standstill:
             self._require_progress(model, record.step)
 
     def files(self) -> list[WrittenFile]:
-        """Where samples of skipped mini-batches are named, if there were any."""
+        """The file that lists samples of skipped mini-batches."""
         return [WrittenFile("samples of skipped updates", Path(self.config.save_checkpoint_path, SKIPPED_SAMPLES))]
 
     def _count_uninformative(self, has_signal: bool, record: StepRecord) -> None:

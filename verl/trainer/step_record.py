@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one training step leaves behind: its metrics and the wall clock of its phases."""
+"""The record of one training step: its metrics and the wall-clock times of its phases."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class StepRecord:
 
     Args:
         step: the number of the step, as it appears in logs and folder names.
-        on_phase: called with the name of every phase as it begins, and of the one around it as it ends, e.g. to show
-            it in a progress bar.
+        on_phase: called with the name of every phase that begins, and with the name of the enclosing phase when an
+            inner one ends, e.g. to show it in a progress bar.
 
     Example:
         record = StepRecord(3)
@@ -35,7 +35,7 @@ class StepRecord:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Adds the seconds spent inside to `timing_s/<phase>`; a phase entered twice counts both visits."""
+        """Adds the seconds spent inside to `timing_s/<phase>`; a phase that is entered twice has the sum."""
         self._phases.append(phase)
         self._announce_phase()
         start = time.perf_counter()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a run is asked to end: SIGTERM or Ctrl-C, once to finish the step and save it, twice to end at once."""
+"""Ends a run on SIGTERM or Ctrl-C: the first signal finishes and saves the step, the second ends at once."""
 
 import math
 import os
@@ -13,14 +13,14 @@ from types import FrameType
 from verl.utils.termination import ENDED_BY_SIGTERM
 
 ECHO_SECONDS = 1
-"""`timeout` sends SIGTERM to its child and then to the child's group: what comes so soon is no second request."""
+"""A second signal within this time is the same request: `timeout` signals its child, then the child's group."""
 
 UNWIND_SECONDS = 10
-"""What a run that ends at once may take to close its loggers and end its processes."""
+"""Seconds for a run that ends at once to close its loggers and end its processes."""
 
 
 class StopRequest:
-    """True once the run was asked to end. While `listening`, signals are what asks.
+    """True once the run was asked to end, by a signal that arrives inside `listening`.
 
     The first SIGTERM or SIGINT, once there are steps to finish, only sets the flag. A second one, or the first before
     `let_steps_finish`, raises SystemExit(143) or KeyboardInterrupt in the main thread, and so does the end of the
@@ -42,23 +42,23 @@ class StopRequest:
         return self._requests > 0
 
     def let_steps_finish(self) -> None:
-        """From here on there is work to save, and a first request waits for it."""
+        """Call when training begins: from now on a first request lets the current step finish."""
         self._waits_for_step = True
 
     def end_at_once(self) -> None:
-        """From here on there is none, as while the run loads."""
+        """Call when there is nothing to save: from now on a first request ends the run at once."""
         self._waits_for_step = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes signals inside; the handlers from before stand again afterwards.
+        """Inside, handles the signals; restores the earlier handlers afterwards.
 
-        Outside the main thread of a program there are no handlers to set, and nothing is heard.
+        Python sets handlers only in the main thread; in other threads this does nothing.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        handlers = {signal.SIGTERM: self._hear, signal.SIGINT: self._hear, signal.SIGHUP: signal.SIG_IGN}
+        handlers = {signal.SIGTERM: self._handle, signal.SIGINT: self._handle, signal.SIGHUP: signal.SIG_IGN}
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
@@ -68,7 +68,7 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not Python's
 
-    def _hear(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
         now, before = time.monotonic(), self._last_term
         if number == signal.SIGTERM:
             self._last_term = now
@@ -77,24 +77,24 @@ class StopRequest:
         self._requests += 1
         name, code = signal.Signals(number).name, 128 + number
         if self._requests == 1 and self._waits_for_step:
-            _say(
+            _write_to_stderr(
                 f"{name}: finishing the step and saving, for up to trainer.grace_s={self.grace_s:g} s; "
                 f"{'press Ctrl-C' if number == signal.SIGINT else 'send it'} again to end at once"
             )
-            self._later(self.grace_s, self._end_of_grace)
+            self._later(self.grace_s, self._on_grace_end)
             return
         if self._requests > 2:
             os._exit(code)
         self._requests = 2
-        _say(f"{name}: ending at once, with what was saved before")
+        _write_to_stderr(f"{name}: ending at once, with what was saved before")
         self._later(UNWIND_SECONDS, os._exit, code)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(code)
 
-    def _end_of_grace(self) -> None:
-        _say(f"the step was not done after trainer.grace_s={self.grace_s:g} s")
-        self._later(UNWIND_SECONDS, os._exit, ENDED_BY_SIGTERM)  # for a main thread that hangs outside of Python
+    def _on_grace_end(self) -> None:
+        _write_to_stderr(f"the step was not done after trainer.grace_s={self.grace_s:g} s")
+        self._later(UNWIND_SECONDS, os._exit, ENDED_BY_SIGTERM)  # in case the main thread hangs in native code
         self._last_term = -math.inf
-        os.kill(os.getpid(), signal.SIGTERM)  # the main thread alone can be interrupted, and by a signal alone
+        os.kill(os.getpid(), signal.SIGTERM)  # only a signal interrupts the main thread
 
     def _later(self, seconds: float, action: Callable[..., None], *args: int) -> None:
         timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), action, args)
@@ -103,7 +103,7 @@ class StopRequest:
         self._timers.append(timer)
 
 
-def _say(text: str) -> None:
+def _write_to_stderr(text: str) -> None:
     # A handler may interrupt a write to the same stream, whose buffer is then not to be touched.
     with suppress(OSError):
         os.write(2, f"\n{text}\n".encode())

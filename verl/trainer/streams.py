@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The streams of a training step's batch, in one table: what each is, who writes it, who reads it, and in which runs.
+"""The streams of a training step's batch, in one table: type and shape, the phase that adds each, and its readers.
 
-A stream is on the batch in every step of a run, or in none. The configuration decides: no phase asks whether a stream
-is there. Phases are the methods of `RayDAPOTrainer` that `fit` lists, here without their underscore. What the workers
-are sent is selected by this table; a test holds everything else in it against what the phases do. A smaller table has
-the streams of prompts before they are answered.
+A stream is on the batch in every step of a run, or in none. The configuration decides this, so no phase has to check
+for a stream. Phases are the methods of `RayDAPOTrainer` that `fit` calls, here without their underscore. The trainer
+uses this table to select what it sends to the workers; a test compares the rest of it with what the phases do. A
+smaller table lists the streams of prompts before they are answered.
 
 Shapes: B prompts, N rows, P prompt length, R response length, S = P + R. `position_ids` are (N, 4, S), or (B, 4, P),
 under multimodal rope.
@@ -37,12 +37,12 @@ class Stream:
     writer: str
     """The phase that adds it."""
     readers: tuple[Reader, ...]
-    """Later phases that read it, in the runs in which they act (see `PHASES`)."""
+    """Later phases that read it, in the runs that have these phases (see `PHASES`)."""
     present: Condition
-    """The runs that have it. A name may have several rows, of which a run has one at most."""
+    """The runs that have it. A name may have several rows; at most one of them applies to a run."""
 
     def is_read_by(self, phase: str, config: PPOConfig) -> bool:
-        """Whether a phase that acts in this run reads the stream."""
+        """Whether a phase reads the stream in this run."""
         readers = [(reader, always) if isinstance(reader, str) else reader for reader in self.readers]
         return any(name == phase and condition(config) for name, condition in readers)
 
@@ -53,42 +53,42 @@ def always(config: PPOConfig) -> bool:
 
 
 def filters(config: PPOConfig) -> bool:
-    """Groups are filtered by their scores, so that responses are scored as they are drawn."""
+    """Groups are filtered by their scores, so responses are scored as soon as they are drawn."""
     return config.algorithm.online_filtering
 
 
 def scores_later(config: PPOConfig) -> bool:
-    """Responses are scored once they all are drawn."""
+    """Responses are scored after all are drawn."""
     return not config.algorithm.online_filtering
 
 
 def scores_beside(config: PPOConfig) -> bool:
-    """Responses are scored while the log-prob passes run."""
+    """Responses are scored in parallel with the log-prob passes."""
     return scores_later(config) and not config.worker.reward.streams
 
 
 def scores_measured(config: PPOConfig) -> bool:
-    """The reward function waits for what the log-prob pass measures."""
+    """The reward function needs streams of the log-prob pass, and runs after it."""
     return scores_later(config) and bool(config.worker.reward.streams)
 
 
 def scores_batch_beside(config: PPOConfig) -> bool:
-    """The reward function takes the whole batch, while the log-prob passes run."""
+    """The reward function takes the whole batch, in parallel with the log-prob passes."""
     return scores_beside(config) and config.worker.reward.takes_batch
 
 
 def takes_raw_ids(config: PPOConfig) -> bool:
-    """The engine puts the tokens of images into the prompts itself."""
+    """The rollout engine expands image placeholders itself."""
     return config.worker.rollout.name == "vllm"
 
 
 def baselines(config: PPOConfig) -> bool:
-    """Rewards are held against a greedy response."""
+    """Rewards are compared with the score of a greedy response."""
     return config.algorithm.needs_baselines
 
 
 def critic(config: PPOConfig) -> bool:
-    """Rewards are held against the values of a critic."""
+    """Rewards are compared with the values of a critic."""
     return config.algorithm.needs_critic
 
 
@@ -98,7 +98,7 @@ def estimates_kl(config: PPOConfig) -> bool:
 
 
 def estimates_kl_in_reward(config: PPOConfig) -> bool:
-    """The KL is estimated from sampled tokens and taken off the reward."""
+    """The KL is estimated from sampled tokens and subtracted from the reward."""
     return config.algorithm.estimates_kl and config.algorithm.kl_in_reward
 
 
@@ -108,12 +108,12 @@ def estimates_kl_in_loss(config: PPOConfig) -> bool:
 
 
 def full_kl_in_reward(config: PPOConfig) -> bool:
-    """The KL over the whole vocabulary is taken off the reward."""
+    """The KL over the whole vocabulary is subtracted from the reward."""
     return config.algorithm.full_kl_in_reward
 
 
 def importance(config: PPOConfig) -> bool:
-    """The policy loss is corrected for different probabilities in rollout engine and trainer."""
+    """Importance weights correct for different probabilities in rollout engine and trainer."""
     return config.worker.rollout.importance_cap is not None
 
 
@@ -194,7 +194,7 @@ PHASES: dict[str, Condition] = {
     "log_samples": logs_training_samples,
     "log": always,
 }
-"""The phases of a step that touch the batch, in their order, and the runs in which they act."""
+"""The phases of a step that use the batch, in order, and the runs that have them."""
 
 _ACTOR_PASSES, _CRITIC_PASSES = ("compute_log_probs", "update_actor"), ("compute_values", "update_critic")
 _PASSES = (*_ACTOR_PASSES, *_CRITIC_PASSES)
@@ -264,7 +264,7 @@ STREAMS = (
     Stream("returns", "N R", _FLOAT, "compute_advantages", ("update_critic", "log"), always),
 )
 # fmt: on
-"""Rows in the order in which a step adds their streams."""
+"""In the order in which a step adds the streams."""
 
 PROMPT_STREAMS = (
     Stream("input_ids", "B P", _INT, "draw", ("generate",), always),
@@ -278,7 +278,7 @@ PROMPT_STREAMS = (
     Stream("ground_truth", "B", object, "draw", ("repeat",), always),
     Stream("extra", "B", object, "draw", ("repeat",), always),
 )
-"""Of drawn prompts, in the phase `rollout`: workers `generate` from some, and the rows of responses `repeat` some."""
+"""Streams of drawn prompts, in the phase `rollout`: workers read some to `generate`, others `repeat` per response."""
 
 
 def streams_of(config: PPOConfig) -> list[Stream]:
@@ -294,7 +294,7 @@ def streams_read_by(phase: str, config: PPOConfig) -> tuple[list[str], list[str]
 
 
 def prompt_streams_read_by(step: str, config: PPOConfig) -> tuple[list[str], list[str]]:
-    """The same of drawn prompts, for `generate` or `repeat`."""
+    """The same for drawn prompts; `step` is `generate` or `repeat`."""
     return _names_of([stream for stream in PROMPT_STREAMS if stream.is_read_by(step, config)])
 
 

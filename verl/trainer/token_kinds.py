@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kind of text a token is, for metrics that tell where weights lie."""
+"""Classifies tokens as digits, words or markup, for metrics of where the weights go."""
 
 from enum import IntEnum
 
@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 
 class TokenKind(IntEnum):
-    """Digits win over letters, and letters over the rest. Special and added tokens are markup whatever they spell."""
+    """A token with a digit is a digit; otherwise one with a letter is a word; all others, and special or added tokens
+    whatever their text, are markup."""
 
     DIGIT = 0
     WORD = 1
@@ -17,14 +18,14 @@ class TokenKind(IntEnum):
 
 
 class TokenKinds:
-    """Kinds of a tokenizer's tokens; each id is decoded once."""
+    """The kinds of a tokenizer's tokens. Each id is decoded only once."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._added = set(tokenizer.added_tokens_decoder)
         self._kinds: dict[int, TokenKind] = {}
 
-    def of(self, ids: torch.Tensor) -> torch.Tensor:
+    def classify(self, ids: torch.Tensor) -> torch.Tensor:
         """(tokens,) int64 `TokenKind`, from (tokens,) ids."""
         unique, places = ids.unique(return_inverse=True)
         return torch.tensor([self._kind(token_id) for token_id in unique.tolist()], dtype=torch.int64)[places]

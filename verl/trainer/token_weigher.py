@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainer's side of token weights: the run's signals, their weights for a batch, and what is logged of both.
+"""Token weights in the trainer: the run's signals, the weights of a batch, and the metrics of both.
 
 Shapes: N rows, R response length.
 """
@@ -21,11 +21,11 @@ from verl.workers.reward.results import TOKEN_WEIGHTS
 logger = logging.getLogger(__name__)
 
 LOWEST_MEAN, HIGHEST_MEAN = 0.8, 1.1
-"""Of a step's weights; outside, the size of the update is no longer that of an unweighted one."""
+"""Range of a step's mean weight without a warning; outside it, weighting changes the size of the update."""
 
 
 def describe_token_weights(algorithm: AlgorithmConfig, is_measured: bool) -> str:
-    """One line for the reader of a run.
+    """One line on the run's token weights, for the console and the report.
 
     Args:
         is_measured: whether the run measures attention.
@@ -34,7 +34,7 @@ def describe_token_weights(algorithm: AlgorithmConfig, is_measured: bool) -> str
         return "token weights off: all tokens weigh the same"
     name = algorithm.token_weight_signal
     if not is_measured and name in ATTENTION_SIGNALS:
-        return "token weights on: those that the reward function returns; all other tokens weigh 1"
+        return "token weights on: only from the reward function; all other tokens weigh 1"
     parts = [name]
     if name in ATTENTION_SIGNALS:
         layers = algorithm.attention_layers
@@ -50,10 +50,10 @@ def describe_token_weights(algorithm: AlgorithmConfig, is_measured: bool) -> str
 
 
 class TokenWeigher:
-    """Weighs the tokens of a run's batches.
+    """Computes token weights for a run's batches.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         tokenizer: tells which tokens are digits, words or markup; None leaves that out of the metrics.
     """
 
@@ -71,23 +71,23 @@ class TokenWeigher:
         self._told: set[str] = set()
 
     def weights(self, batch: DataProto, reward_values: dict[str, list[Any]], step: int) -> torch.Tensor | None:
-        """Weights (N, R) float32, as `compute_token_weights` makes them; None and one warning where nothing gives any.
+        """Weights (N, R) float32 from `compute_token_weights`; None, with one warning, if no source gives any.
 
-        Reads: `response_mask`, what the signal asks for, `responses` for a control that draws.
+        Reads: `response_mask`, the streams of the signal, `responses` for a random control.
 
         Args:
             reward_values: values per sample of every key that the reward function returned.
-            step: of the training.
+            step: the training step.
         """
-        streams, name = batch.batch, self._name_of_used
-        given = reward_values.get(TOKEN_WEIGHTS) or [None] * len(batch)
-        self._share_from_reward = sum(weights is not None and len(weights) > 0 for weights in given) / len(batch)
+        streams, name = batch.batch, self._used_signal_name
+        returned = reward_values.get(TOKEN_WEIGHTS) or [None] * len(batch)
+        self._share_from_reward = sum(weights is not None and len(weights) > 0 for weights in returned) / len(batch)
         self._weighed_by = {name: self.signals[name].importance(streams)} if name in self.signals else {}
         weights = self._weights(self._weighed_by.get(name), batch, reward_values, step)
         if weights is None:
             self._warn_once(
                 "nothing",
-                "algorithm.enable_token_weights=true, but there is nothing to weigh tokens by, so training goes on "
+                "algorithm.enable_token_weights=true, but nothing gives token weights, so training goes on "
                 "unweighted: set worker.rollout.collect_attentions=true, or let the reward function return "
                 f"{TOKEN_WEIGHTS!r}",
             )
@@ -96,9 +96,9 @@ class TokenWeigher:
         return weights
 
     def preview(self, batch: DataProto, reward_values: dict[str, list[Any]], step: int) -> torch.Tensor:
-        """Weights (N, R) float32 that a step would give to responses that are not its own; 1 where nothing gives any,
-        or where tokens are not weighted. Reads: what `weights` reads."""
-        streams, name, weights = batch.batch, self._name_of_used, None
+        """Weights (N, R) float32 that a step would give to other responses, such as held-out ones; 1 if no source
+        gives any or token weights are off. Reads: what `weights` reads."""
+        streams, name, weights = batch.batch, self._used_signal_name, None
         if self.algorithm.enable_token_weights:
             importance = self.signals[name].importance(streams) if name in self.signals else None
             weights = self._weights(importance, batch, reward_values, step)
@@ -123,7 +123,7 @@ class TokenWeigher:
             self._warn_once(
                 "ones",
                 f"algorithm.enable_token_weights=true, but every token of step {step} weighs 1: its prompts have no "
-                "image or no text to weigh by, and weights do nothing for a model or for data of text alone",
+                "image or no text to compare. For text-only models or data, token weights have no effect",
             )
         mean = weights.mean().item()
         if not LOWEST_MEAN <= mean <= HIGHEST_MEAN:
@@ -143,7 +143,7 @@ class TokenWeigher:
         """`token_weights/*` of weighted runs, `signals/*` of runs that log signals. `token_weights/from_reward` is the
         share of responses whose weights the reward function gave.
 
-        Reads: `response_mask`, what the signals ask for; of weighted runs `token_weights` and `responses`.
+        Reads: `response_mask`, the streams of the signals; in weighted runs `token_weights` and `responses`.
         """
         metrics: dict[str, float] = {}
         if self.algorithm.enable_token_weights:
@@ -151,7 +151,7 @@ class TokenWeigher:
             metrics |= compute_token_weight_metrics(batch, clip, self.kinds)
             metrics["token_weights/from_reward"] = self._share_from_reward
         if self.algorithm.token_signals_to_log:
-            # What weighed is not computed once more: a signal that draws would log something else.
+            # The signal that gave the weights is not computed again: a random one would log other values.
             importance = dict(self._weighed_by) if self.algorithm.enable_token_weights else {}
             for name, signal in self.signals.items():
                 if name not in importance:
@@ -160,5 +160,5 @@ class TokenWeigher:
         return metrics
 
     @property
-    def _name_of_used(self) -> str:
+    def _used_signal_name(self) -> str:
         return self.algorithm.token_weight_signal.rpartition(":")[2]

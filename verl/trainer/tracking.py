@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where metrics, sampled generations and progress go: a `Tracker` before the loggers that `trainer.logger` names."""
+"""The `Tracker`, which passes metrics, sampled generations and progress to the loggers of `trainer.logger`."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ SINKS: dict[str, type[Sink]] = {
     "tensorboard": TensorboardSink,
     "wandb": WandbSink,
 }
-"""Every logger by its name. A new one joins here and in the choices of `TrainerConfig.logger`."""
+"""Every logger by its name. Add a new one here and to the choices of `TrainerConfig.logger`."""
 
 RUN_IDS = "run_ids.json"
-"""File in the run's folder with the ids that servers gave to it."""
+"""File in the run's folder with the ids that servers gave to the run."""
 
 
 def require_loggers(loggers: Iterable[str]) -> None:
     """Raise unless every logger exists, its library is installed and it has an account where it needs one.
 
     Raises:
-        ValueError: one line for each that does not, is not or has not.
+        ValueError: one line for each problem.
     """
     problems = []
     for name in loggers:
@@ -62,20 +62,20 @@ def _is_installed(library: str) -> bool:
 
 
 class Tracker:
-    """Hands every report of the run to all the loggers asked for. Usable as a context manager.
+    """Passes every report of the run to all of its loggers. A context manager.
 
     A logger that cannot start ends the run. One that fails later does too, unless it has a server behind it: then
-    the failure is logged with its traceback and training goes on, for its results are worth more than their report.
+    the failure is logged with its traceback and training goes on without that report.
 
     Args:
-        loggers: names out of `SINKS`.
+        loggers: names from `SINKS`.
         config: the whole configuration as plain dicts and lists. Loggers see it without its secrets (`masked`).
-        project_name, experiment_name: how the run is labelled.
-        output_dir: folder of the run's own files, made if missing. A run that goes on from a checkpoint in it keeps
-            its log files and its ids at the servers; any other starts them anew.
+        project_name, experiment_name: names under which loggers file the run.
+        output_dir: folder of the run's files, created if missing. A run that resumes from a checkpoint in it keeps its
+            log files and its ids at the servers; any other run starts new ones.
         total_steps: the step at which training ends.
         resume_point: the checkpoint that the run starts from; None for the model's own weights.
-        report: whether the run has a page of its own, beside the loggers.
+        report: whether to write `report.html`, in addition to the loggers.
 
     Raises:
         ValueError: a logger that does not exist or whose library is not installed.
@@ -117,7 +117,7 @@ class Tracker:
                 self.close(failed=True)
                 raise
         if report:
-            from verl.trainer.report_sink import ReportSink  # with pages and pictures, which --help does not wait for
+            from verl.trainer.report_sink import ReportSink  # slow to import; --help must not wait for it
 
             self._sinks["report"] = ReportSink(run)
         ids = kept_ids | {name: sink.run_id for name, sink in self._sinks.items() if sink.run_id is not None}
@@ -129,48 +129,48 @@ class Tracker:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Reports metrics named `area/name`: Python numbers, numpy scalars or one-element tensors."""
         values = {name: float(value) for name, value in metrics.items()}
-        self._tell(lambda sink: sink.log(values, step))
+        self._report(lambda sink: sink.log(values, step))
 
     def log_generations(self, samples: Sequence[tuple[str, str, str, float]], step: int, split: str = "val") -> None:
         """Reports samples of a split, `train` or `val`, as (input, output, label, score)."""
         generations = [Generation(*sample) for sample in samples]
-        self._tell(lambda sink: sink.log_generations(generations, step, split))
+        self._report(lambda sink: sink.log_generations(generations, step, split))
 
     def log_token_maps(self, samples: Sequence[TokenMap], step: int, split: str) -> None:
         """Reports the same samples token by token."""
-        self._tell(lambda sink: sink.log_token_maps(samples, step, split))
+        self._report(lambda sink: sink.log_token_maps(samples, step, split))
 
     def log_val_rewards(self, rewards: Mapping[str, Sequence[float]], step: int) -> None:
         """Reports every held-out sample's value of each key of the reward function, in the set's order."""
-        self._tell(lambda sink: sink.log_val_rewards(rewards, step))
+        self._report(lambda sink: sink.log_val_rewards(rewards, step))
 
     def phase(self, name: str, line: str | None = None) -> None:
-        """Says which phase begins, and in a line what it does where nothing else would be heard of it for long."""
-        self._tell(lambda sink: sink.phase(name, line))
+        """Reports that a phase begins; `line` describes it, for phases that log nothing else for a long time."""
+        self._report(lambda sink: sink.phase(name, line))
 
     def validated(self, num_done: int, num_prompts: int) -> None:
-        """Says how many of the held-out prompts have been answered and scored."""
-        self._tell(lambda sink: sink.validated(num_done, num_prompts))
+        """Reports how many of the held-out prompts have been answered and scored."""
+        self._report(lambda sink: sink.validated(num_done, num_prompts))
 
     def note(self, text: str) -> None:
-        """Says a line to the person who watches the run."""
-        self._tell(lambda sink: sink.note(text))
+        """Shows a line to the person who watches the run."""
+        self._report(lambda sink: sink.note(text))
 
     def add_files(self, source: Callable[[], Iterable[WrittenFile]]) -> None:
-        """Has `source` asked, when the run ends, for what it wrote beside the loggers' files."""
+        """Registers `source`, which lists further written files when it is called at the end of the run."""
         self._file_sources.append(source)
 
     def close(self, failed: bool = False) -> None:
         """Writes out and releases every logger; `failed` is whether an exception ends the run."""
         try:
             files = [file for source in self._file_sources for file in source()]
-            self._tell(lambda sink: files.extend(sink.files()))
+            self._report(lambda sink: files.extend(sink.files()))
             there = [file for file in files if file.path.exists()]
-            self._tell(lambda sink: sink.written(there))
+            self._report(lambda sink: sink.written(there))
         finally:
-            self._tell(lambda sink: sink.close(failed))
+            self._report(lambda sink: sink.close(failed))
 
-    def _tell(self, report: Callable[[Sink], None]) -> None:
+    def _report(self, report: Callable[[Sink], None]) -> None:
         for name, sink in self._sinks.items():
             try:
                 report(sink)

@@ -12,12 +12,12 @@ from verl.trainer.metrics import compute_length_metrics, reduce_metrics
 from verl.workers.reward.results import values_by_key, without_token_weights
 
 KEPT = ["prompt_text", "ground_truth", "uid"]
-"""Columns of objects that samples are shown with; their media are read once more."""
+"""Object columns that are shown with a sample; its media are read again."""
 
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """What one pass over the held-out set gave."""
+    """The result of one pass over the held-out set."""
 
     score: float
     """Mean over samples."""
@@ -25,28 +25,28 @@ class ValidationResult:
     """`val/reward_score`, which is `score`, `val/<key>_reward` for every key of the reward function, and the `val_`
     lengths."""
     places: list[int]
-    """The samples that are shown, by their places in the set: the same prompts at every validation."""
+    """Positions in the set of the samples that are shown: the same prompts at every validation."""
     rows: DataProto
     """The samples that are shown, without their media."""
     scores: list[float]
-    """Of each sample that is shown."""
+    """The score of each sample that is shown."""
     results: list[dict[str, Any]]
-    """What the reward function returned of each."""
+    """The reward function's result for each."""
     rewards: dict[str, list[float]]
-    """By key of the reward function the value of every sample of the set, in its order; what is returned for some
-    samples alone has fewer."""
+    """By key of the reward function, the value of every sample, in the set's order. A key that is returned only for
+    some samples has fewer values."""
 
 
 class Validator:
     """Runs the policy over the held-out set.
 
     Args:
-        batches: the held-out loader, read anew at every call of `run`.
-        generate: a batch of the loader and its number in, the same with responses out (several rows for a prompt,
-            side by side).
-        score: batch in, (score per row, the reward function's result per row) out.
-        num_samples: how many are shown.
-        on_progress: called with the number of prompts that are done, at the start and after every batch.
+        batches: the held-out loader, read again at every call of `run`.
+        generate: takes a loader batch and its number, returns it with responses (several rows per prompt, side by
+            side).
+        score: takes a batch, returns (score per row, the reward function's result per row).
+        num_samples: number of samples to show.
+        on_progress: called with the number of finished prompts, at the start and after every batch.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Validator:
         self.on_progress = on_progress
 
     def run(self) -> ValidationResult:
-        """One pass over the whole held-out set, of which no more than two batches' images are held at a time."""
+        """Makes one pass over the held-out set. At most two batches' images are in memory at a time."""
         parts: list[DataProto] = []
         scores: list[float] = []
         results: list[dict[str, Any]] = []
@@ -72,10 +72,10 @@ class Validator:
         self.on_progress(num_done)
         for number, features in enumerate(self.batches):
             part = self.generate(features, number)
-            scores_of_part, results_of_part = self.score(part)
+            part_scores, part_results = self.score(part)
             parts.append(part.select(None, KEPT))
-            scores.extend(scores_of_part)
-            results.extend(results_of_part)
+            scores.extend(part_scores)
+            results.extend(part_results)
             num_done += len(next(iter(features.values())))
             self.on_progress(num_done)
         batch = DataProto.concat(parts)
@@ -85,11 +85,11 @@ class Validator:
         metrics.update({f"val/{key}_reward": value for key, value in reduce_metrics(rewards).items()})
         metrics.update(compute_length_metrics(batch, prefix="val_"))
         shown = self._shown(batch)
-        of_shown = [scores[place] for place in shown], [results[place] for place in shown]
-        return ValidationResult(score, metrics, shown, batch[shown], *of_shown, rewards)
+        shown_results = [scores[place] for place in shown], [results[place] for place in shown]
+        return ValidationResult(score, metrics, shown, batch[shown], *shown_results, rewards)
 
     def _shown(self, batch: DataProto) -> list[int]:
-        """A choice of prompts that depends on neither their order nor the answers."""
+        """Chooses samples to show, independently of their order and of the answers."""
         prompts = batch.non_tensor_batch["prompt_text"]
         by_prompt = sorted(range(len(batch)), key=lambda place: prompts[place])
         order = np.random.RandomState(42).permutation(len(batch))[: self.num_samples]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users call: VGR measured from attentions, and the token weights made of it.
+"""The public VGR functions: measure VGR from attentions, and compute token weights.
 
-Loaded at the first use, so that modules beside them which need no torch do not load it.
+They are imported at first use, because other modules of this package must not load torch.
 """
 
 from importlib import import_module

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every batch number of a run, worked out once, checked, and told before the run starts.
+"""Computes, checks and describes all batch sizes of a run before it starts.
 
-Prompts are what the configuration counts in; sequences are prompts times `worker.rollout.n`. W is the number of
-workers.
+The configuration counts prompts; sequences are prompts times `worker.rollout.n`. W is the number of workers.
 """
 
 from __future__ import annotations
@@ -18,43 +17,43 @@ COMPARING_ESTIMATORS = ("grpo", "grpo_passk", "rloo")
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """How one trained model, the actor or the critic, goes through the sequences of a step."""
+    """The batch sizes of one trained model, the actor or the critic."""
 
     prompts_per_mini_batch: int
-    """Prompts of an optimizer step."""
+    """Prompts per optimizer step."""
     sequences_per_mini_batch: int
-    """Sequences of an optimizer step, over all workers."""
+    """Sequences per optimizer step, over all workers."""
     mini_batches: int
     """Optimizer steps in one pass over the step's batch."""
     sequences_per_rank_per_mini_batch: int
-    """A worker's share of an optimizer step."""
+    """Sequences per optimizer step on one worker."""
     update_micro_batch_size: int
-    """Sequences a worker takes through forward and backward at once; as many tokens as they have at full length, where
-    micro-batches are filled by tokens."""
+    """Sequences in one forward and backward of a worker. With dynamic batching, the limit is the number of tokens that
+    they have at full length."""
     update_micro_batches: int
-    """Micro-batches whose gradients add up to one optimizer step, where they are not filled by tokens."""
+    """Micro-batches per optimizer step on a worker, without dynamic batching."""
     experience_micro_batch_size: int
-    """Sequences a worker takes through a pass without gradient at once."""
+    """Sequences in one forward without gradient of a worker."""
     optimizer_steps_per_step: int
-    """Optimizer steps of a training step, all passes together."""
+    """Optimizer steps per training step, over all `ppo_epochs`."""
 
     @classmethod
     def from_config(
         cls, name: str, model: TrainedModelConfig, prompts_per_step: int, n: int, world_size: int
     ) -> ModelPlan:
-        """Work the numbers out for the model configured under the key `name`.
+        """Compute the numbers of the model in the section `name`.
 
         Raises:
-            ValueError: a number that does not divide as it must, with the sum and the nearest values that do.
+            ValueError: a number is not divisible as required; the message has the calculation and the nearest values.
         """
         batch_size, micro_batch_size = model.global_batch_size, model.micro_batch_size_per_device_for_update
         experience_size = model.micro_batch_size_per_device_for_experience
         batch, workers = f"{name}.global_batch_size", f"{world_size} workers"
         step, sequences = f"data.rollout_batch_size={prompts_per_step}", prompts_per_step * n
-        step_of_sequences = f"{step} x worker.rollout.n={n} = {sequences} sequences"
+        step_text = f"{step} x worker.rollout.n={n} = {sequences} sequences"
         micro_batch = f"{name}.micro_batch_size_per_device"
         _require_divisor(batch, batch_size, prompts_per_step, step)
-        _require_divisor(f"{micro_batch}_for_experience", experience_size, sequences, step_of_sequences)
+        _require_divisor(f"{micro_batch}_for_experience", experience_size, sequences, step_text)
         _require_multiple(batch, batch_size, world_size, workers, n)
         per_rank = batch_size * n // world_size
         share = f"{batch}={batch_size} x worker.rollout.n={n} / {workers} = {per_rank} sequences"
@@ -72,17 +71,17 @@ class ModelPlan:
         )
 
     def rows_of_mini_batch(self, number: int, world_size: int) -> list[int]:
-        """Which of a step's sequences its `number`-th mini-batch has: the `number`-th part of every worker's share."""
+        """Row numbers of a mini-batch in the step's batch: the `number`-th part of every worker's rows."""
         size = self.sequences_per_rank_per_mini_batch
-        firsts = [(rank * self.mini_batches + number) * size for rank in range(world_size)]
-        return [row for first in firsts for row in range(first, first + size)]
+        starts = [(rank * self.mini_batches + number) * size for rank in range(world_size)]
+        return [row for first in starts for row in range(first, first + size)]
 
     def describe(self, experience: str, update: str) -> list[str]:
         """Three lines for the log.
 
         Args:
-            experience: what the pass without gradient is called.
-            update: what the update is called.
+            experience: name of the pass without gradient.
+            update: name of the update.
         """
         passes = self.optimizer_steps_per_step // self.mini_batches
         return [
@@ -102,39 +101,39 @@ class BatchPlan:
     world_size: int
     """Workers, W."""
     prompts_per_step: int
-    """Prompts of a training step."""
+    """Prompts per training step."""
     responses_per_prompt: int
-    """Responses sampled for each of them, n."""
+    """Responses per prompt, n."""
     sequences_per_step: int
     """Prompts times responses, N."""
     prompts_per_draw: int
-    """Prompts drawn from the data and generated at once."""
+    """Prompts drawn from the data and answered at once."""
     fewest_draws: int
-    """Draws that fill a step if every group of responses is kept."""
+    """Number of draws that fill a step if every group of responses is kept."""
     most_draws: int | None
-    """Draws that a step may take; more than the fewest only where groups are filtered, None for any number."""
+    """Largest number of draws in a step; more than the fewest only with filtered groups. None for any number."""
     ranks_per_engine: int
-    """Consecutive workers that share a rollout engine, and generate for each other's prompts."""
+    """Number of consecutive workers that share a rollout engine."""
     ranks_per_row: int
-    """Workers that share each row of the policy's passes, `ulysses_size`."""
+    """Number of workers that share each row in the policy's passes, `ulysses_size`."""
     ranks_per_critic_row: int
-    """The same of the critic's passes."""
+    """The same for the critic's passes."""
     actor: ModelPlan
-    """The policy's part; the reference's passes follow it."""
+    """The policy's batch sizes; the reference uses them too."""
     critic: ModelPlan | None
-    """The critic's part; null where no critic is trained."""
+    """The critic's batch sizes; None without a critic."""
 
     @classmethod
     def from_config(cls, config: PPOConfig, world_size: int) -> BatchPlan:
-        """Work the numbers out for `world_size` workers.
+        """Compute the plan for `world_size` workers.
 
         Raises:
-            ValueError: a number that does not divide as it must, with the sum and the nearest values that do.
+            ValueError: a number is not divisible as required; the message has the calculation and the nearest values.
         """
         data, rollout, worker = config.data, config.worker.rollout, config.worker
         n = rollout.n
         prompts_per_draw = data.mini_rollout_batch_size or data.rollout_batch_size
-        # A filter leaves an unforeseeable number of each draw's prompts, so that drawing more than a step is no waste.
+        # With filtered groups, a draw may be larger than a step: how many of its prompts remain is not known.
         if data.rollout_batch_size % prompts_per_draw and not config.algorithm.online_filtering:
             raise ValueError(
                 f"data.rollout_batch_size={data.rollout_batch_size} is not a multiple of "
@@ -192,15 +191,15 @@ class BatchPlan:
 
     @property
     def shares(self) -> dict[str, int]:
-        """How many neighbouring workers have the same rows, by what they share: an engine, or each row's tokens."""
+        """Number of neighbouring workers with the same rows, by what they share: an engine, or each row's tokens."""
         return {"engine": self.ranks_per_engine, "actor": self.ranks_per_row, "critic": self.ranks_per_critic_row}
 
     @property
-    def pieces_to_balance(self) -> int:
-        """Into how many equal pieces of the step a mini-batch of either model can be cut.
+    def num_balance_pieces(self) -> int:
+        """Number of equal pieces of a step, such that every mini-batch of both models consists of whole pieces.
 
-        Rows that stay in their piece stay in their mini-batch, so that the optimizer steps of both models do not
-        depend on W. W divides a piece's rows because it divides those of either mini-batch.
+        Balancing moves rows only within a piece, so rows stay in their mini-batches, and optimizer steps do not depend
+        on W. W divides the rows of a piece because it divides the rows of both models' mini-batches.
         """
         return lcm(*(model.mini_batches for model in (self.actor, self.critic) if model is not None))
 
@@ -223,13 +222,13 @@ class BatchPlan:
 
 
 def training_steps(config: PPOConfig, prompts_in_dataset: int) -> int:
-    """Training steps of the whole run: `trainer.max_steps`, or what `trainer.total_epochs` passes over the data give.
+    """Number of training steps of the run: `trainer.max_steps`, or the steps in `trainer.total_epochs` epochs.
 
-    An epoch's last, incomplete draw is not made. Steps are counted as if every group of responses was kept, as EasyR1
-    does; where groups are filtered, a step takes more prompts, and the run makes more passes over the data.
+    The last, incomplete draw of an epoch is left out. As in EasyR1, steps are counted as if every group of responses
+    were kept; with filtered groups a step takes more prompts, and the run makes more passes over the data.
 
     Raises:
-        ValueError: the data are too few for a single step.
+        ValueError: there are too few rows for a single step.
     """
     if config.trainer.max_steps is not None:
         return config.trainer.max_steps
@@ -245,9 +244,9 @@ def training_steps(config: PPOConfig, prompts_in_dataset: int) -> int:
 
 
 def _require_divisor(key: str, value: int, total: int, total_text: str) -> None:
-    """Raise unless `total` is a multiple of `value`; name the nearest `value`s that it is one of.
+    """Raise unless `total` is a multiple of `value`; the message names the nearest divisors of `total`.
 
-    The total is not the one to change: other rules hold it too.
+    It suggests no other total, since other rules also depend on the total.
     """
     if total % value:
         raise ValueError(f"{key}={value} does not divide {total_text}; use {_nearest_divisors(total, value)}")
@@ -260,7 +259,7 @@ def _nearest_divisors(total: int, wanted: int) -> str:
 
 
 def _require_multiple(key: str, value: int, divisor: int, divisor_text: str, responses_per_prompt: int = 1) -> None:
-    """Raise unless `value` x `responses_per_prompt` is a multiple of `divisor`; name the nearest `value`s that are."""
+    """Raise unless `value` x `responses_per_prompt` is a multiple of `divisor`; the message has the nearest values."""
     total = value * responses_per_prompt
     if total % divisor == 0:
         return

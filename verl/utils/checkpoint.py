@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of checkpoints on disk, which of them is the latest, and which may go.
+"""Names of checkpoints on disk, finding the latest one, and removing old ones.
 
 Layout under the save path: `checkpoint_tracker.json` and `global_step_<N>/{manifest.json, dataloader.pt, actor/...,
-critic/...}`, each rank's files carrying the world size in their names, and `kl_coef.json` where the coefficient
-adapts. What is inside the workers' files is their business. `checkpoint_folder.py` writes and checks one folder.
+critic/...}`, with the world size in the names of each rank's files, and `kl_coef.json` if the coefficient adapts. The
+workers define the content of their files. `checkpoint_folder.py` writes and checks one folder.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def step_folder(root: str, step: int) -> str:
 
 
 def step_of(path: str) -> int:
-    """The step that a checkpoint folder was saved at, from the end of its name.
+    """The step of a checkpoint folder, from the end of its name.
 
     Raises:
         ValueError: the last component of `path` does not end in `global_step_<N>`.
@@ -65,21 +65,21 @@ def extra_state_file(world_size: int, rank: int) -> str:
 def is_model_only(folder: str) -> bool:
     """Whether the checkpoint of a step was saved without optimizers, so that it cannot continue training exactly.
 
-    The manifest says so. Without one, as in EasyR1's, there are no files of an optimizer.
+    The manifest says so. Without a manifest, as in EasyR1's checkpoints, it is true if there are no optimizer files.
     """
     manifest = read_manifest(folder)
     return not any(Path(folder, "actor").glob("optim_world_size_*")) if manifest is None else manifest.model_only
 
 
 def write_kl_coef(folder: str, kl_coef: float) -> str:
-    """Keeps the adaptive KL coefficient that the step after the one of `folder` begins with; the file's path."""
+    """Saves the adaptive KL coefficient for the step after the checkpoint; returns the file's path."""
     path = os.path.join(folder, KL_COEF_FILE)
     write_json(path, {"kl_coef": kl_coef})
     return path
 
 
 def read_kl_coef(folder: str) -> float | None:
-    """What `write_kl_coef` kept, exactly; None where the run of `folder` had no adaptive coefficient.
+    """The coefficient that `write_kl_coef` saved; None if the run had no adaptive one.
 
     Raises:
         ValueError: the file is damaged.
@@ -98,11 +98,11 @@ def read_kl_coef(folder: str) -> float | None:
 
 
 def damaged_checkpoint(folder: str | os.PathLike[str], problem: str) -> ValueError:
-    """The error for a checkpoint that cannot be taken up: what is wrong, and from where the run can go on.
+    """The error for a checkpoint that cannot be resumed: the problem, and another checkpoint to resume from.
 
     Args:
         folder: `.../global_step_<N>`.
-        problem: with the file's path.
+        problem: the problem, with the file's path.
     """
     root, name = os.path.split(os.path.abspath(folder))
     step = step_of(name) if re.fullmatch(r"global_step_\d+", name) else math.inf
@@ -121,7 +121,7 @@ def write_tracker(
     """Records which checkpoint is the latest and which is the best.
 
     Call it when the checkpoint of `last_global_step` is complete. `best_global_step` and `best_val_reward_score` are
-    None while there has been no validation.
+    None before the first validation.
     """
     tracker = {
         "best_global_step": best_global_step,
@@ -135,8 +135,8 @@ def write_tracker(
 def find_latest_ckpt(path: str) -> tuple[str | None, dict[str, Any]]:
     """The folder of the last complete checkpoint under `path` and the tracker's contents.
 
-    Where the tracker is missing or damaged, or names a folder that is gone, the whole checkpoint that was saved last
-    counts; one warning says so. The folder is None where there is no checkpoint.
+    If the tracker is missing or damaged, or names a folder that does not exist, the most recently saved whole
+    checkpoint is used, with one warning. The folder is None if there is no checkpoint.
     """
     tracker, problem = _read_tracker(os.path.join(path, CHECKPOINT_TRACKER))
     if problem is None:
@@ -172,8 +172,8 @@ def find_latest_ckpt(path: str) -> tuple[str | None, dict[str, Any]]:
 def steps_on_disk(path: str) -> list[int]:
     """The steps of the whole checkpoints under `path`, in order.
 
-    Whole are folders with all files of their manifest, in the sizes that it gives; and of those without a manifest,
-    such as EasyR1's, the ones with `dataloader.pt`, which is written last.
+    A checkpoint is whole if all files of its manifest are there with the right sizes. Without a manifest, as in
+    EasyR1's, it is whole if it has `dataloader.pt`, which is written last.
     """
     matches = (
         (folder, re.fullmatch(r"global_step_(\d+)", folder.name)) for folder in Path(path).glob("global_step_*")
@@ -187,13 +187,13 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _saved_at(folder: str) -> str:
-    """A later step may have been saved earlier, by a run that was taken back to a step before it."""
+    """When the checkpoint was saved. A later step may be older, if a run went back to an earlier step."""
     manifest = read_manifest(folder)
     return "" if manifest is None else manifest.saved_at
 
 
 def _read_tracker(path: str) -> tuple[dict[str, Any], str | None]:
-    """The contents, and what is wrong with the file; empty where it cannot be read."""
+    """The contents (empty if unreadable), and what is wrong with the file."""
     if not os.path.exists(path):
         return {}, "does not exist"
     try:
@@ -221,7 +221,7 @@ def _is_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A checkpoint to go on from, and what is known of the best one before it."""
+    """A checkpoint to resume from, and the best step and score so far."""
 
     folder: str
     step: int
@@ -229,17 +229,17 @@ class ResumePoint:
     best_score: float | None = None
 
     def is_under(self, root: str) -> bool:
-        """Whether it was saved under `root`: a run that saves there too is the same run, resumed."""
+        """Whether it was saved under `root`: a run that saves there continues the same run."""
         return os.path.dirname(os.path.abspath(self.folder)) == os.path.abspath(root)
 
 
 def find_resume_point(save_path: str, load_path: str | None, find_last: bool) -> ResumePoint | None:
-    """Where a run begins: `load_path` if given, else the latest checkpoint under `save_path` if `find_last` (or None).
+    """The checkpoint to resume from: `load_path`, else with `find_last` the latest under `save_path`; None for none.
 
     The best step and score come from the tracker file under `save_path`; a `load_path` from another run brings none.
 
     Raises:
-        ValueError: the checkpoint lacks a file of its manifest, or has one of another size; or none of the steps under
+        ValueError: a file of the checkpoint's manifest is missing or has another size; or no checkpoint under
             `save_path` is whole.
     """
     if load_path is None and not find_last:
@@ -261,10 +261,10 @@ def find_resume_point(save_path: str, load_path: str | None, find_last: bool) ->
 
 
 def refuse_to_start_anew(save_path: str, load_path: str | None, find_last: bool) -> None:
-    """Raise where a run would begin beside the steps of an earlier one, which its own steps would replace.
+    """Raise if a run would start from scratch in a folder with checkpoints of an earlier run and replace them.
 
     Raises:
-        ValueError: with the three ways on.
+        ValueError: it would; the message names three ways to go on.
     """
     is_resumed = find_last if load_path is None else ResumePoint(load_path, step_of(load_path)).is_under(save_path)
     steps = [step_of(folder.name) for folder in _step_folders(save_path)]
@@ -279,7 +279,7 @@ def refuse_to_start_anew(save_path: str, load_path: str | None, find_last: bool)
 
 
 def _refuse_steps_without_a_whole_one(save_path: str) -> None:
-    """A run that began anew there would replace what may be worth mending."""
+    """Raise if no checkpoint is whole: a run from scratch would replace files that may be worth repairing."""
     folders = _step_folders(save_path)
     if folders:
         last = folders[-1]
@@ -292,7 +292,7 @@ def _refuse_steps_without_a_whole_one(save_path: str) -> None:
 
 
 def _step_folders(path: str) -> list[Path]:
-    """Those that hold a step, whole or not, in the order of their steps."""
+    """The folders of checkpoints, whole or not, in the order of their steps."""
     folders = [folder for folder in Path(path).glob("global_step_*") if re.fullmatch(r"global_step_\d+", folder.name)]
     return sorted(folders, key=lambda folder: step_of(folder.name))
 
@@ -301,7 +301,7 @@ def remove_obsolete_ckpt(path: str, global_step: int, best_global_step: int | No
     """Deletes old checkpoints so that `save_limit` remain, counting the one of `global_step`.
 
     Call it when the checkpoint of `global_step` is complete. The best one always stays, even beyond the limit; the
-    other places go to the newest older ones. Folders of later steps and folders with other names are not touched.
+    other places go to the newest earlier ones. Folders of later steps and folders with other names are not touched.
 
     Args:
         path: the folder that holds the `global_step_<N>` folders.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One checkpoint's folder: written under another name, listed in a manifest, named when it is whole, checked later.
+"""Writes one checkpoint's folder under a temporary name, lists its files in a manifest, renames it, and checks it.
 
-A checkpoint is written as `global_step_<N>.unfinished` and gets its name when it is whole; one that it replaces is
-`global_step_<N>.replaced` for the moment between. `manifest.json` lists its files with sizes and SHA-256 sums. Folders
-without one, such as EasyR1's, are taken as they are.
+A checkpoint is written as `global_step_<N>.unfinished` and renamed when it is whole. A checkpoint that it replaces is
+called `global_step_<N>.replaced` during the renaming. `manifest.json` lists the files with sizes and SHA-256 sums.
+Folders without a manifest, such as EasyR1's, are accepted unchecked.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def unfinished_folder(folder: str) -> str:
-    """Where the checkpoint of `folder` is written until it is whole. What an earlier attempt left there is removed."""
+    """The temporary folder for the checkpoint `folder`. Removes the leftovers of an earlier attempt."""
     unfinished = f"{folder}{UNFINISHED}"
     _remove(unfinished)
     os.makedirs(unfinished)
@@ -39,9 +39,9 @@ def unfinished_folder(folder: str) -> str:
 
 
 def publish(folder: str) -> None:
-    """Gives the checkpoint that was written to `unfinished_folder(folder)` its name, once its files are on disk.
+    """Renames `unfinished_folder(folder)` to `folder`, once its files are on disk.
 
-    A checkpoint of that name is replaced. Whatever happens on the way, `settle_checkpoints` finds one of the two.
+    An existing checkpoint of that name is replaced. If this is interrupted, `settle_checkpoints` restores one of them.
     """
     unfinished, replaced = f"{folder}{UNFINISHED}", f"{folder}{REPLACED}"
     flush_all(unfinished)
@@ -54,9 +54,9 @@ def publish(folder: str) -> None:
 
 
 def settle_checkpoints(root: str) -> None:
-    """Puts right what a run that was killed while it saved has left under `root`.
+    """Cleans up under `root` after a run that was killed while saving.
 
-    A checkpoint that was about to be replaced gets its name back; what is unfinished or was replaced is removed.
+    A checkpoint whose replacement was not finished gets its name back; unfinished and replaced ones are removed.
     """
     for path in sorted(Path(root).glob("global_step_*")):
         folder = path.with_suffix("")
@@ -68,7 +68,7 @@ def settle_checkpoints(root: str) -> None:
 
 
 def _remove(path: str | os.PathLike[str]) -> None:
-    """A folder with all in it, or the link to one; nothing where there is nothing."""
+    """Removes a folder with its content, or a link to one; does nothing if there is none."""
     if os.path.islink(path):
         os.unlink(path)
     elif os.path.exists(path):
@@ -80,7 +80,7 @@ def _remove(path: str | os.PathLike[str]) -> None:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file of a checkpoint has to be."""
+    """Size and SHA-256 of a file of a checkpoint."""
 
     bytes: int
     sha256: str
@@ -88,7 +88,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds."""
+    """The content of a checkpoint's `manifest.json`."""
 
     step: int
     model_only: bool
@@ -96,7 +96,7 @@ class Manifest:
     saved_at: str
     """UTC, as ISO 8601."""
     files: dict[str, FileRecord]
-    """By path below the checkpoint's folder, with `/` between its parts."""
+    """Files by path below the checkpoint's folder, with `/` as separator."""
 
     def paths(self, folder: str | os.PathLike[str]) -> Iterator[tuple[Path, FileRecord]]:
         """The files in the order of their names."""
@@ -105,7 +105,7 @@ class Manifest:
 
 
 def record_files(root: str | os.PathLike[str], *paths: str | os.PathLike[str]) -> dict[str, FileRecord]:
-    """Flushes files, or all files of folders, and describes them; by their paths below `root`."""
+    """Flushes files, or all files of folders, and returns their records by path below `root`."""
     records = {}
     for path in map(Path, paths):
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -116,13 +116,13 @@ def record_files(root: str | os.PathLike[str], *paths: str | os.PathLike[str]) -
 
 
 def write_manifest(folder: str, step: int, model_only: bool, files: Mapping[str, FileRecord]) -> None:
-    """Lists the files of a checkpoint; written last."""
+    """Writes the manifest of a checkpoint, as its last file."""
     saved_at = datetime.now(UTC).isoformat(timespec="microseconds")
     write_json(os.path.join(folder, MANIFEST), asdict(Manifest(step, model_only, saved_at, dict(files))))
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
-    """What `write_manifest` wrote; None where the checkpoint has none, as EasyR1's.
+    """The manifest of a checkpoint; None if it has none, as EasyR1's.
 
     Raises:
         ValueError: the file is damaged.
@@ -146,9 +146,9 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
 
 
 def find_damage(folder: str | os.PathLike[str]) -> str | None:
-    """The first file that the manifest lists and that is missing or of another size; None where all are there.
+    """Describes the first file of the manifest that is missing or has another size; None if all are there.
 
-    Without a manifest nothing is known of the folder, and no damage either.
+    None also without a manifest.
     """
     try:
         manifest = read_manifest(folder)
@@ -165,10 +165,10 @@ def find_damage(folder: str | os.PathLike[str]) -> str | None:
 
 
 def find_changes(folder: str | os.PathLike[str], part: int = 0, parts: int = 1) -> str | None:
-    """The first file whose content is not the saved one; None where all are as they were, or there is no manifest.
+    """Describes the first file whose content has changed since it was saved; None if none has, or without a manifest.
 
     Args:
-        part, parts: which share of the files to read, so that ranks check a checkpoint together.
+        part, parts: the share of the files to read, so that ranks divide the work.
     """
     manifest = read_manifest(folder)
     for path, record in list(manifest.paths(folder))[part::parts] if manifest is not None else ():

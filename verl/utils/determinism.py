@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process needs so that the same run gives the same numbers (`trainer.deterministic`)."""
+"""Makes a process deterministic (`trainer.deterministic`)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ VARIABLES = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "FLASH_ATTENTION_DETERMINISTIC": "1",
 }
-"""Of the environment, read by cuBLAS and transformers when they first need them.
+"""Environment variables that cuBLAS and transformers read at first use.
 
 Source: https://docs.pytorch.org/docs/stable/notes/randomness.html
 """
 
 
 def set_determinism(is_deterministic: bool, seed: int) -> None:
-    """Has torch choose algorithms that repeat themselves, and seeds the generators of this process; or not.
+    """If asked to, makes torch use deterministic algorithms and seeds the random generators of this process.
 
-    Where torch has no such algorithm for an operation it warns once, by the operation's name.
+    If torch has no deterministic algorithm for an operation, it warns once.
     """
-    # The driver reads VARIABLES before it loads these.
+    # Imported here: the driver reads VARIABLES before it loads torch.
     import numpy as np
     import torch
 

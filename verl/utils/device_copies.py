@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies from host memory to a device, for which the host does not stand still."""
+"""Copies from host memory to a device without blocking the host."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on `device`.
 
-    A copy from ordinary memory lets the host wait until the device has done all that it was given, so that the device
-    then waits for the host. Source: torch's tutorial on `pin_memory` and `non_blocking`.
+    A copy from ordinary memory makes the host wait until the device has finished all earlier work, and afterwards the
+    device waits for the host. Source: torch's tutorial on `pin_memory` and `non_blocking`.
     """
     if tensor.device.type != "cpu" or device.type != "cuda":
         return tensor.to(device)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Standard output and error that a program outlives: their reader may go, and with it no more than what it would read.
+"""Standard output and error that survive the loss of their reader: the program goes on, only the output is lost.
 
-A pipe's reader goes as in `... | head`, a terminal's when its window closes.
+A pipe loses its reader as in `... | head`, a terminal when its window closes.
 """
 
 import errno
@@ -10,14 +10,14 @@ import os
 import sys
 
 READER_GONE = (errno.EPIPE, errno.EIO)
-"""Of a pipe, and of a terminal."""
+"""The errors of a pipe and of a terminal without a reader."""
 
 
 class LastingFile(io.FileIO):
-    """A descriptor that goes quiet when its reader is gone, for all that write to it: it becomes the null device's."""
+    """A file whose descriptor is redirected to the null device, for all writers, once its reader is gone."""
 
     def write(self, data: bytes | memoryview) -> int | None:
-        """As `io.FileIO.write`; what nobody reads counts as written."""
+        """As `io.FileIO.write`; without a reader the data counts as written."""
         try:
             return super().write(data)
         except OSError as error:
@@ -28,8 +28,8 @@ class LastingFile(io.FileIO):
             return memoryview(data).nbytes
 
 
-def outlive_readers() -> None:
-    """Puts streams over `LastingFile` in the place of `sys.stdout` and `sys.stderr`."""
+def survive_lost_readers() -> None:
+    """Replaces `sys.stdout` and `sys.stderr` by streams over `LastingFile`."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # it was closed when the program began

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports what a process needs, fast: without packages that libraries import because they are installed."""
+"""Fast imports: hides packages that libraries import only because they are installed."""
 
 import gc
 import importlib
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 UNUSED = ("sklearn", "scipy")
-"""transformers imports the first for assisted generation and the second for the losses of object detectors.
+"""transformers imports the first for assisted generation and the second for losses of object detectors.
 
 With pandas, which scikit-learn imports in turn, they take two CPU seconds in every process that has a model.
 """
@@ -23,7 +23,7 @@ def import_modules(names: Iterable[str]) -> None:
 
 
 def import_object(path: str) -> Any:
-    """What `module:name` names; the module is imported if need be.
+    """The object `module:name`; imports the module if necessary.
 
     Raises:
         ImportError: the module, or something that it needs, is not installed.
@@ -34,9 +34,9 @@ def import_object(path: str) -> Any:
 
 @contextmanager
 def frozen_objects() -> Iterator[None]:
-    """Inside, the garbage collector leaves alone what exists now: modules above all, a million objects that live on.
+    """Inside, the garbage collector ignores the objects that exist now: mostly of modules, a million in all.
 
-    Looking through them takes it a tenth of a second each time, which it does most often when a run starts.
+    Visiting them takes a tenth of a second each time, most often when a run starts.
     """
     gc.freeze()
     try:
@@ -49,12 +49,12 @@ def frozen_objects() -> Iterator[None]:
 def lean_imports() -> Iterator[None]:
     """Inside, the packages in `UNUSED` look as if they were not installed, unless they have been imported already.
 
-    Import what imports transformers inside, before anything else does. A None in `sys.modules` is Python's own way to
-    say that a module does not exist. Everyone finds the packages again afterwards, a user's reward function and model
-    code included, but for transformers itself: it asks once, so that in this process its object detectors and assisted
-    generation say that they need the packages.
+    Import modules that import transformers inside, before anything else does. A None in `sys.modules` is Python's own
+    way to say that a module does not exist. Afterwards the packages can be imported again, for example by a user's
+    reward function or model code. Only transformers checks just once: in this process its object detectors and
+    assisted generation report the packages as missing.
 
-    Garbage is not collected inside: modules make none, and looking for it takes a fifth of the time.
+    Garbage is not collected inside: imports create none, and the collections take a fifth of the time.
     """
     hidden = [name for name in UNUSED if name not in sys.modules]
     collects = gc.isenabled()

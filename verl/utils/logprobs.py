@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model says of given tokens, in float32, without its logits ever standing there whole.
+"""Log-probabilities, entropy and KL of given tokens, in float32, without ever storing all logits.
 
-Log-probabilities, the entropy of the distribution, and its KL from another model's. A few hundred positions at a time
-are multiplied with the model's output head and upcast, in the forward pass and again in the backward pass: at a
-vocabulary of 152k the logits of the responses of one micro-batch, and their softmax, would be the largest tensors of a
-training step.
+A few hundred positions at a time are multiplied with the model's output head and upcast, in the forward pass and again
+in the backward pass. With a vocabulary of 152k, the logits of one micro-batch's responses and their softmax would
+otherwise be the largest tensors of a training step.
 
 L positions, V vocabulary, H hidden size, T positions of a piece. Shapes (...) are of any number of dimensions.
 """
@@ -19,14 +18,14 @@ from torch.nn.functional import linear
 
 from verl.utils.device_copies import to_device
 
-POSITIONS_AT_ONCE = 512  # at a vocabulary of 152k this is 311 MB a temporary, of which up to four live at once
+POSITIONS_AT_ONCE = 512  # with a vocabulary of 152k a temporary takes 311 MB, and up to four exist at once
 
 
 @dataclass(frozen=True)
 class LazyLogits:
-    """Logits that need not have been made: hidden states and the linear head that turns them into logits.
+    """Logits before their computation: hidden states and the linear head that turns them into logits.
 
-    Without a head the states are the logits, or whatever else a model gives in their place.
+    Without a head the states are the logits, or another output of the model in their place.
     """
 
     states: torch.Tensor
@@ -39,14 +38,14 @@ class LazyLogits:
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What a model says of each position; all of the labels' shape, float32, in nats."""
+    """Statistics of each position; all have the labels' shape, float32, in nats."""
 
     log_probs: torch.Tensor
-    """Log-probability of the label; differentiable once in the logits, or in what they are made of."""
+    """Log-probability of the label; differentiable once in the logits, or in hidden states and head."""
     entropy: torch.Tensor | None
     """Entropy of the distribution; without gradient."""
     kl: torch.Tensor | None
-    """KL(policy || reference) of the whole distributions; differentiable once, as the log-probability is."""
+    """KL(policy || reference) over the whole vocabulary; differentiable once, like the log-probability."""
 
 
 def log_probs_from_logits(
@@ -57,10 +56,10 @@ def log_probs_from_logits(
 ) -> torch.Tensor:
     """Log-probability of each label under the distribution that the sampler drew from.
 
-    logits: (..., V), any floating type, or what makes them.
+    logits: (..., V), any floating type, or `LazyLogits`.
     labels: (...) int64. A suppressed id as label gets about -3.4e38.
-    temperature: the sampler's; logits are divided by it.
-    suppressed_token_ids: ids the sampler never draws; they take no share of the probability here either.
+    temperature: of the sampler; logits are divided by it.
+    suppressed_token_ids: ids that the sampler never draws; they get no probability here either.
 
     Returns (...) float32, differentiable once in `logits`.
     """
@@ -75,13 +74,13 @@ def token_statistics(
     ref_logits: torch.Tensor | LazyLogits | None = None,
     with_entropy: bool = True,
 ) -> TokenStatistics:
-    """`log_probs_from_logits`, and from the same logits the entropy and the KL from a reference.
+    """`log_probs_from_logits`, with the entropy and the KL from a reference.
 
-    Entropy and KL are taken of the distribution that the sampler drew from, at its temperature and without the
-    suppressed ids. The reference is taken at the same temperature and without the same ids.
+    Entropy and KL refer to the distribution that the sampler drew from, at its temperature and without the
+    suppressed ids. The reference distribution has the same temperature and lacks the same ids.
 
     ref_logits: as `logits`, without gradient; None for no KL.
-    with_entropy: False leaves the entropy None and saves its computation.
+    with_entropy: False skips the entropy, which is then None.
     """
     suppressed = to_device(torch.tensor(list(suppressed_token_ids), dtype=torch.int64), labels.device)
     policy, reference = _flat_parts(logits, labels), _flat_parts(ref_logits, labels)
@@ -103,7 +102,7 @@ def _flat_parts(
 
 
 class _Statistics(torch.autograd.Function):
-    """Saves its inputs and one number per token; the backward pass makes logits and softmax again, by pieces.
+    """Saves its inputs and one number per token; the backward pass recomputes logits and softmax piece by piece.
 
     Its inputs are flat: states (L, V) or (L, H), labels (L,).
 
@@ -156,7 +155,7 @@ class _Statistics(torch.autograd.Function):
         )
         ref_states, ref_weight, ref_bias = reference
         grad_states = torch.empty_like(states)  # (L, V) or (L, H)
-        # Pieces are added up in float32: a bf16 sum of many would lose the small ones.
+        # Pieces are summed in float32: a bf16 sum of many would lose the small ones.
         grad_weight, grad_bias = (
             torch.zeros_like(tensor, dtype=torch.float32) if needed else None
             for tensor, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
@@ -185,15 +184,15 @@ class _Statistics(torch.autograd.Function):
             grad_states[at] = piece_grad @ weight
             if grad_weight is not None:
                 grad_weight += piece_grad.T @ states[at]
-        of_head = (
+        head_grads = (
             None if grad is None else grad.to(tensor.dtype)
             for grad, tensor in ((grad_weight, weight), (grad_bias, bias))
         )
-        return grad_states, *of_head, *[None] * 7
+        return grad_states, *head_grads, *[None] * 7
 
 
 def _pieces(labels: torch.Tensor) -> Iterator[slice]:
-    """At most `POSITIONS_AT_ONCE` positions each, which together cover `labels` (L,)."""
+    """Slices of at most `POSITIONS_AT_ONCE` positions that together cover `labels` (L,)."""
     for start in range(0, len(labels), POSITIONS_AT_ONCE):
         yield slice(start, start + POSITIONS_AT_ONCE)
 
@@ -205,7 +204,7 @@ def _scaled_logits(
     temperature: float,
     suppressed: torch.Tensor,
 ) -> torch.Tensor:
-    """(T, V) float32, over the temperature: a tensor of its own, that the callers may write into."""
+    """Logits divided by the temperature, (T, V) float32: a new tensor, which callers may overwrite."""
     if weight is None:
         scaled = states.to(torch.float32, copy=True)
     else:
@@ -216,5 +215,5 @@ def _scaled_logits(
 def _log_ratio(
     log_p: torch.Tensor, ref_scaled: torch.Tensor, ref_log_normalizer: torch.Tensor, suppressed: torch.Tensor
 ) -> torch.Tensor:
-    """log p - log q (T, V), written over `ref_scaled`; 0 for suppressed ids, which neither can draw."""
+    """log p - log q (T, V), written over `ref_scaled`; 0 for suppressed ids, which neither distribution has."""
     return ref_scaled.sub_(ref_log_normalizer.unsqueeze(-1)).neg_().add_(log_p).index_fill_(-1, suppressed, 0.0)

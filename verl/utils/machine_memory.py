@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How full this machine's memory is, or the container's where that has a limit of its own."""
+"""Memory in use on this machine, or in the container if it has a limit."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ CGROUP_FILES = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
-"""Limit, use, details, and in these what the kernel gives back when asked; of cgroups version 2 and 1."""
+"""Files of limit, use and statistics, and the statistics' name of reclaimable memory; cgroups version 2 and 1."""
 
 
 def memory_in_use(cgroup: Path = CGROUP) -> tuple[int, int]:
-    """Bytes in use that no process can be given, and bytes there are.
+    """Bytes in use, without reclaimable ones, and bytes in all.
 
     Args:
-        cgroup: where the container's limits are.
+        cgroup: folder of the container's limits.
     """
     machine = psutil.virtual_memory()
     for names in CGROUP_FILES:

@@ -9,7 +9,7 @@ LOSS_AVG_MODES = ("token", "seq")
 
 
 def masked_sum(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """Sum of `values * mask`, where a value under a mask of 0 counts as 0 even when it is infinite or NaN.
+    """Sum of `values * mask`; a value with mask 0 counts as 0 even if it is infinite or NaN.
 
     `mask` broadcasts against `values` and may hold weights. No gradient reaches masked values.
     """
@@ -19,8 +19,8 @@ def masked_sum(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None)
 def masked_mean(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None, eps: float = 1e-8) -> torch.Tensor:
     """Mean of `values` over the tokens whose mask is 1; 0 where there is none.
 
-    `mask` has the shape of `values`. `eps` only keeps an empty mask from dividing by zero: beside a count of one or
-    more it is lost in float32.
+    `mask` has the shape of `values`. `eps` only prevents a division by zero for an empty mask: added to a count of one
+    or more it vanishes in float32.
     """
     return masked_sum(values, mask, dim) / (mask.sum(dim) + eps)
 
@@ -28,14 +28,14 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None
 def masked_whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(N, R): values shifted and scaled to mean 0 and variance 1 over all tokens whose mask is 1; 0 on the others.
 
-    (value - mean) / sqrt(variance + 1e-8), the variance being the unbiased one (n - 1). Tokens that all have the same
-    value, or a single one, become exactly 0.
+    (value - mean) / sqrt(variance + 1e-8), the variance being the unbiased one (n - 1). If all tokens have the
+    same value, or there is only one, the result is exactly 0.
 
     `values` and `mask` have the same shape. Values under a mask of 0 may be infinite or NaN.
     """
     is_real = mask != 0
     real = values[is_real]  # (n,)
-    # Compared, not left to the 1e-8: it would blow the mean's rounding up by 1e4.
+    # Compared, since the 1e-8 alone would scale the mean's rounding error up by 1e4.
     if (real == real[:1]).all():
         return torch.zeros_like(values)
     whitened = (values - real.mean()) * (real.var() + 1e-8).rsqrt()
@@ -53,15 +53,15 @@ def aggregate_loss(
     """This micro-batch's part of a mini-batch's loss; the parts of all micro-batches and ranks add up to the whole.
 
     `token`: mean over all response tokens, so long responses count more.
-    `seq`: mean over sequences of each one's mean over its tokens, so every response counts the same.
+    `seq`: mean over sequences of the mean over each one's tokens, so every response counts the same.
 
     per_token_loss: (N, R), the rows of this micro-batch.
-    weighted_mask: (N, R), what each token's loss is multiplied by: the response mask, or the mask times token weights.
+    weighted_mask: (N, R), factor of each token's loss: the response mask, or the mask times token weights.
         The denominators stay plain counts, so that weights of one change nothing.
     response_mask: (N, R), 1 on response tokens.
     num_tokens, num_sequences: counts of the whole mini-batch over all micro-batches and all ranks.
 
-    Returns a scalar. An engine that averages gradients over W ranks must multiply it by W.
+    Returns a scalar. If gradients are averaged over W ranks, multiply it by W.
     Raises ValueError for an unknown mode.
     """
     if mode == "token":

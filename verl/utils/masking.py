@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes secrets out of what is logged: the values of keys that are named like secrets, and what URLs carry."""
+"""Removes secrets from logs: values of keys that are named like secrets, and secrets in URLs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ SECRET_WORDS = frozenset(
 )
 
 AMBIGUOUS_WORDS = frozenset(("key", "keys", "token"))
-"""Secrets, unless they stand beside one of the next words: `api_key`, but not `prompt_key`; `hf_token`, but not
-`eos_token` and `token_weight_clip`."""
+"""Words that mark a secret unless a harmless word is beside them: `api_key`, but not `prompt_key`; `hf_token`, but not
+`eos_token` or `token_weight_clip`."""
 
 HARMLESS_NEIGHBOURS = frozenset(
     "prompt question answer response output input image video audio text message label column row filter sort group "
@@ -31,7 +31,7 @@ PARAMETER_OF_URL = re.compile(r"(?<=[?&])([^=&#\s]+)=([^&#\s]+)")
 
 
 def is_secret(name: str) -> bool:
-    """Whether the value of a key with this name is likely a secret. Of `max_tokens` and other plurals it is not."""
+    """Whether the value of a key with this name is likely a secret. Plurals such as `max_tokens` are not."""
     words = [word.lower() for word in WORD.findall(name)]
     if SECRET_WORDS & set(words):
         return True
@@ -42,9 +42,10 @@ def is_secret(name: str) -> bool:
 
 
 def masked(value: Any) -> Any:
-    """A copy of plain dicts and lists in which `MASK` is in the place of secrets: of the whole value of a key that is
-    named like one, unless it is null or a switch, and, in any text, of the user and the password of a URL and of its
-    parameters that are named like secrets.
+    """A copy of plain dicts and lists with `MASK` in place of secrets.
+
+    The whole value of a key that is named like a secret is masked, unless it is null or a switch. In all texts, the
+    user, the password and secret parameters of URLs are masked.
     """
     if isinstance(value, Mapping):
         return {key: MASK if _hides(key, item) else masked(item) for key, item in value.items()}

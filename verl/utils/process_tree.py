@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process and all that came from it: what they hold in memory, and how to end them when the first one is gone."""
+"""A process and its descendants: measures their memory, and ends them when the process is gone."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import psutil
 import verl
 
 MARK = "VERL_PROCESS_TREE"
-"""Variable of the environment that descendants inherit; its value names their tree."""
+"""Environment variable that descendants inherit; its value identifies their tree."""
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-"""Of prctl(2)."""
+"""Options of prctl(2)."""
 
 
 def adopt_orphans() -> None:
-    """Makes this process the parent of descendants whose own parent ends, so that its tree stays whole.
+    """Makes this process the new parent of descendants whose parent ends, so that they stay in its tree.
 
     Raises:
         OSError: the system refuses.
@@ -31,7 +31,7 @@ def adopt_orphans() -> None:
 
 
 def end_with_parent() -> None:
-    """Has the system kill this process when the one that forked it is gone, however that went.
+    """Makes the system kill this process when its parent ends for any reason.
 
     Raises:
         OSError: the system refuses.
@@ -48,10 +48,10 @@ def _prctl(option: int, value: int) -> None:
 class ProcessTree:
     """A process and its descendants.
 
-    When a process dies, its children become those of another, and nothing says any more where they came from. So
-    those that `refresh` sees are remembered; the others are found by the process group of the root, if it leads one,
-    and by `MARK` in their environment. One escapes that was born after the last `refresh`, and has left the group and
-    emptied its environment, or never started a program.
+    When a process dies, its children get another parent, and their origin is lost. So `refresh` remembers the
+    descendants that it sees. Others are found by the process group of the root, if it leads one, and by `MARK` in
+    their environment. A process escapes if it started after the last `refresh`, has left the group, and has emptied
+    its environment or never started a program.
 
     Args:
         root: the process.
@@ -65,23 +65,23 @@ class ProcessTree:
         self._seen: set[psutil.Process] = set()
 
     def refresh(self) -> None:
-        """Remembers the descendants that there are now."""
+        """Remembers the current descendants."""
         known = {process for process in self._seen if _is_alive(process)}
         self._seen = known | set(_with_descendants(known | {self.root})) - {self.root}
 
     def memory(self) -> int:
-        """Bytes that root and descendants hold, pages that several share divided among them (PSS)."""
+        """Memory of root and descendants in bytes; shared pages are divided among their users (PSS)."""
         self.refresh()
         return memory_of({self.root, *self._seen})
 
     def end_descendants(self, seconds: float) -> bool:
-        """Kills them, and what they start meanwhile.
+        """Kills the descendants, including children that they start meanwhile.
 
         Args:
-            seconds: how long to wait until they are gone.
+            seconds: longest time to wait for their end.
 
         Returns:
-            Whether they are.
+            Whether all are gone.
         """
         deadline = time.monotonic() + seconds
         while remaining := self._descendants():
@@ -94,8 +94,8 @@ class ProcessTree:
 
     def _descendants(self) -> set[psutil.Process]:
         marked = {process for process in psutil.process_iter() if self._belongs(process)}
-        found = _with_descendants({process for process in self._seen | marked if _is_alive(process)})
-        self._seen = {process for process in found if _is_alive(process)} - {self.root, psutil.Process()}
+        processes = _with_descendants({process for process in self._seen | marked if _is_alive(process)})
+        self._seen = {process for process in processes if _is_alive(process)} - {self.root, psutil.Process()}
         return self._seen
 
     def _belongs(self, process: psutil.Process) -> bool:
@@ -109,23 +109,23 @@ class ProcessTree:
 def has_variable(process: psutil.Process, name: str, value: str) -> bool:
     """Whether a process was started with this variable in its environment.
 
-    psutil's own reader ends at the hole that a process leaves which has changed its title, as Ray's do.
+    psutil's own reader stops at the gap that a changed process title leaves; Ray's processes change theirs.
 
     Raises:
-        OSError: the process is gone, or another user's.
+        OSError: the process is gone, or belongs to another user.
     """
     variables = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
     return f"{name}={value}".encode() in variables
 
 
 def package_environment() -> dict[str, str]:
-    """The environment for a process that runs a module of this package, wherever it is started."""
+    """Environment for a process that runs a module of this package from any folder."""
     paths = (str(Path(verl.__file__).parent.parent), os.environ.get("PYTHONPATH"))
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def memory_of(processes: Iterable[psutil.Process]) -> int:
-    """Bytes that processes hold, pages that several share divided among them (PSS); those that have ended count 0."""
+    """Memory of processes in bytes; shared pages are divided among their users (PSS). Ended processes count 0."""
     total = 0
     for process in processes:
         try:
@@ -136,7 +136,7 @@ def memory_of(processes: Iterable[psutil.Process]) -> int:
 
 
 def _with_descendants(processes: set[psutil.Process]) -> set[psutil.Process]:
-    """In one look at all processes."""
+    """The processes and their descendants, from one listing of all processes."""
     children: dict[int, list[psutil.Process]] = {}
     for process in psutil.process_iter():
         try:

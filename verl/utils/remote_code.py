@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says what to set where a model comes with Python code of its own and is not trusted to run it."""
+"""The error for a model that needs its own Python code while `trust_remote_code` is false."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ TRUST_KEY = (
 
 @contextmanager
 def refused_remote_code(path: str, remedy: str = TRUST_KEY) -> Iterator[None]:
-    """Puts transformers' refusal to run the code of the model at `path` into the words of this project.
+    """Turns transformers' refusal to run the code of the model at `path` into an error that names the key to set.
 
     Args:
-        remedy: what sets that the code is run.
+        remedy: the setting that allows the code.
 
     Raises:
-        ValueError: transformers refused.
+        ValueError: transformers refused to run the code.
     """
     try:
         yield

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where responses begin and end in a batch: the one definition that all readers share.
+"""Where responses begin and end in a batch. All modules use these functions.
 
 A row has S = P + R columns: a left-padded prompt in the first P, then the columns of its response. Column P + r is
-response token r wherever `response_mask` (N, R) is 1, which may have gaps. Readers find tokens by the mask.
+response token r if `response_mask` (N, R) is 1 there. The mask may have gaps, so use it to find tokens.
 
 Shapes: N sequences, P prompt length, R response length, S = P + R.
 """
@@ -13,7 +13,7 @@ import torch
 
 
 def response_columns(width: int, response_length: int) -> slice:
-    """The R columns of responses among the S of whole rows.
+    """The R columns of the responses within the S columns of a row.
 
     Args:
         width: S.

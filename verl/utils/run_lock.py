@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run a folder: two in the same one would cut each other's logs and remove each other's checkpoints."""
+"""A lock for one run per folder: two runs would cut each other's logs and remove each other's checkpoints."""
 
 import errno
 import fcntl
@@ -16,32 +16,32 @@ from typing import TextIO
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "run.lock"
-"""In the run's folder, where it stays: the lock is on the file, and not that there is one."""
+"""Lock file in the run's folder. It is never removed: a run holds a lock on the file."""
 
 
 FLOCK = "hhqqi0q"
-"""Linux' `struct flock`: kind of lock, whence, start, length, process."""
+"""Linux's `struct flock`: type, whence, start, length, process."""
 
 
 class FolderRefused(ValueError):
-    """The run cannot have the folder."""
+    """The run cannot use the folder."""
 
 
 class FolderInUse(FolderRefused):
-    """Another run has it."""
+    """Another run uses the folder."""
 
 
 @contextmanager
 def locked_folder(folder: str) -> Iterator[None]:
-    """Keeps other runs out of `folder`, which is made if it is missing.
+    """Inside, no other run can use `folder`, which is created if it is missing.
 
-    The kernel gives the folder free when this process ends, however it does: the lock is the process' alone, and not,
-    as one of `flock`, also held by what it forks. It holds between machines too, on file systems that have locks (NFS
-    unless it is mounted with `nolock`); on others a warning says that there is none.
+    The kernel releases the lock when this process ends for any reason. Unlike a lock of `flock`, forked processes do
+    not hold it. It also works between machines, on file systems with locks (NFS unless mounted with `nolock`); on
+    others there is no lock, and a warning says so.
 
     Raises:
-        FolderInUse: naming the folder, and the process and the host that have it.
-        FolderRefused: the folder cannot be made or written to.
+        FolderInUse: another run uses it; the message names the folder, the process and the host.
+        FolderRefused: the folder cannot be created or written to.
     """
     try:
         os.makedirs(folder, exist_ok=True)
@@ -51,7 +51,7 @@ def locked_folder(folder: str) -> Iterator[None]:
             f"trainer.save_checkpoint_path={folder} cannot be written to ({error.strerror}: {error.filename}); name a "
             "folder that this user may make and write to"
         ) from None
-    # Whoever in this process closes the file, opened here or elsewhere, gives the lock up.
+    # Closing the file anywhere in this process, even if opened elsewhere, releases the lock.
     with lock as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,7 +67,7 @@ def locked_folder(folder: str) -> Iterator[None]:
 
 
 def require_free_folder(folder: str) -> None:
-    """Raise where another process holds the lock of `folder`; takes no lock and makes no file.
+    """Raise if another process holds the lock of `folder`; takes no lock and creates no file.
 
     Raises:
         FolderInUse: as `locked_folder` does.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads files of `torch.save` as data: whatever a file holds, reading it runs no code of its own.
+"""Reads files of `torch.save` as data: reading runs no code from the file.
 
-Such a file is a pickle, which may name any function and have it called. torch's restricted reader knows the functions
-that make tensors; this module adds what the other parts of a checkpoint need: arrays of numbers, for numpy's
-random-number state, and sharded tensors under the names of older torch releases, for checkpoints of EasyR1.
+Such a file is a pickle, which can call any function. torch's restricted reader allows only functions that build
+tensors. This module adds types of other parts of a checkpoint: number arrays, for numpy's random state, and sharded
+tensors under the names of older torch releases, for checkpoints of EasyR1.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Replicate, Sh
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 LONGEST_CAUSE = 150
-"""Characters of torch's own words in an error."""
+"""Largest number of characters of torch's message in an error."""
 
 START_OF_ARCHIVE = b"PK\x03\x04"
-"""torch.save writes zip archives, whose table of contents is at their end."""
+"""torch.save writes zip archives, which have their table of contents at the end."""
 
 
 class _NumberType:
-    """numpy.dtype as a file may name one: of numbers, since arrays of objects would hold addresses."""
+    """The numpy.dtype that a file may name: only numbers, since arrays of objects would hold addresses."""
 
     def __init__(self, code: str, *_flags: bool) -> None:
         if not re.fullmatch(r"[biufc]\d{1,2}", code):
@@ -41,7 +41,7 @@ class _NumberType:
 
 
 class _NumberArray(np.ndarray):
-    """numpy.ndarray as a file may hold one; numpy itself compares the number of bytes with the shape."""
+    """The numpy.ndarray that a file may hold; numpy itself checks the number of bytes against the shape."""
 
     def __new__(cls) -> _NumberArray:
         return super().__new__(cls, (0,))
@@ -69,18 +69,18 @@ _KNOWN_NAMES = [
     *((kind, f"{module}.{kind.__name__}") for kind in (DTensorSpec, TensorMeta) for module in _SPEC_MODULES),
     *((DeviceMesh, f"{module}.DeviceMesh") for module in _MESH_MODULES),
 ]
-"""What a file may name besides what torch knows, as pairs of what is taken and the name in the file."""
+"""Types that a file may name besides torch's own: pairs of the type used here and the name in the file."""
 
 
 def load_tensors(path: str | os.PathLike, mmap: bool = False) -> Any:
-    """What `torch.save` wrote to a file, on the CPU: tensors, sharded ones (DTensor) too, numbers, texts, and lists,
-    tuples and dicts of these.
+    """Loads a file of `torch.save` to the CPU: tensors, sharded tensors (DTensor), numbers, texts, and lists, tuples
+    and dicts of these.
 
     Args:
         mmap: maps the tensors instead of reading them; the file must stay as it is while they are used.
 
     Raises:
-        ValueError: there is no such file, or it is empty, cut short, damaged or no file of `torch.save`, or it holds
+        ValueError: the file does not exist, is empty, truncated, damaged or no file of `torch.save`, or contains
             something that could run code. The message names the file and the cause.
     """
     path = Path(path)
@@ -89,17 +89,17 @@ def load_tensors(path: str | os.PathLike, mmap: bool = False) -> Any:
         with torch.serialization.safe_globals(_KNOWN_NAMES):
             return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} {_cause(error)}") from None  # torch's words advise to run the file's code
+        raise ValueError(f"{path} {_cause(error)}") from None  # torch's message advises to run the file's code
     except MemoryError:
         raise
-    except Exception as error:  # a damaged pickle raises whatever its instructions happen to
+    except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(f"{path} {_cause(error)}") from error
 
 
 def _require_whole(path: Path) -> None:
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for whoever writes to it
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer
             raise ValueError(f"{path} is not a regular file")
         if status.st_size == 0:
             raise ValueError(f"{path} is empty: writing it was cut off, or the disk was full")
@@ -114,17 +114,17 @@ def _require_whole(path: Path) -> None:
 def _has_end_of_archive(path: Path) -> bool:
     try:
         return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # raised for an end that is there and makes no sense
+    except zipfile.BadZipFile:  # the end exists but is invalid
         return False
 
 
 def _cause(error: Exception) -> str:
-    """What is wrong with a file, in a line; torch takes many."""
+    """The problem with a file in one line, taken from torch's long message."""
     text = str(error)
     if name := re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", text):
         return f"would run code: it holds the pickled global {name[1]}, and checkpoints are read as data only"
     if "TorchScript" in text:
         return "would run code: it is a TorchScript program, and checkpoints are read as data only"
-    told = re.search(r"WeightsUnpickler error:\s*(.+)", text)
-    line = told[1] if told else text.partition("\n")[0]
+    reason = re.search(r"WeightsUnpickler error:\s*(.+)", text)
+    line = reason[1] if reason else text.partition("\n")[0]
     return f"is damaged, or not a file of torch.save ({type(error).__name__}: {line[:LONGEST_CAUSE]})"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dealing rows of unequal length to ranks and micro-batches so that each has a similar number of tokens.
+"""Distributes rows of unequal length over ranks and micro-batches so that each has a similar number of tokens.
 
 N sequences, S = prompt + response length, W ranks.
 """
@@ -23,8 +23,8 @@ def partition_evenly(lengths: Sequence[int], num_parts: int, equal_count: bool) 
     """Split indices into parts with similar sums of `lengths`, by Karmarkar and Karp's differencing method.
 
     A partial solution is a list of `num_parts` parts. The two with the widest spread are merged, the heaviest part of
-    one with the lightest of the other, until one is left. Without `equal_count` one starts from each row alone; with
-    it, from rows of neighbouring length, one for each part, so that parts end with equal counts (Michiels et al.,
+    one with the lightest of the other, until one is left. Without `equal_count` each row starts as a solution;
+    with it, `num_parts` rows of similar length do, one per part, so that all parts get equal counts (Michiels et al.,
     "Performance ratios for the differencing method applied to the balanced number partitioning problem", STACS 2003).
 
     Returns parts with ascending indices, the heaviest part first; none is empty.
@@ -41,7 +41,7 @@ def partition_evenly(lengths: Sequence[int], num_parts: int, equal_count: bool) 
     for start in range(0, rows, width):
         parts = [(lengths[row], [row]) for row in by_length[start : start + width]]
         parts += [(0, [])] * (num_parts - width)
-        # The unique `start` keeps the heap from comparing further, and the result the same everywhere.
+        # `start` is unique: the heap compares no further, and the result is the same on every machine.
         heap.append((parts[-1][0] - parts[0][0], start, parts))
     heapq.heapify(heap)
 
@@ -60,14 +60,14 @@ def partition_evenly(lengths: Sequence[int], num_parts: int, equal_count: bool) 
 def balanced_order(
     lengths: Sequence[int], num_ranks: int, num_mini_batches: int, costs: TokenCosts | None = None
 ) -> list[int]:
-    """Order of rows in which equal contiguous chunks over ranks carry similar numbers of tokens.
+    """Order of rows such that equal contiguous chunks, one per rank, have similar numbers of tokens.
 
     Mini-batch k is rows k * G to (k + 1) * G of the incoming order, G = N / num_mini_batches, and keeps its rows: each
     rank gets G / num_ranks of them. The outgoing order is rank by rank, and mini-batch by mini-batch inside a rank, so
     every optimizer step sees the same rows whatever the number of ranks. One rank leaves the order as it is.
 
-    lengths: N token counts. costs: where rows share prompts; groups of equal numbers of rows stay together where their
-    number divides over the ranks. Returns N row indices. Raises ValueError when the rows do not divide.
+    lengths: N token counts. costs: given if rows share prompts; groups of equal size stay together if their number
+    divides over the ranks. Returns N row indices. Raises ValueError when the rows do not divide.
     """
     if len(lengths) % (num_mini_batches * num_ranks) != 0:
         raise ValueError(
@@ -83,16 +83,16 @@ def balanced_order(
         lightest_first = sorted(range(num_ranks), key=lambda rank: tokens_of_rank[rank])
         for rank, part in zip(lightest_first, parts, strict=True):
             rows_of_rank[rank] += part
-            tokens_of_rank[rank] += _tokens(lengths, part) if costs is None else costs.of(part)
+            tokens_of_rank[rank] += _tokens(lengths, part) if costs is None else costs.total(part)
     return [row for rows in rows_of_rank for row in rows]
 
 
 def _deal(rows: range, lengths: Sequence[int], num_ranks: int, costs: TokenCosts | None) -> list[list[int]]:
-    """The rows in as many parts of equal count, of similar numbers of tokens; whole groups where that is possible."""
+    """Splits rows into `num_ranks` parts with equal counts and similar tokens; keeps groups whole if possible."""
     if costs is not None and num_ranks > 1:
         groups = costs.by_group(rows)
         if len({len(members) for members in groups}) == 1 and len(groups) % num_ranks == 0:
-            parts = partition_evenly([costs.of(members) for members in groups], num_ranks, equal_count=True)
+            parts = partition_evenly([costs.total(members) for members in groups], num_ranks, equal_count=True)
             return [[row for place in part for row in groups[place]] for part in parts]
     parts = partition_evenly([lengths[row] for row in rows], num_ranks, equal_count=True)
     return [[rows.start + place for place in part] for part in parts]
@@ -117,34 +117,34 @@ def seqlen_metrics(lengths: Sequence[int], order: Sequence[int], num_ranks: int)
 
 @dataclass(frozen=True)
 class TokenCosts:
-    """How many tokens a model computes for some rows: each one's own, and what a group of rows shares once."""
+    """Number of tokens that a model computes for rows: each row's tokens, and a group's shared prompt once."""
 
     own: Sequence[int]
-    """Of each row."""
+    """Number of tokens that each row has for itself."""
     shared: Sequence[int]
-    """Of each row's group."""
+    """Shared tokens of each row's group."""
     groups: Sequence[int]
-    """The number of each row's group."""
+    """Group index of each row."""
 
     @classmethod
-    def of_rows(cls, lengths: Sequence[int]) -> TokenCosts:
-        """Rows that share nothing."""
+    def from_rows(cls, lengths: Sequence[int]) -> TokenCosts:
+        """Costs of rows that share nothing."""
         return cls(lengths, [0] * len(lengths), range(len(lengths)))
 
     @classmethod
-    def of_groups(cls, lengths: Sequence[int], prompts: Sequence[int], uids: Sequence[Any]) -> TokenCosts:
-        """Rows of the same uid share their prompt."""
+    def from_groups(cls, lengths: Sequence[int], prompts: Sequence[int], uids: Sequence[Any]) -> TokenCosts:
+        """Costs of rows that share their prompt with rows of the same uid."""
         numbers = {uid: number for number, uid in enumerate(dict.fromkeys(uids))}
         own = [length - prompt for length, prompt in zip(lengths, prompts, strict=True)]
         return cls(own, prompts, [numbers[uid] for uid in uids])
 
-    def of(self, rows: Sequence[int]) -> int:
-        """Of these rows together."""
+    def total(self, rows: Sequence[int]) -> int:
+        """Tokens of these rows together."""
         prompts = {self.groups[row]: self.shared[row] for row in rows}
         return sum(self.own[row] for row in rows) + sum(prompts.values())
 
     def by_group(self, rows: Sequence[int]) -> list[list[int]]:
-        """The rows of each group among these, groups in the order of their first rows."""
+        """These rows by group, in the order of the groups' first rows."""
         members: dict[int, list[int]] = {}
         for row in rows:
             members.setdefault(self.groups[row], []).append(row)
@@ -156,17 +156,17 @@ def prepare_dynamic_batch(
 ) -> tuple[list[DataProto], list[list[int]]]:
     """Split a rank's rows into few micro-batches of at most `max_token_len` tokens each.
 
-    Every rank makes the same number of them, as collectives in the forward pass demand: where torch.distributed is
-    initialised this is a collective call, and ranks with less to do split further. The heaviest micro-batch comes
-    first, which pairs heavy ones across ranks and meets an out-of-memory error at once.
+    Every rank makes the same number, since the forward pass has collectives. If torch.distributed is initialised, this
+    is a collective call, and ranks with fewer tokens split further. The heaviest micro-batch comes first: heavy ones
+    run at the same time on all ranks, and an out-of-memory error comes at once.
 
-    data: `attention_mask` (N, S) is read, and of rows that are not packed or share prompts `response_mask` (N, R).
-    packed: rows lie end to end, so that only their real tokens count; else side by side, where the padding that they
-        need beside each other counts too, and rows of like length go together.
-    shares_prompts: packed rows of the same non-tensor `uid` have their prompt once: it counts once, and a group is cut
-        only where it does not fit.
+    data: reads `attention_mask` (N, S), and `response_mask` (N, R) unless rows are packed without shared prompts.
+    packed: rows are packed end to end, and only real tokens count. Otherwise padding counts too, and rows of similar
+        length go together.
+    shares_prompts: packed rows with the same non-tensor `uid` share their prompt, which counts once. A group is split
+        only if it does not fit.
 
-    Returns the micro-batches and, for each, the row indices it took.
+    Returns the micro-batches and, for each, its row indices.
     Raises ValueError when one row alone is longer than `max_token_len`.
     """
     attention_mask = data.batch["attention_mask"]
@@ -177,10 +177,10 @@ def prepare_dynamic_batch(
             "raise the micro-batch size or lower data.max_prompt_length or data.max_response_length"
         )
 
-    costs = TokenCosts.of_rows(lengths)
+    costs = TokenCosts.from_rows(lengths)
     if packed and shares_prompts:
         prompts = prompt_lengths(attention_mask, data.batch["response_mask"]).tolist()
-        costs = TokenCosts.of_groups(lengths, prompts, data.non_tensor_batch["uid"])
+        costs = TokenCosts.from_groups(lengths, prompts, data.non_tensor_batch["uid"])
     if packed:
         index_lists = _fill_packed(costs, max_token_len)
     else:
@@ -195,13 +195,13 @@ def prepare_dynamic_batch(
         num_parts = int(most_parts)
 
     while len(index_lists) < num_parts:
-        heaviest = max((rows for rows in index_lists if len(rows) > 1), key=costs.of)
+        heaviest = max((rows for rows in index_lists if len(rows) > 1), key=costs.total)
         index_lists.remove(heaviest)
         groups = costs.by_group(heaviest)
         pieces = groups if len(groups) > 1 else [[row] for row in heaviest]
-        halves = partition_evenly([costs.of(piece) for piece in pieces], 2, equal_count=False)
+        halves = partition_evenly([costs.total(piece) for piece in pieces], 2, equal_count=False)
         index_lists += [sorted(row for place in half for row in pieces[place]) for half in halves]
-    index_lists.sort(key=lambda rows: -costs.of(rows))
+    index_lists.sort(key=lambda rows: -costs.total(rows))
     return [data[rows] for rows in index_lists], index_lists
 
 
@@ -211,7 +211,7 @@ def _fill_packed(costs: TokenCosts, max_token_len: int) -> list[list[int]]:
         for members in costs.by_group(range(len(costs.own)))
         for piece in _cut_to_fit(members, costs, max_token_len)
     ]
-    sizes = [costs.of(piece) for piece in pieces]
+    sizes = [costs.total(piece) for piece in pieces]
     num_parts = -(-sum(sizes) // max_token_len)
     places = partition_evenly(sizes, num_parts, equal_count=False)
     while _tokens(sizes, places[0]) > max_token_len:
@@ -221,17 +221,17 @@ def _fill_packed(costs: TokenCosts, max_token_len: int) -> list[list[int]]:
 
 
 def _cut_to_fit(rows: Sequence[int], costs: TokenCosts, max_token_len: int) -> list[list[int]]:
-    """One group's rows, in pieces that fit each: as few as follow from taking the rows in order."""
+    """One group's rows in pieces that fit, filled greedily in row order."""
     pieces: list[list[int]] = [[]]
     for row in rows:
-        if costs.of([*pieces[-1], row]) > max_token_len:
+        if costs.total([*pieces[-1], row]) > max_token_len:
             pieces.append([])
         pieces[-1].append(row)
     return pieces
 
 
 def _fill_padded(prompts: Sequence[int], responses: Sequence[int], max_token_len: int) -> list[list[int]]:
-    """Rows from the longest on; a new part begins where the next row, or what it adds to the width, is too much."""
+    """Parts filled from the longest row on; a new part begins when the next row, with padding, does not fit."""
     index_lists: list[list[int]] = []
     longest_prompt = longest_response = 0
     for row in sorted(range(len(prompts)), key=lambda row: -prompts[row] - responses[row]):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps SIGTERM, which asks a whole run to end, with the process that decides how it ends.
+"""Lets only the driver react to SIGTERM, since it decides how the run ends.
 
-`timeout` and a shell's `kill %1` send the signal to a process group, and Slurm to every process of a job: those that
-compute would be gone before their work is saved.
+`timeout` and a shell's `kill %1` signal a whole process group, and Slurm every process of a job: workers would end
+before their state is saved.
 """
 
 import signal
@@ -11,36 +11,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 ENDED_BY_SIGTERM = 128 + signal.SIGTERM
-"""The exit code that a shell gives for a process that SIGTERM ended."""
+"""The exit code of a process that SIGTERM ended, as a shell reports it."""
 
 
 @contextmanager
-def termination_kept_from_children() -> Iterator[None]:
-    """Processes that are started inside never see SIGTERM, unless they ask for it; SIGKILL ends them.
+def block_sigterm_in_children() -> Iterator[None]:
+    """Processes that are started inside never get SIGTERM unless they unblock it; SIGKILL ends them.
 
-    This process' own handler stands again afterwards, since libraries put theirs in its place: Ray does, in drivers.
+    Afterwards this process's handler is restored, since libraries replace it: Ray does so in drivers.
 
     Raises:
-        SystemExit: with `ENDED_BY_SIGTERM`, when such a handler of a library ended the program inside.
+        SystemExit: a library's handler ended the program inside; the code is `ENDED_BY_SIGTERM`.
     """
-    if threading.current_thread() is not threading.main_thread():  # which alone may have handlers
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         yield
         return
     handler = signal.getsignal(signal.SIGTERM)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # a mask is inherited
     try:
         yield
-    except SystemExit:  # another thread was given the signal, since the mask is this one's
+    except SystemExit:  # another thread got the signal, since only this one blocks it
         raise SystemExit(ENDED_BY_SIGTERM) from None
     finally:
         signal.signal(signal.SIGTERM, handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
-def leave_termination_to_the_driver() -> None:
-    """Has this process outlive SIGTERM, where its main thread says so. Programs that it starts end by it as ever."""
+def ignore_sigterm() -> None:
+    """Makes this process ignore SIGTERM, if called in its main thread. Programs that it starts do not ignore it."""
     if threading.current_thread() is not threading.main_thread():
         return
-    # A handler that does nothing and an open mask are not handed on; SIG_IGN and a closed one would be.
+    # Child programs inherit SIG_IGN and a blocked signal, but not an empty handler and an open mask.
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads a model's tokenizer and processor as training wants them: padded on the left, chat template replaceable."""
+"""Loads a model's tokenizer and processor for training: padding on the left, an optional other chat template."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def check_torchvision() -> None:
     """Import torchvision, which transformers needs for image processors.
 
     Raises:
-        RuntimeError: it is missing, or its binary cannot load beside this torch. The wheel on PyPI is linked against
-            CUDA and breaks beside a CPU-only torch, though image resizing does not need that binary.
+        RuntimeError: it is missing, or its binary does not load with this torch. The wheel on PyPI is linked against
+            CUDA and fails with a CPU-only torch, though image resizing does not need the binary.
     """
     try:
         importlib.import_module("torchvision")
@@ -45,7 +45,7 @@ def check_torchvision() -> None:
 def get_tokenizer(
     path: str, override_chat_template: str | None = None, trust_remote_code: bool = False, **kwargs: Any
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model, ready for generation: padding on the left, with a padding token.
+    """Load a model's tokenizer for generation: padding on the left, with a padding token.
 
     Args:
         path: folder or hub id of the model.
@@ -54,8 +54,8 @@ def get_tokenizer(
         kwargs: passed on to `AutoTokenizer.from_pretrained`.
 
     Raises:
-        ValueError: `override_chat_template` is neither a file nor a template, the chat template reaches into Python,
-            or the model needs code of its own.
+        ValueError: `override_chat_template` is neither a file nor a template, the chat template accesses Python
+            internals, or the model needs its own code.
         OSError: transformers finds no tokenizer at `path`.
     """
     with refused_remote_code(path):
@@ -70,9 +70,9 @@ def get_tokenizer(
 def get_processor(
     path: str, override_chat_template: str | None = None, trust_remote_code: bool = False, **kwargs: Any
 ) -> ProcessorMixin | None:
-    """Load the processor (tokenizer and image processor in one) of a model, None for a model of text alone.
+    """Load the processor (tokenizer and image processor in one) of a model; None for a text-only model.
 
-    Arguments and errors as `get_tokenizer`; RuntimeError where torchvision cannot be imported.
+    Arguments and errors as in `get_tokenizer`; RuntimeError if torchvision cannot be imported.
     """
     check_torchvision()
     from transformers import AutoProcessor, ProcessorMixin  # this import already needs torchvision
@@ -109,14 +109,14 @@ def _chat_template(file_or_template: str) -> str:
 def _require_safe_template(
     owner: PreTrainedTokenizerBase | ProcessorMixin, path: str, override_chat_template: str | None
 ) -> None:
-    """Raise for a template that transformers' sandbox refuses, before a row is said to be at fault."""
+    """Raise for a template that transformers' sandbox refuses, so that no row is blamed for it."""
     try:
         if owner.chat_template is not None:
             owner.apply_chat_template([{"role": "user", "content": "question"}], tokenize=False)
     except SecurityError as error:
         override = cut(override_chat_template or "")
         source = f"data.override_chat_template={override}" if override else f"the chat template of {path}"
-        raise ValueError(f"{source} reaches for more than its messages: {error}") from None
+        raise ValueError(f"{source} accesses more than its messages: {error}") from None
     except (TypeError, jinja2.TemplateError):  # a template that wants its contents in another form
         return
 
@@ -124,8 +124,8 @@ def _require_safe_template(
 def eos_token_ids_of(generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end a response: what the model's generation config names, and the tokenizer's own end token.
 
-    Checkpoints of base models name end-of-text alone, where the chats that they are trained on end their turns in
-    another token; a response would run on past its turn.
+    Checkpoints of base models name only end-of-text, while chats end their turns with another token; without it a
+    response would run past its turn.
     """
     named = generation_config.eos_token_id
     named = [] if named is None else [named] if isinstance(named, int) else list(named)
@@ -134,7 +134,7 @@ def eos_token_ids_of(generation_config: Any, tokenizer: PreTrainedTokenizerBase)
 
 
 def warn_of_other_turn_ends(tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]) -> None:
-    """One warning if the assistant's turn in the chat template ends in a special token that ends no response."""
+    """Warn once if the chat template ends the assistant's turn with a special token that does not end responses."""
     end = _turn_end(tokenizer)
     if end is not None and end not in eos_token_ids:
         logger.warning(
@@ -161,9 +161,9 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def prefilled_text(owner: PreTrainedTokenizerBase | ProcessorMixin) -> str:
-    """What the chat template has already written of the answer, such as `<think>` and a line break; usually nothing.
+    """The beginning of the answer that the chat template writes, such as `<think>` and a line break; usually empty.
 
-    It is the tags, other than special tokens, that end what the template opens the assistant's turn with.
+    These are the tags, other than special tokens, at the end of the generation prompt.
     """
     if owner.chat_template is None:
         return ""
@@ -184,9 +184,9 @@ def prefilled_text(owner: PreTrainedTokenizerBase | ProcessorMixin) -> str:
 
 
 def text_decoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | PreTrainedTokenizerBase:
-    """What decodes as the tokenizer does: where that is all there is to it, its core, which needs no transformers.
+    """A decoder like the tokenizer; if possible its core of the library `tokenizers`, which needs no transformers.
 
-    The core's `decode` leaves special tokens out unless told otherwise, so that callers have to say which they want.
+    The core's `decode` leaves special tokens out by default, so callers must pass `skip_special_tokens`.
     """
     decodes_as_core = (
         isinstance(tokenizer, TokenizersBackend)

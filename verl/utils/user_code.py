@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions that a user names as `path.py:function` in the configuration.
 
-It loads neither torch nor transformers, for the reward process.
+The reward process runs this module, which therefore loads neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from types import ModuleType
 from typing import Any
 
 _modules: dict[tuple[str, int], ModuleType] = {}
-"""The files that ran in this process, by path and time of change."""
+"""The modules loaded in this process, by path and modification time."""
 
 
 class UserFunction:
-    """A function in a user's file. It travels to other processes as its name; each loads the file for itself.
+    """A function in a user's file. It is pickled as its reference, and each process loads the file itself.
 
-    Two of the same function are equal.
+    Two objects of the same function are equal.
 
     Args:
         reference: `path.py:function`, the path absolute.
-        key: of the configuration that names it, for messages.
+        key: the configuration key that names it, for messages.
 
     Raises:
         ValueError: the file does not run, or has no such function.
@@ -59,15 +59,15 @@ class UserFunction:
 def load_module(path: str, key: str) -> ModuleType:
     """Runs a Python file as a module, once.
 
-    The module has the file's own name and its folder is on the path, so that pickle in a spawned process finds its
-    classes, and the file finds its neighbours. The folder comes last and hides nothing. A file that is named as a
-    module that is there already (`math.py`), or as another file that ran, gets a name that only this process knows.
+    The module has the file's name, and its folder is on the path, so that pickle in a spawned process finds its
+    classes, and the file can import its neighbours. The folder comes last and hides nothing. If the name is taken, by
+    an existing module (`math.py`) or another user file, the module gets a unique name that only this process knows.
 
     Args:
-        key: of the configuration that names the file, for messages.
+        key: the configuration key that names the file, for messages.
 
     Raises:
-        ValueError: it is no Python file, or raised while it ran.
+        ValueError: it is no Python file, or running it raised an exception.
     """
     version = (path, os.stat(path).st_mtime_ns)
     if version in _modules:
@@ -87,7 +87,7 @@ def load_module(path: str, key: str) -> ModuleType:
         spec.loader.exec_module(module)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # sys.exit, too, would end the process without a word about the file
+    except BaseException as error:  # also sys.exit, which would end the process without naming the file
         del sys.modules[name]
         raise ValueError(f"{key}: {path} raised {type(error).__name__}: {error}") from error
     _modules[version] = module
@@ -95,7 +95,7 @@ def load_module(path: str, key: str) -> ModuleType:
 
 
 def _is_free(name: str, path: str) -> bool:
-    """Whether `import name` would find this very file, in any process with this one's path."""
+    """Whether `import name` finds this file in every process with the same path."""
     if not name.isidentifier():
         return False
     if name in sys.modules:
@@ -108,10 +108,10 @@ def _is_free(name: str, path: str) -> bool:
 
 
 def require_defined(reference: str, key: str) -> None:
-    """Raise if the file of a `path.py:function` cannot have that function, as far as one sees without running it.
+    """Raise if the file of a `path.py:function` cannot have that function, judged without running it.
 
     Raises:
-        ValueError: it is no Python, or binds no such name at its top level.
+        ValueError: the file is not valid Python, or does not define the name at its top level.
     """
     path, name = reference.rsplit(":", maxsplit=1)
     try:
@@ -125,7 +125,7 @@ def require_defined(reference: str, key: str) -> None:
 
 
 def _top_level(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes outside functions and classes, these themselves among them."""
+    """All nodes outside functions and classes, including the definitions themselves."""
     for node in ast.iter_child_nodes(tree):
         yield node
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
@@ -147,7 +147,7 @@ def _names_called(tree: ast.AST) -> set[str]:
 
 
 def find_function(module: ModuleType, name: str, key: str) -> Callable[..., Any]:
-    """The function of that name in a module that `load_module` gave.
+    """The function of that name in a module from `load_module`.
 
     Raises:
         ValueError: there is none; the message lists the module's functions.

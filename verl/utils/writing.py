@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes files so that they are on disk when it is said so, and names them where that fails."""
+"""Writes files safely to disk, and names the file if writing fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GIBIBYTE, MEBIBYTE = 2**30, 2**20
 
 
 def write_json(path: str | os.PathLike[str], content: Any, private: bool = False) -> None:
-    """`write_text`, of JSON.
+    """Writes JSON with `write_text`.
 
     Args:
         private: nobody but its owner can read it (mode 0600).
@@ -28,7 +28,7 @@ def write_json(path: str | os.PathLike[str], content: Any, private: bool = False
 
 
 def write_text(path: str | os.PathLike[str], text: str, private: bool = False) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never half of one.
+    """Writes a file atomically: a reader sees the old content or the new one.
 
     Args:
         private: nobody but its owner can read it (mode 0600).
@@ -49,10 +49,10 @@ def write_text(path: str | os.PathLike[str], text: str, private: bool = False) -
 
 @contextmanager
 def naming_write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Names the file that is written inside where that fails, and the room that is left.
+    """Inside, errors of writing become a RuntimeError that names the file and the free space.
 
     Raises:
-        RuntimeError: in place of an OSError, and of the RuntimeError of torch, which names no file.
+        RuntimeError: in place of an OSError, or of torch's RuntimeError, which does not name the file.
     """
     try:
         yield
@@ -66,28 +66,28 @@ def naming_write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def flush_all(folder: str | os.PathLike[str]) -> None:
-    """`flush` for a folder and all in it."""
+    """`flush` for a folder and its content."""
     for path in (Path(folder), *Path(folder).rglob("*")):
         flush(path)
 
 
 def flush(path: str | os.PathLike[str]) -> None:
-    """Has the storage keep what this machine wrote to a file or a folder, whatever happens next."""
+    """Forces a file or folder to disk (`fsync`)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems have no such call for folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot sync folders
             raise
     finally:
         os.close(descriptor)
 
 
 def require_room(folder: str, num_bytes: int) -> None:
-    """Raise unless the file system of `folder`, whose parent exists, has room for as many bytes.
+    """Raise unless the file system of `folder`, whose parent exists, has `num_bytes` free.
 
     Raises:
-        RuntimeError: naming the folder, what is needed and what is free.
+        RuntimeError: there is less; the message names the folder, the needed and the free space.
     """
     free = shutil.disk_usage(os.path.dirname(folder)).free
     if free < num_bytes:

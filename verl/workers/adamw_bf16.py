@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW for weights in bf16: states in bf16 too, and no update so small that rounding swallows it."""
+"""AdamW for weights and states in bf16, in which small updates are not lost to rounding."""
 
 from collections.abc import Iterable
 
@@ -8,25 +8,25 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 CHUNK_SIZE = 2**24
-"""Entries of a parameter updated at once: they are in fp32 meanwhile, five numbers an entry."""
+"""Entries of a parameter updated at once; each needs five temporary fp32 numbers."""
 
 
 class AdamWBF16(torch.optim.Optimizer):
-    """AdamW whose every state is in bf16, for parameters in bf16 (or fp32).
+    """AdamW with all states in bf16, for parameters in bf16 (or fp32).
 
     Source: Loshchilov and Hutter, arXiv 1711.05101, Algorithm 2, with Kahan's compensated summation for the weights,
     as Zamirai et al., arXiv 2010.06192, use it for training in bf16. Our deltas:
 
-    1. All arithmetic is in fp32; only what is kept from step to step is rounded.
-    2. The second moment and the compensation are rounded stochastically. A place of bf16 is 1/128 to 1/256 of the
-       number, so that rounded to nearest a second moment with beta_2 = 0.999, which loses 1/1000 a step, would never
-       fall, and a compensation would stop growing before it has moved its weight.
+    1. All arithmetic is in fp32; only weights and states are rounded.
+    2. The second moment and the compensation are rounded stochastically. Neighbouring bf16 numbers differ by 1/256 to
+       1/128. With rounding to nearest, a second moment with beta_2 = 0.999, which loses 1/1000 per step, would never
+       decrease, and a compensation would stop growing before it changes its weight.
     3. The random numbers of a step depend on its index alone: a resumed run repeats them, and replicas of a shard stay
        equal.
 
-    Beside its gradient, a bf16 parameter costs 8 bytes: the weight, two moments, and the compensation, which is what
-    the weight lacks of its exact value. An fp32 parameter needs none and costs 8 as well; with
-    `torch.optim.AdamW` it costs 12.
+    Besides its gradient, a bf16 parameter needs 8 bytes: the weight, two moments, and the compensation, the difference
+    between the exact value and the weight. An fp32 parameter needs no compensation and also 8 bytes; with
+    `torch.optim.AdamW` it needs 12.
 
     Args:
         parameters: plain or sharded (DTensor), in bf16 or fp32.
@@ -60,7 +60,7 @@ class AdamWBF16(torch.optim.Optimizer):
             state["step"] = torch.tensor(0.0)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
-        if parameter.dtype == torch.bfloat16 and "compensation" not in state:  # loaded states may be of fp32 weights
+        if parameter.dtype == torch.bfloat16 and "compensation" not in state:  # loaded states may be from fp32
             state["compensation"] = torch.zeros_like(parameter)
         state["step"] += 1
         step = int(state["step"])
@@ -74,13 +74,13 @@ class AdamWBF16(torch.optim.Optimizer):
 
 @torch.no_grad()
 def settle_compensation(optimizer: torch.optim.Optimizer) -> None:
-    """Adds what bf16 weights lacked to the weights that took their states over and keep no compensation.
+    """Adds the compensation of loaded states to weights that have none of their own.
 
-    Those are of fp32, which have room for it, or another optimizer's.
+    These are fp32 weights, which can hold the exact value, or the weights of another optimizer.
     """
     for parameter, state in optimizer.state.items():
-        keeps_it = isinstance(optimizer, AdamWBF16) and parameter.dtype == torch.bfloat16
-        if "compensation" in state and not keeps_it:
+        keeps_compensation = isinstance(optimizer, AdamWBF16) and parameter.dtype == torch.bfloat16
+        if "compensation" in state and not keeps_compensation:
             _local(parameter).add_(_local(state.pop("compensation")))
 
 
@@ -99,7 +99,7 @@ def _update_chunk(
     eps: float,
     **_: object,
 ) -> None:
-    """One step of the first four or five, (entries,) each, in place."""
+    """One step in place; the first four or five arguments have shape (entries,)."""
     beta_1, beta_2 = betas
     gradient = gradient.float()
     first = exp_avg.float().lerp_(gradient, 1 - beta_1)
@@ -116,7 +116,7 @@ def _update_chunk(
 
 
 def _round_stochastically(value: torch.Tensor, out: torch.Tensor, generator: torch.Generator) -> None:
-    """Rounds fp32 to bf16, up with the probability that makes the mean exact.
+    """Rounds fp32 to bf16 stochastically, so that the expected value is exact.
 
     bf16 is the upper half of fp32: a random number added to the lower half carries over with that probability.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration of everything that runs in the worker processes."""
+"""Configuration of the worker processes."""
 
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ from verl.workers.rollout.config import RolloutConfig
 
 @dataclass(frozen=True)
 class WorkerConfig(ConfigSection):
-    """One section for each part a worker can play."""
+    """One section per role of a worker."""
 
     hybrid_engine: bool = True
     """Training and generation share the same devices."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FSDP2 mechanics: sharding, mixed precision, optimizer and schedule, and where parameters rest between phases."""
+"""FSDP2: sharding, mixed precision, optimizer and schedule, and offloading between phases."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ def build_mesh(device: torch.device, fsdp_size: int = -1) -> DeviceMesh:
     """The ranks over which parameters are sharded: all, in one dimension, or groups of neighbours that are replicas.
 
     Args:
-        fsdp_size: ranks of a group; -1, or as many as there are or more, is all of them.
+        fsdp_size: ranks per group; -1, or at least the number of ranks, puts all in one group.
     """
     world_size = dist.get_world_size()
     if not 0 < fsdp_size < world_size:
@@ -32,12 +32,12 @@ def build_mesh(device: torch.device, fsdp_size: int = -1) -> DeviceMesh:
 def shard_model(model: nn.Module, mesh: DeviceMesh, config: FSDPConfig) -> None:
     """Shards the model in place, one group per transformer layer and one for the rest.
 
-    A worker that holds the whole model and computes in its parameters' precision has nothing to gather and nothing
-    to cast: the model then only moves to the device, and stays plain.
+    A single worker that computes in the parameters' precision has nothing to gather or cast: the model then only moves
+    to the device and is not wrapped.
 
-    With `enable_cpu_offload` on CUDA, shards rest in host memory and each group is fetched when it computes.
-    Gradients come out averaged over all ranks, replicas included: a loss that is normalised over all ranks has to be
-    multiplied by the world size. A model on the meta device stays there, until `fill_from_rank0` gives it its values.
+    With `enable_cpu_offload` on CUDA, shards stay in host memory and each group is fetched when it computes.
+    Gradients come out averaged over all ranks, replicas included: a loss that is normalised over all ranks must be
+    multiplied by the world size. A model on the meta device stays there until `fill_from_rank0` fills it.
     """
     if _stays_plain(model, mesh, config):
         model.to(mesh.device_type)
@@ -53,15 +53,15 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, config: FSDPConfig) -> None:
     layer_classes = model._no_split_modules
     for module in [module for module in model.modules() if type(module).__name__ in layer_classes]:
         fully_shard(module, reshard_after_forward=config.enable_full_shard, **shared)
-    # Said outright for the root: its default leaves it gathered after a forward without backward, and optimizer
-    # state and state dicts then meet plain tensors where they expect shards.
+    # Set explicitly for the root: by default it stays gathered after a forward without backward, and optimizer state
+    # and state dicts then get plain tensors instead of shards.
     fully_shard(model, reshard_after_forward=True, **shared)
 
 
 def whole_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by name, tied ones once: what `fill_from_rank0` has to be given, taken before sharding.
+    """Parameters and buffers by name, tied ones once. Call it before sharding, for `fill_from_rank0`.
 
-    Buffers that no state dict holds (rope frequencies) are among them.
+    Includes buffers that no state dict holds, such as rope frequencies.
     """
     return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
@@ -70,18 +70,18 @@ def whole_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def fill_from_rank0(
     model: nn.Module, whole: Mapping[str, torch.Tensor], config: FSDPConfig, device: torch.device
 ) -> None:
-    """Gives a sharded model the values that rank 0 has, tensor by tensor; a collective.
+    """Copies rank 0's values into a sharded model, tensor by tensor; a collective.
 
-    At most one whole tensor is on a rank's device at a time, beside what rank 0 holds.
+    At most one whole tensor is on a rank's device at a time, besides the tensors of rank 0.
 
     Args:
         model: sharded; on the meta device on the ranks other than 0.
-        whole: rank 0's `whole_tensors`; not read elsewhere.
-        config: the one that the model was sharded with.
-        device: of the computation.
+        whole: `whole_tensors` of rank 0; not read on other ranks.
+        config: the section that the model was sharded with.
+        device: the device of the computation.
 
     Raises:
-        ValueError: the model of this rank has other tensors than that of rank 0.
+        ValueError: this rank's model has other tensors than rank 0's.
     """
     is_source = dist.get_rank() == 0
     if not is_source:
@@ -105,21 +105,21 @@ def fill_from_rank0(
             value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
             target.to_local().copy_(value.to_local())
         else:
-            target.data = value  # FSDP keeps buffers on the device, also where parameters rest on the CPU
+            target.data = value  # FSDP keeps buffers on the device, even if parameters are on the CPU
 
 
 def _stays_plain(model: nn.Module, mesh: DeviceMesh, config: FSDPConfig) -> bool:
-    """Whether FSDP would change nothing about the model's computation."""
+    """Whether FSDP would not change the model's computation."""
     if mesh.size() > 1 or _rests_on_cpu(config, mesh.device_type):
         return False
     compute_dtype, reduce_dtype = DTYPES[config.mp_param_dtype], DTYPES[config.mp_reduce_dtype]
-    # FSDP rounds gradients to the latter on a single worker too.
+    # FSDP rounds gradients to the reduction precision on a single worker too.
     keeps_gradients = torch.promote_types(compute_dtype, reduce_dtype) == reduce_dtype
     return keeps_gradients and all(parameter.dtype == compute_dtype for parameter in model.parameters())
 
 
 def _rests_on_cpu(config: FSDPConfig, device_type: str) -> bool:
-    """Whether FSDP keeps shards in host memory; in a CPU process they are there anyway."""
+    """Whether FSDP offloads shards to host memory; a CPU process has them there anyway."""
     return config.enable_cpu_offload and device_type == "cuda"
 
 
@@ -157,14 +157,14 @@ def build_scheduler(
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scales the gradients to `max_norm` at most; returns the norm before, the same on every rank."""
+    """Scales the gradients to a norm of at most `max_norm`; returns the norm before, the same on every rank."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return full_tensor(norm).item()
 
 
 def full_tensor(value: torch.Tensor) -> torch.Tensor:
-    """The whole tensor of a shard, on the device of the computation, a collective; a plain tensor as it is."""
-    # A shard that rests on the CPU would be gathered there, by gloo.
+    """Gathers a sharded tensor on the computation's device, a collective; returns plain tensors unchanged."""
+    # A shard on the CPU would be gathered there, by gloo.
     return value.to(value.device_mesh.device_type).full_tensor() if isinstance(value, DTensor) else value
 
 
@@ -174,9 +174,9 @@ def resident(
     model: nn.Module | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Iterator[None]:
-    """Holds the given model and optimizer state on `device` inside, and on the CPU after, also after an exception.
+    """Inside, model and optimizer state are on `device`; afterwards on the CPU, also after an exception.
 
-    Pass None for what is not offloaded. On a CPU machine nothing moves.
+    Pass None for a part that is not offloaded. On a CPU machine nothing moves.
     """
     _move(model, optimizer, device)
     try:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves and restores one rank's part of a model: three files a rank, in EasyR1's layout and names.
+"""Saves and restores one rank's part of a model: three files per rank, in EasyR1's layout and names.
 
 `model_*` holds the state dict under Hugging Face names: DTensor shards, or plain tensors at world size 1. `optim_*`
 holds the optimizer's state dict by parameter name, `extra_state_*` the schedule and the random number states. The
-folder `huggingface/` beside them holds what says which model this is, so that a merger needs nothing else.
+folder `huggingface/` beside them holds config, tokenizer and processor, so that a merger needs nothing else.
 
-Of a model with low-rank adapters the files hold what trains, the adapters: the weights under them are those of
-`model_path`. The folder `lora_adapter/` holds the adapters once more, whole and in peft's own format.
+For a model with low-rank adapters the files hold only the adapters; the frozen weights are in `model_path`. The folder
+`lora_adapter/` has a second copy of the adapters, whole and in peft's format.
 
-Files are written in the layout of the ranks that save. They load on any number of ranks (`saved_ranks.py`).
+Each rank writes its shards. The files load on any number of ranks (`saved_ranks.py`).
 """
 
 import logging
@@ -61,8 +61,8 @@ class FSDPCheckpoint:
 
     Args:
         model: sharded with FSDP2, or whole on a single worker.
-        optimizer, scheduler: restored with the model, unless the checkpoint has the model only.
-        described_by: written to `huggingface/` by rank 0.
+        optimizer, scheduler: restored with the model, unless the checkpoint has only the model.
+        pretrained_parts: config, tokenizer and so on, which rank 0 writes to `huggingface/`.
     """
 
     def __init__(
@@ -70,17 +70,17 @@ class FSDPCheckpoint:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LRScheduler,
-        described_by: Sequence[SavesPretrained],
+        pretrained_parts: Sequence[SavesPretrained],
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.described_by = described_by
+        self.pretrained_parts = pretrained_parts
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.adapters = adapter_config(model)
         self.options = StateDictOptions(
-            # It is what a single rank holds anyway: its files are then plain tensors, as EasyR1's are.
+            # A single rank has the whole tensors anyway; its files then hold plain tensors, as in EasyR1.
             full_state_dict=self.world_size == 1,
             cpu_offload=True,
             ignore_frozen_params=self.adapters is not None,
@@ -91,8 +91,8 @@ class FSDPCheckpoint:
         """Writes this rank's files and flushes them.
 
         Args:
-            folder: on storage that all nodes see.
-            model_only: leaves optimizer and extra state out.
+            folder: a folder on storage that all nodes share.
+            model_only: leaves out optimizer and extra state.
 
         Returns:
             The files that this rank wrote, by their paths below the checkpoint's folder, the parent of `folder`.
@@ -105,13 +105,13 @@ class FSDPCheckpoint:
         return self._write(root, self._contents(model_only))
 
     def copy(self, folder: str, model_only: bool) -> Callable[[], dict[str, FileRecord]]:
-        """Copies what `save` would write to host memory; the function that is returned writes it, in any thread."""
+        """Copies the content of `save` to host memory; returns a function that writes it, in any thread."""
         root = self._start_folder(folder)
         contents = [(name, _copied(content)) for name, content in self._contents(model_only)]
         return lambda: self._write(root, contents)
 
     def num_bytes(self, model_only: bool) -> int:
-        """About what this rank's files will hold."""
+        """Approximate size of this rank's files in bytes."""
         parameters = [
             parameter for parameter in self.model.parameters() if self.adapters is None or parameter.requires_grad
         ]
@@ -122,14 +122,14 @@ class FSDPCheckpoint:
     def _start_folder(self, folder: str) -> Path:
         root = Path(folder)
         if self.rank == 0:
-            # What an earlier run left there would be taken for this one's.
+            # Files of an earlier run would be mistaken for files of this one.
             shutil.rmtree(root, ignore_errors=True)
             root.mkdir(parents=True)
         dist.barrier()
         return root
 
     def _contents(self, model_only: bool) -> Iterator[tuple[str, Any]]:
-        """What this rank's files hold, by name, one at a time; a collective."""
+        """Yields (name, content) of this rank's files, one at a time; a collective."""
         model_state = self._model_state(self.options)
         _require_finite(model_state, "the model")
         yield self._name(model_file), model_state
@@ -153,23 +153,23 @@ class FSDPCheckpoint:
         if self.rank == 0:
             written.append(root / "huggingface")
             with naming_write_errors(root / "huggingface"):
-                for description in self.described_by:
+                for description in self.pretrained_parts:
                     description.save_pretrained(root / "huggingface")
                 add_legacy_rope(root / "huggingface")
         return record_files(root.parent, *written)
 
     def load(self, folder: str, model_only: bool) -> None:
-        """Restores this rank's part, also of a checkpoint that another number of ranks saved.
+        """Restores this rank's part, also from a checkpoint of another number of ranks.
 
-        The random number generators go on where they were only on as many ranks as saved; nothing in training draws
-        from them.
+        The states of random number generators are restored only with the same number of ranks; training does not use
+        these generators.
 
         Args:
             model_only: the checkpoint was saved without optimizer; optimizer and schedule keep their fresh state.
 
         Raises:
-            ValueError: there is no such folder, a file is missing or damaged or holds numbers that are not finite, or
-                it is of another model or of other adapters than this run's.
+            ValueError: the folder does not exist, a file is missing or damaged or has numbers that are not finite, or
+                the model or the adapters differ from this run's.
         """
         root = Path(folder)
         if not root.is_dir():
@@ -199,7 +199,7 @@ class FSDPCheckpoint:
         state = get_model_state_dict(self.model, options=options)
         if self.adapters is None:
             return state
-        # torch leaves frozen weights out under one of their names, and a tied one has two.
+        # torch omits a frozen weight under only one of its names, and a tied weight has two.
         trained = self._trained()
         return {name: value for name, value in state.items() if name in trained}
 
@@ -207,37 +207,37 @@ class FSDPCheckpoint:
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
 
     def _save_adapters(self, folder: Path, whole: dict[str, torch.Tensor]) -> None:
-        """For `PeftModel.from_pretrained` and all that reads its format."""
+        """Writes the adapters for `PeftModel.from_pretrained` and other readers of its format."""
         replace(self.adapters, inference_mode=True).save_pretrained(str(folder))
-        # The embeddings never change, and finding that out peft would ask the hub.
+        # The embeddings never change; peft would ask the hub to find that out.
         weights = get_peft_model_state_dict(self.model, whole, ADAPTER, save_embedding_layers=False)
         prefixed = {f"base_model.model.{name}": value.contiguous() for name, value in weights.items()}
         save_file(prefixed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         apply_umask(folder)
 
     def _require_same_model(self, path: Path, saved: dict[str, torch.Size]) -> None:
-        """Where weights are left out, as under adapters, nothing else would tell a file that does not fit."""
+        """Raise if the saved names or shapes differ; for partial files, as with adapters, torch would not notice."""
         state = self.model.state_dict() if self.adapters is None else self._trained()
         own = {name: value.shape for name, value in state.items()}
         differing = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
         if differing:
             raise ValueError(
                 f"{path} does not fit this run's model: {len(differing)} weights are missing, unknown or of another "
-                f"shape, such as {differing[0]}; resume with the model_path, lora and freeze_vision_tower of then"
+                f"shape, such as {differing[0]}; resume with the original model_path, lora and freeze_vision_tower"
             )
         if self.adapters is not None:
             trained = LoraConfig.from_pretrained(str(path.parent / "lora_adapter"))
             if trained.lora_alpha != self.adapters.lora_alpha:
                 raise ValueError(
                     f"worker.actor.model.lora.alpha={self.adapters.lora_alpha} would change the policy: the adapters "
-                    f"of {path.parent} were trained with {trained.lora_alpha}; resume with that"
+                    f"of {path.parent} were trained with {trained.lora_alpha}; resume with this value"
                 )
             ours, theirs = self.adapters.base_model_name_or_path, trained.base_model_name_or_path
             if ours != theirs:
                 logger.warning("the adapters of %s were trained on %s and go on on %s", path.parent, theirs, ours)
 
     def _optimizer_state(self) -> dict[str, Any]:
-        """Empty before the first step: reading the state would make one up, with a step that never was."""
+        """The optimizer's state; empty before the first step, since torch would otherwise invent a state of step 1."""
         if not self.optimizer.state:
             return {}
         return get_optimizer_state_dict(self.model, self.optimizer, options=self.options)
@@ -245,19 +245,19 @@ class FSDPCheckpoint:
     def _require_fitting_states(
         self, optimizer_state: dict[str, Any], extra_state: dict[str, Any], is_proven: bool
     ) -> None:
-        """What torch would take without a word, or fail on in the first step.
+        """Check for errors that torch would accept silently, or only notice in the first step.
 
         Args:
-            is_proven: whether a manifest has shown that the files are the ones that were saved.
+            is_proven: whether the files were verified with a manifest.
 
         Raises:
-            ValueError: naming the parameter and what of its state does not fit.
+            ValueError: a state does not fit; the message names the parameter.
         """
         steps = extra_state["lr_scheduler"]["last_epoch"]
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"the schedule stands at step {steps!r}")
         if not optimizer_state:
-            # A run whose every step was skipped saves none.
+            # A run in which every optimizer step was skipped has no states.
             if steps > 0 and not is_proven:
                 raise ValueError(f"the optimizer state is empty, though the schedule stands at step {steps}")
             return
@@ -277,10 +277,10 @@ class FSDPCheckpoint:
             _require_finite(tensors, f"the optimizer state of {name}")
 
     def _restore_optimizer(self, optimizer_state: dict[str, Any], scheduler_state: dict[str, Any]) -> None:
-        """Takes moments and the place in the schedule from the checkpoint, the optimizer and its rates from this run.
+        """Takes the moments and the schedule's position from the checkpoint, and all settings from this run.
 
-        Parameters missing from the saved state start fresh: no gradient ever reached them, as in a layer of a vision
-        tower that the model leaves out, or they were frozen.
+        Parameters without a saved state start fresh: they were frozen, or never had a gradient, such as an unused
+        layer of a vision tower.
         """
         base_rates = self.scheduler.base_lrs
         if optimizer_state:
@@ -293,9 +293,9 @@ class FSDPCheckpoint:
         self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _take_states(self, states: Mapping[str, dict[str, Any]]) -> None:
-        """Gives the optimizer these states, by the names of parameters, sharded as those are or whole.
+        """Loads states by parameter name into the optimizer; they may be sharded like the parameters or whole.
 
-        torch's `set_optimizer_state_dict` would first make gradients and states of zeros for all parameters.
+        torch's `set_optimizer_state_dict` would first allocate gradients and states of zeros for all parameters.
         """
         names = self.model.named_parameters(remove_duplicate=False)
         saved = {parameter: states[name] for name, parameter in names if name in states}
@@ -309,7 +309,7 @@ class FSDPCheckpoint:
         self.optimizer.load_state_dict({"state": by_number, "param_groups": groups})
         for state in self.optimizer.state.values():
             for key, value in state.items():
-                # What did not change place or precision is still the file's own memory.
+                # Tensors that kept device and precision still use the mapped file's memory.
                 if isinstance(value, torch.Tensor) and value.device.type == "cpu":
                     state[key] = value.clone()
 
@@ -322,7 +322,7 @@ def _local(value: torch.Tensor) -> torch.Tensor:
 
 
 def _cut_like(value: Any, parameter: torch.Tensor) -> Any:
-    """A state sharded as its parameter; a lone rank's files hold whole ones, also where FSDP shards over it alone."""
+    """A state sharded like its parameter; files of a single rank hold whole states, even under FSDP."""
     is_whole = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
     return cut_like(value, parameter) if is_whole else value
 
@@ -336,7 +336,7 @@ def _require_finite(tensors: Mapping[str, torch.Tensor], owner: str) -> None:
 
 
 def _copied(content: Any) -> Any:
-    """With tensors of its own, in host memory."""
+    """A copy with its own tensors, in host memory."""
     if isinstance(content, torch.Tensor):
         return content.detach().clone()
     if isinstance(content, dict):
@@ -348,7 +348,7 @@ def _copied(content: Any) -> Any:
 
 @contextmanager
 def _refused_in(root: Path) -> Iterator[None]:
-    """Says which checkpoint has what is refused inside, also where its parts are not what they should be."""
+    """Inside, any error becomes a ValueError that names the checkpoint."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worker's remote surface: builds the parts a device needs and passes calls on to them, no more.
+"""The worker class: builds the parts on a device and passes remote calls on to them.
 
 Shapes: N sequences over all ranks, R response length. Batches arrive as this rank's rows.
 """
@@ -53,16 +53,16 @@ GIBIBYTE = 2**30
 
 
 class FSDPWorker(Worker):
-    """Actor, rollout engine and, where the run needs them, reference policy and critic on one device.
+    """Actor, rollout engine and, if the run needs them, reference policy and critic on one device.
 
     Args:
-        config: of the run.
-        plan: its batch numbers.
-        policy_loss: the one that `worker.actor.loss_type` names. The controller finds it, since a loss that the
-            user's own program registers is not registered in this process.
-        signal_streams: what the run's token signals have the log-prob pass measure; found there for the same reason.
-        training_steps: length of the run, for the learning-rate schedule.
-        with_videos: whether the run's data has any.
+        config: the run's configuration.
+        plan: the run's batch plan.
+        policy_loss: the loss of `worker.actor.loss_type`. The controller looks it up, since a loss that the user's
+            program registers is not registered in this process.
+        signal_streams: the streams of the log-prob pass that the run's token signals need; also looked up there.
+        training_steps: number of steps of the run, for the learning-rate schedule.
+        with_videos: whether the run's data has videos.
         **place: rank, world_size, local_rank, device.
     """
 
@@ -95,7 +95,7 @@ class FSDPWorker(Worker):
         """Loads and shards the policy, its optimizer, the rollout engine, and reference and critic if there are any.
 
         Raises:
-            ValueError: actor and critic number their tokens differently.
+            ValueError: actor and critic have different vocabularies.
         """
         actor, ref = self.config.worker.actor, self.config.worker.ref
         source = (actor.model.tokenizer_path, self.config.data.override_chat_template)
@@ -106,7 +106,7 @@ class FSDPWorker(Worker):
         if self.processor is not None:
             self.featurizer = Featurizer(self.processor, int(self.config.data.media_cache_gb * GIBIBYTE))
         self.actor_group = join_sequence_group(actor.ulysses_size)
-        # A frozen weight is only computed with: more precision than the computation has would waste memory.
+        # A frozen weight is only read: more precision than the computation uses would waste memory.
         policy_dtype = actor.fsdp.mp_param_dtype if actor.model.lora.rank > 0 else "fp32"
         policy = self._load_sharded(load_model, actor.model, actor.fsdp, policy_dtype, self.actor_group)
         algorithm = self.config.algorithm
@@ -114,7 +114,7 @@ class FSDPWorker(Worker):
             self.ref_model = self._load_sharded(load_model, actor.model, ref.fsdp, "bf16", self.actor_group)
             self.ref_model.requires_grad_(False)
             with self._reference_resident():
-                pass  # from here on it rests where it does between phases
+                pass  # from here on it is where it stays between phases
         elif not algorithm.disable_kl:
             self.ref_model = policy
         self.reference: PolicyForward | None = None
@@ -123,14 +123,14 @@ class FSDPWorker(Worker):
         noise = ImageNoise(algorithm.token_weight_image_noise, algorithm.token_weight_image_noise_share)
         vocabulary = KeyVocabulary.of(policy.config, self.processor or self.tokenizer)
         signals = SignalSettings(vocabulary, algorithm.attention_layers, noise)
-        described_by = [policy.config, policy.generation_config, self._tokenizer_files()]
+        pretrained_parts = [policy.config, policy.generation_config, self._tokenizer_files()]
         self.actor = DataParallelPPOActor(
             self.config,
             self.plan,
             self._forward_of(policy, reference=self.reference, signals=signals),
             self.policy_loss,
             self.training_steps,
-            described_by,
+            pretrained_parts,
         )
         self.trained: dict[str, TrainedModel] = {"actor": self.actor}
         self.rollout = engine_class(self.config.worker.rollout.name).from_config(
@@ -162,9 +162,9 @@ class FSDPWorker(Worker):
         return model
 
     def _build_critic(self) -> DataParallelPPOCritic:
-        """The critic reads the actor's token ids and features, so that both must have the same vocabulary."""
+        """The critic reads the actor's token ids and image features, so both must have the same vocabulary."""
         actor, critic = self.config.worker.actor.model, self.config.worker.critic
-        source = critic.model.or_that_of(actor)
+        source = critic.model.with_default_model(actor)
         if source.model_path != actor.model_path:
             tokenizer = get_tokenizer(source.tokenizer_path, trust_remote_code=source.trust_remote_code)
             if tokenizer.get_vocab() != self.tokenizer.get_vocab():
@@ -179,11 +179,11 @@ class FSDPWorker(Worker):
             self.plan.critic,
             ValueForward(model, self.featurizer, self.device, critic, group),
             self.training_steps,
-            described_by=[model.config, self._tokenizer_files()],
+            pretrained_parts=[model.config, self._tokenizer_files()],
         )
 
     def _tokenizer_files(self) -> SavesPretrained:
-        """What checkpoints keep of tokenizer and processor: the model's own, unless the template was replaced."""
+        """Tokenizer and processor files for checkpoints: the original files, unless the template was replaced."""
         loaded = self.processor or self.tokenizer
         if self.config.data.override_chat_template is not None:
             return loaded
@@ -204,7 +204,7 @@ class FSDPWorker(Worker):
 
     @register(ONE_TO_ALL)
     def prepare_rollout_engine(self) -> None:
-        """Wakes the engine and gives it the current policy; the features of media that the last step kept go."""
+        """Wakes the engine and gives it the current policy; clears the cached media features of the last step."""
         if self.featurizer is not None:
             self.featurizer.clear()
         self.rollout.wake_weights()
@@ -217,14 +217,14 @@ class FSDPWorker(Worker):
         """Takes the engine's memory back for training."""
         self.rollout.sleep()
         if self.featurizer is not None and self.world_size > 1:
-            self.featurizer.clear()  # most rows move to other workers now
+            self.featurizer.clear()  # most rows now move to other workers
 
     @register(DP_COMPUTE_PROTO, shared_by="engine")
     def generate_sequences(self, prompts: DataProto) -> DataProto:
-        """Responses for the prompts of the ranks that share an engine with this one, as `Rollout.generate` gives them.
+        """Responses for the prompts of the ranks that share an engine with this one; see `Rollout.generate`.
 
         Args:
-            prompts: meta `sampling` (a `Sampling`) and `seed_parts` (ints that name this draw within the run).
+            prompts: with meta `sampling` (a `Sampling`) and `seed_parts` (ints that identify this draw).
         """
         sampling: Sampling = prompts.meta_info["sampling"]
         engine = self.rank // self.plan.ranks_per_engine
@@ -233,10 +233,10 @@ class FSDPWorker(Worker):
 
     @register(DP_COMPUTE_PROTO, shared_by="actor")
     def compute_log_probs(self, data: DataProto) -> DataProto:
-        """Adds `old_log_probs` (N, R): the current policy's, before this step's update.
+        """Adds `old_log_probs` (N, R): log-probabilities of the current policy, before this step's update.
 
-        From the same passes also the run's `signal_streams`, and `attention_maps` (N,) objects if the data has
-        `is_mapped` (N,), which says of which rows: see `PolicyForward`.
+        The same passes add the run's `signal_streams`, and, if the data has `is_mapped` (N,), `attention_maps` (N,)
+        objects of the selected rows; see `PolicyForward`.
         """
         maps = ["attention_maps"] if MAPPED_ROWS in data.batch else []
         with self.actor.resident():
@@ -246,16 +246,16 @@ class FSDPWorker(Worker):
 
     @register(DP_COMPUTE_PROTO, shared_by="actor")
     def compute_ref_log_probs(self, data: DataProto) -> DataProto:
-        """Adds `ref_log_probs` (N, R): those of the policy the run began with."""
+        """Adds `ref_log_probs` (N, R): log-probabilities of the reference, the policy at the start of the run."""
         with self._reference_resident():
             streams = self._measure_all(self.reference, data, ["log_probs"])
         return DataProto.from_dict({"ref_log_probs": streams["log_probs"]})
 
     @register(DP_COMPUTE_PROTO, shared_by="actor")
     def compute_ref_kl(self, data: DataProto) -> DataProto:
-        """Adds `ref_kl` (N, R): KL of the current policy from the one the run began with, over the whole vocabulary.
+        """Adds `ref_kl` (N, R): KL of the current policy from the reference, over the whole vocabulary.
 
-        Costs a pass of either model.
+        Costs a forward pass of both models.
         """
         with self.actor.resident(), self._reference_resident():
             streams = self._measure_all(self.actor.forward, data, ["kl"])
@@ -266,7 +266,7 @@ class FSDPWorker(Worker):
 
     @register(DP_COMPUTE_PROTO, shared_by="critic")
     def compute_values(self, data: DataProto) -> DataProto:
-        """Adds `values` (N, R): the critic's, before this step's update."""
+        """Adds `values` (N, R): the critic's values before this step's update."""
         with self.critic.resident():
             streams = self.critic.forward.measure_all(data, ["values"], self.plan.critic.experience_micro_batch_size)
         return DataProto.from_dict(streams)
@@ -286,12 +286,12 @@ class FSDPWorker(Worker):
 
     @register(ONE_TO_ALL)
     def skipped_mini_batches(self, model: str) -> list[int]:
-        """The mini-batches of the last update of "actor" or "critic" whose gradient was not finite, by their place."""
+        """Indices of the mini-batches in the last update of "actor" or "critic" whose gradient was not finite."""
         return self.trained[model].skipped_mini_batches
 
     @register(ONE_TO_ALL)
     def memory_metrics(self) -> dict[str, float]:
-        """`perf/*` in GiB: what this node's processes hold now, and the most that tensors held on this device."""
+        """`perf/*` in GiB: memory of this node's processes now, and peak memory of tensors on this device."""
         metrics = {"perf/cpu_memory_used_gb": psutil.virtual_memory().used / GIBIBYTE}
         if self.device.type == "cuda":
             metrics["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated() / GIBIBYTE
@@ -300,15 +300,15 @@ class FSDPWorker(Worker):
 
     @register(ONE_TO_ALL)
     def checkpoint_bytes(self, model_only: bool) -> int:
-        """About what this rank's files of a checkpoint will hold."""
+        """Approximate size in bytes of this rank's files of a checkpoint."""
         return sum(model.checkpoint.num_bytes(model_only) for model in self.trained.values())
 
     @register(ONE_TO_ALL)
     def save_checkpoint(self, folder: str, model_only: bool, in_background: bool = False) -> None:
         """Writes this rank's part of `<folder>/actor` and, where there is a critic, of `<folder>/critic`.
 
-        In the background, what is to be written is copied to host memory, and a thread writes it. `saved_files` says
-        when it has, and comes before the next checkpoint.
+        In the background, the content is copied to host memory and a thread writes it. Call `saved_files` to learn
+        when it is done, and before the next checkpoint.
         """
         parts = []
         for name, model in self.trained.items():
@@ -319,7 +319,7 @@ class FSDPWorker(Worker):
 
     @register(ONE_TO_ALL)
     def saved_files(self, wait: bool) -> dict[str, FileRecord] | None:
-        """The files that this rank wrote for the last checkpoint; None while it writes, unless it is to `wait`.
+        """The files that this rank wrote for the last checkpoint; None while it is still writing, unless `wait`.
 
         Raises:
             RuntimeError: a file could not be written.
@@ -328,10 +328,10 @@ class FSDPWorker(Worker):
 
     @register(ONE_TO_ALL)
     def load_checkpoint(self, folder: str, model_only: bool) -> None:
-        """Restores this rank's part of what `save_checkpoint` wrote, on any number of ranks.
+        """Restores this rank's part of a checkpoint from any number of ranks.
 
         Raises:
-            ValueError: a file is not what was saved, or as `FSDPCheckpoint.load` says.
+            ValueError: a file has changed since it was saved, or as in `FSDPCheckpoint.load`.
         """
         if (problem := find_changes(folder, self.rank, self.world_size)) is not None:
             raise damaged_checkpoint(folder, problem)
@@ -341,5 +341,5 @@ class FSDPWorker(Worker):
 
 
 def _merged(parts: list[dict[str, FileRecord] | Callable[[], dict[str, FileRecord]]]) -> dict[str, FileRecord]:
-    """The files of several models, written before or now."""
+    """The files of several models; parts that are functions are written now."""
     return {name: record for part in parts for name, record in (part() if callable(part) else part).items()}

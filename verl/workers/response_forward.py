@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's forward pass over sequences, for what it says of the response tokens and nothing of the prompt's.
+"""A model's forward pass over sequences, for streams of the response tokens only.
 
 Shapes: N sequences, R response length, S = prompt length + R, L response tokens of all rows, K streams of the output
 head, W ranks that share a row.
@@ -37,26 +37,26 @@ Column = torch.Tensor | np.ndarray
 
 
 class ResponseForward(ABC):
-    """Streams of numbers for the response tokens, measured in forward passes of one model.
+    """Streams of numbers per response token, from forward passes of one model.
 
-    A subclass says which streams its output head gives, and may add streams that are observed inside the model.
+    A subclass defines the streams of its output head, and may add streams that are observed inside the model.
 
     Args:
-        model: takes `logits_to_keep` and answers with `logits`.
-        featurizer: turns images to features; None for text models.
-        device: of the computation.
-        config: of the trained model; `padding_free` and `dynamic_batching` are read.
-        group: the ranks that share every row with this one, and have the same rows; None for a rank of its own.
+        model: takes `logits_to_keep` and returns `logits`.
+        featurizer: turns images into model inputs; None for text-only models.
+        device: the device of the computation.
+        config: the trained model's section; `padding_free` and `dynamic_batching` are read.
+        group: the ranks that share every row with this one and have the same rows; None for a single rank.
         is_base: runs the model without its adapters.
 
     Raises:
-        ValueError: ranks are to share rows of a model that cannot be packed.
+        ValueError: `group` is given, but the model cannot be packed.
     """
 
     head_streams: tuple[str, ...]
-    """Names of the streams (N, R) that the output head gives."""
+    """Names of the streams (N, R) of the output head."""
     constant_streams: tuple[str, ...] = ()
-    """The streams out of these that carry no gradient."""
+    """The head's streams that carry no gradient."""
     tap_streams: tuple[str, ...] = ()
     """Names of the streams that are observed inside the model."""
 
@@ -84,7 +84,7 @@ class ResponseForward(ABC):
         self.fills_by_tokens = config.dynamic_batching
         self.counter = FlopCounter(model, vision_tower(model))
         self.work = Work()
-        """Operations of all forwards since the last reset."""
+        """Floating-point operations of all forwards since the last reset."""
         if self.packs:
             extend_attention()
 
@@ -94,10 +94,10 @@ class ResponseForward(ABC):
         Args:
             rows: `input_ids`, `attention_mask` (N, S), `position_ids` (N, S) or (N, 4, S), `response_mask` (N, R);
                 non-tensor `multi_modal_data` for image-text models.
-            wanted: names out of `head_streams` and `tap_streams`.
+            wanted: names from `head_streams` and `tap_streams`.
 
         Returns:
-            By name (N, R) float32, zero outside `response_mask`; a subclass says where a shape or a type differs.
+            Streams by name, (N, R) float32 and zero outside `response_mask`, unless a subclass documents otherwise.
         """
         unknown = set(wanted) - {*self.head_streams, *self.tap_streams}
         assert not unknown, f"{type(self).__name__} has no {sorted(unknown)}"
@@ -106,23 +106,23 @@ class ResponseForward(ABC):
         inputs = self._inputs(rows, layout)
         head = self._head(rows, layout, inputs, names)
         with self._adapters(), self._tap(rows, layout, wanted) as observed:
-            columns = forward_with_head(self.model, head, inputs, layout.at_labels)  # (L, K)
+            columns = forward_with_head(self.model, head, inputs, layout.label_outputs)  # (L, K)
         return layout.as_streams(names, columns, self.constant_streams) | observed
 
     @torch.no_grad()
     def measure_all(self, data: DataProto, wanted: Collection[str], micro_batch_size: int) -> dict[str, Column]:
-        """`measure` for any number of rows, in micro-batches, without gradient; the streams are on the CPU."""
+        """`measure` for any number of rows, in micro-batches, without gradient; the results are on the CPU."""
         self.model.eval()
         micro_batches, places = self.micro_batches(data, micro_batch_size)
         parts = [self.measure(rows, wanted) for rows in micro_batches]
-        # Fetched when all are under way: after each, the device would have nothing to do while the next is prepared.
+        # Copied after all were started: copying each at once would leave the device idle while the next is prepared.
         return {name: restore_dynamic_batch(_joined([part[name] for part in parts]), places) for name in parts[0]}
 
     def micro_batches(self, data: DataProto, size: int) -> tuple[list[DataProto], list[Sequence[int]]]:
-        """Pieces that go through the model at once, and the rows of `data` that each has; as many on every rank.
+        """Micro-batches, and the row numbers of each; every rank has the same number of them.
 
-        With dynamic batching a piece has at most as many tokens as `size` rows of full length, else `size` rows, the
-        last one fewer if need be. W ranks that share their rows take W times as much at once.
+        With dynamic batching a micro-batch has at most as many tokens as `size` rows of full length, otherwise `size`
+        rows; the last may be smaller. W ranks that share their rows take W times as much at once.
         """
         size *= 1 if self.group is None else self.group.size
         if self.fills_by_tokens:
@@ -138,7 +138,7 @@ class ResponseForward(ABC):
         return SharedPromptLayout(rows) if self.shares_prompts else PackedLayout(rows, self.group)
 
     def _inputs(self, rows: DataProto, layout: TokenLayout) -> dict[str, Any]:
-        """All keywords of the model's forward, on the device; the forward counts as work done."""
+        """All keyword arguments of the model's forward, on the device; also counts the forward's operations."""
         media = self._media(rows, layout)
         lengths, prefixes = zip(*layout.pieces(), strict=True)
         self.work += self.counter.count(lengths, int(layout.response_mask.sum()), media, prefixes)
@@ -147,7 +147,7 @@ class ResponseForward(ABC):
         return self._on_device(inputs)
 
     def _media(self, rows: DataProto, layout: TokenLayout, noise: ImageNoise | None = None) -> dict[str, torch.Tensor]:
-        """Features of the images and videos as they stand in the layout, spoilt by `noise` if there is any."""
+        """Media inputs in the order of the layout, degraded by `noise` if given."""
         if self.featurizer is None:
             return {}
         media = rows.non_tensor_batch["multi_modal_data"]
@@ -166,14 +166,14 @@ class ResponseForward(ABC):
     def _head(
         self, rows: DataProto, layout: TokenLayout, inputs: dict[str, Any], names: Sequence[str]
     ) -> Callable[[LazyLogits], torch.Tensor]:
-        """Takes the place of the output head: from the logits that predict the labels to (L, K), a column a name.
+        """The replacement of the output head: from the logits that predict the labels to (L, K), one column per name.
 
-        What else has to run for it (a reference) runs here, before the tap, since it may share the model's layers.
+        Further forwards (of a reference) run here, before the tap, since they may share the model's layers.
         """
 
     @contextmanager
     def _tap(self, rows: DataProto, layout: TokenLayout, wanted: Collection[str]) -> Iterator[dict[str, Column]]:
-        """A context around the forward; the streams that it observed are in the mapping afterwards."""
+        """A context around the forward; afterwards the mapping has the observed streams."""
         yield {}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads one model's files of a checkpoint: each rank its own, or its part of all where other ranks saved them."""
+"""Reads one model's files of a checkpoint: a rank's own files, or its part of all files if the ranks differ."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ CONTENTS: dict[Callable[[int, int], str], tuple[str, Callable[[dict[str, Any]], 
     optim_file: ("optimizer state", lambda state: not state or {"state", "param_groups"} <= state.keys()),
     extra_state_file: ("schedule", lambda state: isinstance(state.get("lr_scheduler"), dict)),
 }
-"""By file: what it holds, and whether a dictionary is that."""
+"""For each kind of file, its content in words, and a check of the loaded dictionary."""
 
 
 class SavedRanks:
-    """The files in `<checkpoint>/actor/` or `<checkpoint>/critic/`, as one rank of a run reads them.
+    """The files in `<checkpoint>/actor/` or `<checkpoint>/critic/`, read by one rank of a run.
 
-    Where as many ranks saved them, in sharding groups of the same size, a rank takes its own files. Otherwise it takes
-    its part of the files of all ranks, a tensor at a time. Files are mapped, not read: what they give is to be copied,
-    and they must stay as they are until it was.
+    If the number of ranks and the size of sharding groups are the same as when saving, a rank takes its own files.
+    Otherwise it takes its part of all ranks' files, one tensor at a time. Files are memory-mapped: copy the tensors,
+    and do not change the files before.
 
     Args:
         root: the folder.
-        rank, world_size: of the run.
-        group_size: how many ranks share one copy of the model in this run.
+        rank, world_size: of this run.
+        group_size: number of ranks that share one copy of the model in this run.
 
     Raises:
         ValueError: a file is missing, damaged or of another kind.
@@ -46,7 +46,9 @@ class SavedRanks:
         self.model_path = root / model_file(self.world_size, own)
         self._own = own
         self._model = self._load(model_file, own)
-        self.is_own = self.world_size == world_size and sharding_group_size(list(self._model.values())) == group_size
+        self.has_same_layout = (
+            self.world_size == world_size and sharding_group_size(list(self._model.values())) == group_size
+        )
 
     def _saved_world_size(self, world_size: int) -> int:
         matches = [re.fullmatch(r"model_world_size_(\d+)_rank_\d+\.pt", path.name) for path in self.root.iterdir()]
@@ -54,13 +56,13 @@ class SavedRanks:
         if world_size in sizes:
             return world_size
         if len(sizes) != 1:
-            found = f"files of runs with {sorted(sizes)} workers" if sizes else "no file of a model's weights"
-            raise damaged_checkpoint(self.root.parent, f"{self.root} has {found}")
+            content = f"files of runs with {sorted(sizes)} workers" if sizes else "no file of a model's weights"
+            raise damaged_checkpoint(self.root.parent, f"{self.root} has {content}")
         return sizes.pop()
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """Of the model's whole tensors."""
+        """Shapes of the model's whole tensors, by name."""
         return {name: value.shape for name, value in self._model.items()}
 
     def model(self, patterns: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -69,14 +71,14 @@ class SavedRanks:
         Args:
             patterns: this run's weights by name.
         """
-        if self.is_own:
+        if self.has_same_layout:
             return self._model
         ranks = self._load_all(model_file)
         return {name: self._part(name, [state[name] for state in ranks], patterns[name]) for name in ranks[0]}
 
     def optimizer(self, patterns: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """The optimizer's state by the names of parameters, sharded as in this run; empty before the first step."""
-        if self.is_own:
+        """The optimizer's state by parameter name, sharded as in this run; empty before the first step."""
+        if self.has_same_layout:
             return self._load(optim_file, self._own)
         ranks = self._load_all(optim_file)
         if not ranks[0]:
@@ -91,9 +93,9 @@ class SavedRanks:
         return {**ranks[0], "state": states}
 
     def extra_state(self) -> dict[str, Any]:
-        """The schedule, and of as many ranks also the states of this rank's random number generators."""
+        """The schedule, and with the same number of ranks also the states of this rank's random number generators."""
         state = self._load(extra_state_file, self._own)
-        if not self.is_own:
+        if not self.has_same_layout:
             state.pop("rng", None)
         return state
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the actor and the critic have in common: optimizer steps, a schedule, a checkpoint, and a place to rest.
+"""The common part of actor and critic: optimizer steps, schedule, checkpoint, offloading.
 
-What differs between them is the objective, a function that the update calls for each micro-batch.
+They differ in the objective, a function that the update calls for each micro-batch.
 
 Shapes: N sequences of this rank, R response length, W ranks.
 """
@@ -28,27 +28,26 @@ logger = logging.getLogger(__name__)
 
 
 Objective = Callable[[DataProto, torch.Tensor, int], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-"""A micro-batch's share of its mini-batch's loss (a scalar with gradient), and of its metrics (scalars by name).
-
-It is called with the rows, and with the numbers of response tokens and of sequences in the mini-batch, over all
-micro-batches and ranks.
+"""Takes the rows of a micro-batch, and the numbers of response tokens and of sequences in the mini-batch over all
+micro-batches and ranks. Returns the micro-batch's share of the mini-batch's loss (a scalar with gradient), and of its
+metrics (scalars by name).
 """
 
 
 class TrainedModel:
-    """A model, sharded or whole, and all that training it takes.
+    """A model, sharded or whole, with everything for its training.
 
     Args:
         forward: the model's forward pass.
-        objective: what an update minimises.
-        config: of the model, `worker.actor` or `worker.critic`.
-        plan: its batch numbers.
-        training_steps: length of the run, for the learning-rate schedule.
-        described_by: what its checkpoints hold beside the weights to say which model this is.
+        objective: the loss of an update.
+        config: the model's section, `worker.actor` or `worker.critic`.
+        plan: the model's batch sizes.
+        training_steps: number of steps of the run, for the learning-rate schedule.
+        pretrained_parts: config, tokenizer and so on, which checkpoints hold beside the weights.
     """
 
     area: str
-    """First part of the names of its metrics."""
+    """First part of the metrics' names."""
 
     def __init__(
         self,
@@ -57,7 +56,7 @@ class TrainedModel:
         config: TrainedModelConfig,
         plan: ModelPlan,
         training_steps: int,
-        described_by: Sequence[SavesPretrained],
+        pretrained_parts: Sequence[SavesPretrained],
     ) -> None:
         self.forward = forward
         self.objective = objective
@@ -66,12 +65,12 @@ class TrainedModel:
         if config.model.enable_gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.skipped_mini_batches: list[int] = []
-        """Of the last update, by their place in it, a place for each pass in which its step was skipped."""
+        """Indices of skipped mini-batches in the last update, one entry per pass in which the step was skipped."""
         self.optimizer = build_optimizer(self.model, config.optim)
         self.scheduler = build_scheduler(self.optimizer, config.optim, training_steps)
-        self.checkpoint = FSDPCheckpoint(self.model, self.optimizer, self.scheduler, described_by)
+        self.checkpoint = FSDPCheckpoint(self.model, self.optimizer, self.scheduler, pretrained_parts)
         with self.resident():
-            pass  # from here on the parameters rest where they do between phases
+            pass  # from here on the parameters are where they stay between phases
 
     @property
     def model(self) -> nn.Module:
@@ -79,14 +78,14 @@ class TrainedModel:
 
     @property
     def ranks_per_row(self) -> int:
-        """How many ranks share each row, and have the same rows."""
+        """Number of ranks that share each row and have the same rows."""
         return 1 if self.forward.group is None else self.forward.group.size
 
     def resident(self, optimizer: bool = False) -> AbstractContextManager:
-        """Holds what `config.offload` sends to the CPU between phases on the device: parameters, on request states."""
+        """Inside, offloaded parameters are on the device; with `optimizer` also the optimizer's states."""
         offload = self.config.offload
         if self.config.fsdp.enable_cpu_offload:
-            return nullcontext()  # FSDP fetches each layer by itself, and the optimizer works on the CPU
+            return nullcontext()  # FSDP fetches each layer by itself, and the optimizer runs on the CPU
         return resident(
             self.forward.device,
             model=self.model if offload.offload_params else None,
@@ -96,16 +95,16 @@ class TrainedModel:
     def update(self, data: DataProto) -> dict[str, float]:
         """One pass of optimizer steps over this rank's rows, `ppo_epochs` times; the schedule then advances once.
 
-        The rows are cut, in order, into `plan.mini_batches` mini-batches; row i of every rank's k-th piece belongs to
-        the same optimizer step. Ranks that share rows hold the rows of all of them, one member's after the other's,
-        and cut each member's part for itself. Losses are sums over tokens (or rows) divided by the counts of the whole
-        mini-batch over all ranks, so the result depends neither on micro-batches nor on the number of ranks.
+        The rows are split, in order, into `plan.mini_batches` mini-batches; the k-th pieces of all ranks form one
+        optimizer step. Ranks that share rows hold the rows of the whole group, member after member, and split each
+        member's part separately. Losses are sums over tokens (or rows) divided by the counts of the whole mini-batch
+        over all ranks, so the result depends neither on micro-batches nor on the number of ranks.
 
-        Returns metrics, the same on every rank: the objective's own, `grad_norm` before clipping, averaged over the
-        optimizer steps, `lr`, and `skipped_steps`, how many optimizer steps were left out because their gradient was
-        not finite (the schedule advances all the same: it counts training steps); by this rank's clock
-        `perf/tflops_*`, the operations in 10^12 that a device did in a second (those of a reference do not count), and
-        `perf/mfu_*`, their share of what it is made for, where that is known.
+        Returns metrics, the same on every rank: the objective's metrics and `grad_norm` before clipping, averaged over
+        the optimizer steps; `lr`; and `skipped_steps`, the number of optimizer steps that were skipped because their
+        gradient was not finite (the schedule still advances: it counts training steps). By this rank's clock:
+        `perf/tflops_*`, 10^12 operations per second and device, without the forwards of a reference; and
+        `perf/mfu_*`, their share of the device's peak, if that is known.
         """
         self.model.train()
         self.forward.work = Work()
@@ -133,10 +132,10 @@ class TrainedModel:
         device, is_cuda = self.forward.device, self.forward.device.type == "cuda"
         if is_cuda:
             torch.cuda.synchronize(device)
-        of_device = work / dist.get_world_size() / (time.perf_counter() - start)
-        metrics = {f"perf/tflops_{self.area}": of_device / 1e12}
+        device_flops = work / dist.get_world_size() / (time.perf_counter() - start)
+        metrics = {f"perf/tflops_{self.area}": device_flops / 1e12}
         peak = peak_flops(torch.cuda.get_device_name(device)) if is_cuda else None
-        return metrics if peak is None else {**metrics, f"perf/mfu_{self.area}": of_device / peak}
+        return metrics if peak is None else {**metrics, f"perf/mfu_{self.area}": device_flops / peak}
 
     def _optimizer_step(self, mini_batch: DataProto) -> dict[str, float]:
         metrics = self.accumulate_gradients(mini_batch)
@@ -149,10 +148,10 @@ class TrainedModel:
         return {**metrics, f"{self.area}/grad_norm": grad_norm}
 
     def accumulate_gradients(self, mini_batch: DataProto) -> dict[str, float]:
-        """Leaves the gradient of the whole mini-batch's loss on the parameters, and returns its metrics.
+        """Computes the gradient of a whole mini-batch's loss into the parameters, and returns its metrics.
 
         Args:
-            mini_batch: this rank's rows of it; all ranks have as many rows.
+            mini_batch: this rank's rows; all ranks have the same number of rows.
         """
         world_size = dist.get_world_size()
         num_tokens = self._sum_over_rows(mini_batch.batch["response_mask"].sum())
@@ -160,8 +159,8 @@ class TrainedModel:
         micro_batches, _ = self.forward.micro_batches(mini_batch, self.plan.update_micro_batch_size)
         sums: dict[str, torch.Tensor] = {}
         for micro_batch in micro_batches:
-            # Gradients are reduced after every one of them, and add up in shards. Kept back until the last, as FSDP
-            # can, they would stand whole on every device: 28 GB of float32 for 7 billion weights.
+            # Gradients are reduced after every micro-batch and summed as shards. FSDP could reduce only after the last
+            # one, but would then hold whole gradients on every device: 28 GB of float32 for 7 billion weights.
             loss, parts = self.objective(micro_batch, num_tokens, num_sequences)
             (loss * world_size).backward()  # FSDP averages gradients over the ranks
             for name, value in parts.items():
@@ -170,7 +169,7 @@ class TrainedModel:
         return {f"{self.area}/{name}": total for name, total in zip(sums, totals.tolist(), strict=True)}
 
     def _sum_over_rows(self, value: torch.Tensor) -> torch.Tensor:
-        """Over all ranks, each row counted once."""
+        """Sums over all ranks, counting each shared row once."""
         total = value.detach().to(torch.float64).cpu()
         dist.all_reduce(total)
         return total / self.ranks_per_row

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams the policy's weights out, tensor by tensor, for a rollout engine to take in."""
+"""Streams the policy's weights, tensor by tensor, to a rollout engine."""
 
 from collections.abc import Iterator
 
@@ -15,11 +15,11 @@ from verl.workers.fsdp2 import full_tensor
 def stream_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (Hugging Face name, whole tensor) for every entry of the state dict, tied ones under each name.
 
-    Low-rank adapters come merged into the weights that they adapt, in the adapters' precision, under the names of the
-    model without them.
+    Low-rank adapters are merged into their weights, in the adapters' precision and under the names of the model
+    without adapters.
 
-    A collective: every rank has to draw the stream to its end, in step. At most one tensor is whole at a time, beside
-    what the consumer keeps. Tensors may alias the live parameters (at world size 1 they do): copy, don't keep.
+    A collective: every rank must consume the whole stream, in step. At most one tensor is whole at a time, besides the
+    tensors that the consumer keeps. Tensors may alias the live parameters (at world size 1 they do), so copy them.
     """
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for name, value in model.state_dict().items():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of one sample's response tokens on each of its image tokens, from rotated queries and keys.
 
-For a few samples that somebody looks at: it costs a row of scores for each query, where `attention_mass` keeps none.
+Meant for a few samples: it stores a row of scores per query, while `attention_mass` stores none.
 
 Shapes: H heads, Hkv key heads, G groups of neighbouring heads, D head dimension, T queries, K keys, V image tokens.
 """
@@ -13,7 +13,7 @@ import torch
 from verl.models.kernels.attention_mass import KeyPlan, SamplePlan
 
 SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
-"""Numbers of float32, by the type of the device."""
+"""Largest number of float32 scores held at a time, by device type."""
 
 
 @torch.no_grad()
@@ -27,26 +27,26 @@ def attention_map(
     sinks: torch.Tensor | None = None,
     head_groups: int = 1,
 ) -> torch.Tensor:
-    """Attention (G, T, V + 2) float32, mean over the heads of a group: to each image token, to text, to the prompt.
+    """Attention (G, T, V + 2) float32, mean over a group's heads: to each image token, to all text, to the prompt.
 
-    Image tokens are in the order of the prompt. The prompt is all of it but the sink. Not normalised.
+    Image tokens are in prompt order. The last column is the whole prompt without the sink. Not normalised.
 
     Args:
         query, key, plan, scaling, softcap, sinks: as in `attention_mass.chunked`.
-        sample: one of the plan's.
+        sample: a sample of the plan.
         head_groups: G, divides H.
     """
     plan = plan.to(query.device)
-    own_query = query[sample.batch_row].index_select(1, plan.query_positions[sample.queries]).float() * scaling
-    own_key = key[sample.batch_row].index_select(1, plan.key_positions[sample.keys]).float()  # (Hkv, K, D)
-    heads, num_queries = own_query.shape[:2]
-    num_keys = own_key.shape[1]
-    own_key = own_key.mT.repeat_interleave(heads // own_key.shape[0], dim=0)  # (H, D, K)
+    sample_query = query[sample.batch_row].index_select(1, plan.query_positions[sample.queries]).float() * scaling
+    sample_key = key[sample.batch_row].index_select(1, plan.key_positions[sample.keys]).float()  # (Hkv, K, D)
+    heads, num_queries = sample_query.shape[:2]
+    num_keys = sample_key.shape[1]
+    sample_key = sample_key.mT.repeat_interleave(heads // sample_key.shape[0], dim=0)  # (H, D, K)
     at_once = max(1, SCORES_AT_ONCE.get(query.device.type, SCORES_AT_ONCE["cuda"]) // (heads * num_keys))
     places = torch.arange(num_keys, device=query.device)
     parts = []
     for first in range(0, num_queries, at_once):
-        scores = own_query[:, first : first + at_once] @ own_key  # (H, t, K)
+        scores = sample_query[:, first : first + at_once] @ sample_key  # (H, t, K)
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
         numbers = torch.arange(first, first + scores.shape[1], device=query.device)

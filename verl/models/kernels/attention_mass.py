@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much attention response tokens give to the prompt's text and to its images, from rotated queries and keys.
 
-Nothing quadratic in the length is kept and no attention mask is read: a `KeyPlan`, made from the kinds of the keys,
-says which queries and keys of a padded or packed batch belong together. A response's query sees every key of its own
-prompt, so causality matters only among the response's own keys.
+Nothing quadratic in the length is stored and no attention mask is read. A `KeyPlan`, built from the kinds of the keys,
+says which queries and keys of a padded or packed batch belong together. A response's query sees every key of its
+prompt, so causality matters only among the keys of the response.
 
 Shapes: N samples, R response columns, S sequence length, B batch rows, H heads, Hkv key heads, D head dimension.
 """
@@ -20,16 +20,16 @@ from verl.utils.attention_metrics import KeyKind
 from verl.utils.device_copies import to_device
 from verl.utils.response_span import response_columns
 
-# The kinds whose attention is summed come first, so that each sum is one over neighbours.
+# The kinds whose attention is summed come first, so that each sum runs over neighbours.
 _KEY_ORDER = (KeyKind.TEXT, KeyKind.VISION, KeyKind.PROMPT, KeyKind.SINK, KeyKind.RESPONSE, KeyKind.PADDING)
 _RANK_OF_KIND = torch.tensor(_KEY_ORDER).argsort()
 
 
 class SamplePlan(NamedTuple):
-    """Where the queries and keys of one sample are; plain integers, so that reading them waits for no device.
+    """Positions of the queries and keys of one sample. Plain integers: reading them does not wait for the device.
 
-    Its keys lie in the plan's `key_positions` in this order: text, vision, other prompt tokens, sink, response. The
-    `end_of_` fields count them from the sample's first key.
+    In the plan's `key_positions` the sample's keys are ordered: text, vision, other prompt tokens, sink, response. The
+    `end_of_` fields are offsets from the sample's first key.
     """
 
     row: int  # of the result
@@ -55,19 +55,19 @@ class SamplePlan(NamedTuple):
 
 @dataclass(frozen=True)
 class KeyPlan:
-    """Which queries to measure, and among which keys each shares its attention.
+    """The queries to measure, and the keys that each of them attends to.
 
-    The queries of a sample are its last prompt token and its response tokens but the last: the positions whose outputs
-    predict the response. Query i of a sample sees all keys of its prompt and the first i of its response; nobody sees
-    the last. A sample without response, or without prompt (no mass to measure, no query for its first token), is left
-    out and its row of the result stays 0.
+    The queries of a sample are its last prompt token and its response tokens without the last: the positions whose
+    outputs predict the response. Query i of a sample sees all keys of its prompt and the first i of its response; no
+    query sees the last response key. A sample without response or without prompt is left out, and its row of the
+    result stays 0.
 
-    samples: those that have queries. num_samples: N, of the whole batch. response_length: R.
-    query_positions: (Q,) int64, places in the query tensor, one sample after the other.
+    samples: the samples that have queries. num_samples: N, of the whole batch. response_length: R.
+    query_positions: (Q,) int64, positions in the query tensor, sample after sample.
     result_columns: (Q,) int64, the response column that each query predicts.
-    key_positions: (K,) int64, places in the key tensor, one sample after the other.
+    key_positions: (K,) int64, positions in the key tensor, sample after sample.
     table: (len(samples), 9) int64, `samples` as a tensor.
-    longest_reach: how many tokens, itself included, a query must look back over to see all that it attends to.
+    longest_reach: the shortest sliding window, in tokens, through which every query still sees all its keys.
     """
 
     samples: tuple[SamplePlan, ...]
@@ -84,15 +84,15 @@ class KeyPlan:
     def from_kinds(cls, key_kinds: torch.Tensor, response_length: int) -> KeyPlan:
         """The plan of a padded batch.
 
-        key_kinds: (N, S) integers of `KeyKind`, on any device; the plan is made on the CPU. The last
-            `response_length` columns are the response's; padding may stand anywhere.
+        key_kinds: (N, S) integers of `KeyKind`, on any device; the plan is built on the CPU. The last
+            `response_length` columns hold the response; padding may be anywhere.
         """
         rows = key_kinds.cpu()
         place = response_columns(key_kinds.shape[1], response_length)
         assert not bool((rows[:, : place.start] == KeyKind.RESPONSE).any()), "response keys among the prompt's columns"
         columns = [(row[place] == KeyKind.RESPONSE).nonzero().flatten() for row in rows]
         places = torch.arange(key_kinds.shape[1])
-        return cls._of([(index, places, row) for index, row in enumerate(rows)], columns, response_length)
+        return cls._from_spans([(index, places, row) for index, row in enumerate(rows)], columns, response_length)
 
     @classmethod
     def from_places(
@@ -102,11 +102,11 @@ class KeyPlan:
         columns: Sequence[torch.Tensor],
         response_length: int,
     ) -> KeyPlan:
-        """The plan of samples whose tokens stand anywhere in a single batch row, some of them in several samples.
+        """The plan of samples that are packed in a single batch row; they may share tokens.
 
-        key_kinds: (total,) integers of `KeyKind`, on any device; the plan is made on the CPU.
-        places: of each sample the places of its tokens, ascending, in their order.
-        columns: of each sample the columns of the result that its response tokens go to, ascending.
+        key_kinds: (total,) integers of `KeyKind`, on any device; the plan is built on the CPU.
+        places: for each sample, the positions of its tokens, ascending.
+        columns: for each sample, the columns of the result for its response tokens, ascending.
         response_length: R, above every column.
         """
         tokens = key_kinds.cpu()
@@ -114,13 +114,13 @@ class KeyPlan:
         for (_, _, kinds), own in zip(spans, columns, strict=True):
             assert len(own) == int((kinds == KeyKind.RESPONSE).sum()), "not one column for each response token"
             assert len(own) == 0 or int(own.max()) < response_length, f"a column is not below {response_length}"
-        return cls._of(spans, columns, response_length)
+        return cls._from_spans(spans, columns, response_length)
 
     @classmethod
-    def _of(
+    def _from_spans(
         cls, spans: list[tuple[int, torch.Tensor, torch.Tensor]], columns: Sequence[torch.Tensor], response_length: int
     ) -> KeyPlan:
-        """spans: batch row, positions and kinds of each sample. columns: of each one's response tokens."""
+        """spans: batch row, positions and kinds of each sample. columns: result columns of its response tokens."""
         samples: list[SamplePlan] = []
         nothing = torch.empty(0, dtype=torch.int64)
         queries, result_columns, keys = [nothing], [nothing], [nothing]
@@ -174,17 +174,17 @@ def reference(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The definition, all at once and in float64: what the other back ends are measured against.
+    """The definition, in one piece and in float64; tests compare the other back ends with it.
 
     Arguments as in `chunked`; returns (N, R, 3) float64.
     """
     plan = plan.to(query.device)
     masses = query.new_zeros(plan.num_samples, plan.response_length, 3, dtype=torch.float64)
     for sample in plan.samples:
-        own_query = query[sample.batch_row, :, plan.query_positions[sample.queries]].double()  # (H, Q, D)
-        own_key = key[sample.batch_row, :, plan.key_positions[sample.keys]].double()  # (Hkv, K, D)
-        own_key = own_key.repeat_interleave(query.shape[1] // key.shape[1], dim=0)  # (H, K, D)
-        scores = own_query @ own_key.mT * scaling  # (H, Q, K)
+        sample_query = query[sample.batch_row, :, plan.query_positions[sample.queries]].double()  # (H, Q, D)
+        sample_key = key[sample.batch_row, :, plan.key_positions[sample.keys]].double()  # (Hkv, K, D)
+        sample_key = sample_key.repeat_interleave(query.shape[1] // key.shape[1], dim=0)  # (H, K, D)
+        scores = sample_query @ sample_key.mT * scaling  # (H, Q, K)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         visible = torch.ones(scores.shape[1:], dtype=torch.bool, device=query.device).tril(sample.end_of_sink - 1)
@@ -210,40 +210,40 @@ def chunked(
     sinks: torch.Tensor | None = None,
     block: tuple[int, int] | None = None,
 ) -> torch.Tensor:
-    """Attention mass with plain torch operations, for one block of scores at a time, in float32.
+    """Attention mass with plain torch operations, one block of scores at a time, in float32.
 
-    The softmax is made on the way (Milakov and Gimelshein, arXiv 1805.02867): when a block raises a query's highest
-    score, the sums so far are scaled down to it. A block holds keys of one kind, so that it adds to one sum.
+    The softmax is computed online (Milakov and Gimelshein, arXiv 1805.02867): when a block raises a query's highest
+    score, the earlier sums are rescaled. A block holds keys of one kind, so that it adds to one sum.
 
     query: (B, H, S, D); key: (B, Hkv, S, D), any floating type, as they enter the attention (after rotary embedding).
-    plan: which of them belong together.
-    scaling: what their products are multiplied by.
+    plan: says which queries and keys belong together.
+    scaling: factor of the query-key products.
     softcap: scores x become softcap * tanh(x / softcap), as in Gemma 2.
-    sinks: (H,) one more score for every query of a head, whose attention goes nowhere, as in gpt-oss.
-    block: queries and keys of a block, which is for all heads; by default what suits the device.
+    sinks: (H,) an extra score per head in the softmax, whose share goes to no key, as in gpt-oss.
+    block: number of queries and of keys in a block, for all heads; None suits the device.
 
     Returns (N, R, 3) float32: attention, mean over the heads, to text keys, to vision keys, and to all keys of the
-    prompt but the sink; 0 where there is no response token. No gradient flows through it.
+    prompt without the sink; 0 where there is no response token. No gradient flows through it.
     """
     plan = plan.to(query.device)
     block_queries, block_keys = block or _block_size(query)
     masses = query.new_zeros(plan.num_samples, plan.response_length, 3, dtype=torch.float32)
     for sample in plan.samples:
-        own_query = query[sample.batch_row].index_select(1, plan.query_positions[sample.queries])  # (H, Q, D)
-        own_query = own_query.float() * scaling
-        own_key = key[sample.batch_row].index_select(1, plan.key_positions[sample.keys])  # (Hkv, K, D)
-        own_key = own_key.float().mT.contiguous()  # (Hkv, D, K)
+        sample_query = query[sample.batch_row].index_select(1, plan.query_positions[sample.queries])  # (H, Q, D)
+        sample_query = sample_query.float() * scaling
+        sample_key = key[sample.batch_row].index_select(1, plan.key_positions[sample.keys])  # (Hkv, K, D)
+        sample_key = sample_key.float().mT.contiguous()  # (Hkv, D, K)
         columns = plan.result_columns[sample.queries]
         for first in range(0, sample.num_queries, block_queries):
             rows = slice(first, first + block_queries)
             masses[sample.row, columns[rows]] = _masses_of_queries(
-                own_query[:, rows], own_key, first, sample, softcap, sinks, block_keys
+                sample_query[:, rows], sample_key, first, sample, softcap, sinks, block_keys
             )
     return masses
 
 
 def _block_size(query: torch.Tensor) -> tuple[int, int]:
-    # On a CPU the scores of a block (1 MB) and its keys stay in the core's cache; a GPU wants few, large operations.
+    # On a CPU the scores of a block (1 MB) and its keys fit the core's cache; a GPU prefers few, large operations.
     num_scores, block_keys = (2**18, 512) if query.device.type == "cpu" else (2**26, 4096)
     return max(1, num_scores // (query.shape[1] * block_keys)), block_keys
 
@@ -257,15 +257,15 @@ def _masses_of_queries(
     sinks: torch.Tensor | None,
     block_keys: int,
 ) -> torch.Tensor:
-    """Masses (Q, 3) of some successive queries (H, Q, D), scaled, number `first` of the sample and on.
+    """Masses (Q, 3) of consecutive scaled queries (H, Q, D), which begin at query `first` of the sample.
 
-    key: (Hkv, D, K), those of the whole sample.
+    key: (Hkv, D, K), all keys of the sample.
     """
     heads, length, dimension = query.shape
     query = query.reshape(key.shape[0], -1, dimension)  # (Hkv, H / Hkv * Q, D)
-    all_see = sample.end_of_sink + first  # that many keys; the second query sees one more
+    num_common = sample.end_of_sink + first  # keys that the first query sees; each further query sees one more
     starts = (0, sample.end_of_text, sample.end_of_vision, sample.end_of_prompt)
-    ends = (sample.end_of_text, sample.end_of_vision, sample.end_of_prompt, all_see + length - 1)
+    ends = (sample.end_of_text, sample.end_of_vision, sample.end_of_prompt, num_common + length - 1)
 
     # The extra score enters the last sum as one key. Where there is none it is -inf, and the first block wipes it out.
     highest = query.new_full((heads, length, 1), -torch.inf)
@@ -280,8 +280,8 @@ def _masses_of_queries(
             scores = torch.bmm(query, key[..., left:right]).view(heads, length, -1)  # (H, Q, k)
             if softcap is not None:
                 scores.div_(softcap).tanh_().mul_(softcap)
-            if right > all_see:
-                future = torch.ones(scores.shape[1:], dtype=torch.bool, device=query.device).triu(all_see - left)
+            if right > num_common:
+                future = torch.ones(scores.shape[1:], dtype=torch.bool, device=query.device).triu(num_common - left)
                 scores.masked_fill_(future, -torch.inf)
             higher = torch.maximum(highest, scores.amax(dim=-1, keepdim=True))
             sums *= (highest - higher).exp_().squeeze(-1)
@@ -301,11 +301,11 @@ def triton(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention mass from one kernel that writes no scores at all. Arguments and result as in `chunked`.
+    """Attention mass from one kernel that writes no scores to memory. Arguments and result as in `chunked`.
 
-    Products of bfloat16 or float16 are added up in float32; those of float32 are not rounded to TF32.
+    Products of bfloat16 or float16 are accumulated in float32; float32 products are not rounded to TF32.
 
-    Raises ImportError where the package `triton` is missing.
+    Raises ImportError if the package `triton` is missing.
     """
     try:
         from verl.models.kernels import attention_mass_triton
@@ -326,10 +326,10 @@ def default_backend(device: torch.device) -> str:
 
 
 def normalised_layer_mean(masses: torch.Tensor) -> torch.Tensor:
-    """Mean over layers of each one's attention to text and vision, as shares of that to the prompt without the sink.
+    """Mean over layers of the attention to text and vision, as shares of the attention to the prompt without the sink.
 
-    masses: (L, N, R, 3) of the layers, from a back end. Returns (N, R, 2) float32. A token that gives the prompt
-    nothing in a layer adds 0 there.
+    masses: (L, N, R, 3) of the layers, from a back end. Returns (N, R, 2) float32. A token without attention to the
+    prompt in a layer adds 0 there.
     """
     prompt = masses[..., 2:]  # (L, N, R, 1)
     shares = torch.where(prompt == 0, 0.0, masses[..., :2] / prompt)  # (L, N, R, 2)

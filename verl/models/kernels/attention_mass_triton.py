@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernel behind the back end `triton` of attention_mass.py; this file alone imports the package.
+"""The Triton kernel of the back end `triton` of attention_mass.py. Only this file imports the package.
 
-One program takes a block of a sample's queries under one head and streams over the sample's keys, kind by kind.
+One program handles a block of a sample's queries for one head and streams over the sample's keys, kind by kind.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def block_sizes(dimension: int, element_size: int) -> dict[str, int]:
     """Sizes of the blocks, and the warps and loop stages they are compiled for.
 
     Up to 256 dimensions a program needs less than 99 KB of shared memory, which every GPU since Ampere has, and in
-    half precision no register spills. float32 runs without tensor cores and is there to be compared with.
+    half precision no register spills. float32 runs without tensor cores and serves comparisons.
     """
     padded = max(16, triton.next_power_of_2(dimension))
     if element_size == 4:
@@ -94,7 +94,7 @@ def _add_up(
     """Sum over the keys number `start` to `end` of 2 ** (score - highest score so far), and that highest score.
 
     query_block: (Q, D). highest: (Q,) of the keys before, in units of log2(e). keys: (D, 1) pointers. num_visible:
-    (Q,) how many of the sample's keys each query sees.
+    (Q,) number of the sample's keys that each query sees.
     """
     total = tl.zeros_like(highest)
     inside = (tl.arange(0, BLOCK_DIMENSION) < DIMENSION)[:, None]

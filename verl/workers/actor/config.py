@@ -11,7 +11,7 @@ from verl.config import ConfigSection, looks_local
 Dtype = Literal["fp16", "float16", "bf16", "bfloat16", "fp32", "float32"]
 
 LOSS_TYPES = ("default", "gspo", "gspo_token", "cispo", "sapo")
-"""The names that `verl/algorithms/policy_loss.py` registers, here to be known without torch."""
+"""The names that `verl/algorithms/policy_loss.py` registers, repeated here so that reading them needs no torch."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class ModelConfig(ConfigSection):
         if self.tokenizer_path is None:
             self.settle("tokenizer_path", self.model_path)
 
-    def or_that_of(self, other: Self) -> Self:
-        """Itself if it has a `model_path`, else with all that says which model it is taken from `other`."""
+    def with_default_model(self, other: Self) -> Self:
+        """This section if it has a `model_path`; otherwise with the path and the loading options of `other`."""
         if self.model_path:
             return self
         keys = ("model_path", "tokenizer_path", "override_config", "trust_remote_code")
@@ -150,7 +150,7 @@ class FSDPConfig(ConfigSection):
 
 @dataclass(frozen=True)
 class OffloadConfig(ConfigSection):
-    """What moves to host memory while a worker does something else."""
+    """What moves to host memory while it is not in use."""
 
     offload_params: bool = False
     """Move the parameters out between phases."""
@@ -160,7 +160,7 @@ class OffloadConfig(ConfigSection):
 
 @dataclass(frozen=True)
 class TrainedModelConfig(ConfigSection):
-    """What every trained model has: its batches, averaging and sharding. Batch sizes count prompts where not said."""
+    """Settings of every trained model: batches, averaging, sharding. Batch sizes count prompts unless noted."""
 
     strategy: str = "fsdp"
     """Accepted for existing configurations, no effect: sharding is always FSDP2."""
@@ -200,7 +200,7 @@ class TrainedModelConfig(ConfigSection):
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether groups have their prompt once, as far as the configuration says; the model may not pack."""
+        """Whether the configuration computes shared prompts once; the model must also support packing."""
         return self.share_prompts and self.padding_free and self.ulysses_size == 1
 
 
@@ -218,8 +218,8 @@ class ActorConfig(TrainedModelConfig):
     """Policy loss, by its name in `verl/algorithms/policy_loss.py`: `default`, `gspo`, `gspo_token`, `cispo` or
     `sapo`. Or a function of your own, `path.py:function`."""
     use_torch_compile: bool = True
-    """Accepted for existing configurations, no effect: log-probabilities are taken from the hidden states by pieces,
-    and almost all of that is products with the output head."""
+    """Accepted for existing configurations, no effect: log-probabilities are computed from the hidden states piece by
+    piece, and nearly all of that time goes into products with the output head."""
     tau_positive: float = 1.0
     """SAPO's temperature for tokens with a positive advantage."""
     tau_negative: float = 1.05

@@ -17,14 +17,14 @@ from verl.workers.trained_model import TrainedModel
 
 
 class DataParallelPPOActor(TrainedModel):
-    """Updates the policy with a policy gradient, and a KL loss where one is asked for.
+    """Updates the policy with a policy gradient and an optional KL loss.
 
     Args:
-        config: of the run.
-        plan: the run's batch numbers.
+        config: the run's configuration.
+        plan: the run's batch plan.
         forward: the policy's forward pass.
         policy_loss: one of `POLICY_LOSSES`.
-        training_steps, described_by: as in `TrainedModel`.
+        training_steps, pretrained_parts: as in `TrainedModel`.
     """
 
     area = "actor"
@@ -37,10 +37,10 @@ class DataParallelPPOActor(TrainedModel):
         forward: PolicyForward,
         policy_loss: PolicyLoss,
         training_steps: int,
-        described_by: Sequence[SavesPretrained],
+        pretrained_parts: Sequence[SavesPretrained],
     ) -> None:
         objective = PolicyObjective(config, forward, policy_loss)
-        super().__init__(forward, objective, config.worker.actor, plan.actor, training_steps, described_by)
+        super().__init__(forward, objective, config.worker.actor, plan.actor, training_steps, pretrained_parts)
         self.algorithm = config.algorithm
 
     def update_policy(self, data: DataProto) -> dict[str, float]:
@@ -50,16 +50,16 @@ class DataParallelPPOActor(TrainedModel):
             data: `input_ids`, `attention_mask`, `position_ids`, `response_mask`, `old_log_probs`, `advantages`;
                 non-tensor `multi_modal_data`. With a KL loss other than `full`, which runs the reference itself, also
                 `ref_log_probs`. With `algorithm.enable_token_weights` also `token_weights` (N, R): each
-                token's policy and KL loss is multiplied by its weight; with fewer columns than R, the tokens beyond
-                weigh 1. Nothing else sees the weights, and losses are divided by plain counts, so that weights of one
-                change nothing, bit for bit. With `worker.rollout.importance_cap` also `importance_weights` (N, R),
-                which multiply the policy loss alone.
+                token's policy and KL loss is multiplied by its weight; if it has fewer columns than R, the other
+                tokens weigh 1. The weights have no other effect, and losses are divided by plain counts, so weights
+                of one change nothing, bit for bit. With `worker.rollout.importance_cap` also `importance_weights`
+                (N, R), which multiply only the policy loss.
 
         Returns:
             `actor/*` metrics, the same on every rank: means over the mini-batch's real response tokens, averaged
-            over the optimizer steps. Losses are the weighted ones that were trained on; `entropy_loss` is the entropy
-            of the distribution that is sampled from, `ppo_kl` the mean of old less new log-probability, which
-            estimates the KL from the policy before the update.
+            over the optimizer steps. Losses include the token weights; `entropy_loss` is the entropy of the sampling
+            distribution; `ppo_kl` is the mean of old minus new log-probability, an estimate of the KL from the policy
+            before the update.
         """
         metrics = self.update(data)
         if self.algorithm.kl_in_loss:

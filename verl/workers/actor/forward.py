@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a policy says of its response tokens: log-probabilities, entropy, KL, attention, similarity to images.
+"""A policy's streams for response tokens: log-probabilities, entropy, KL, attention, similarity to images.
 
 Shapes: N sequences, R response length, S = prompt length + R, L response tokens of all rows, K streams of the output
 head, H hidden size, V vocabulary.
@@ -34,10 +34,10 @@ from verl.workers.response_forward import Column, ResponseForward
 
 @dataclass(frozen=True)
 class PolicyHead:
-    """What takes the place of a policy's output head: it is called with the logits, and gives (L, K)."""
+    """The replacement of a policy's output head: takes the logits, returns the streams (L, K)."""
 
     names: Sequence[str]
-    """Of the K streams."""
+    """Names of the K streams."""
     labels: torch.Tensor
     """(L,) the response tokens."""
     temperature: float
@@ -46,8 +46,8 @@ class PolicyHead:
     """Tokens that cannot be sampled."""
     reference: LazyLogits | None
     """The reference's logits, for `kl`."""
-    spoilt: LazyLogits | None
-    """The policy's own with the images spoilt, for `image_kl`."""
+    degraded: LazyLogits | None
+    """The policy's logits with degraded images, for `image_kl`."""
     has_media: torch.Tensor | None
     """(L,) bool, whether the token's row has images or videos, for `image_kl`."""
 
@@ -58,52 +58,52 @@ class PolicyHead:
         compare = partial(token_statistics, logits, self.labels, self.temperature, self.banned_token_ids)
         statistics = compare(self.reference, with_entropy="entropy" in self.names)
         columns = {"log_probs": statistics.log_probs, "entropy": statistics.entropy, "kl": statistics.kl}
-        if self.spoilt is not None:
-            columns["image_kl"] = torch.where(self.has_media, compare(self.spoilt, with_entropy=False).kl, 0)
+        if self.degraded is not None:
+            columns["image_kl"] = torch.where(self.has_media, compare(self.degraded, with_entropy=False).kl, 0)
         return torch.stack([columns[name] for name in self.names], dim=-1)
 
 
 @dataclass(frozen=True)
 class SignalSettings:
-    """What the streams that token signals ask for are measured with."""
+    """Settings for the streams of token signals."""
 
     vocabulary: KeyVocabulary
-    """Tells the prompt's text from its images."""
+    """Token ids that distinguish the prompt's text from its images."""
     layers: LayerChoice = "all"
     """The full-attention layers that attention is taken from."""
     noise: ImageNoise = ImageNoise("patches", 0.5)
-    """What spoils images for `image_kl`."""
+    """How images are degraded for `image_kl`."""
     head_groups: int | None = None
-    """The groups of heads that `attention_maps` tell apart; None for none."""
+    """Number of head groups with separate `attention_maps`; None for the mean over all heads."""
 
 
 MAPPED_ROWS = "is_mapped"
-"""(N,) bool, the rows of a batch whose `attention_maps` are wanted."""
+"""Stream (N,) bool: the rows that get `attention_maps`."""
 
 
 class PolicyForward(ResponseForward):
-    """Streams of one policy, under the temperature and the support that sampling used.
+    """Streams of one policy, with the temperature and the excluded tokens of sampling.
 
-    - `log_probs`: of the response tokens; tokens that cannot be sampled have probability zero.
-    - `entropy`: of the distribution, in nats, without gradient.
+    - `log_probs`: log-probabilities of the response tokens; tokens that cannot be sampled have probability zero.
+    - `entropy`: entropy of the distribution, in nats, without gradient.
     - `kl`: KL(policy || reference) over the whole vocabulary, in nats, from one further forward of the reference.
-    - `image_kl`: KL(policy || policy with spoilt images) over the whole vocabulary, in nats, from one further forward;
-      exactly 0 for rows without images and videos. It is meant for passes without gradient.
+    - `image_kl`: KL(policy || policy with degraded images) over the whole vocabulary, in nats, from one further
+      forward; exactly 0 for rows without images and videos. Only for passes without gradient.
     - `attention_mass` (N, R, 2): each token's attention on the prompt's text and on its images, without gradient.
-    - `attention_keys` (N, 2) int64: how many tokens each of the two has.
-    - `attention_maps` (N,) objects: an `AttentionMap` for each row that the batch's `is_mapped` names and that has a
-      response, None for the others, whose other streams are the same bit for bit.
+    - `attention_keys` (N, 2) int64: the numbers of text tokens and of image tokens.
+    - `attention_maps` (N,) objects: an `AttentionMap` for each row with a response that `is_mapped` selects, None for
+      other rows. The other streams do not change, bit for bit.
     - `hidden_cosine`: cosine of the last hidden state that predicts the token and the mean last hidden state of the
       prompt's image tokens, without gradient; NaN on the response tokens of rows without images and videos.
 
-    Where the model has a plain output head, its logits are never made whole: see `verl/utils/logprobs.py`.
+    With a plain output head, the logits are never stored as a whole: see `verl/utils/logprobs.py`.
 
     Args:
         model: the policy or reference, sharded or whole.
         featurizer, device, config, group, is_base: as in `ResponseForward`.
-        temperature: of the rollout; logits are divided by it.
-        reference: the policy that `kl` is measured from; its model takes the same inputs. None where no KL is wanted.
-        signals: how the last five streams are measured; None where they are not wanted.
+        temperature: the rollout's temperature; logits are divided by it.
+        reference: the reference for `kl`; its model takes the same inputs. None if `kl` is not needed.
+        signals: settings of the last five streams; None if they are not needed.
     """
 
     head_streams = ("log_probs", "entropy", "kl", "image_kl")
@@ -129,24 +129,24 @@ class PolicyForward(ResponseForward):
         self.signals = signals
 
     def logits_at_labels(self, layout: TokenLayout, inputs: dict[str, Any]) -> LazyLogits:
-        """Logits (L, V) of the positions that predict `layout.labels()`, without gradient, to be used later."""
+        """Logits (L, V) that predict `layout.labels()`, without gradient, for later use."""
         with self._adapters():
-            return capture_logits(self.model, inputs, layout.at_labels)
+            return capture_logits(self.model, inputs, layout.label_outputs)
 
     def _head(
         self, rows: DataProto, layout: TokenLayout, inputs: dict[str, Any], names: Sequence[str]
     ) -> Callable[[LazyLogits], torch.Tensor]:
         labels = to_device(layout.labels(), self.device)  # (L,)
-        reference = spoilt = has_media = None
+        reference = degraded = has_media = None
         if "kl" in names:
             assert self.reference is not None, "there is no reference to measure kl from"
             reference = self.reference.logits_at_labels(layout, inputs)
         if "image_kl" in names:
             assert self.signals is not None, "image_kl needs SignalSettings"
             media = self._on_device(self._media(rows, layout, self.signals.noise))
-            spoilt = self.logits_at_labels(layout, inputs | media)
+            degraded = self.logits_at_labels(layout, inputs | media)
             has_media = to_device(self._rows_with_media(rows)[layout.label_rows()], self.device)  # (L,)
-        return PolicyHead(names, labels, self.temperature, self.banned_token_ids, reference, spoilt, has_media)
+        return PolicyHead(names, labels, self.temperature, self.banned_token_ids, reference, degraded, has_media)
 
     def _rows_with_media(self, rows: DataProto) -> torch.Tensor:
         """(N,) bool."""
@@ -176,17 +176,17 @@ class PolicyForward(ResponseForward):
                 seen_states = taps.enter_context(observe_hidden_states(self.model))
             yield observed
         if "attention_mass" in wanted:
-            observed["attention_mass"] = layout.as_wide(recorder.mass())  # (N, R, 2)
+            observed["attention_mass"] = layout.pad_masses(recorder.mass())  # (N, R, 2)
         if maps is not None:
             observed["attention_maps"] = np.full(len(rows), None, dtype=object)  # (N,)
-            for row, of_row in recorder.maps(layout.response_mask).items():
-                observed["attention_maps"][row] = of_row
+            for row, row_map in recorder.maps(layout.response_mask).items():
+                observed["attention_maps"][row] = row_map
         if "attention_keys" in wanted:
             observed["attention_keys"] = count_keys(key_kinds)  # (N, 2)
         if "hidden_cosine" in wanted:
             (states,) = seen_states
             image_means = layout.row_means(states, key_kinds == KeyKind.VISION)  # (N, H)
-            of_labels = layout.label_states(states).float()  # (L, H)
-            rows_of_labels = to_device(layout.label_rows(), self.device)  # (L,)
-            cosine = nn.functional.cosine_similarity(of_labels, image_means[rows_of_labels], dim=-1)
+            label_states = layout.label_states(states).float()  # (L, H)
+            label_rows = to_device(layout.label_rows(), self.device)  # (L,)
+            cosine = nn.functional.cosine_similarity(label_states, image_means[label_rows], dim=-1)
             observed |= layout.as_streams(["hidden_cosine"], cosine[:, None])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a policy update minimises: the policy loss, weighted token by token, and the KL loss where one is asked for.
+"""The loss of a policy update: the policy loss, weighted per token, and an optional KL loss.
 
 Shapes: N sequences of a micro-batch, R response length.
 """
@@ -22,8 +22,9 @@ class PolicyObjective:
     """The actor's `Objective`.
 
     Args:
-        config: of the run; `worker.actor`, the KL keys of `algorithm` and the two switches of weights are read.
-        forward: the policy's forward pass, with a reference where the KL loss is `full`.
+        config: the run's configuration; `worker.actor`, the KL keys of `algorithm` and the switches of both kinds of
+            weights are read.
+        forward: the policy's forward pass, with a reference if the KL loss is `full`.
         policy_loss: one of `POLICY_LOSSES`.
     """
 
@@ -38,14 +39,14 @@ class PolicyObjective:
     def __call__(
         self, rows: DataProto, num_tokens: torch.Tensor, num_sequences: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Reads of `rows`: the model's inputs, `response_mask`, `old_log_probs`, `advantages`; `token_weights`,
+        """Reads from `rows`: the model's inputs, `response_mask`, `old_log_probs`, `advantages`; `token_weights`,
         `importance_weights` and `ref_log_probs` (N, R) in runs that have them."""
         self._require_no_idle_weights(rows)
-        given = {name: to_device(rows.batch[name], self.forward.device) for name in self._streams_read()}
-        response_mask, old_log_probs = given["response_mask"], given["old_log_probs"]  # (N, R)
+        streams = {name: to_device(rows.batch[name], self.forward.device) for name in self._streams_read()}
+        response_mask, old_log_probs = streams["response_mask"], streams["old_log_probs"]  # (N, R)
         weighted_mask = response_mask
         if self.algorithm.enable_token_weights:
-            weighted_mask = response_mask * align_token_weights(given["token_weights"], response_mask)  # (N, R)
+            weighted_mask = response_mask * align_token_weights(streams["token_weights"], response_mask)  # (N, R)
         share = partial(
             aggregate_loss,
             response_mask=response_mask,
@@ -57,10 +58,10 @@ class PolicyObjective:
 
         measured = self.forward.measure(rows, self.wanted)  # (N, R) each
         policy_loss, per_token_metrics = self.policy_loss(
-            PolicyLossInputs(measured["log_probs"], old_log_probs, given["advantages"], response_mask, self.config)
+            PolicyLossInputs(measured["log_probs"], old_log_probs, streams["advantages"], response_mask, self.config)
         )
         if self.has_importance_weights:
-            policy_loss = policy_loss * given["importance_weights"]
+            policy_loss = policy_loss * streams["importance_weights"]
         loss = share_of_loss(policy_loss)
         metrics = {
             "pg_loss": loss,
@@ -72,13 +73,13 @@ class PolicyObjective:
             if self.algorithm.full_kl_in_loss:
                 kl = measured["kl"]
             else:
-                kl = compute_kl(measured["log_probs"], given["ref_log_probs"], self.algorithm.kl_penalty)
+                kl = compute_kl(measured["log_probs"], streams["ref_log_probs"], self.algorithm.kl_penalty)
             metrics["kl_loss"] = share_of_loss(kl)
             loss = loss + self.algorithm.kl_coef * metrics["kl_loss"]
         return loss, metrics
 
     def _streams_read(self) -> list[str]:
-        """Of the batch, beside the model's inputs."""
+        """Names of the streams to read from the batch, besides the model's inputs."""
         names = ["response_mask", "old_log_probs", "advantages"]
         if self.algorithm.enable_token_weights:
             names.append("token_weights")
@@ -89,7 +90,7 @@ class PolicyObjective:
         return names
 
     def _require_no_idle_weights(self, rows: DataProto) -> None:
-        """Weights that came along though they are switched off would be lost without a word."""
+        """Raise if the batch has weights that are switched off: they would be silently ignored."""
         switches = {
             "token_weights": ("algorithm.enable_token_weights=true", self.algorithm.enable_token_weights),
             "importance_weights": ("worker.rollout.importance_cap", self.has_importance_weights),

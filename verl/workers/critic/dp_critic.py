@@ -19,10 +19,10 @@ class DataParallelPPOCritic(TrainedModel):
     """Fits the value model to the returns of each step, with a clipped squared error.
 
     Args:
-        config: of the critic.
-        plan: its batch numbers.
-        forward: its forward pass.
-        training_steps, described_by: as in `TrainedModel`.
+        config: the critic's section.
+        plan: the critic's batch sizes.
+        forward: the critic's forward pass.
+        training_steps, pretrained_parts: as in `TrainedModel`.
     """
 
     area = "critic"
@@ -34,9 +34,9 @@ class DataParallelPPOCritic(TrainedModel):
         plan: ModelPlan,
         forward: ValueForward,
         training_steps: int,
-        described_by: Sequence[SavesPretrained],
+        pretrained_parts: Sequence[SavesPretrained],
     ) -> None:
-        super().__init__(forward, ValueObjective(config, forward), config, plan, training_steps, described_by)
+        super().__init__(forward, ValueObjective(config, forward), config, plan, training_steps, pretrained_parts)
 
     def update_critic(self, data: DataProto) -> dict[str, float]:
         """`TrainedModel.update` on the critic's objective.
@@ -46,7 +46,7 @@ class DataParallelPPOCritic(TrainedModel):
                 and the `returns` to fit; non-tensor `multi_modal_data`.
 
         Returns:
-            `critic/*` metrics, the same on every rank: means over the mini-batch's real response tokens (`vf_loss` as
-            `loss_avg_mode` has it), averaged over the optimizer steps.
+            `critic/*` metrics, the same on every rank: means over the mini-batch's real response tokens (`vf_loss`
+            averaged by `loss_avg_mode`), averaged over the optimizer steps.
         """
         return self.update(data)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a critic says of the response tokens: the value before each.
+"""A critic's stream for response tokens: the value before each token.
 
 Shapes: L response tokens of all rows.
 """
@@ -16,7 +16,7 @@ from verl.workers.response_forward import ResponseForward
 
 
 class ValueForward(ResponseForward):
-    """The stream `values`: what the model expects, before each response token, of the rewards from that token on."""
+    """The stream `values`: before each response token, the expected sum of the rewards from that token on."""
 
     head_streams = ("values",)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a critic update minimises: the clipped squared error of its values.
+"""The loss of a critic update: the clipped squared error of its values.
 
 Shapes: N sequences of a micro-batch, R response length.
 """
@@ -18,8 +18,8 @@ class ValueObjective:
     """The critic's `Objective`.
 
     Args:
-        config: of the critic.
-        forward: its forward pass.
+        config: the critic's section.
+        forward: the critic's forward pass.
     """
 
     def __init__(self, config: CriticConfig, forward: ValueForward) -> None:
@@ -29,7 +29,7 @@ class ValueObjective:
     def __call__(
         self, rows: DataProto, num_tokens: torch.Tensor, num_sequences: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Reads of `rows` what `DataParallelPPOCritic.update_critic` does."""
+        """Reads from `rows` the streams that `DataParallelPPOCritic.update_critic` lists."""
         response_mask, old_values, returns = (
             to_device(rows.batch[name], self.forward.device) for name in ("response_mask", "values", "returns")
         )  # (N, R)

@@ -2,7 +2,7 @@
 """Applies a user's function of the whole batch: a DataProto in, rewards and columns out.
 
     REWARD_TYPE = "proto"
-    REWARD_STREAMS = ["attention_mass", "attention_keys"]  # optional: what of the log-prob pass it reads
+    REWARD_STREAMS = ["attention_mass", "attention_keys"]  # optional: streams of the log-prob pass
 
     def compute_reward(batch: DataProto, **reward_function_kwargs) -> tuple[torch.Tensor, dict[str, list]]:
         rewards = torch.tensor([float(text == truth) for text, truth in zip(...)])
@@ -32,38 +32,38 @@ TEXTS = ("response", "prefix", "response_length", "response_tokens")
 class BatchFunction(RewardFunction):
     """A function of the batch."""
 
-    def score(self, given: DataProto) -> Scored:
-        """As `RewardFunction.score`.
+    def score(self, inputs: DataProto) -> Scored:
+        """Scores a batch, as `RewardFunction.score`.
 
         The batch has `input_ids`, `attention_mask` and `position_ids` of prompt and response, `prompts`, `responses`
-        and `response_mask` (N, R), in training also the streams that REWARD_STREAMS names; and objects `ground_truth`,
+        and `response_mask` (N, R), in training also the streams in REWARD_STREAMS; and objects `ground_truth`,
         `prompt_text`, `uid`, `multi_modal_data` (media handles, or None), `image_grid_thw` (an array (images, 3), or
         None), `extra`, and `response`, `prefix`, `response_length`, `response_tokens` as in sample dicts. `meta_info`
         has `step` and `split`.
 
         The function returns (rewards, columns), or columns alone. Rewards are (N,), or (N, R) with a reward for each
-        token and 0 outside the responses. Columns are a dict of one value a sample: `overall` is what is logged and
-        groups are filtered by, and without it the sum of the sample's rewards; `token_weights` holds a list of one
-        weight per token (or None) for each sample, or is a tensor (N, R).
+        token and 0 outside the responses. Columns are a dict with one value per sample. `overall` is logged and
+        used to filter groups; without it, the sum of the sample's rewards is. `token_weights` holds, for each sample,
+        a list of one weight per token or None; or it is a tensor (N, R).
         """
-        ids = response_token_ids(given.batch["responses"], given.batch["response_mask"])  # N of (length,)
-        texts = [self._texts(of_sample.tolist()) for of_sample in ids]
+        ids = response_token_ids(inputs.batch["responses"], inputs.batch["response_mask"])  # N of (length,)
+        texts = [self._texts(sample_ids.tolist()) for sample_ids in ids]
         samples = [
             {"uid": uid, "ground_truth": truth, "response": text["response"]}
             for uid, truth, text in zip(
-                given.non_tensor_batch["uid"], given.non_tensor_batch["ground_truth"], texts, strict=True
+                inputs.non_tensor_batch["uid"], inputs.non_tensor_batch["ground_truth"], texts, strict=True
             )
         ]
         columns = {name: [text[name] for text in texts] for name in TEXTS}
-        batch = DataProto(given.batch, {**given.non_tensor_batch, **columns}, given.meta_info)
-        everyone = f"the batch of {len(samples)} samples, the first of which is {describe(0, samples[0])}"
+        batch = DataProto(inputs.batch, {**inputs.non_tensor_batch, **columns}, inputs.meta_info)
+        all_samples = f"the batch of {len(samples)} samples, starting with {describe(0, samples[0])}"
         try:
-            answers = self._calls.each([batch], lambda _: everyone)
+            answers = self._calls.each([batch], lambda _: all_samples)
         except CallFailed as failure:
-            told = self._raised(failure.__cause__, everyone, failure.first)
-            raise RuntimeError(f"{told}. In general, {self._right_forms}") from failure.__cause__
-        failures = self._failures(answers.failures, lambda _: everyone)
-        return self._placed(answers.results[0], samples, given.batch["response_mask"], failures)
+            message = self._raised(failure.__cause__, all_samples, failure.first)
+            raise RuntimeError(f"{message}. In general, {self._right_forms}") from failure.__cause__
+        failures = self._failures(answers.failures, lambda _: all_samples)
+        return self._placed(answers.results[0], samples, inputs.batch["response_mask"], failures)
 
     def _copy(self, argument: DataProto) -> DataProto:
         columns = {name: values.copy() for name, values in argument.non_tensor_batch.items()}
@@ -87,7 +87,7 @@ class BatchFunction(RewardFunction):
         return Scored(results, failures, _on_last_tokens(scores, response_mask))
 
     def _parts(self, returned: Any) -> tuple[Any, Mapping[str, Any]]:
-        """The rewards, or None, and the columns."""
+        """The rewards (or None) and the columns."""
         rewards, columns = returned if isinstance(returned, (tuple, list)) and len(returned) == 2 else (None, returned)
         columns = {} if columns is None and rewards is not None else columns
         if not isinstance(columns, Mapping) or (rewards is None and "overall" not in columns):
@@ -127,7 +127,7 @@ class BatchFunction(RewardFunction):
 
 
 def _cut(weights: Any, response_mask: torch.Tensor) -> Any:
-    """Token weights as a list for each sample; those of a tensor (N, R) end with the response."""
+    """Token weights as a list per sample; rows of a tensor (N, R) are cut at the end of the response."""
     if not isinstance(weights, (torch.Tensor, np.ndarray)) or weights.ndim != 2:
         return weights
     if weights.shape != response_mask.shape:
@@ -138,7 +138,7 @@ def _cut(weights: Any, response_mask: torch.Tensor) -> Any:
 
 
 def _on_last_tokens(scores: np.ndarray | None, response_mask: torch.Tensor) -> np.ndarray | None:
-    """(N, R) of rewards (N,) or (N, R)."""
+    """Rewards (N, R), from (N,) or (N, R)."""
     if scores is None or scores.ndim == 2:
         return scores
     placed = np.zeros(response_mask.shape, dtype=np.float32)

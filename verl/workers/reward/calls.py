@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls a user's function: plain or `async def`, within a time limit, and once more where it fails.
+"""Calls a user's function, plain or `async def`, within a time limit, and a second time if it fails.
 
 The reward process runs this file, which therefore loads neither torch nor transformers.
 """
@@ -24,28 +24,28 @@ logger = logging.getLogger(__name__)
 TIMEOUT_KEY = "worker.reward.timeout_s"
 
 RETRY_PAUSE_SECONDS = 1.0
-"""Between the two calls; a server that turned one away has a moment."""
+"""Seconds between the two calls, so that an overloaded server can recover."""
 
 CANCEL_SECONDS = 2.0
-"""For calls to end that are cancelled."""
+"""Seconds for cancelled calls to end."""
 
 ALARM_REPEAT_SECONDS = 1.0
-"""A function that catches everything is interrupted again."""
+"""Seconds after which a function that catches everything is interrupted again."""
 
 
 Watch = Callable[[str, float], AbstractContextManager[None]]
-"""Given what a call is about and its time limit in seconds: somebody outside of this process looks that it ends."""
+"""Takes a call's description and its time limit in seconds; another process makes sure that the call ends."""
 
 
 def unwatched(samples: str, limit_s: float) -> AbstractContextManager[None]:
-    """The `Watch` of a process that nobody looks after."""
+    """The `Watch` of a process without a supervisor."""
     return nullcontext()
 
 
 class CallFailed(Exception):
-    """The function raised or took too long; what it raised is the cause.
+    """The function raised or took too long; its exception is the cause.
 
-    `index` is the argument's among several, None where it is not known. `first` is what the first of two calls raised.
+    `index` is the argument's index among several, None if unknown. `first` is the exception of the first of two calls.
     """
 
     def __init__(self, index: int | None = None, first: BaseException | None = None) -> None:
@@ -55,38 +55,38 @@ class CallFailed(Exception):
 
 
 class _IsAsync(Exception):
-    """The function returned something to await, though it is not declared so."""
+    """The function returned an awaitable, though it is not `async def`."""
 
 
 def longest_seconds(timeout_s: float, num_samples: int) -> float:
-    """What the calls for a batch may take together: one for each sample, each made twice, or one and its halves."""
+    """Longest total time of the calls for a batch: two per sample, or one call and repeated halves of it."""
     return (2 * num_samples + 2) * (timeout_s + RETRY_PAUSE_SECONDS)
 
 
 class OutOfTime(BaseException):
-    """No `Exception`, so that `except Exception` in the function does not keep it."""
+    """The time limit is over. Not an `Exception`, so that `except Exception` in the function does not catch it."""
 
 
 @dataclass
 class Answers:
-    """What several calls gave."""
+    """The results of several calls."""
 
     results: list[Any]
-    """In the order of the arguments."""
+    """Results in the order of the arguments."""
     failures: dict[int, BaseException] = field(default_factory=dict)
-    """What the first call raised, by argument, where the second one gave the result."""
+    """Exceptions of first calls, by argument index, whose second call succeeded."""
 
 
 class Calls:
-    """Applies a function to arguments, one a call.
+    """Applies a function to arguments, one per call.
 
     Args:
-        function: of one positional argument. What it returns to iterate over is run to its end within the call, what
-            it returns to await is awaited.
-        copy: makes the argument of a call, lest the function changes what the next call and errors show.
-        timeout_s: seconds that a call may take; None for no limit. SIGALRM keeps the time.
-        max_concurrency: how many calls of an `async def` function run together.
-        watch: for what no signal can interrupt; told of every call that has a limit.
+        function: takes one positional argument. A returned iterator is consumed within the call, and a returned
+            awaitable is awaited.
+        copy: copies the argument for each call, so that the function cannot change the original.
+        timeout_s: time limit of a call in seconds; None for no limit. Uses SIGALRM.
+        max_concurrency: number of calls of an `async def` function that run together.
+        watch: guards every call with a limit, in case no signal can interrupt it.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Calls:
         """The result of one call.
 
         Args:
-            samples: what the call is about, for messages.
+            samples: describes the call in messages.
 
         Raises:
             CallFailed: it failed.
@@ -122,13 +122,13 @@ class Calls:
         return self._run(self._once_async(0, argument), samples, rounds=1)
 
     def each(self, arguments: Sequence[Any], samples: Callable[[int | None], str]) -> Answers:
-        """One call for each argument, and a second one for those whose first failed.
+        """One call per argument, and a second call for each that failed.
 
         Args:
-            samples: what the call of an argument, given by its index, is about, for messages; given None, all calls.
+            samples: describes the call of an argument, by its index, in messages; None stands for all calls.
 
         Raises:
-            CallFailed: a call failed twice. Others may not have been made.
+            CallFailed: a call failed twice. Later calls may not have been made.
         """
         if not self._is_async:
             answers = Answers([])
@@ -167,17 +167,18 @@ class Calls:
             raise
         except OutOfTime:
             raise CallFailed(index) from self._timeout_error()
-        except BaseException as error:  # sys.exit, too, is the function's failure
+        except BaseException as error:  # sys.exit counts as a failure too
             raise CallFailed(index) from error
 
     # ---- async functions ----
 
     def _run(self, work: Any, samples: Callable[[], str], rounds: int) -> Any:
-        """Awaits `work` in one event loop for all batches, which clients that live in the user's module keep to.
+        """Awaits `work` in one event loop for all batches, since clients in the user's module are bound to a loop.
 
         Args:
-            samples: what it is about.
-            rounds: how many time limits it may take in all. A call that blocks the loop stops its own clock too.
+            samples: describes the work in messages.
+            rounds: the total time limit, in multiples of `timeout_s`. A call that blocks the loop also blocks its
+                own time limit.
         """
         if self._runner is None:
             self._runner = asyncio.Runner()
@@ -195,7 +196,7 @@ class Calls:
             raise CallFailed from error
 
     def _end_loop(self) -> None:
-        """Cancels the calls that have not ended, as far as they let themselves; the next one gets another loop."""
+        """Cancels unfinished calls and closes the loop; the next call gets a new one."""
         runner, self._runner = self._runner, None
         try:
             with _interrupted_after(CANCEL_SECONDS):
@@ -249,7 +250,7 @@ class Calls:
 
     @contextmanager
     def _limited(self, seconds: float | None, samples: Callable[[], str]) -> Iterator[None]:
-        """Raises OutOfTime in the block when it takes longer, and has it watched; None lets it take any time."""
+        """Raises OutOfTime in the block after `seconds`, and watches the block; None sets no limit."""
         if seconds is None:
             yield
             return
@@ -268,7 +269,7 @@ class Calls:
 
 @contextmanager
 def _interrupted_after(seconds: float) -> Iterator[None]:
-    """Raises OutOfTime in the block when it takes longer."""
+    """Raises OutOfTime in the block after `seconds`."""
     if threading.current_thread() is not threading.main_thread():
         raise ValueError(f"{TIMEOUT_KEY} is held by a signal, which only the main thread gets: score there")
 
@@ -280,19 +281,19 @@ def _interrupted_after(seconds: float) -> Iterator[None]:
         raise OutOfTime
 
     previous = signal.signal(signal.SIGALRM, interrupt)
-    # A thread would not do: what hangs may hold the interpreter's lock, as a regular expression does.
+    # A thread would not work: code that hangs may hold the interpreter's lock, as a regular expression does.
     signal.setitimer(signal.ITIMER_REAL, seconds, ALARM_REPEAT_SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-    if is_over:  # and the block caught it, or left by a `return` of its own
+    if is_over:  # the block caught it, or left by its own `return`
         raise OutOfTime
 
 
 def _collected(result: Any) -> Any:
-    """A result with what is made on the way made: lists in the place of other iterables, also as columns."""
+    """The result with lists in place of other iterables, also for columns."""
     if isinstance(result, Mapping):
         return {key: list(value) if isinstance(value, Iterator) else value for key, value in result.items()}
     is_whole = isinstance(result, (str, bytes, list, tuple)) or hasattr(result, "ndim")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration of the reward: a function of the user's, in a file of the user's."""
+"""Configuration of the reward, a function in a user's file."""
 
 import ast
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from verl.config import ConfigSection
 
 @dataclass(frozen=True)
 class RewardConfig(ConfigSection):
-    """Where the reward function is and what it is called with."""
+    """The reward function and its arguments."""
 
     reward_function: str | None = None
     """`path.py:function`; without a function, `main`. The path becomes absolute."""
@@ -36,7 +36,7 @@ class RewardConfig(ConfigSection):
         constants = {}
         if self.reward_function is not None:
             constants = _literal_constants(self.reward_function.rpartition(":")[0])
-        # Read once: the file may change while a run goes on with what it loaded.
+        # Read once: the file may change while the run uses the loaded version.
         object.__setattr__(self, "_constants", constants)
         self._check_streams()
 
@@ -53,24 +53,24 @@ class RewardConfig(ConfigSection):
 
     @property
     def takes_batch(self) -> bool:
-        """Whether the function takes the batch whole: its file has REWARD_TYPE = "proto", written out."""
+        """Whether the function takes the whole batch: its file has a literal REWARD_TYPE = "proto"."""
         return self._constants.get("REWARD_TYPE") == "proto"
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """What such a function wants of the log-prob pass: REWARD_STREAMS, a list of names, of its file."""
+        """The streams of the log-prob pass that such a function reads: the list REWARD_STREAMS in its file."""
         streams = self._constants.get("REWARD_STREAMS") or ()
         return (streams,) if isinstance(streams, str) else tuple(streams)
 
 
 COMPUTED = object()
-"""In the place of a constant that is not written out."""
+"""Stands for a constant that is not a literal."""
 
 
 def _literal_constants(path: str) -> dict[str, Any]:
-    """The constants of a Python file by name: what it assigns at its top level, written as literals.
+    """The constants of a Python file by name: literals that it assigns at its top level.
 
-    The file does not run. One that cannot be parsed has none; the reward process says what is wrong with it.
+    The file is not run. If it cannot be parsed, there are none; the reward process reports the error later.
     """
     try:
         tree = ast.parse(Path(path).read_bytes())

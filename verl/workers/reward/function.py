@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores batches of responses: what the reward function is given of a batch, and where its scores go.
+"""Converts batches to inputs of the reward function, and its results to scores.
 
-The trainer has the function (user_function.py) in a process of its own. `AutoRewardManager` scores in the process that
-calls it: EasyR1's class, for programs that score batches without a trainer.
+The trainer runs the function (user_function.py) in a separate process. `AutoRewardManager`, a class of EasyR1, runs it
+in the calling process, for programs that score batches without a trainer.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from verl.workers.reward.user_function import load_reward_function
 
 BATCH_TENSORS = ("prompts", "responses", "response_mask", "input_ids", "attention_mask", "position_ids")
 BATCH_OBJECTS = ("ground_truth", "uid", "prompt_text", "multi_modal_data", "image_grid_thw", "extra")
-"""What a function of the whole batch gets, beside REWARD_STREAMS of its file."""
+"""Columns that a function of the whole batch gets, besides its REWARD_STREAMS."""
 
 
 class AutoRewardManager:
     """Loads the function that `config.reward_function` names and applies it to batches.
 
     Args:
-        config: of the reward, as `load_reward_function` takes it.
+        config: the section `worker.reward`.
         tokenizer: decodes the responses.
 
     Raises:
-        ValueError: as `load_reward_function` does.
+        ValueError: as in `load_reward_function`.
     """
 
     def __init__(self, config: RewardConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -40,16 +40,16 @@ class AutoRewardManager:
         self.function = load_reward_function(config, None if tokenizer is None else text_decoder(tokenizer))
 
     def compute_reward(self, data: DataProto) -> tuple[torch.Tensor, dict[str, list[Any]]]:
-        """What `score` gives, told by key: its scores (N, R), and `values_by_key` of its results."""
+        """The scores (N, R) of `score`, and `values_by_key` of its results."""
         scored = self.score(data)
         return scored.batch["token_level_scores"], values_by_key(scored.non_tensor_batch["reward_results"])
 
     def score(self, data: DataProto) -> DataProto:
-        """Scores N responses of at most R tokens; reads what `reward_inputs` reads, and meta `step` and `split`;
-        returns what `place_scores` does.
+        """Scores N responses of at most R tokens. Reads what `reward_inputs` reads, and meta `step` and `split`;
+        returns the result of `place_scores`.
 
         Raises:
-            RuntimeError, ValueError: as `RewardFunction.score` does.
+            RuntimeError, ValueError: as in `RewardFunction.score`.
         """
         inputs = reward_inputs(data, self.config, data.meta_info["step"], data.meta_info["split"])
         return place_scores(data, self.function.score(inputs))
@@ -58,7 +58,7 @@ class AutoRewardManager:
 def reward_inputs(
     data: DataProto, config: RewardConfig, step: int, split: str, streams: tuple[str, ...] = ()
 ) -> list[dict[str, Any]] | DataProto:
-    """What `RewardFunction.score` takes: samples, or of a function of the whole batch the batch.
+    """The input of `RewardFunction.score`: samples, or the batch for a function of the whole batch.
 
     Reads: what `reward_samples` reads, or `BATCH_TENSORS`, `BATCH_OBJECTS` and `streams`.
     """
@@ -71,7 +71,7 @@ def reward_inputs(
 
 
 def reward_samples(data: DataProto, step: int, split: str) -> list[dict[str, Any]]:
-    """What `SampleFunction.score` takes, for N responses of at most R tokens.
+    """The input of `SampleFunction.score`, for N responses of at most R tokens.
 
     Reads: `responses`, `response_mask` (N, R); objects `ground_truth`, `uid`, `prompt_text`, `multi_modal_data` (the
     sample's media handles, or None), `extra` (the dataset row's other columns).
@@ -96,7 +96,7 @@ def reward_samples(data: DataProto, step: int, split: str) -> list[dict[str, Any
 
 
 def place_scores(data: DataProto, scored: Scored) -> DataProto:
-    """What the results of N samples add to their batch.
+    """The streams that the results of N samples add to their batch.
 
     Reads: `response_mask` (N, R).
 

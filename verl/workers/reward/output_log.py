@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the reward function's process prints: all of it to a file of bounded size, and to the run's console a little.
+"""Passes the output of the reward function's process to a file of bounded size, and a part of it to the console.
 
-The supervisor runs this file, which therefore loads nothing but Python.
+The supervisor runs this file, which therefore loads only the standard library.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from pathlib import Path
 from typing import BinaryIO
 
 CONSOLE_BYTES_PER_MINUTE = 64 * 2**10
-"""A print a sample of a few hundred samples. What is beyond goes to the file alone."""
+"""Enough for one print per sample of a few hundred samples. Further output goes only to the file."""
 
 FILE_BYTES_PER_MINUTE = 32 * 2**20
-"""What is beyond is dropped and counted."""
+"""Further lines are dropped and counted."""
 
 FILE_BYTES = 64 * 2**20
-"""A file that has as much becomes `<name>.1`, in the place of the one before it."""
+"""A file that reaches this size is renamed to `<name>.1` and replaces the earlier one."""
 
 LONGEST_LINE = 64 * 2**10
-"""Bytes; a longer line is cut into several."""
+"""Bytes; longer lines are split."""
 
 CONSOLE_OF_ERRORS = 2
 
 RAY_PREFIXES = (b":actor_name:", b":job_id:", b":task_name:")
-"""Lines that Ray prints for itself into a worker's output."""
+"""Prefixes of lines that Ray itself prints into a worker's output."""
 
 
 class Output:
     """Passes lines on, within the limits.
 
     Args:
-        path: the file, made with its folder when there is a first line for it; it is appended to.
+        path: the file to append to; created with its folder at the first line.
         title: written before the first line.
     """
 
@@ -48,10 +48,10 @@ class Output:
         self._unfinished: dict[int, bytes] = {}
 
     def take(self, chunk: bytes, console: int) -> None:
-        """Passes on what was printed, as far as its lines have ended.
+        """Passes on the complete lines of the output.
 
         Args:
-            console: the file descriptor of the console's stream that it belongs to.
+            console: the file descriptor of the console stream for it.
         """
         *lines, rest = (self._unfinished.pop(console, b"") + chunk).split(b"\n")
         while len(rest) > LONGEST_LINE:
@@ -62,11 +62,11 @@ class Output:
             self._pass_on(line, console)
 
     def close(self) -> None:
-        """Passes on the lines that have not ended."""
+        """Passes on incomplete lines."""
         for console, line in self._unfinished.items():
             if line:
                 self._pass_on(line, console)
-        self._tell_of_dropped()
+        self._write_dropped_count()
         if self._file is not None:
             self._file.close()
 
@@ -76,7 +76,7 @@ class Output:
             return
         size = len(line) + 1
         if self._for_file.take(size):
-            self._tell_of_dropped()
+            self._write_dropped_count()
             self._write(line)
         else:
             self._dropped += 1
@@ -100,17 +100,17 @@ class Output:
             self._file.write(line + b"\n")
         except OSError as error:
             self._is_broken = True
-            told = (
+            message = (
                 f"{self._path} cannot be written ({error.strerror}); what the reward function prints is kept nowhere"
             )
-            _print(told.encode(), CONSOLE_OF_ERRORS)
+            _print(message.encode(), CONSOLE_OF_ERRORS)
 
     def _open(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("ab", buffering=0)
         self._file.write(self._title.encode() + b"\n")
 
-    def _tell_of_dropped(self) -> None:
+    def _write_dropped_count(self) -> None:
         if self._dropped:
             limit = f"beyond {FILE_BYTES_PER_MINUTE // 2**20} MiB a minute"
             self._write(f"[{self._dropped} lines {limit} were dropped]".encode())
@@ -118,7 +118,7 @@ class Output:
 
 
 class _Allowance:
-    """Bytes that may pass in each minute."""
+    """A limit of bytes per minute."""
 
     def __init__(self, bytes_per_minute: int) -> None:
         self._bytes_per_minute = bytes_per_minute
@@ -127,7 +127,7 @@ class _Allowance:
         self.is_spent = False
 
     def take(self, size: int) -> bool:
-        """Whether `size` bytes more may pass; once one line may not, none may until the minute is over."""
+        """Whether `size` more bytes may pass. After one refusal, nothing passes until the minute is over."""
         now = time.monotonic()
         if now >= self._next_minute:
             self._left, self._next_minute, self.is_spent = self._bytes_per_minute, now + 60, False
@@ -142,4 +142,4 @@ def _print(line: bytes, console: int) -> None:
     try:
         os.write(console, line + b"\n")
     except OSError:
-        pass  # the console is gone, as where Ray's own files are on a full disk
+        pass  # the console is gone, for example if Ray's files are on a full disk

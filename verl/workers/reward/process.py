@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reward function in a process of its own, which stands where the run was started: its variables, its folder.
+"""Runs the reward function in a separate process, with the environment and working folder of the driver.
 
 The reward process runs this file, which therefore loads neither torch nor transformers.
 """
@@ -16,59 +16,59 @@ import psutil
 from ray import cloudpickle
 
 from verl.utils.process_tree import memory_of
-from verl.utils.termination import leave_termination_to_the_driver
+from verl.utils.termination import ignore_sigterm
 from verl.workers.reward.config import RewardConfig
 from verl.workers.reward.results import Scored
 from verl.workers.reward.supervision import Limits, Supervision
 from verl.workers.reward.user_function import TextDecoder, load_reward_function
 
 OF_THE_PROCESS = {"CUDA_VISIBLE_DEVICES", "PWD", "OLDPWD", "SHLVL", "_"}
-"""Variables that belong to a process and do not follow a run; nor do Ray's own, which begin with RAY_."""
+"""Environment variables of a single process, which are not passed on. Ray's own, RAY_*, are not either."""
 
 
 @dataclass(frozen=True)
-class Whereabouts:
-    """Where to find the reward process and its last words, on its node."""
+class ProcessLocation:
+    """Process id of the reward process, and the file with the reason for its end."""
 
     pid: int
-    last_words: str
-    """The file in which the supervisor leaves the reason, where it ends the process."""
+    reason_file: str
+    """The file in which the supervisor writes the reason if it ends the process."""
 
 
 class RewardProcess:
-    """What the Ray actor is: under supervision from the beginning, and nothing else until `load`.
+    """The class of the Ray actor. It is supervised from the start and idle until `load`.
 
     Args:
-        config: of the reward.
-        log: the file for what it prints.
-        limits: what it may have.
+        config: the section `worker.reward`.
+        log: the file for its output.
+        limits: limits of time and memory.
     """
 
     def __init__(self, config: RewardConfig, log: str, limits: Limits) -> None:
         self._supervision = Supervision(f"the reward function {config.reward_function}", log, config.timeout_s, limits)
         self._has_scored = False
 
-    def whereabouts(self) -> Whereabouts:
-        """As they are from its beginning on."""
-        return Whereabouts(os.getpid(), self._supervision.last_words)
+    def location(self) -> ProcessLocation:
+        """The process id and the file, which do not change."""
+        return ProcessLocation(os.getpid(), self._supervision.reason_file)
 
     def load(
         self, config: RewardConfig, decoder: TextDecoder, prefix: str, variables: Mapping[str, str], folder: str
     ) -> None:
-        """Takes the driver's place and runs the user's file.
+        """Takes over the driver's environment and working folder, and loads the user's file.
 
-        A process of a cluster that the run only joins has the variables and the folder of whoever started the
-        cluster: a function that reads a judge's address or a file beside it would do something else there.
+        In a joined Ray cluster, processes have the environment and folder of the user who started the cluster. There
+        a function would not find a judge's address in the environment, or a file beside it.
 
         Args:
             config, decoder, prefix: as in `load_reward_function`.
-            variables: as `variables_of_run` gives them.
+            variables: from `variables_of_run`.
             folder: the driver's working folder.
 
         Raises:
-            ValueError: there is no such folder on this machine; or as `load_reward_function` does.
+            ValueError: the folder does not exist on this machine; or as in `load_reward_function`.
         """
-        leave_termination_to_the_driver()
+        ignore_sigterm()
         os.environ.update(variables)
         try:
             os.chdir(folder)
@@ -80,13 +80,13 @@ class RewardProcess:
         if folder not in sys.path:
             sys.path.append(folder)
         self._function = load_reward_function(config, decoder, prefix, self._supervision.call)
-        # The file's classes and functions travel whole: Ray's other processes cannot import it.
+        # The file's classes and functions are pickled by value: Ray's other processes cannot import the file.
         cloudpickle.register_pickle_by_value(self._function.module)
         self._supervision.settled(_memory())
 
-    def score(self, given: Any) -> tuple[Scored, int]:
-        """As `RewardFunction.score`; and the bytes that this process and its descendants hold then."""
-        scored = self._function.score(given)
+    def score(self, inputs: Any) -> tuple[Scored, int]:
+        """The result of `RewardFunction.score`, and the memory of this process and its descendants in bytes."""
+        scored = self._function.score(inputs)
         memory = _memory()
         if not self._has_scored:
             self._has_scored = True
@@ -100,7 +100,7 @@ def _memory() -> int:
 
 
 def variables_of_run() -> dict[str, str]:
-    """This process's environment, without what belongs to a process alone."""
+    """This process's environment, without variables of a single process."""
     return {
         name: value for name, value in os.environ.items() if name not in OF_THE_PROCESS and not name.startswith("RAY_")
     }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What reward functions return: one dict a sample, or a dict of columns; checked, and numbers made floats.
+"""Checks the results of reward functions, one dict per sample or a dict of columns, and converts numbers to floats.
 
 The reward process runs this file, which therefore loads neither torch nor transformers.
 """
@@ -14,34 +14,34 @@ from typing import Any
 import numpy as np
 
 TOKEN_WEIGHTS = "token_weights"
-"""The one key of a result that is no metric: a list of one weight per response token, or None."""
+"""The only key of a result that is no metric: a list of one weight per response token, or None."""
 
 LARGEST_NUMBER = 1e15
-"""Beyond it the variance of a batch of rewards may not fit into float32, in which advantages are computed."""
+"""Above it, the variance of a batch of rewards may overflow float32, in which advantages are computed."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What the reward function said of N samples."""
+    """The reward function's results for N samples."""
 
     results: list[dict[str, Any]]
-    """The dict of each: its numbers as floats, among them `overall`, and `token_weights` as it was returned."""
+    """One dict per sample: its numbers as floats, among them `overall`, and `token_weights` as returned."""
     failures: list[str]
-    """What is to be told of calls that failed and were made again with success, one text each."""
+    """Messages about calls that failed once and then succeeded."""
     token_level_scores: np.ndarray | None = None
-    """(N, R) float32, where the function gave a reward to each token; None where `overall` is each sample's reward."""
+    """(N, R) float32 if the function rewards each token; None if `overall` is the sample's reward."""
 
 
 def is_columns(returned: Any) -> bool:
-    """Whether a result is a dict of columns, one value for each sample in each."""
+    """Whether a result is a dict of columns with one value per sample."""
     return isinstance(returned, Mapping) and all(_is_column(column) for column in returned.values())
 
 
 def rows_of(columns: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
-    """One dict a sample out of columns. A None in a column, token weights aside, leaves the key out of that sample.
+    """Turns columns into one dict per sample. A None in a column, except token weights, omits the key for that sample.
 
     Raises:
-        ValueError: a column has not `count` values.
+        ValueError: a column does not have `count` values.
     """
     lists = {key: list(column) for key, column in columns.items()}
     for key, values in lists.items():
@@ -57,13 +57,13 @@ def to_number(key: str, value: Any) -> float:
     """A value as a float.
 
     Raises:
-        ValueError: it is no finite number, or one beyond `LARGEST_NUMBER`.
+        ValueError: it is no finite number, or larger than `LARGEST_NUMBER`.
     """
     try:
         number = math.nan if isinstance(value, str) else float(value)
-    except OverflowError:  # an integer beyond any float
+    except OverflowError:  # an integer too large for a float
         number = math.inf
-    except (TypeError, ValueError, RuntimeError):  # the last by tensors of several elements
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor with several elements
         number = math.nan
     if not abs(number) <= LARGEST_NUMBER:
         raise ValueError(f"returned {key!r}: {shorten(value)}")
@@ -71,9 +71,9 @@ def to_number(key: str, value: Any) -> float:
 
 
 def values_by_key(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Every key of the samples' results with its values, one from each sample that has it.
+    """The values of each key in the samples' results, from the samples that have the key.
 
-    `token_weights` alone, where any sample has it, has one entry a sample, None for those without.
+    Only `token_weights`, if any sample has it, has one entry per sample, None for samples without it.
     """
     keys = dict.fromkeys(key for result in results for key in result)
     values = {key: [result[key] for result in results if key in result] for key in keys}
@@ -83,12 +83,12 @@ def values_by_key(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def without_token_weights(values: Mapping[str, list[Any]]) -> dict[str, list[float]]:
-    """What of `values_by_key` can be averaged."""
+    """`values_by_key` without token weights: the values that can be averaged."""
     return {key: numbers for key, numbers in values.items() if key != TOKEN_WEIGHTS}
 
 
 def shorten(value: Any, limit: int = 100) -> str:
-    """A value as an error shows it."""
+    """A value in short form for an error message."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[:limit]}..."
 

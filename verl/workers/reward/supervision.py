@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the reward function's process places itself under a supervisor, and what it tells that one.
+"""Starts the supervisor of the reward function's process, and sends messages to it.
 
 The reward process runs this file, which therefore loads neither torch nor transformers.
 """
@@ -22,47 +22,47 @@ from verl.utils.process_tree import MARK, adopt_orphans, package_environment
 
 @dataclass(frozen=True)
 class Limits:
-    """What a supervisor lets the reward function's process have before it ends it."""
+    """Limits of the reward function's process; beyond them its supervisor ends it."""
 
     grace_s: float = 10.0
-    """Seconds that a call gets beyond its time limit to be interrupted from inside."""
+    """Seconds after a call's time limit in which the process may still interrupt the call itself."""
     full_share: float = 0.9
-    """A machine is full when this share of its memory is in use. Ray begins to kill processes at 0.95."""
+    """Share of the machine's memory in use above which it is full. Ray kills processes from 0.95 on."""
     growth_share: float = 0.1
-    """A function that has grown by this share of the machine's memory since its first batch is to blame for that."""
+    """A function is to blame if it has grown by this share of the machine's memory since its first batch."""
 
 
 @dataclass(frozen=True)
-class Orders:
-    """What a supervisor is started with."""
+class SupervisorArguments:
+    """The arguments of a supervisor."""
 
     pid: int
-    """Of the process that it supervises."""
+    """Process id of the supervised process."""
     name: str
-    """What messages call that one."""
+    """Its name in messages."""
     mark: str
-    """Of its tree of processes."""
+    """Mark of its process tree."""
     log: str
-    """The file for what it prints."""
-    last_words: str
-    """The file for the reason, where the supervisor ends it."""
+    """The file for its output."""
+    reason_file: str
+    """The file for the reason if the supervisor ends it."""
     streams: tuple[int, int]
-    """File descriptors to read: its standard output and its standard error."""
+    """File descriptors from which to read its standard output and standard error."""
     messages: int
-    """File descriptor to read: what it tells the supervisor, one JSON object a line."""
+    """File descriptor from which to read its messages, one JSON object per line."""
     timeout_s: float | None
     """`worker.reward.timeout_s`."""
     limits: Limits
 
 
 class Supervision:
-    """Starts a supervisor of this process and its descendants; prints go through it from then on.
+    """Starts a supervisor of this process and its descendants; from then on it forwards their output.
 
     Args:
-        name: what messages call this process.
-        log: the file for what it prints.
+        name: the name of this process in messages.
+        log: the file for its output.
         timeout_s: `worker.reward.timeout_s`.
-        limits: what it may have.
+        limits: limits of time and memory.
 
     Raises:
         OSError, subprocess.CalledProcessError: the supervisor does not start.
@@ -70,13 +70,15 @@ class Supervision:
 
     def __init__(self, name: str, log: str, timeout_s: float | None, limits: Limits) -> None:
         mark = uuid.uuid4().hex
-        self.last_words = os.path.join(tempfile.gettempdir(), f"verl_reward_{mark}")
+        self.reason_file = os.path.join(tempfile.gettempdir(), f"verl_reward_{mark}")
         outputs, messages = [os.pipe() for _ in range(2)], os.pipe()
         read_ends = (*(read for read, _ in outputs), messages[0])
-        orders = Orders(os.getpid(), name, mark, log, self.last_words, read_ends[:2], messages[0], timeout_s, limits)
-        # It leaves this process's tree at once, and the command returns: else it would be ended with the tree.
+        arguments = SupervisorArguments(
+            os.getpid(), name, mark, log, self.reason_file, read_ends[:2], messages[0], timeout_s, limits
+        )
+        # The supervisor leaves this process's tree at once, and the command returns; in the tree it would be killed.
         subprocess.run(
-            [sys.executable, "-m", "verl.workers.reward.supervisor", json.dumps(asdict(orders))],
+            [sys.executable, "-m", "verl.workers.reward.supervisor", json.dumps(asdict(arguments))],
             env=package_environment(),
             cwd="/",
             pass_fds=read_ends,
@@ -94,20 +96,20 @@ class Supervision:
 
     @contextmanager
     def call(self, samples: str, limit_s: float) -> Iterator[None]:
-        """Inside, a call runs that has to end within `limit_s` seconds.
+        """Inside, a call runs that must end within `limit_s` seconds.
 
         Args:
-            samples: what it is about, for messages.
+            samples: describes the call in messages.
         """
-        self._tell({"call": samples, "limit_s": limit_s})
+        self._send({"call": samples, "limit_s": limit_s})
         try:
             yield
         finally:
-            self._tell({"call": None, "limit_s": None})
+            self._send({"call": None, "limit_s": None})
 
     def settled(self, memory: int) -> None:
-        """Says what the process and its descendants hold before they begin to grow, in bytes."""
-        self._tell({"memory": memory})
+        """Reports the memory of the process and its descendants after the first batch, in bytes."""
+        self._send({"memory": memory})
 
-    def _tell(self, message: dict[str, Any]) -> None:
+    def _send(self, message: dict[str, Any]) -> None:
         os.write(self._messages, json.dumps(message).encode() + b"\n")

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Applies the user's Python function to responses, and says which sample is to blame when that fails.
+"""Applies the user's Python function to responses, and names the sample that causes an error.
 
-The function lives in any file, takes one dict a sample and returns one:
+The function can be in any file. It takes one dict per sample and returns one:
 
     REWARD_TYPE = "batch"  # a list of samples at a time; "sequential": one sample at a time
 
     def compute_score(reward_inputs: list[dict], **reward_function_kwargs) -> list[dict[str, float]]:
         return [{"overall": float(sample["response"] == sample["ground_truth"])} for sample in reward_inputs]
 
-With REWARD_TYPE = "proto" it takes the batch whole (`batch_function.py`).
+With REWARD_TYPE = "proto" it takes the whole batch (`batch_function.py`).
 
 The reward process runs this file, which therefore loads neither torch nor transformers.
 """
@@ -36,7 +36,7 @@ REWARD_TYPES = {
     "sequential": "one sample dict",
     "proto": "the whole batch, a DataProto",
 }
-"""What the function takes, by REWARD_TYPE in its file."""
+"""The function's argument, by the REWARD_TYPE in its file."""
 
 OTHER_TYPES = (
     'If the function takes one sample at a time, put REWARD_TYPE = "sequential" in its file; if it takes the whole '
@@ -44,11 +44,11 @@ OTHER_TYPES = (
 )
 
 NO_RESULTS = {"float", "int", "bool", "str", "None", "Tensor", "torch.Tensor", "np.ndarray", "numpy.ndarray"}
-"""Annotations of results that fit no kind of function."""
+"""Annotations of results that are wrong for every kind of function."""
 
 
 class TextDecoder(Protocol):
-    """A tokenizer, or what of it decodes."""
+    """A tokenizer, or a part of it that decodes."""
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str: ...
 
@@ -59,14 +59,14 @@ def load_reward_function(
     """The function that `config.reward_function` names, ready to score.
 
     Args:
-        config: `reward_function` is `path.py:name`; `reward_function_kwargs` are handed to every call.
-        decoder: turns the responses' token ids into text; None where nothing will be scored.
-        prefix: what the chat template wrote of every answer before the policy went on (`prefilled_text`).
-        watch: told of every call that has a time limit.
+        config: `reward_function` is `path.py:name`; `reward_function_kwargs` are passed to every call.
+        decoder: turns the responses' token ids into text; None if nothing will be scored.
+        prefix: the beginning of every answer that the chat template writes (`prefilled_text`).
+        watch: guards every call that has a time limit.
 
     Raises:
-        ValueError: there is no such function, the keyword arguments do not fit it, it is annotated to take or return
-            something else, or the module's `REWARD_TYPE` is none of `REWARD_TYPES`.
+        ValueError: the function does not exist, does not take the keyword arguments, is annotated with wrong types,
+            or the module's `REWARD_TYPE` is none of `REWARD_TYPES`.
     """
     if config.reward_function is None:
         raise ValueError(
@@ -80,16 +80,16 @@ def load_reward_function(
         meanings = "; ".join(f"{name!r}: it takes {argument}" for name, argument in REWARD_TYPES.items())
         raise ValueError(f"REWARD_TYPE = {reward_type!r} in {path} must be one of: {meanings}")
     if (reward_type == "proto") != config.takes_batch:
-        raise ValueError(f'{path}: write REWARD_TYPE = "proto" out, at the top level: it is read before the file runs')
+        raise ValueError(f'{path}: assign REWARD_TYPE = "proto" at the top level: it is read before the file runs')
     if reward_type != "proto":
         return SampleFunction(config, module, decoder, prefix, watch)
-    from verl.workers.reward.batch_function import BatchFunction  # which loads torch
+    from verl.workers.reward.batch_function import BatchFunction  # loads torch
 
     return BatchFunction(config, module, decoder, prefix, watch)
 
 
 class RewardFunction(ABC):
-    """The user's function, and how it is applied. `load_reward_function` makes it."""
+    """Applies the user's function. `load_reward_function` creates it."""
 
     def __init__(
         self, config: RewardConfig, module: ModuleType, decoder: TextDecoder | None, prefix: str, watch: Watch
@@ -106,17 +106,17 @@ class RewardFunction(ABC):
         self._calls = Calls(function, self._copy, config.timeout_s, config.max_concurrency, watch)
 
     @abstractmethod
-    def score(self, given: Any) -> Scored:
+    def score(self, inputs: Any) -> Scored:
         """Scores the samples of a batch.
 
         Raises:
-            RuntimeError: the function raised, or took too long, twice; its own exception is the cause.
-            ValueError: what it returned is not what it has to be; the message names the sample.
+            RuntimeError: the function failed or took too long, twice; its exception is the cause.
+            ValueError: the function returned a wrong result; the message names the sample.
         """
 
     @abstractmethod
     def _copy(self, argument: Any) -> Any:
-        """The argument of a call, for the function to change as it likes."""
+        """A copy of the argument of a call, which the function may change."""
 
     def _texts(self, token_ids: list[int]) -> dict[str, Any]:
         return {
@@ -127,7 +127,7 @@ class RewardFunction(ABC):
         }
 
     def _checked(self, results: Sequence[Any], samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """One dict a sample, its numbers as floats."""
+        """The results as one dict per sample, with numbers as floats."""
         checked = []
         for index, (sample, result) in enumerate(zip(samples, results, strict=True)):
             if not isinstance(result, Mapping) or "overall" not in result:
@@ -147,14 +147,14 @@ class RewardFunction(ABC):
         return checked
 
     def _raised(self, error: BaseException, blame: str, first: BaseException | None = None) -> str:
-        """first: what an earlier call raised, told where it is something else."""
+        """first: exception of an earlier call, added to the message if it differs."""
         text = f"{self._label} raised {_named(error)} for {blame}"
         is_other = first is not None and _named(first) != _named(error)
         return f"{text} (the first call raised {_named(first)})" if is_other else text
 
     def _failures(self, failures: Mapping[int, BaseException], blame: Callable[[int], str]) -> list[str]:
         return [
-            f"{self._raised(error, blame(index))}; called once more, it gave a result, which is used"
+            f"{self._raised(error, blame(index))}; the second call succeeded, and its result is used"
             for index, error in failures.items()
         ]
 
@@ -194,28 +194,29 @@ class RewardFunction(ABC):
 
 
 class SampleFunction(RewardFunction):
-    """A function of sample dicts: of one, or of a list of them."""
+    """A function of one sample dict, or of a list of sample dicts."""
 
-    def score(self, given: Sequence[Mapping[str, Any]]) -> Scored:
-        """As `RewardFunction.score`.
+    def score(self, inputs: Sequence[Mapping[str, Any]]) -> Scored:
+        """Scores samples, as `RewardFunction.score`.
 
-        A sample has `response_ids` (one-dimensional, its tokens) and what else the function gets beside the response's
+        A sample has `response_ids` (one-dimensional, its tokens) and all inputs of the function except the response's
         texts and length: `ground_truth`, `prompt` (text), `uid` (the same for all responses to one prompt), `images`
         and `videos` (handles; `.load()` gives the PIL image, or an object with `frames` (T, H, W, 3)), `extra` (the
-        dataset row's other columns), `step`, `split` (`train` or `val`). To these come `response` (text), `prefix`
-        (what the chat template wrote before it, such as `<think>`), `response_length` (tokens) and `response_tokens`
-        (the text of each token; a character that several tokens share shows as a replacement character in each).
+        dataset row's other columns), `step`, `split` (`train` or `val`). This class adds `response` (text), `prefix`
+        (text that the chat template wrote before it, such as `<think>`), `response_length` (tokens) and
+        `response_tokens` (the text of each token; a character that several tokens share shows as a replacement
+        character in each).
 
-        The function returns a dict of numbers a sample, or, given a list, a dict of columns: `overall` is the reward;
-        all become metrics, and those other than `overall` may be left out where they do not apply. One more key,
-        `token_weights`, may hold a list of one weight per response token, or None.
+        The function returns a dict of numbers per sample, or, given a list, a dict of columns. `overall` is the
+        reward. All numbers become metrics; all but `overall` may be omitted for samples to which they do not apply.
+        One more key, `token_weights`, may hold a list of one weight per response token, or None.
         """
         samples = [
             {
                 **self._texts(sample["response_ids"].tolist()),
                 **{key: value for key, value in sample.items() if key != "response_ids"},
             }
-            for sample in given
+            for sample in inputs
         ]
         results, failures = (self._one_by_one if self.reward_type == "sequential" else self._all)(samples)
         return Scored(self._checked(results, samples), failures)
@@ -230,25 +231,25 @@ class SampleFunction(RewardFunction):
         try:
             answers = self._calls.each(samples, blame)
         except CallFailed as failure:
-            told = self._raised(failure.__cause__, blame(failure.index), failure.first)
-            raise RuntimeError(told) from failure.__cause__
+            message = self._raised(failure.__cause__, blame(failure.index), failure.first)
+            raise RuntimeError(message) from failure.__cause__
         return answers.results, self._failures(answers.failures, blame)
 
     def _all(self, samples: list[dict[str, Any]]) -> tuple[list[Any], list[str]]:
-        everyone = f"samples 0 to {len(samples) - 1}"
+        all_samples = f"samples 0 to {len(samples) - 1}"
 
         def whole(_: int | None) -> str:
-            return f"{everyone}, the first of which is {describe(0, samples[0])}"
+            return f"{all_samples}, starting with {describe(0, samples[0])}"
 
         try:
             answers = self._calls.each([samples], whole)
         except CallFailed as failure:
-            raise self._guilty(failure, samples) from failure.__cause__
-        failures = self._failures(answers.failures, lambda _: everyone)
+            raise self._blame_sample(failure, samples) from failure.__cause__
+        failures = self._failures(answers.failures, lambda _: all_samples)
         return self._rows(answers.results[0], samples), failures
 
     def _rows(self, returned: Any, samples: list[dict[str, Any]]) -> list[Any]:
-        """One result a sample, whatever they come in."""
+        """One result per sample, from a list or from columns."""
         if isinstance(returned, Mapping) and is_columns(returned):
             try:
                 return rows_of(returned, len(samples))
@@ -269,14 +270,14 @@ class SampleFunction(RewardFunction):
             )
         return results
 
-    def _guilty(self, failure: CallFailed, samples: list[dict[str, Any]]) -> RuntimeError:
-        """The error with the sample it is for: a list says nothing of that, so it is halved until one is left.
+    def _blame_sample(self, failure: CallFailed, samples: list[dict[str, Any]]) -> RuntimeError:
+        """The error with the sample that causes it. The list is halved until one sample is left.
 
-        A call per sample would be simpler, and hours where a call asks a slow judge.
+        One call per sample would be simpler, but could take hours with a slow judge.
         """
         error = failure.__cause__
         first, end = 0, len(samples)
-        while end - first > 1 and not isinstance(error, TimeoutError):  # to wait for the limit again finds nothing
+        while end - first > 1 and not isinstance(error, TimeoutError):  # waiting for the limit again would not help
             middle = (first + end) // 2
             for half in ((first, middle), (middle, end)):
                 try:
@@ -299,7 +300,7 @@ def _named(error: BaseException) -> str:
 
 
 def describe(index: int, sample: Mapping[str, Any]) -> str:
-    """A sample in an error: where it stands, and enough to recognise it by."""
+    """Describes a sample in an error message: its index, and enough to recognise it."""
     return (
         f"sample {index} (uid {sample['uid']}, ground_truth {shorten(sample['ground_truth'])}, "
         f"response {shorten(sample['response'])})"
@@ -307,13 +308,13 @@ def describe(index: int, sample: Mapping[str, Any]) -> str:
 
 
 def _copied(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """With lists and the row's other columns of its own; media are shared."""
+    """A copy with new lists and columns; media are shared."""
     lists = {key: list(value) for key, value in sample.items() if isinstance(value, list)}
     return {**sample, **lists, "extra": copy.deepcopy(sample.get("extra"))}
 
 
 def _name_of_type(annotation: Any) -> str:
-    """As it is written: a text under `from __future__ import annotations`, else an object."""
+    """Name of an annotation: a text under `from __future__ import annotations`, otherwise a type."""
     if annotation is None:
         return "None"
     return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every rollout engine takes and gives: weights and sampling settings in, one batch of responses out.
+"""The interface of rollout engines: takes weights and sampling settings, returns a batch of responses.
 
 Shapes: B prompts, n responses each, N = B * n, P prompt length, R response length, S = P + R.
 """
@@ -24,7 +24,7 @@ from verl.workers.rollout.config import ENGINES, RolloutConfig
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. Temperature 0 is greedy; `top_k` -1 and `top_p` 1.0 keep every token."""
+    """Sampling settings. Temperature 0 is greedy; `top_k` -1 and `top_p` 1.0 keep every token."""
 
     n: int
     temperature: float
@@ -39,16 +39,16 @@ class Sampling:
 
     @classmethod
     def for_validation(cls, config: RolloutConfig) -> "Sampling":
-        """The settings of `worker.rollout` under those of `val_override_config`; one response a prompt by default."""
+        """The settings of `worker.rollout` with the overrides of `val_override_config`; n is 1 by default."""
         return replace(cls.for_training(config), **{"n": 1, **config.val_override_config})
 
 
 class Rollout(ABC):
     """A rollout engine inside one worker.
 
-    Life of a step: `wake_weights()`, `update_weights(stream)`, `wake_cache()`, any number of `generate(...)`,
-    `sleep()`. The weights wake first and alone, so that the trainer's copy and the engine's cache are never both on
-    the device.
+    Calls in a step: `wake_weights()`, `update_weights(stream)`, `wake_cache()`, any number of `generate(...)`,
+    `sleep()`. The weights wake first, so that the trainer's copy and the engine's cache are never on the device
+    together.
     """
 
     @classmethod
@@ -61,52 +61,52 @@ class Rollout(ABC):
         device: torch.device,
         with_videos: bool = False,
     ) -> "Rollout":
-        """The engine of one worker; all workers call it at once.
+        """Builds the engine of one worker; all workers call it at the same time.
 
         Args:
-            featurizer: turns images to features; None for text models.
-            with_videos: whether prompts may have videos, for engines that set memory aside for them.
+            featurizer: turns images into model inputs; None for text-only models.
+            with_videos: whether prompts may have videos, for engines that reserve memory for them.
         """
 
     @abstractmethod
     def wake_weights(self) -> None:
-        """Takes the memory that the weights need."""
+        """Allocates the memory of the weights."""
 
     @abstractmethod
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Takes in the policy's weights by Hugging Face name; draws the stream to its end."""
+        """Loads the policy's weights by Hugging Face name; consumes the whole stream."""
 
     @abstractmethod
     def wake_cache(self) -> None:
-        """Takes what else generation needs."""
+        """Allocates the other memory for generation."""
 
     @abstractmethod
     def generate(self, prompts: DataProto, sampling: Sampling, seed: int) -> DataProto:
-        """Draws `sampling.n` responses for each prompt; workers that share an engine all call it with the same.
+        """Draws `sampling.n` responses for each prompt; workers that share an engine all pass the same arguments.
 
         Args:
             prompts: `input_ids`, `attention_mask` (B, P) left-padded, `position_ids` (B, P) or (B, 4, P);
                 non-tensor `multi_modal_data`, `raw_prompt_ids`.
-            seed: fixes every draw; use another for another step.
+            seed: determines every draw; use a different one in each step.
 
         Returns:
             A batch of N = B * n rows, the responses of a prompt side by side: `prompts` (N, P), `responses` (N, R)
             right-padded, `input_ids`, `attention_mask` (N, S), `response_mask` (N, R), one up to and including the
             first end-of-sequence token, `position_ids` (N, S) or (N, 4, S); and `rollout_log_probs` (N, R) float32,
-            the log-probability with which each token was drawn, after temperature, `top_k` and `top_p` (those of
-            temperature 1 where decoding is greedy).
+            the log-probability with which each token was drawn, after temperature, `top_k` and `top_p` (for greedy
+            decoding, at temperature 1).
         """
 
     @abstractmethod
     def sleep(self) -> None:
-        """Gives all that memory back to the trainer."""
+        """Frees all of this memory for the trainer."""
 
 
 def require_videos(engine: str, family: ModelFamily) -> None:
-    """Raise unless an engine reads prompts with videos as the trainer does.
+    """Raise unless an engine reads prompts with videos in the same way as the trainer.
 
     Raises:
-        ValueError: naming the engine and the family.
+        ValueError: it does not; the message names the engine and the family.
     """
     if engine == "vllm" and not family.vllm_reads_videos:
         able = ", ".join(other.name for other in MODEL_FAMILIES if other.vllm_reads_videos)
@@ -141,15 +141,15 @@ def assemble_batch(
     rollout_log_probs: torch.Tensor,
     n: int,
 ) -> DataProto:
-    """Joins prompts and responses to the batch every engine returns.
+    """Joins prompts and responses to the batch that every engine returns.
 
     Args:
-        prompts: B rows as `Rollout.generate` takes them.
-        responses, response_mask, rollout_log_probs: (N, R), the n responses of a prompt side by side; what
-            `rollout_log_probs` hold beyond the mask is not kept.
+        prompts: B rows, as for `Rollout.generate`.
+        responses, response_mask, rollout_log_probs: (N, R), the n responses of a prompt side by side; entries of
+            `rollout_log_probs` outside the mask are dropped.
 
     Raises:
-        RuntimeError: a drawn token has no log-probability, as with weights that are not numbers.
+        RuntimeError: the log-probability of a drawn token is not finite, for example because the weights are NaN.
     """
     rollout_log_probs = rollout_log_probs.masked_fill(response_mask == 0, 0.0)
     if not rollout_log_probs.isfinite().all():
@@ -176,16 +176,16 @@ def assemble_batch(
 
 
 def draw_not_finite(row: int, column: int, log_prob: float) -> RuntimeError:
-    """The error of a token that was drawn, or was to be drawn, without a finite log-probability."""
+    """The error for a token whose log-probability is not finite, after or before drawing it."""
     return RuntimeError(
         f"the rollout engine drew token {column} of response {row} with log-probability {log_prob}: the policy's "
-        "weights, or its logits in worker.rollout.dtype, are not finite. Where it has diverged, an earlier step by "
-        "trainer.load_checkpoint_path and a lower worker.actor.optim.lr go on"
+        "weights, or its logits in worker.rollout.dtype, are not finite. If training has diverged, resume from an "
+        "earlier step (trainer.load_checkpoint_path) with a lower worker.actor.optim.lr"
     )
 
 
 def draw_seed(*parts: int) -> int:
-    """One 31-bit seed from several numbers (run seed, step, rank, ...): different parts, unrelated draws."""
+    """One 31-bit seed from several numbers (run seed, step, rank, ...); different numbers give unrelated draws."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0] >> 1)
 
 

@@ -16,14 +16,14 @@ VALIDATION_SETTINGS: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], st
     "top_k": ((int,), lambda value: value >= -1, "a whole number not below -1"),
     "ignore_eos": ((bool,), lambda value: True, "true or false"),
 }
-"""What `val_override_config` takes: a setting's types, its range, and both in words."""
+"""Settings that `val_override_config` takes: types, a check of the range, and both in words."""
 
 
 ENGINES = {
     "hf": "verl.workers.rollout.hf_rollout:HFRollout",
     "vllm": "verl.workers.rollout.vllm_rollout:VLLMRollout",
 }
-"""Where the class of each `worker.rollout.name` is; imported when asked for, since an engine is heavy to load."""
+"""Path of the class for each `worker.rollout.name`; imported only when used, since engines load slowly."""
 
 
 @dataclass(frozen=True)

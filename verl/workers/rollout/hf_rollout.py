@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rollout with Hugging Face `generate`, on a plain copy of the policy: no engine to install, runs anywhere.
 
-The copy is filled from the sharded policy's weight stream, as any engine's weights are. Each rank then generates on
-its own, so ranks may stop at different lengths without waiting for each other.
+The copy gets its weights from the sharded policy's weight stream, like any engine. Each rank then generates on its
+own, so ranks may stop at different lengths without waiting for each other.
 """
 
 from collections.abc import Iterable
@@ -47,10 +47,10 @@ class HFRollout(Rollout):
 
     Args:
         model: a plain (unsharded) copy of the policy, in `worker.rollout.dtype`.
-        tokenizer: of the policy.
-        featurizer: turns images to features; None for text models.
-        config: `worker.rollout`; of its engine keys, `max_num_batched_tokens` bounds prompts plus responses (in
-            tokens at full length) generated side by side, the others are for engines.
+        tokenizer: the policy's tokenizer.
+        featurizer: turns images into model inputs; None for text-only models.
+        config: `worker.rollout`. `max_num_batched_tokens` limits the tokens (prompts and responses at full length)
+            that are generated together; the other engine keys have no effect.
         response_length: R, tokens.
         device: where to generate.
     """
@@ -71,9 +71,9 @@ class HFRollout(Rollout):
         self.device = device
         self.pad_token_id = tokenizer.pad_token_id
         self.eos_token_ids = eos_token_ids_of(model.generation_config, tokenizer)
-        # transformers fills what a call leaves unset from the model's own settings: a repetition penalty that the
-        # checkpoint ships would bend the samples away from the policy that the loss sees, and end-of-sequence ids
-        # would stop responses that are to run on.
+        # transformers takes unset options from the model's generation config. A repetition penalty of the checkpoint
+        # would change the sampling distribution but not the loss, and its end-of-sequence ids would stop responses
+        # that should run on.
         model.generation_config = GenerationConfig()
         self.banned_token_ids = media_token_ids(model.config)
 
@@ -86,7 +86,7 @@ class HFRollout(Rollout):
         device: torch.device,
         with_videos: bool = False,
     ) -> "HFRollout":
-        # Read once more rather than copied from the shards: the buffers (rope) come out right, the weights are
+        # Read from disk again, not copied from the shards: this gives correct buffers (rope); the weights are
         # replaced at the first sync.
         rollout = config.worker.rollout
         model = load_model(config.worker.actor.model, DTYPES[rollout.dtype], DTYPES[rollout.dtype])
@@ -100,7 +100,7 @@ class HFRollout(Rollout):
         copy_weights(self.model.state_dict(), weights)
 
     def wake_cache(self) -> None:
-        """Nothing to do: `generate` makes its cache anew for every call."""
+        """Nothing to do: `generate` creates its cache in every call."""
 
     def sleep(self) -> None:
         self.model.to("cpu")
@@ -117,9 +117,9 @@ class HFRollout(Rollout):
             chunks = tqdm(rows.split(rows_at_once), desc="generate", leave=False, disable=disable)
             for index, chunk in enumerate(chunks):
                 torch.manual_seed(draw_seed(seed, index))
-                of_chunk = self._generate_rows(prompts, chunk, sampling)
-                responses.append(of_chunk[0])
-                log_probs.append(of_chunk[1])
+                chunk_outputs = self._generate_rows(prompts, chunk, sampling)
+                responses.append(chunk_outputs[0])
+                log_probs.append(chunk_outputs[1])
         home = prompts.batch["input_ids"].device
         responses, log_probs = torch.cat(responses).to(home), torch.cat(log_probs).to(home)  # (N, R) each
         response_mask = mask_responses(responses, self.eos_token_ids, sampling.ignore_eos)
@@ -131,10 +131,10 @@ class HFRollout(Rollout):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Responses (rows, R) int64 and the log-probabilities of their tokens (rows, R).
 
-        What comes after an end-of-sequence token is arbitrary.
+        Entries after an end-of-sequence token are arbitrary.
 
         Args:
-            rows: for each response the row of its prompt. Prefill happens once for all responses to a prompt.
+            rows: for each response, the row of its prompt. All responses to a prompt share its prefill.
         """
         rows, places = rows.unique_consecutive(return_inverse=True)
         places = places.to(self.device)
@@ -157,7 +157,7 @@ class HFRollout(Rollout):
         return responses, nn.functional.pad(drawn.log_probs(sequences), missing)
 
     def _prefill(self, prompts: DataProto) -> tuple[dict[str, torch.Tensor], Cache, torch.Tensor]:
-        """What the model takes of each token of the prompts, their cache, and the logits (prompts, V) after them.
+        """Prefill: the model's inputs per prompt token, the cache, and the logits (prompts, V) after the prompts.
 
         Inputs are (prompts, tokens), or (4, prompts, tokens) for the positions of multimodal rope.
         """
@@ -185,24 +185,24 @@ class HFRollout(Rollout):
         processors: LogitsProcessorList,
         sampling: Sampling,
     ) -> torch.Tensor:
-        """The sequences (rows, up to P + R) to their ends, from (rows, P + 1).
+        """The complete sequences (rows, up to P + R), from (rows, P + 1).
 
         Args:
-            inputs: of the prompts' tokens, for each row.
-            cache: of the prompts, for each row.
+            inputs: the prompt tokens' inputs, for each row.
+            cache: the prompts' cache, for each row.
         """
-        # A response's tokens are all text, as the prompt's last one is. `generate` goes on from the positions that it
-        # is given; its own first one would lie before the trainer's after a long video.
-        of_first = {name: value[..., -1:] for name, value in inputs.items()}
-        of_first["position_ids"] = swap_rope_rows(extend_position_ids(swap_rope_rows(inputs["position_ids"]), 1))
-        inputs = {name: torch.cat([value, of_first[name]], dim=-1) for name, value in inputs.items()}
+        # All response tokens are text, like the prompt's last one. `generate` continues from the given positions; its
+        # own first position would be lower than the trainer's after a long video.
+        first_inputs = {name: value[..., -1:] for name, value in inputs.items()}
+        first_inputs["position_ids"] = swap_rope_rows(extend_position_ids(swap_rope_rows(inputs["position_ids"]), 1))
+        inputs = {name: torch.cat([value, first_inputs[name]], dim=-1) for name, value in inputs.items()}
         settings = GenerationConfig(
             do_sample=sampling.temperature > 0,
             max_new_tokens=self.response_length - 1,
             eos_token_id=None if sampling.ignore_eos else self.eos_token_ids,
             pad_token_id=self.pad_token_id,
-            # transformers' own top_k defaults to 50, and it would filter after our processors, the last of which
-            # has to see what is drawn from: `_filters` do it instead.
+            # transformers' top_k defaults to 50 and filters after our processors, but our last processor must see the
+            # scores that are drawn from. So `_filters` apply top_k.
             top_k=0,
         )
         ended = torch.isin(sequences[:, -1], sequences.new_tensor(settings.eos_token_id or []))
@@ -217,7 +217,7 @@ class HFRollout(Rollout):
     def _filters(self, sampling: Sampling) -> list[LogitsProcessor]:
         filters: list[LogitsProcessor] = []
         if self.banned_token_ids:
-            # A placeholder in a response would claim an image that is not there.
+            # A placeholder in a response would refer to an image that does not exist.
             filters.append(SuppressTokensLogitsProcessor(self.banned_token_ids, device=self.device))
         if sampling.temperature == 0:
             return filters
@@ -230,9 +230,9 @@ class HFRollout(Rollout):
 
 
 class _LogProbsOfDraws(LogitsProcessor):
-    """Watches the scores that tokens are drawn from, and keeps one number for each draw.
+    """Records the log-probability of each drawn token.
 
-    A draw shows in the ids of the next step, so that the scores of one step are held, never those of all.
+    A draw is seen in the ids of the next step, so only the scores of one step are held, never all of them.
     """
 
     def __init__(self) -> None:
@@ -240,19 +240,19 @@ class _LogProbsOfDraws(LogitsProcessor):
         self._last: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self._take_draws(input_ids)
+        self._record_draws(input_ids)
         largest = scores.amax(dim=-1)  # (rows,)
-        if not largest.isfinite().all():  # sampling would fail on the device, and greedy decoding take any token
+        if not largest.isfinite().all():  # sampling would fail on the device, and greedy decoding would take any token
             row = int((~largest.isfinite()).nonzero()[0])
             raise draw_not_finite(row, len(self._of_steps), float("nan"))
         self._last = scores.log_softmax(dim=-1)  # (rows, V)
         return scores
 
-    def _take_draws(self, input_ids: torch.Tensor) -> None:
+    def _record_draws(self, input_ids: torch.Tensor) -> None:
         if self._last is not None:
             self._of_steps.append(self._last.gather(1, input_ids[:, -1:]))
 
     def log_probs(self, sequences: torch.Tensor) -> torch.Tensor:
-        """(rows, steps) float32, given what `generate` returned. Rows that had ended hold those of padding."""
-        self._take_draws(sequences)
+        """Log-probabilities (rows, steps) float32, given the result of `generate`; arbitrary after a row's end."""
+        self._record_draws(sequences)
         return torch.cat(self._of_steps, dim=1)
