@@ -94,15 +94,16 @@ class DataProto:
     @classmethod
     def from_dict(
         cls,
-        tensors: Mapping[str, torch.Tensor],
+        tensors: Mapping[str, torch.Tensor] | None = None,
         non_tensors: Mapping[str, Sequence] | None = None,
         meta_info: dict[str, Any] | None = None,
         num_batch_dims: int = 1,
     ) -> DataProto:
         """Build from tensors that agree in their first `num_batch_dims` dimensions, and from rows of objects.
 
-        Raises AssertionError when they do not agree.
+        Either may be left out. Raises AssertionError when they do not agree.
         """
+        tensors = tensors or {}
         assert num_batch_dims > 0, f"num_batch_dims={num_batch_dims} must be at least 1"
         assert num_batch_dims == 1 or not non_tensors, "objects have one batch dimension; use num_batch_dims=1"
         batch_size = None
@@ -115,7 +116,7 @@ class DataProto:
             )
 
         return cls(
-            batch=TensorDict(dict(tensors), batch_size=batch_size) if tensors else None,
+            batch=None if batch_size is None else TensorDict(dict(tensors), batch_size=batch_size),
             non_tensor_batch=dict(non_tensors or {}),
             meta_info=dict(meta_info or {}),
         )
