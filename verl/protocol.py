@@ -13,7 +13,7 @@ import os
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -57,6 +57,12 @@ class DataProto:
             return self.batch.batch_size[0]
         return len(next(iter(self.non_tensor_batch.values()), ()))
 
+    @overload
+    def __getitem__(self, rows: int) -> DataProtoItem: ...
+
+    @overload
+    def __getitem__(self, rows: slice | Sequence | np.ndarray | torch.Tensor) -> DataProto: ...
+
     def __getitem__(self, rows: int | slice | Sequence | np.ndarray | torch.Tensor) -> DataProtoItem | DataProto:
         """An int gives a DataProtoItem; a slice, indices or a boolean mask give a DataProto."""
         if isinstance(rows, (int, np.integer)):
@@ -66,18 +72,19 @@ class DataProto:
                 meta_info=dict(self.meta_info),
             )
 
-        if not isinstance(rows, slice):
-            rows = _as_index(rows)
-
+        index: Any = (
+            rows if isinstance(rows, slice) else _as_index(rows)
+        )  # TensorDict does not say that it takes arrays
         return DataProto(
-            batch=None if self.batch is None else self.batch[rows],
-            non_tensor_batch={key: values[rows] for key, values in self.non_tensor_batch.items()},
+            batch=None if self.batch is None else self.batch[index],
+            non_tensor_batch={key: values[index] for key, values in self.non_tensor_batch.items()},
             meta_info=dict(self.meta_info),
         )
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickled tensor brings its whole storage along, so one of W chunks would weigh as much as the batch.
-        tensors = None if self.batch is None else {key: _compact(value) for key, value in self.batch.items()}
+        content: dict[str, Any] = {} if self.batch is None else dict(self.batch.items())
+        tensors = None if self.batch is None else {key: _compact(value) for key, value in content.items()}
         return {
             "tensors": tensors,
             "batch_size": None if self.batch is None else tuple(self.batch.batch_size),
@@ -95,7 +102,7 @@ class DataProto:
     def from_dict(
         cls,
         tensors: Mapping[str, torch.Tensor] | None = None,
-        non_tensors: Mapping[str, Sequence] | None = None,
+        non_tensors: Mapping[str, Sequence | np.ndarray] | None = None,
         meta_info: dict[str, Any] | None = None,
         num_batch_dims: int = 1,
     ) -> DataProto:
@@ -117,7 +124,7 @@ class DataProto:
 
         return cls(
             batch=None if batch_size is None else TensorDict(dict(tensors), batch_size=batch_size),
-            non_tensor_batch=dict(non_tensors or {}),
+            non_tensor_batch={key: _object_rows(rows) for key, rows in (non_tensors or {}).items()},
             meta_info=dict(meta_info or {}),
         )
 
@@ -184,8 +191,9 @@ class DataProto:
         batch_keys = self._known(batch_keys or (), "batch")
         non_tensor_batch_keys = self._known(non_tensor_batch_keys or (), "non_tensor_batch")
         meta_info_keys = self._known(meta_info_keys or (), "meta_info")
+        batch: Any = self.batch  # None only where no key of it is taken
         return DataProto.from_dict(
-            tensors={key: self.batch.pop(key) for key in batch_keys},
+            tensors={key: batch.pop(key) for key in batch_keys},
             non_tensors={key: self.non_tensor_batch.pop(key) for key in non_tensor_batch_keys},
             meta_info={key: self.meta_info.pop(key) for key in meta_info_keys},
         )
@@ -243,8 +251,10 @@ class DataProto:
             DataProto(meta_info=meta_info)._require_equal_where_both(part, "meta_info")
             meta_info.update(part.meta_info)
 
+        batches: list[Any] = [part.batch for part in data]
+        batch: Any = None if first.batch is None else torch.cat(batches)
         return DataProto(
-            batch=None if first.batch is None else torch.cat([part.batch for part in data]),
+            batch=batch,
             non_tensor_batch={
                 key: np.concatenate([part.non_tensor_batch[key] for part in data]) for key in first.non_tensor_batch
             },

@@ -427,8 +427,10 @@ def _chosen_layers(by_layer: Sequence[torch.Tensor | None], last_k_layers: int |
     if last_k_layers is not None and last_k_layers < 1:
         raise ValueError(f"last_k_layers={last_k_layers} is no number of layers; give 1 or more, or None for all")
     present = [layer for layer, attention in enumerate(by_layer) if attention is not None]
-    takes_all = last_k_layers is None or last_k_layers > len(by_layer)
-    chosen = present if takes_all else list(range(len(by_layer)))[-last_k_layers:]
+    if last_k_layers is None or last_k_layers > len(by_layer):
+        chosen = present
+    else:
+        chosen = list(range(len(by_layer)))[-last_k_layers:]
     missing = sorted(set(chosen) - set(present))
     if missing or not chosen:
         raise ValueError(
