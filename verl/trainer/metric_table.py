@@ -119,7 +119,7 @@ AREAS = (
     Area(
         "Policy",
         "Means over the response tokens of a mini-batch, averaged over the step's optimizer steps. They are absent "
-        "before `trainer.critic_warmup`.",
+        "before `trainer.critic_warmup`. A loss of your own adds the metrics that it returns, as `actor/<name>`.",
         (
             Metric(
                 "actor/pg_loss",
