@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AyaVisionConfig
 
 from tests import vlm_zoo
 from tests.batches import make_prompts
-from tests.page_files import files_in
+from tests.documents import files_in
 from tests.pool import run_shared
 from tests.probe import make_config, start_alone
 from tests.test_training_run import arguments

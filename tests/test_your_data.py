@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.page_files import files_in
+from tests.documents import files_in
 from tests.pool import run_shared
 from verl.trainer.config import load_config
 from verl.trainer.sinks import read_log
