@@ -468,7 +468,8 @@ def test_the_runtime_environment_is_valid_and_leaves_behind_what_git_does() -> N
     environment = RuntimeEnv(**settings)
     assert set(environment) - {"_ray_commit"} == {"working_dir", "excludes", "env_vars"}
     ignored = {line for line in (ROOT / ".gitignore").read_text().splitlines() if line and not line.startswith("#")}
-    caches = {"__pycache__/", "*.py[cod]", "*.egg-info/", "build/", "dist/", ".pytest_cache/", ".ruff_cache/"}
+    caches = {"__pycache__/", "*.py[cod]", "*.egg-info/", "build/", "dist/"}
+    caches |= {".pytest_cache/", ".ruff_cache/", ".mypy_cache/"}
     excluded = {pattern.strip("/") for pattern in settings["excludes"]}
     assert {pattern.strip("/") for pattern in ignored - caches} | {".git"} == excluded
 
