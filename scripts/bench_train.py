@@ -275,6 +275,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="switches whose names begin so; all by default")
     arguments = parser.parse_args()
+    unknown = unknown_switches(arguments.only or [])
+    if unknown:
+        known = ", ".join(SWITCHES | ON_GPUS | WITH_SEVERAL_WORKERS)
+        parser.error(f"no switch begins with {' or '.join(unknown)}; --only takes beginnings of: {known}")
 
     from tests.tiny import make_tiny_model
 
@@ -284,19 +288,35 @@ def main() -> None:
     switches |= WITH_SEVERAL_WORKERS if arguments.workers > 1 else {}
     if arguments.only is not None:
         switches = {name: keys for name, keys in switches.items() if name.startswith(tuple(arguments.only))}
+        if arguments.only and not switches:
+            parser.error(f"--only {' '.join(arguments.only)} leaves no switch: they need a GPU, or --workers 2")
     with tempfile.TemporaryDirectory() as folder:
         model_path = make_tiny_model(folder, **SHAPES[arguments.shape])
-        results = {}
+        rows = rows_of(make_prompts(model_path, arguments.prompts, arguments.prompt_length, arguments.fill), arguments)
+        tokens = print_head(rows, arguments)
         if arguments.device == "cuda":
             (baseline,) = measure([[]], model_path, arguments)
-            results = {name: (measure([keys], model_path, arguments)[0], baseline) for name, keys in switches.items()}
-        else:
+            print(row_of("defaults", baseline, baseline, tokens), flush=True)
             for name, keys in switches.items():
+                (result,) = measure([keys], model_path, arguments)
+                print(row_of(name, result, baseline, tokens), flush=True)
+        else:
+            for index, (name, keys) in enumerate(switches.items()):
                 baseline, result = measure([[], keys], model_path, arguments)
-                results[name] = (result, baseline)
-        rows = rows_of(make_prompts(model_path, arguments.prompts, arguments.prompt_length, arguments.fill), arguments)
+                if index == 0:
+                    print(row_of("defaults", baseline, baseline, tokens))
+                print(row_of(name, result, baseline, tokens), flush=True)
     ray.shutdown()
 
+
+def unknown_switches(beginnings: list[str]) -> list[str]:
+    """Those with which the name of no switch begins."""
+    names = SWITCHES | ON_GPUS | WITH_SEVERAL_WORKERS
+    return [beginning for beginning in beginnings if not any(name.startswith(beginning) for name in names)]
+
+
+def print_head(rows: DataProto, arguments: argparse.Namespace) -> dict[str, int]:
+    """Prints what is measured and the head of the table; returns each phase's tokens."""
     of_rows = int(rows.batch["attention_mask"].sum())
     tokens = {"rollout": arguments.response_length * arguments.prompts * arguments.n}
     tokens |= dict.fromkeys(PHASES[1:], of_rows)
@@ -308,11 +328,8 @@ def main() -> None:
         print(f"no MFU: the peak of {where} is not known\n")
     memory = [f"{phase}: memory" for phase in PHASES]
     print(f"| {' | '.join(['switch', *PHASES, *memory, 'update: TFLOP/s', 'MFU'])} |")
-    print(f"|{'---|' * (2 * len(PHASES) + 3)}")
-    if results:
-        print(row_of("defaults", baseline, baseline, tokens))
-    for name, (result, of_defaults) in results.items():
-        print(row_of(name, result, of_defaults, tokens))
+    print(f"|{'---|' * (2 * len(PHASES) + 3)}", flush=True)
+    return tokens
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -285,6 +286,8 @@ def draw(results: dict[int, dict[str, dict[str, float] | str]], path: Path, titl
     peaks.set(xlabel="tokens", ylabel="peak memory of the pass [MiB]", xscale="log", yscale="log")
     for axis in (times, peaks):
         axis.set_xticks(list(results), [str(length) for length in results])
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     times.legend(fontsize=8)

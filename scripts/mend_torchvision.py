@@ -3,11 +3,12 @@
 
 The torchvision wheel on PyPI is linked against CUDA and cannot load its binary beside a CPU-only torch, though image
 resizing does not need it. Where that is so, a small import hook is put into site-packages; elsewhere nothing is done.
-Run it again after installing packages; it also takes away a hook that is no longer needed.
+Run it again after installing packages; it also takes away a hook that is no longer needed. It takes no arguments.
 """
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,9 @@ def mend(site_packages: Path) -> str:
     module_file, path_file = site_packages / f"{HOOK_MODULE}.py", site_packages / f"{HOOK_MODULE}.pth"
     error = import_error("torchvision")
     if error is not None and "No module named 'torchvision'" in error:
-        raise RuntimeError(f"{sys.executable} has no torchvision; run `pip install -r requirements.txt` first")
+        raise RuntimeError(
+            f"{sys.executable} has no torchvision; run `{sys.executable} -m pip install torchvision` first"
+        )
     optional_errors = {name: import_error(name) for name in OPTIONAL_PACKAGES}
     hidden = [name for name, why in optional_errors.items() if why is not None and "No module named" not in why]
     if error is None and not hidden:
@@ -58,4 +61,5 @@ def mend(site_packages: Path) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(mend(Path(sysconfig.get_paths()["purelib"])))

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
 import torch
@@ -23,7 +26,7 @@ from picture_task import generate_answers, score_answers
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from verl.trainer.sinks import read_log
+from verl.trainer.sinks import FileSink, read_log
 
 Log = dict[int, dict[str, float | None]]
 """Step -> metrics by name."""
@@ -186,6 +189,11 @@ if __name__ == "__main__":
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     arguments = parser.parse_args()
+    for run in arguments.runs:
+        if not (run / FileSink.LOG).is_file():
+            parser.error(
+                f"{run} is no folder of a run: it has no {FileSink.LOG}; bash scripts/quickstart.sh makes one"
+            )
     if len(arguments.runs) == 1 and arguments.picture is None:
         main(arguments.runs[0])
     else:

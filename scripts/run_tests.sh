@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Installs what is missing and runs linter and tests: bash scripts/run_tests.sh [--fast | --no-vllm] [pytest arguments]
+# Installs what is missing and runs linter, type checker and tests:
+#   bash scripts/run_tests.sh [--fast | --no-vllm] [pytest arguments]
 #   --fast     leaves out the tests that start Ray or an engine, and vLLM's installation (two gigabytes)
 #   --no-vllm  neither installs vLLM nor runs the tests that need it
 # Without further arguments, and without a GPU, the tests run in two processes.
@@ -33,4 +34,5 @@ fi
 
 prepare_environment "$engine"
 "$python" -m ruff check .
+"$python" -m mypy
 "$python" -m pytest --durations=10 "${selection[@]}" "$@"

@@ -33,3 +33,12 @@ def code_blocks(text: str, kind: str | None = None) -> list[str]:
 def code_spans(text: str) -> list[str]:
     """What stands between backticks, outside fenced blocks."""
     return re.findall(r"(?<!`)`([^`\n]+)`(?!`)", FENCE.sub("", text))
+
+
+def files_in(page: str) -> dict[str, str]:
+    """The files that a page of docs/en shows, by name: fenced blocks whose first line is a comment with that name."""
+    heads = [block.partition("\n") for block in code_blocks((ROOT / "docs" / "en" / page).read_text(encoding="utf-8"))]
+    named = [(head.removeprefix("# "), rest) for head, _, rest in heads if re.fullmatch(r"# \S+\.\w+", head)]
+    files = dict(named)
+    assert len(files) == len(named), "two blocks of one name"
+    return files

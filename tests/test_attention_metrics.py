@@ -445,6 +445,7 @@ def test_layers_that_were_not_kept_are_left_out_unless_they_are_asked_for():
         torch.testing.assert_close(mass_from_attentions(maps, TWO_TOKENS, 2, last_k_layers), expected)
     with pytest.raises(ValueError, match=r"has layers \[2\] of 3, but last_k_layers=2 needs \[1\]"):
         mass_from_attentions(maps, TWO_TOKENS, 2, 2)
+    torch.testing.assert_close(mass_from_attentions(maps, TWO_TOKENS, 2, 4), expected)  # more than there are
 
 
 def test_maps_without_any_layer_are_an_error():

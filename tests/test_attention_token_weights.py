@@ -472,6 +472,16 @@ def test_the_list_form_differs_from_the_tensor_form_in_nothing(generated):
     assert torch.equal(chosen, weights)
 
 
+def test_a_tokenizer_without_the_texts_of_its_special_tokens_gives_the_same_weights(generated):
+    tokenizer = generated.processor.tokenizer
+    names = ("all_special_ids", "bos_token_id", "eos_token_id", "pad_token_id", "convert_tokens_to_ids", "encode")
+    with_ids_alone = SimpleNamespace(**{name: getattr(tokenizer, name) for name in names})
+    arguments = (generated.attentions, generated.input_ids, generated.sequences)
+    expected, _ = build_token_vgr_weights_for_batch(*arguments, generated.processor)
+    given, _ = build_token_vgr_weights_for_batch(*arguments, SimpleNamespace(tokenizer=with_ids_alone))
+    assert given == expected
+
+
 @pytest.mark.parametrize("sigma", [0.0, 1.0])
 def test_four_arguments_give_the_weights_of_training_whatever_the_vgr_and_the_number_of_keys(sigma):
     """Of masses whose VGR goes from 1e-4 to 1e4. An epsilon of any moment would show at the low end."""

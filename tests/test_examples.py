@@ -38,16 +38,10 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 LAUNCHERS = ("multi_node.sh", "slurm.sh", "vgr.sh")
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.sh") if path.name not in LAUNCHERS)
-TWINS = [script for script in SCRIPTS if script.endswith("_vgr")]
+TWIN = "qwen2_5_vl_7b_geo3k_grpo_vgr"
+WEIGHTED_SCRIPTS = [f"{script}_vgr" for script in SCRIPTS if script != TWIN]
+"""Those that vgr.sh makes of the others."""
 CONFIGS = sorted(path.name for path in EXAMPLES.glob("*.yaml") if path.name != "runtime_env.yaml")
-
-WITHOUT_TWIN = {
-    "qwen2_5_7b_math_grpo": "no images",
-    "qwen3_4b_math_grpo": "no images",
-    "qwen3_14b_dapo17k_dapo": "no images",
-    "qwen2_5_vl_7b_geo3k_swanlab": "shows a logger",
-    "qwen3_vl_4b_android_gui_grpo": "responses are one point each: no words to tell apart from looking",
-}
 
 TO_INSTALL = () if importlib.util.find_spec("vllm") else ("worker.rollout.name=vllm needs vLLM",)
 """How the refusals begin that are right where not everything is installed."""
@@ -62,11 +56,18 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
+def words_that_run(script: str) -> list[str]:
+    """Of a script's name. NAME_vgr without a file of its own is what vgr.sh makes of NAME."""
+    if (EXAMPLES / f"{script}.sh").is_file():
+        return [f"examples/{script}.sh"]
+    return ["examples/vgr.sh", f"examples/{script.removesuffix('_vgr')}.sh"]
+
+
 def run_script(script: str, *arguments: str, programs: Path, **variables: str) -> subprocess.CompletedProcess:
     """Runs a script from the repository's root, where it finds `programs`, a folder, before all others."""
     shell = {name: value for name, value in os.environ.items() if name not in FROM_THE_SHELL}
     return subprocess.run(
-        ["bash", f"examples/{script}.sh", *arguments],
+        ["bash", *words_that_run(script), *arguments],
         cwd=ROOT,
         env={**shell, "PATH": f"{programs}{os.pathsep}{shell['PATH']}", **variables},
         capture_output=True,
@@ -92,10 +93,19 @@ def arguments_of(folder: Path, script: str, *overrides: str, **variables: str) -
     return words[2:]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def wandb_without_an_account() -> Iterator[None]:
+    """The shipped configuration logs to wandb, which is refused without a key."""
+    with pytest.MonkeyPatch.context() as variables:
+        variables.setenv("WANDB_MODE", "offline")
+        yield
+
+
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Every script's arguments to the trainer."""
-    return {script: arguments_of(tmp_path_factory.mktemp("programs"), script) for script in SCRIPTS}
+    """Every script's arguments to the trainer, alone and with vgr.sh."""
+    folder = tmp_path_factory.mktemp("programs")
+    return {script: arguments_of(folder, script) for script in (*SCRIPTS, *WEIGHTED_SCRIPTS)}
 
 
 @pytest.fixture(scope="module")
@@ -245,30 +255,59 @@ def test_a_script_takes_another_model_and_hands_further_keys_on_behind_its_own(s
     assert [word for word in given if "model_path=" in word] == ["worker.actor.model.model_path=org/other"]
 
 
-@pytest.mark.parametrize("twin", TWINS)
-def test_a_twin_is_its_plain_script_with_token_weights(twin: str, settings_of: Callable) -> None:
-    plain, weighted = settings_of(twin.removesuffix("_vgr")), settings_of(twin)
-    differences = {key: value for key, value in weighted.items() if value != plain[key] and type(value) is not dict}
+@pytest.mark.parametrize("weighted", WEIGHTED_SCRIPTS)
+def test_vgr_adds_token_weights_to_a_script_and_changes_nothing_else(weighted: str, settings_of: Callable) -> None:
+    plain, settings = settings_of(weighted.removesuffix("_vgr")), settings_of(weighted)
+    differences = {key: value for key, value in settings.items() if value != plain[key] and type(value) is not dict}
     assert differences == {
         "algorithm.enable_token_weights": True,
         "algorithm.token_weight_last_k_layers": 8,
         "worker.rollout.collect_attentions": True,
-        "trainer.experiment_name": twin,
-        "trainer.save_checkpoint_path": str(ROOT / "checkpoints" / "easy_r1" / twin),
+        "trainer.experiment_name": weighted,
+        "trainer.save_checkpoint_path": str(ROOT / "checkpoints" / "easy_r1" / weighted),
     }
 
 
-def test_every_script_whose_tokens_may_look_at_images_has_a_twin() -> None:
-    plain = set(SCRIPTS) - set(TWINS)
-    assert {twin.removesuffix("_vgr") for twin in TWINS} == plain - set(WITHOUT_TWIN)
-    assert set(WITHOUT_TWIN) < plain
+def test_the_twin_is_what_vgr_makes_of_its_script(arguments: dict[str, list[str]], tmp_path: Path) -> None:
+    script = f"examples/{TWIN.removesuffix('_vgr')}.sh"
+    words = words_for("python3", tmp_path, "vgr", script)
+    assert arguments[TWIN] == words[2:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "returncode", "says"),
+    [
+        (["--help"], 0, ""),
+        ([], 2, "'' is no file"),
+        (["examples/no_such_script.sh"], 2, "'examples/no_such_script.sh' is no file"),
+    ],
+)
+def test_vgr_says_how_it_is_used(arguments: list[str], returncode: int, says: str) -> None:
+    finished = subprocess.run(["bash", "examples/vgr.sh", *arguments], capture_output=True, text=True)
+    assert finished.returncode == returncode
+    assert says in finished.stderr
+    assert "usage: bash examples/vgr.sh" in (finished.stderr if returncode else finished.stdout)
+
+
+def test_the_names_that_users_of_easyr1_know_are_there() -> None:
+    known = {
+        "qwen2_5_7b_math_grpo",
+        "qwen2_5_vl_3b_android_gui_grpo",
+        "qwen2_5_vl_3b_clevr",
+        "qwen2_5_vl_3b_geoqa8k",
+        "qwen2_5_vl_7b_geo3k_grpo",
+        "qwen3_4b_math_grpo",
+        "qwen3_4b_math_grpo_lora",
+        "qwen3_vl_30b_geo3k_grpo",
+    }
+    assert known - set(SCRIPTS) == set()
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_documents_name_every_script(language: str) -> None:
     text = text_of(language)
     named = {script for script in SCRIPTS if f"`{script}.sh`" in text}
-    assert named == set(SCRIPTS) - set(TWINS) | {"qwen2_5_vl_7b_geo3k_grpo_vgr"}
+    assert named == set(SCRIPTS)
     assert all(f"`{name}`" in text for name in (*LAUNCHERS, *CONFIGS, "runtime_env.yaml"))
 
 
@@ -429,7 +468,8 @@ def test_the_runtime_environment_is_valid_and_leaves_behind_what_git_does() -> N
     environment = RuntimeEnv(**settings)
     assert set(environment) - {"_ray_commit"} == {"working_dir", "excludes", "env_vars"}
     ignored = {line for line in (ROOT / ".gitignore").read_text().splitlines() if line and not line.startswith("#")}
-    caches = {"__pycache__/", "*.py[cod]", "*.egg-info/", "build/", "dist/", ".pytest_cache/", ".ruff_cache/"}
+    caches = {"__pycache__/", "*.py[cod]", "*.egg-info/", "build/", "dist/"}
+    caches |= {".pytest_cache/", ".ruff_cache/", ".mypy_cache/"}
     excluded = {pattern.strip("/") for pattern in settings["excludes"]}
     assert {pattern.strip("/") for pattern in ignored - caches} | {".git"} == excluded
 
@@ -504,7 +544,7 @@ def data_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def model_of_eight_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """As many layers as the twins take attention from."""
+    """As many layers as vgr.sh takes attention from."""
     return make_tiny_model(tmp_path_factory.mktemp("model"), num_layers=8)
 
 
@@ -513,14 +553,11 @@ KL_LOSS = {"actor/kl_loss", "actor/kl_coef"}
 WEIGHTED = {"token_weights/weighted_rows", "vgr/mean"}
 
 
-SCRIPT = "qwen2_5_vl_7b_geo3k_grpo_vgr"
-
-
 @pytest.mark.parametrize(
     ("script", "present", "absent"),
     [
         ("qwen2_5_vl_7b_geo3k_grpo", CLIPPED | KL_LOSS, WEIGHTED),
-        (SCRIPT, CLIPPED | KL_LOSS | WEIGHTED, set()),
+        (TWIN, CLIPPED | KL_LOSS | WEIGHTED, set()),
         ("qwen2_5_vl_7b_geo3k_dapo_vgr", CLIPPED | WEIGHTED, KL_LOSS),
         ("qwen2_5_vl_7b_geo3k_gspo_vgr", CLIPPED | KL_LOSS | WEIGHTED, set()),
         ("qwen2_5_vl_7b_geo3k_cispo_vgr", KL_LOSS | WEIGHTED, CLIPPED),
@@ -563,7 +600,7 @@ def test_a_script_starts_the_trainer_and_ends_with_it(
     data_files: list[str], model_of_eight_layers: str, tmp_path: Path
 ) -> None:
     overrides = tiny(tmp_path / "run", data_files, model_of_eight_layers)
-    finished = run_script(SCRIPT, *overrides, programs=Path(sys.executable).parent)
+    finished = run_script(TWIN, *overrides, programs=Path(sys.executable).parent)
     assert finished.returncode == 0, finished.stderr
     assert [record["step"] for record in steps_of(tmp_path / "run")] == [1, 2]
 

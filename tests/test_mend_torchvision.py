@@ -83,3 +83,11 @@ def test_what_the_hook_cannot_cure_is_an_error_with_torchvisions_own_words(envir
     mended = run(python, SCRIPTS / "mend_torchvision.py")
     assert mended.returncode != 0
     assert "does not import even with the hook" in mended.stderr and "something else is wrong" in mended.stderr
+
+
+def test_help_is_help_and_mends_nothing(environment) -> None:
+    python, site_packages = environment
+    asked = run(python, SCRIPTS / "mend_torchvision.py", "--help")
+    assert asked.returncode == 0
+    assert asked.stdout.startswith("usage: mend_torchvision.py")
+    assert not (site_packages / "verl_torchvision_hook.py").exists()

@@ -86,6 +86,13 @@ def test_building_from_columns_of_unequal_length_names_the_column():
         DataProto.from_dict({"a": torch.zeros(2)}, non_tensors={"name": ["x"]})
 
 
+def test_objects_alone_make_a_batch():
+    data = DataProto.from_dict(non_tensors={"name": ["x", "y"]}, meta_info={"step": 3})
+    assert data.batch is None
+    assert len(data) == 2
+    assert (list(data.non_tensor_batch["name"]), data.meta_info) == (["x", "y"], {"step": 3})
+
+
 def test_num_batch_dims_compares_that_many_dimensions():
     tensors = {"a": torch.zeros(4, 3), "b": torch.zeros(4, 3, 2)}
     assert DataProto.from_dict(tensors, num_batch_dims=2).batch.batch_size == torch.Size([4, 3])

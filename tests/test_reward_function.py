@@ -373,6 +373,12 @@ def test_a_file_that_does_not_load_is_an_error_with_its_cause(make_manager):
         make_manager("import no_such_grader")
 
 
+def test_a_grader_of_the_examples_that_is_missing_is_an_error_with_the_command_that_installs_it(make_manager):
+    missing = """raise ModuleNotFoundError("No module named 'mathruler'", name="mathruler")"""
+    with pytest.raises(ValueError, match=r"No module named 'mathruler'; `.*python.* -m pip install -e '.\[math\]'`"):
+        make_manager(missing)
+
+
 def test_no_reward_function_is_an_error_that_shows_one(tokenizer):
     with pytest.raises(ValueError, match="worker.reward.reward_function is not set.*:compute_score"):
         AutoRewardManager(RewardConfig(), tokenizer)

@@ -12,10 +12,12 @@ import torch
 from tests.batches import answer_at_random, make_prompts, uids_of
 from tests.pool import run_shared
 from tests.probe import RESPONSE_LENGTH, WITH_CRITIC, make_config, start_alone
-from tests.test_training_run import arguments, lines_of
+from tests.test_training_run import arguments
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig, load_config
+from verl.trainer.metric_table import all_metrics, metric_of
 from verl.trainer.ray_trainer import RayDAPOTrainer
+from verl.trainer.sinks import read_log
 from verl.trainer.step_record import StepRecord
 from verl.trainer.streams import PHASES, PROMPT_STREAMS, STREAMS, prompt_streams_read_by, streams_of, streams_read_by
 from verl.workers.rollout.base import Sampling
@@ -56,6 +58,8 @@ KINDS = {
 WEIGHED = ("vgr", "report", "signals", "own signal")
 """The kinds whose tokens weigh more and less."""
 REORDERS = "balance_across_ranks"
+METRICS_OF_KINDS: dict[str, set[str]] = {}
+"""What the run of each kind logged, as far as the kinds have run in this session."""
 
 
 def keys_of(batch: DataProto) -> set[str]:
@@ -140,14 +144,24 @@ def test_a_step_adds_and_reads_what_the_table_says(
     watch = Watch()
     for phase in PHASES:
         monkeypatch.setattr(RayDAPOTrainer, f"_{phase}", watch.around(phase, getattr(RayDAPOTrainer, f"_{phase}")))
-    settings = [*KINDS[kind], "trainer.max_steps=1", "trainer.val_before_train=false", "trainer.val_freq=-1"]
+    settings = [*KINDS[kind], "trainer.max_steps=1", "trainer.val_before_train=false", "trainer.save_freq=1"]
+    settings.append("trainer.val_freq=1")
     config = load_config(arguments(tiny_model_path, data_files, tmp_path, *settings))
     run_shared(config)
     assert watch.seen == list(PHASES)
     assert watch.needless == {}
+    (logged,) = read_log(tmp_path).values()
     if kind in WEIGHED:
-        (record,) = (line for line in lines_of(tmp_path / "experiment_log.jsonl") if "actor" in line)
-        assert record["token_weights"]["std"] > 0
+        assert logged["token_weights/std"] > 0
+    METRICS_OF_KINDS[kind] = set(logged)
+    assert [name for name in logged if metric_of(name) is None] == []
+
+
+def test_every_row_of_the_table_of_metrics_is_logged_by_a_kind_of_run() -> None:
+    if set(METRICS_OF_KINDS) != set(KINDS):
+        pytest.skip("not all kinds have run")
+    met = {metric_of(name) for names in METRICS_OF_KINDS.values() for name in names}
+    assert [metric.name for metric in all_metrics() if metric not in met and not metric.needs_gpu] == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,6 +4,7 @@
 
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -102,6 +103,7 @@ def test_an_engine_that_cannot_start_ends_the_run_with_its_own_error_and_no_proc
     assert finished.returncode == 1
     assert "max_model_len" in finished.stderr
     assert "in from_config" in finished.stderr
+    assert not re.search("Triton|FutureWarning|NUMA binding|safetensors", finished.stdout + finished.stderr)
     assert processes_marked(mark) == []
 
 

@@ -120,7 +120,7 @@ class ConfigSection:
             return value
         path, colon, function = value.rpartition(":")
         if not colon:
-            path, function = value, default
+            path, function = value, default or ""
         self.require(bool(function), key, "names no function; write path.py:function")
         path = absolute(path)
         self.require(os.path.isfile(path), key, f"names no file (looked for {path})")

@@ -13,7 +13,7 @@ import os
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -57,6 +57,12 @@ class DataProto:
             return self.batch.batch_size[0]
         return len(next(iter(self.non_tensor_batch.values()), ()))
 
+    @overload
+    def __getitem__(self, rows: int) -> DataProtoItem: ...
+
+    @overload
+    def __getitem__(self, rows: slice | Sequence | np.ndarray | torch.Tensor) -> DataProto: ...
+
     def __getitem__(self, rows: int | slice | Sequence | np.ndarray | torch.Tensor) -> DataProtoItem | DataProto:
         """An int gives a DataProtoItem; a slice, indices or a boolean mask give a DataProto."""
         if isinstance(rows, (int, np.integer)):
@@ -66,18 +72,19 @@ class DataProto:
                 meta_info=dict(self.meta_info),
             )
 
-        if not isinstance(rows, slice):
-            rows = _as_index(rows)
-
+        index: Any = (
+            rows if isinstance(rows, slice) else _as_index(rows)
+        )  # TensorDict does not say that it takes arrays
         return DataProto(
-            batch=None if self.batch is None else self.batch[rows],
-            non_tensor_batch={key: values[rows] for key, values in self.non_tensor_batch.items()},
+            batch=None if self.batch is None else self.batch[index],
+            non_tensor_batch={key: values[index] for key, values in self.non_tensor_batch.items()},
             meta_info=dict(self.meta_info),
         )
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickled tensor brings its whole storage along, so one of W chunks would weigh as much as the batch.
-        tensors = None if self.batch is None else {key: _compact(value) for key, value in self.batch.items()}
+        content: dict[str, Any] = {} if self.batch is None else dict(self.batch.items())
+        tensors = None if self.batch is None else {key: _compact(value) for key, value in content.items()}
         return {
             "tensors": tensors,
             "batch_size": None if self.batch is None else tuple(self.batch.batch_size),
@@ -94,15 +101,16 @@ class DataProto:
     @classmethod
     def from_dict(
         cls,
-        tensors: Mapping[str, torch.Tensor],
-        non_tensors: Mapping[str, Sequence] | None = None,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        non_tensors: Mapping[str, Sequence | np.ndarray] | None = None,
         meta_info: dict[str, Any] | None = None,
         num_batch_dims: int = 1,
     ) -> DataProto:
         """Build from tensors that agree in their first `num_batch_dims` dimensions, and from rows of objects.
 
-        Raises AssertionError when they do not agree.
+        Either may be left out. Raises AssertionError when they do not agree.
         """
+        tensors = tensors or {}
         assert num_batch_dims > 0, f"num_batch_dims={num_batch_dims} must be at least 1"
         assert num_batch_dims == 1 or not non_tensors, "objects have one batch dimension; use num_batch_dims=1"
         batch_size = None
@@ -115,8 +123,8 @@ class DataProto:
             )
 
         return cls(
-            batch=TensorDict(dict(tensors), batch_size=batch_size) if tensors else None,
-            non_tensor_batch=dict(non_tensors or {}),
+            batch=None if batch_size is None else TensorDict(dict(tensors), batch_size=batch_size),
+            non_tensor_batch={key: _object_rows(rows) for key, rows in (non_tensors or {}).items()},
             meta_info=dict(meta_info or {}),
         )
 
@@ -183,8 +191,9 @@ class DataProto:
         batch_keys = self._known(batch_keys or (), "batch")
         non_tensor_batch_keys = self._known(non_tensor_batch_keys or (), "non_tensor_batch")
         meta_info_keys = self._known(meta_info_keys or (), "meta_info")
+        batch: Any = self.batch  # None only where no key of it is taken
         return DataProto.from_dict(
-            tensors={key: self.batch.pop(key) for key in batch_keys},
+            tensors={key: batch.pop(key) for key in batch_keys},
             non_tensors={key: self.non_tensor_batch.pop(key) for key in non_tensor_batch_keys},
             meta_info={key: self.meta_info.pop(key) for key in meta_info_keys},
         )
@@ -242,8 +251,10 @@ class DataProto:
             DataProto(meta_info=meta_info)._require_equal_where_both(part, "meta_info")
             meta_info.update(part.meta_info)
 
+        batches: list[Any] = [part.batch for part in data]
+        batch: Any = None if first.batch is None else torch.cat(batches)
         return DataProto(
-            batch=None if first.batch is None else torch.cat([part.batch for part in data]),
+            batch=batch,
             non_tensor_batch={
                 key: np.concatenate([part.non_tensor_batch[key] for part in data]) for key in first.non_tensor_batch
             },

@@ -145,7 +145,7 @@ def compute_gae_advantages(inputs: AdvantageInputs) -> tuple[torch.Tensor, torch
     """Generalised advantage estimation from a critic's values.
 
     With the error of the critic d_t = r_t + gamma V_{t+1} - V_t, where V after a response's last token is 0,
-    A_t = sum over l of (gamma lam)^l d_{t+l} (arXiv 1506.02438, eq. 16). Our deltas:
+    A_t = sum over l of (gamma lam)^l d_{t+l} (arXiv 1506.02438, "Advantage Function Estimation"). Our deltas:
 
     1. A token outside the response mask does not exist: the tokens around it are neighbours.
     2. Advantages are whitened by `masked_whiten` over all response tokens of the batch. The returns that the critic

@@ -20,8 +20,8 @@ def informative_rows(
 ) -> np.ndarray:
     """The rows of groups whose responses are neither all right nor all wrong: filter_low < group mean < filter_high.
 
-    Responses that are equally good have advantages of zero, and only thin out the update. Dynamic sampling (DAPO,
-    arXiv 2503.14476, sec. 3.2, eq. 11) keeps groups with 0 < right responses < n. Our deltas, which are EasyR1's rule:
+    Responses that are equally good have advantages of zero, and only thin out the update. DAPO (arXiv 2503.14476, "The
+    More the Merrier: Dynamic Sampling") keeps groups with 0 < right responses < n. Our deltas, as in EasyR1:
 
     1. Any number that the reward function returns can decide, by its group mean; with 0 for wrong, 1 for right and the
        bounds 0 and 1 it is the paper's rule.

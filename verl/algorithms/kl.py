@@ -49,7 +49,7 @@ def compute_kl(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, kl_penalty:
 def apply_kl_penalty(
     token_level_scores: torch.Tensor, kl: torch.Tensor, response_mask: torch.Tensor, kl_coef: float
 ) -> tuple[torch.Tensor, float]:
-    """Take the KL to the reference out of the reward, token by token (RLHF; arXiv 1909.08593, eq. 2).
+    """Take the KL to the reference out of the reward, token by token (RLHF; arXiv 1909.08593, "Methods").
 
     token_level_scores, kl, response_mask: (N, R); `kl` from `compute_kl` on the old log-probs.
 

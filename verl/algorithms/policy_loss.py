@@ -51,12 +51,12 @@ register_policy_loss = POLICY_LOSSES.register
 def clipped_policy_loss(inputs: PolicyLossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """PPO's clipped surrogate, with a ratio for every token.
 
-    With ratio r = exp(log_probs - old_log_probs) and advantage A, PPO (arXiv 1707.06347, eq. 7):
-    max(-A r, -A clip(r, 1 - low, 1 + high)). Our deltas:
+    With ratio r = exp(log_probs - old_log_probs) and advantage A, PPO (arXiv 1707.06347, "Clipped Surrogate
+    Objective"): max(-A r, -A clip(r, 1 - low, 1 + high)). Our deltas:
 
-    1. The upper and the lower bound are two numbers (DAPO's clip-higher, arXiv 2503.14476, sec. 3.1).
+    1. The upper and the lower bound are two numbers (DAPO, arXiv 2503.14476, "Raise the Ceiling: Clip-Higher").
     2. Where A < 0 the loss is at most -A * dual, so that a token whose ratio has exploded has no gradient (dual clip,
-       arXiv 1912.09729, eq. 5).
+       arXiv 1912.09729).
     3. The log-ratio is clamped to +-20 before the exponential, for finite values.
 
     Metrics: `pg_clipfrac_higher` (1 where the clipped ratio decides), `pg_clipfrac_lower` (1 where the dual clip
@@ -70,8 +70,8 @@ def gspo_loss(inputs: PolicyLossInputs) -> tuple[torch.Tensor, dict[str, torch.T
     """The clipped surrogate with one ratio for a whole response, its geometric mean.
 
     s = exp(mean over the response's tokens of log_probs - old_log_probs), the loss of every token
-    max(-A s, -A clip(s, 1 - low, 1 + high)), so that a response is clipped as a whole (GSPO, arXiv 2507.18071, eq. 5
-    and 7; the paper's mean over sequences is `loss_avg_mode: seq`). Our deltas: those of `default`.
+    max(-A s, -A clip(s, 1 - low, 1 + high)), so that a response is clipped as a whole (GSPO, arXiv 2507.18071; the
+    paper's mean over sequences is `loss_avg_mode: seq`). Our deltas: those of `default`.
 
     Every token's loss moves all tokens of the response alike, by -A s / (number of tokens). Token weights therefore
     act by their mean over a response, and do not tell its tokens apart; with `gspo_token` they do.
@@ -86,7 +86,7 @@ def gspo_token_loss(inputs: PolicyLossInputs) -> tuple[torch.Tensor, dict[str, t
     """GSPO's ratio and clipping, with each token's loss moving that token only.
 
     The ratio is s without its gradient, times pi / pi without the gradient of the denominator: in value GSPO's, in
-    gradient -A s d log pi of the token itself (GSPO, arXiv 2507.18071, eq. 13 and 14). With equal advantages and
+    gradient -A s d log pi of the token itself (GSPO-token, arXiv 2507.18071). With equal advantages and
     weights in a response the sum of its gradients is GSPO's. Our deltas: those of `default`.
 
     Metrics: as `default`.
@@ -99,7 +99,7 @@ def gspo_token_loss(inputs: PolicyLossInputs) -> tuple[torch.Tensor, dict[str, t
 def cispo_loss(inputs: PolicyLossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The plain policy gradient with a clipped importance weight: no token loses its gradient, however far it went.
 
-    -A stopgrad(clip(r, 1 - low, 1 + high)) log_probs (CISPO, MiniMax-M1, arXiv 2506.13585, eq. 4 and 5). The paper
+    -A stopgrad(clip(r, 1 - low, 1 + high)) log_probs (CISPO, MiniMax-M1, arXiv 2506.13585). The paper
     sets no lower bound: that is `clip_ratio_low: 1`. At 0, which EasyR1's script uses, no weight is below one.
     Our delta:
 

@@ -41,7 +41,7 @@ class Registry(dict[str, Function]):
 
         return add
 
-    def find(self, name: str, key: str | None = None) -> Function:
+    def find(self, name: str, key: str | None = None) -> Function | UserFunction:
         """The function that the configuration names: a registered one, or one in a file of the user's.
 
         Args:

@@ -238,9 +238,8 @@ def compute_token_weights(
         ValueError: as `token_weights_from_lists` and `weights_from_importance`.
     """
     control = CONTROLS[algorithm.token_weight_control]
-    given, is_given = None, torch.zeros(len(response_mask), dtype=torch.bool)
-    if lists is not None:
-        given, is_given = token_weights_from_lists(lists, response_mask)
+    lists = [None] * len(response_mask) if lists is None else lists
+    given, is_given = token_weights_from_lists(lists, response_mask)
     if importance is None and not is_given.any():
         return None
     ones = response_mask.to(torch.float32, copy=True)
@@ -251,6 +250,7 @@ def compute_token_weights(
         weights = torch.where(is_given[:, None], given, weights)
     if control.draw is None:
         return weights
+    assert responses is not None, "a control that draws needs the responses"
     for row, (ids, is_token) in enumerate(zip(responses, response_mask.bool(), strict=True)):
         weights[row, is_token] = control.draw(weights[row, is_token], _generator_of(ids[is_token], step))
     return weights

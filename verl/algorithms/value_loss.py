@@ -14,9 +14,9 @@ def clipped_value_loss(
     """Squared error of the values, which may gain nothing by moving far from those of the rollout.
 
     max((V - G)^2, (clip(V, V_old - c, V_old + c) - G)^2) / 2 with the return G: the squared error of PPO (arXiv
-    1707.06347, eq. 9) with the clipping that its authors' code has and the paper does not tell of (arXiv 2005.12729,
-    sec. 3, item 1); it stands in for the trust region of arXiv 1506.02438, sec. 5. A value that has moved more than c
-    towards its return has no gradient; one that moved away keeps the whole. Our deltas:
+    1707.06347, "Algorithm") with the clipping that its authors' code has and the paper does not tell of (arXiv
+    2005.12729); it stands in for the trust region of arXiv 1506.02438. A value that has moved more than c towards its
+    return has no gradient; one that moved away keeps the whole. Our deltas:
 
     1. Half of the square, so that the gradient is the error itself.
     2. c is in units of the value, on its own, and not the range of the policy's ratio.

@@ -54,7 +54,7 @@ class Topic:
         """A paragraph of at most `width` columns."""
         if self.field is None:
             return _wrapped(f"{self.key}: {self.docstring}", width, "", "    ")
-        head = f"{self.key}={_default_of(self.field)} ({_type_of(self.field)})"
+        head = f"{self.key}={default_of(self.field)} ({type_of(self.field)})"
         return _wrapped(head, width, "  ", "    ") + "\n" + _wrapped(self.docstring, width, "      ", "      ")
 
 
@@ -123,12 +123,12 @@ def _first_paragraph(section: type[ConfigSection]) -> str:
     return inspect.getdoc(section).partition("\n\n")[0]
 
 
-def _default_of(field: Field) -> str:
+def default_of(field: Field) -> str:
     value = field.default if field.default is not MISSING else field.default_factory()
     return '""' if value == "" else as_yaml(value)
 
 
-def _type_of(field: Field) -> str:
+def type_of(field: Field) -> str:
     """The type in words, with every choice."""
     words = in_words(field.type)
     return f"{words}, or null" if field.type is Any and field.default is None else words

@@ -2,6 +2,7 @@
 """The command line: `verl config=FILE key=value ...`, which is `python3 -m verl.trainer.main`."""
 
 import logging
+import os
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +21,7 @@ from verl.utils.determinism import VARIABLES
 from verl.utils.lasting_output import survive_lost_readers
 from verl.utils.lean_imports import frozen_objects, import_modules
 from verl.utils.run_lock import FolderRefused, locked_folder
-from verl.workers.rollout.config import ENGINES
+from verl.workers.rollout.config import ENGINES, VARIABLES_ON_CPUS
 
 if TYPE_CHECKING:
     from verl.single_controller.worker_processes import WorkerProcesses
@@ -111,7 +112,16 @@ def start_processes(config: PPOConfig, device: str) -> "WorkerProcesses":
 
     nodes, workers_per_node = config.trainer.nnodes, config.trainer.n_gpus_per_node
     modules = worker_modules(config.worker.rollout.name)
-    return WorkerProcesses(nodes, workers_per_node, device, modules, VARIABLES if config.trainer.deterministic else {})
+    return WorkerProcesses(nodes, workers_per_node, device, modules, variables_of_workers(config, device))
+
+
+def variables_of_workers(config: PPOConfig, device: str) -> dict[str, str]:
+    """Of the environment, for libraries that read them when they are imported."""
+    variables = dict(VARIABLES) if config.trainer.deterministic else {}
+    if device == "cpu":
+        of_engine = VARIABLES_ON_CPUS.get(config.worker.rollout.name, {})
+        variables |= {name: value for name, value in of_engine.items() if name not in os.environ}
+    return variables
 
 
 def worker_modules(engine: str) -> list[str]:

@@ -104,7 +104,7 @@ class Rollouts:
             features: the rows' prompts, read once more.
         """
         media = self._prompts_from(features).non_tensor_batch["multi_modal_data"]
-        return rows.union(DataProto.from_dict({}, {"multi_modal_data": media}))
+        return rows.union(DataProto.from_dict(non_tensors={"multi_modal_data": media}))
 
     def _prompts_from(self, features: dict[str, Any]) -> DataProto:
         """A loader batch for the workers: each prompt gets a uid, each image or video is stored once."""

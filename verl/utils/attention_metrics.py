@@ -389,7 +389,7 @@ def mass_from_attentions(
             them: training measures full attention alone. A window is noticed only where it makes maps narrower.
         key_kinds: (N, S) of left-padded prompts and right-padded responses.
         response_length: R.
-        last_k_layers: use this many of the last layers, or all if there are fewer; None uses each one that is there.
+        last_k_layers: use this many of the last layers. None, or more than there are, uses each one that is there.
 
     Returns:
         (N, R, 2) float32 on the CPU, zero where there is no response token.
@@ -427,7 +427,10 @@ def _chosen_layers(by_layer: Sequence[torch.Tensor | None], last_k_layers: int |
     if last_k_layers is not None and last_k_layers < 1:
         raise ValueError(f"last_k_layers={last_k_layers} is no number of layers; give 1 or more, or None for all")
     present = [layer for layer, attention in enumerate(by_layer) if attention is not None]
-    chosen = present if last_k_layers is None else list(range(len(by_layer)))[-last_k_layers:]
+    if last_k_layers is None or last_k_layers > len(by_layer):
+        chosen = present
+    else:
+        chosen = list(range(len(by_layer)))[-last_k_layers:]
     missing = sorted(set(chosen) - set(present))
     if missing or not chosen:
         raise ValueError(
@@ -559,7 +562,9 @@ def _tokenizer_of(processor: Any) -> Any:
 def _special_ids(processor: Any) -> dict[str, int]:
     """Every special token that the tokenizer declares, by its text; Qwen's also by the names that mark turns."""
     tokenizer = _tokenizer_of(processor)
-    tokens, ids = (getattr(tokenizer, f"all_special_{what}", ()) for what in ("tokens", "ids"))
+    ids = getattr(tokenizer, "all_special_ids", ())
+    # Some tokenizers give ids alone: they are special under any name, and only Qwen's turns can be known.
+    tokens = getattr(tokenizer, "all_special_tokens", map(str, ids))
     return dict(zip(tokens, ids, strict=True)) | get_qwen_special_token_ids(tokenizer)
 
 

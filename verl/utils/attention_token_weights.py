@@ -62,7 +62,7 @@ def build_token_vgr_weights_for_batch(
         processor: of a Qwen-VL model, or any that names its `image_token_id`.
         exclude_special: False counts special tokens of the prompt as instruction text.
         smooth_sigma, clip_range: as in `token_weights_from_vgr`.
-        last_k_layers: use this many of the last layers; None uses every layer that is there.
+        last_k_layers: use this many of the last layers. None, or more than there are, uses each one that is there.
         eos_token_id: what `generate` stopped at, `model.generation_config.eos_token_id`; None takes the tokenizer's.
 
     Returns:

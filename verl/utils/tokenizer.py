@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import re
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +35,11 @@ def check_torchvision() -> None:
     try:
         importlib.import_module("torchvision")
     except ModuleNotFoundError as error:
-        raise RuntimeError(f"{error}; run `pip install -r requirements.txt`") from error
+        raise RuntimeError(f"{error}; `{sys.executable} -m pip install torchvision` installs it") from error
     except (ImportError, OSError, RuntimeError) as error:
         raise RuntimeError(
-            f"torchvision cannot load beside this torch ({error}). Run `python scripts/mend_torchvision.py` once in "
-            "this environment; `bash scripts/quickstart.sh` and `bash scripts/run_tests.sh` do it by themselves"
+            f"torchvision cannot load beside this torch ({error}). `{sys.executable} scripts/mend_torchvision.py` in "
+            "the repository's root makes it importable, once for this environment"
         ) from error
 
 

@@ -19,6 +19,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+EXTRAS = {"mathruler": "math", "pylatexenc": "math"}
+"""The extra of the package that installs a module which the example reward functions import."""
+
 _modules: dict[tuple[str, int], ModuleType] = {}
 """The modules loaded in this process, by path and modification time."""
 
@@ -89,9 +92,16 @@ def load_module(path: str, key: str) -> ModuleType:
         raise
     except BaseException as error:  # also sys.exit, which would end the process without naming the file
         del sys.modules[name]
-        raise ValueError(f"{key}: {path} raised {type(error).__name__}: {error}") from error
+        raise ValueError(f"{key}: {path} raised {type(error).__name__}: {error}{_remedy(error)}") from error
     _modules[version] = module
     return module
+
+
+def _remedy(error: BaseException) -> str:
+    """How to install a module that is missing, where that is known; empty elsewhere."""
+    if not isinstance(error, ModuleNotFoundError) or error.name not in EXTRAS:
+        return ""
+    return f"; `{sys.executable} -m pip install -e '.[{EXTRAS[error.name]}]'` in the repository's root installs it"
 
 
 def _is_free(name: str, path: str) -> bool:

@@ -25,6 +25,10 @@ ENGINES = {
 }
 """Path of the class for each `worker.rollout.name`; imported only when used, since engines load slowly."""
 
+VARIABLES_ON_CPUS = {"vllm": {"TORCH_CPP_LOG_LEVEL": "ERROR"}}
+"""By engine: what the environment of CPU workers has unless the user sets it, read when torch is imported. It quiets
+vLLM's C++ warning of the NUMA node that it takes (`vllm_environment.py`)."""
+
 
 @dataclass(frozen=True)
 class RolloutConfig(ConfigSection):

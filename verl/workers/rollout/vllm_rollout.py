@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Read when vLLM is imported, and by what it starts. In process, so that the weight stream can be handed over as it is.
+from verl.workers.rollout.vllm_environment import tell_of_numa_nodes  # before vLLM
+
+# Read when vLLM is imported. In process, so that the weight stream can be handed over as it is.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-# A CPU worker keeps the one thread that it was given: bound to cores, several of them would share one.
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import numpy as np
 import psutil
@@ -126,6 +124,8 @@ class VLLMRollout(Rollout):
                 f"worker.rollout.name=vllm would go on with the first weights of {model.model_path}'s experts on a "
                 "CPU; use worker.rollout.name=hf there"
             )
+        if device.type == "cpu":
+            tell_of_numa_nodes()
         sleeps = device.type == "cuda"
         if rollout.tensor_parallel_size > 1 and device.type == "cpu":
             _remove_segments_left_behind(_group_of_this_rank(rollout.tensor_parallel_size))
@@ -142,6 +142,7 @@ class VLLMRollout(Rollout):
                 max_model_len=rollout.max_model_len or config.data.max_prompt_length + config.data.max_response_length,
                 max_num_batched_tokens=rollout.max_num_batched_tokens,
                 enable_chunked_prefill=rollout.enable_chunked_prefill,
+                use_tqdm_on_load=False,
                 enforce_eager=rollout.enforce_eager or device.type == "cpu",
                 disable_log_stats=rollout.disable_log_stats,
                 # Log-probabilities of the distribution that is drawn from, after temperature and filters.

@@ -12,5 +12,5 @@ python3 -m verl.trainer.main config=examples/config.yaml \
     worker.actor.optim.strategy=adamw_bf16 \
     worker.actor.fsdp.torch_dtype=bf16 \
     worker.rollout.tensor_parallel_size=4 \
-    trainer.experiment_name=qwen3_vl_30b_a3b_geo3k_grpo \
+    trainer.experiment_name=qwen3_vl_30b_geo3k_grpo \
     "$@"

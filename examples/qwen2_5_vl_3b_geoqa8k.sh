@@ -12,5 +12,5 @@ python3 -m verl.trainer.main config=examples/config.yaml \
     worker.actor.model.model_path="$MODEL_PATH" \
     worker.rollout.tensor_parallel_size=1 \
     worker.reward.reward_function=./examples/reward_function/r1v.py:compute_score \
-    trainer.experiment_name=qwen2_5_vl_3b_geoqa8k_grpo \
+    trainer.experiment_name=qwen2_5_vl_3b_geoqa8k \
     "$@"

@@ -1,4 +1,0 @@
-#!/usr/bin/env bash
-# SPDX-License-Identifier: Apache-2.0
-# The script of the same name without _vgr, with VGR token weights.
-bash examples/vgr.sh examples/qwen2_5_vl_7b_geo3k_sapo.sh "$@"

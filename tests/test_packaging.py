@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+# python -m pytest tests/test_packaging.py
+"""The ranges that the package asks for, against the pins that were tested; and the checks before a commit."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import setuptools
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """What setup.py says."""
+    monkeypatch.chdir(ROOT)
+    described: dict = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **given: described.update(given))
+    runpy.run_path("setup.py")
+    return described
+
+
+@pytest.fixture
+def pins() -> dict[str, str]:
+    """Versions in requirements.txt by name."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {one.name: str(one.specifier).removeprefix("==") for one in requirements}
+
+
+def test_every_range_holds_the_pin_that_was_tested(settings: dict, pins: dict[str, str]) -> None:
+    for line in settings["install_requires"]:
+        requirement = Requirement(line)
+        assert pins[requirement.name] in requirement.specifier, line
+
+
+def test_every_pin_is_asked_for_by_the_package_or_by_an_extra(settings: dict, pins: dict[str, str]) -> None:
+    lines = [*settings["install_requires"], *(line for extra in settings["extras_require"].values() for line in extra)]
+    assert set(pins) - {Requirement(line).name for line in lines} == set()
+
+
+def test_no_range_is_a_pin_so_that_an_installed_torch_may_stay(settings: dict) -> None:
+    ranges = {Requirement(line).name: Requirement(line).specifier for line in settings["install_requires"]}
+    operators = {name: {part.operator for part in range_} for name, range_ in ranges.items()}
+    assert {name for name, of_range in operators.items() if of_range & {"==", "===", "~="}} == set()
+    assert "2.11.0" in ranges["torch"]
+    assert "2.14.1+cu130" in ranges["torch"]
+
+
+def test_the_checks_before_a_commit_are_those_of_the_tests_script() -> None:
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    commands = {hook["entry"] for hook in repository["hooks"]}
+    script = (ROOT / "scripts" / "run_tests.sh").read_text()
+    assert {"python -m ruff check", "python -m mypy"} <= commands
+    assert '"$python" -m ruff check .' in script
+    assert '"$python" -m mypy' in script
+
+
+def test_the_type_checker_finds_a_wrong_type_on_the_public_surface(tmp_path: Path) -> None:
+    source = "from verl.protocol import DataProto\nlength: str = len(DataProto())\nrow: int = DataProto()[0:1]\n"
+    (tmp_path / "wrong.py").write_text(source)
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), "--config-file", "pyproject.toml"]
+    finished = subprocess.run([*command, tmp_path / "wrong.py"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 1
+    assert 'has type "int", variable has type "str"' in finished.stdout
+    assert 'has type "DataProto", variable has type "int"' in finished.stdout
