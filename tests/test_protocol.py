@@ -93,11 +93,12 @@ def test_objects_alone_make_a_batch():
     assert (list(data.non_tensor_batch["name"]), data.meta_info) == (["x", "y"], {"step": 3})
 
 
-def test_num_batch_dims_compares_that_many_dimensions():
+@pytest.mark.parametrize("count", [0, 2, 3])
+def test_more_or_less_than_one_batch_dimension_is_refused(count: int):
     tensors = {"a": torch.zeros(4, 3), "b": torch.zeros(4, 3, 2)}
-    assert DataProto.from_dict(tensors, num_batch_dims=2).batch.batch_size == torch.Size([4, 3])
-    with pytest.raises(AssertionError, match="first 3 must be the same"):
-        DataProto.from_dict(tensors, num_batch_dims=3)
+    assert DataProto.from_dict(tensors, num_batch_dims=1).batch.batch_size == torch.Size([4])
+    with pytest.raises(AssertionError, match=f"num_batch_dims={count}, but batches have one dimension"):
+        DataProto.from_dict(tensors, num_batch_dims=count)
 
 
 def test_from_single_dict_sorts_tensors_from_object_arrays():

@@ -106,20 +106,22 @@ class DataProto:
         meta_info: dict[str, Any] | None = None,
         num_batch_dims: int = 1,
     ) -> DataProto:
-        """Build from tensors that agree in their first `num_batch_dims` dimensions, and from rows of objects.
+        """Build from tensors with the same number of rows, and from rows of objects; either may be left out.
 
-        Either may be left out. Raises AssertionError when they do not agree.
+        Args:
+            num_batch_dims: 1. Callers of EasyR1 may pass it; its checks refuse more.
+
+        Raises AssertionError when they do not agree, or for more batch dimensions.
         """
+        assert num_batch_dims == 1, f"num_batch_dims={num_batch_dims}, but batches have one dimension, their rows"
         tensors = tensors or {}
-        assert num_batch_dims > 0, f"num_batch_dims={num_batch_dims} must be at least 1"
-        assert num_batch_dims == 1 or not non_tensors, "objects have one batch dimension; use num_batch_dims=1"
         batch_size = None
         for key, tensor in tensors.items():
-            shape = tensor.shape[:num_batch_dims]
+            shape = tensor.shape[:1]
             batch_size = shape if batch_size is None else batch_size
-            assert len(shape) == num_batch_dims and shape == batch_size, (
-                f"'{key}' begins with dimensions {list(shape)}, "
-                f"'{next(iter(tensors))}' with {list(batch_size)}; the first {num_batch_dims} must be the same"
+            assert len(shape) == 1 and shape == batch_size, (
+                f"'{key}' begins with dimensions {list(shape)}, '{next(iter(tensors))}' with {list(batch_size)}; "
+                "the first must be the same"
             )
 
         return cls(
