@@ -47,6 +47,7 @@ from verl.models.loader import DTYPES, load_model
 from verl.models.registry import family_of, media_token_ids
 from verl.protocol import DataProto
 from verl.report.layer_agreement import LayerReport, MeasuredResponse, compare_layers
+from verl.report.numbers import correlation_text, number_text
 from verl.report.pictures import picture_uris
 from verl.report.token_map import Table, TokenMap, token_map_html
 from verl.report.token_texts import token_texts
@@ -340,7 +341,7 @@ def page_of(measured: Sequence[Measured], report: LayerReport, inspector: Inspec
 
 def choice_table(report: LayerReport) -> Table:
     rows = [
-        [one.name, ", ".join(map(str, one.layers)), f"{one.mean:+.3f}", f"{one.standard_error:.3f}"]
+        [one.name, ", ".join(map(str, one.layers)), correlation_text(one.mean), number_text(one.standard_error)]
         for one in report.choices
     ]
     caption = "Rank correlation of a token's importance with the log-probability that it loses with black images"
@@ -353,7 +354,7 @@ def layer_table(measured: Sequence[Measured], report: LayerReport) -> Table:
     for place, one in enumerate(report.by_layer):
         by_token = np.concatenate([response.vgr_by_layer[place] for response in measured])
         vgr = [_median(by_token), *(_median(groups[:, place, group]) for group in range(groups.shape[2]))]
-        rows.append([str(one.layers[0]), f"{one.mean:+.3f}", *(f"{value:.3g}" for value in vgr)])
+        rows.append([str(one.layers[0]), correlation_text(one.mean), *map(number_text, vgr)])
     header = ["layer", "rank correlation", "VGR", *(f"heads {group}" for group in range(groups.shape[2]))]
     return Table("VGR of each layer and of its groups of heads, medians", header, rows)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from inspect_attention import Inspector, main, parse, rows_of
+from inspect_attention import Inspector, choice_table, main, parse, rows_of
 from PIL import Image
 
 from tests.batches import random_image
@@ -21,6 +21,7 @@ from tests.test_families import bare_model, log_probs_alone
 from tests.test_token_map import Page
 from tests.tiny import make_tiny_text_model
 from verl.data.vision import MediaHandle
+from verl.report.layer_agreement import MeasuredResponse, compare_layers
 from verl.report.token_map import VISIBLE
 from verl.utils.attention_metrics import vgr_from_mass
 from verl.utils.attention_token_weights import token_weights_from_vgr
@@ -45,6 +46,12 @@ def write_rows(folder: Path, rows: list[dict[str, Any]]) -> str:
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "tokens.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_what_one_response_cannot_tell_is_undefined() -> None:
+    masses, gain = np.full((1, 5, 2), 0.5, dtype=np.float32), np.arange(5.0)
+    (row, *_) = choice_table(compare_layers([MeasuredResponse((0,), masses, (4, 4), gain)])).rows
+    assert row == ["all", "0", "undefined", "undefined"]
 
 
 @pytest.mark.parametrize("name", IMAGE_TEXT_MODELS)

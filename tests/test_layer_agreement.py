@@ -67,6 +67,7 @@ def test_the_advice_names_the_choice_and_what_it_rests_on() -> None:
     assert "token_weight_layers=middle" in few.advice[0] and few.advice[-1].endswith("too few to rely on.")
     many = compare_layers([response(*layers)] * FEW_RESPONSES)
     assert many.advice[-1] == f"This rests on {5 * FEW_RESPONSES} tokens of {FEW_RESPONSES} responses."
+    assert compare_layers([response(*layers)]).advice[-1].startswith("This rests on 5 tokens of 1 response:")
     against = compare_layers([response((5, 4, 3, 2, 1), (5, 4, 3, 1, 2))] * 3)
     assert against.advice[0].startswith("No layers are recommended")
 

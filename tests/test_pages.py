@@ -52,7 +52,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def sample() -> TokenMap:
     """Tokens that look at one field after another; the second and third share a character."""
-    sample = sample_of(["It", "你", "", " is", " 7", "."], num_images=2)
+    sample = sample_of(["It", "你", "", " is", " 7", "."], num_images=3)
     for place, one in enumerate(sample.maps):
         one.values[:] = 0.01
         for token in range(len(sample.tokens)):
@@ -65,7 +65,8 @@ def page(browser: Browser, sample: TokenMap, tmp_path: Path) -> Iterator[Page]:
     history = History({step: {"reward/overall": step / 10, "val/reward_score": step / 12} for step in range(8)})
     sets = [SampleSet("Held-out responses, step 7", [sample, replace(sample, images=(), maps=())])]
     path = tmp_path / "report.html"
-    path.write_text(run_page("project/run", ["A note."], history, sets, BOUNDS), "utf-8")
+    notes = ["A note.", "/a/folder/of/models" * 9]
+    path.write_text(run_page("project/run", notes, history, sets, BOUNDS), "utf-8")
     page = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme="light")
     words: list[str] = []
     page.on("console", lambda message: words.append(message.text) if message.type == "error" else None)
@@ -95,7 +96,8 @@ def tip_of(page: Page) -> str:
 def test_the_page_shows_its_curves_and_pictures_and_is_no_wider_than_the_window(page: Page) -> None:
     charts = page.locator(".chart img")
     assert charts.count() == 2 and charts.evaluate_all("all => all.every(one => one.naturalWidth > 0)")
-    assert page.locator(".frame img").evaluate_all("all => all.length === 2 && all.every(one => one.width > 50)")
+    assert page.locator(".frame img").evaluate_all("all => all.length === 3 && all.every(one => one.width > 50)")
+    assert len({round(box["width"]) for frame in page.locator(".frame").all() if (box := frame.bounding_box())}) == 1
     for width in (1200, 390):
         page.set_viewport_size({"width": width, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -108,7 +110,7 @@ def test_a_token_under_the_cursor_shows_its_numbers_and_where_it_looks(page: Pag
         tokens_of(page).nth(place).hover()
         told = f"token {number + 1} · weight {sample.weights[number]:.3g} · VGR {sample.vgr[number]:.3g}"
         assert tip_of(page).startswith(told)
-        for image in (0, 1):
+        for image in (0, 1, 2):
             shown = overlay_of(page, image)
             assert np.argmax(shown) == number + image and shown.max() > 3 * np.median(shown)
     assert tokens_of(page).nth(1).inner_text() == "你"
@@ -134,7 +136,8 @@ def test_every_text_has_enough_contrast_in_light_and_dark(page: Page, scheme: st
     """Letters on each colour of the scale, and all other texts on their ground; the scale is told by lightness too."""
     page.emulate_media(color_scheme=scheme)
     page.mouse.move(0, 0)
-    texts = page.locator("h1, h2, p, dt, dd, figcaption, .legend .swatch, .hint, .prompt, .response span").all()
+    shown = "h1, h2, p, dt, dd, figcaption, .legend .swatch, .meaning, .hint, .prompt, .response span"
+    texts = page.locator(shown).all()
     contrasts = {text.inner_text()[:30]: contrast_of(text) for text in texts}
     assert len(contrasts) > 20
     assert min(contrasts.values()) >= ENOUGH_CONTRAST, min(contrasts.items(), key=lambda item: item[1])
@@ -153,6 +156,7 @@ def test_the_charts_follow_the_readers_scheme_and_paper_is_light(page: Page) -> 
     assert list(shown.values()) == [["light"], ["dark"], ["light"]]
     ink, paper = page.locator("h1").evaluate("one => getComputedStyle(one).color"), page.locator("h1").evaluate(GROUND)
     assert luminance(ink) < 0.05 and luminance(paper) > 0.95
+    assert page.locator(".meaning").is_visible() and not page.locator(".hint").is_visible()
     assert page.pdf().startswith(b"%PDF")
 
 

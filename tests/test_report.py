@@ -4,13 +4,16 @@
 
 import base64
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.test_token_map import Page, sample_of
+from verl.report.curves import COLOURS as LINE_COLOURS
 from verl.report.curves import MOST_POINTS, PANELS, History, _band, _thinned, charts
+from verl.report.numbers import number_text
 from verl.report.run_page import SampleSet, run_page
 from verl.report.token_map_image import COLOURS, COLUMNS, token_map_image
 from verl.trainer.report_sink import ReportSink
@@ -51,6 +54,27 @@ def test_a_chart_is_drawn_where_one_of_its_metrics_was_logged_and_says_its_first
     assert (agreement.title, agreement.summary) == ("Agreement of signals", "vgr image kl -0.5")
     assert ">training<" in svg_of(reward.light) and ">held-out<" in svg_of(reward.dark)
     assert "#16161a" in svg_of(reward.light) and "#16161a" not in svg_of(reward.dark)
+
+
+def test_numbers_are_written_in_full_up_to_ten_million() -> None:
+    written = {0.01234: "0.0123", 27.06: "27.1", 999.7: "1,000", 1024.4: "1,024", -100000.0: "-100,000"}
+    written |= {2e9: "2e+09", -0.0: "0", float("nan"): "undefined"}
+    assert {number: number_text(number) for number in written} == written
+    (chart,) = charts(History({0: {"val_response_length/mean": 900.0}, 2: {"val_response_length/mean": 1500.0}}))
+    assert chart.summary == "held-out 900 to 1,500"
+
+
+def test_a_chart_of_one_step_counts_in_whole_steps() -> None:
+    (chart,) = charts(History({7: {"actor/grad_norm": 0.5}}))
+    texts = re.findall(r">([^<>\s]+)</text>", svg_of(chart.light))
+    assert "7" in texts and not {text for text in texts if text.startswith(("6.", "7."))}
+
+
+def test_a_line_has_the_same_colour_and_its_name_where_the_other_of_its_chart_lacks() -> None:
+    (alone,) = charts(History({0: {"val/reward_score": 0.25}}))
+    blue, orange = LINE_COLOURS["light"][:2]
+    assert orange in svg_of(alone.light) and blue not in svg_of(alone.light)
+    assert ">held-out<" in svg_of(alone.light)
 
 
 def test_the_band_of_the_weights_is_a_standard_deviation_on_both_sides() -> None:
@@ -114,7 +138,15 @@ def test_a_resumed_run_draws_the_steps_before_it_and_none_that_it_takes_again(tm
     sink = ReportSink(run_in(tmp_path, resume_step=2))
     sink.log({"reward/overall": 0.3, "val/reward_score": 0.5}, 3)
     html = (tmp_path / "report.html").read_text("utf-8")
+    assert "Resumed" not in html
     assert "training 0.1 to 0.3" in html and "0.9" not in html.partition("Reward: ")[2][:80]
+
+
+def test_a_run_resumed_in_a_new_folder_says_that_its_first_steps_lack(tmp_path: Path) -> None:
+    sink = ReportSink(run_in(tmp_path, resume_step=2))
+    sink.log({"reward/overall": 0.3, "val/reward_score": 0.5}, 3)
+    html = (tmp_path / "report.html").read_text("utf-8")
+    assert "Resumed from step 2: this folder has no log of the steps before." in html
 
 
 def test_the_log_reads_back_as_it_was_logged(tmp_path: Path) -> None:

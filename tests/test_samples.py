@@ -9,22 +9,27 @@ import numpy as np
 import pytest
 import torch
 
+from tests.batches import random_image
 from tests.pool import run_shared
 from tests.test_token_map import Page
 from tests.test_training_run import arguments, lines_of, weights_at
 from verl.protocol import DataProto
+from verl.report.pictures import picture_uris
 from verl.report.token_map import TokenMap, visible
 from verl.trainer.config import load_config
 from verl.trainer.ray_trainer import RayDAPOTrainer
 from verl.trainer.samples import SampleLogger
 from verl.trainer.sinks import Sink
+from verl.trainer.token_weigher import TokenWeigher
 from verl.trainer.tracking import SINKS
+from verl.trainer.validator import ValidationResult
 from verl.utils.attention_token_weights import token_weights_from_vgr
 from verl.utils.response_span import response_token_ids
 
 WEIGHTED = ["worker.rollout.collect_attentions=true", "algorithm.enable_token_weights=true"]
 SHOWN = ["trainer.report=true", "trainer.val_generations_to_log=3", "trainer.train_generations_to_log=5"]
 VARIED = ["trainer.val_freq=2", "trainer.max_steps=3", "worker.rollout.val_override_config={temperature: 0.5, n: 2}"]
+PICTURES = [random_image((28, 28), 0), random_image((56, 28), 1)]
 
 
 def logger_of(count: int, val_freq: int = 2, last: int = 7) -> SampleLogger:
@@ -53,6 +58,69 @@ def test_responses_are_shown_at_the_steps_that_validate_and_at_the_last() -> Non
     assert [step for step in range(1, 8) if logger_of(2, val_freq=-1).chosen(batch, step).any()] == [7]
     choices = [logger_of(2).chosen(batch, step) for step in (2, 2, 4, 6)]
     assert torch.equal(choices[0], choices[1]) and not all(torch.equal(choices[0], one) for one in choices[2:])
+
+
+def test_numbers_of_a_sample_are_of_its_own_tokens_alone(tokenizer) -> None:
+    batch = two_responses(tokenizer)
+    heard = []
+    sample_logger(heard, tokenizer).log_training(batch, step=1)
+    ((samples, step, split),) = heard
+    assert (step, split) == (1, "train")
+    streams = batch.batch
+    for row, (sample, length) in enumerate(zip(samples, (2, 4), strict=True)):
+        assert "".join(sample.tokens) == tokenizer.decode(streams["responses"][row, :length])
+        assert sample.weights == streams["token_weights"][row, :length].tolist()
+        assert sample.vgr == pytest.approx(streams["attention_mass"][row, :length, 0].tolist(), rel=1e-3)
+    assert [(one.prompt, one.answer, one.reward, one.advantage) for one in samples] == [
+        ("?", "7", 0.5, 1.5),
+        ("!", "8", 0.25, 3.0),
+    ]
+    assert [one.images for one in samples] == [picture_uris(PICTURES), []]
+
+
+def test_held_out_samples_have_their_own_rewards_and_weights_of_the_next_step(tokenizer) -> None:
+    """After step 3 the next is the last of the warm-up, three quarters of the way from 1; after step 4 it is over."""
+    batch = two_responses(tokenizer)
+    result = ValidationResult(0.375, {}, [0, 1], batch, [0.5, 0.25], [{"overall": 0.5}, {"overall": 0.25}], {})
+    weigher, heard = TokenWeigher(load_config([*WEIGHTED, "algorithm.token_weight_warmup_steps=4"]), None), []
+    for step in (3, 4):
+        sample_logger(heard, tokenizer, weigher).log_validation(result, batch, step)
+    assert [told[1:] for told in heard] == [(3, "val"), (4, "val")]
+    for warm, full in zip(*(samples for samples, *_ in heard), strict=True):
+        assert warm.weights == pytest.approx([1 + 0.75 * (weight - 1) for weight in full.weights])
+        assert len(set(full.weights)) > 1
+    assert [[sample.reward for sample in samples] for samples, *_ in heard] == [[0.5, 0.25]] * 2
+
+
+def two_responses(tokenizer) -> DataProto:
+    """Of two and of four tokens; padding has numbers too. VGR is the text's mass."""
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    ids = torch.tensor([tokenizer.encode("a b c d e f")[:4], tokenizer.encode("f e d c b a")[:4]])
+    text_mass = torch.tensor([[2.0, 3.0, 9.0, 9.0], [4.0, 5.0, 6.0, 7.0]])
+    streams = {
+        "responses": ids,
+        "response_mask": mask,
+        "token_level_scores": torch.tensor([[0.0, 0.5, 0.0, 0.0], [0.0, 0.0, 0.0, 0.25]]),
+        "advantages": torch.tensor([[1.0, 2.0, 9.0, 9.0], [4.0, 4.0, 4.0, 0.0]]),
+        "token_weights": torch.tensor([[0.5, 1.5, 9.0, 9.0], [0.25, 0.75, 1.25, 1.75]]),
+        "attention_mass": torch.stack([text_mass, torch.ones(2, 4)], dim=-1),
+        "attention_keys": torch.ones(2, 2, dtype=torch.int64),
+    }
+    texts = {"uid": ["one", "other"], "prompt_text": ["?", "!"], "ground_truth": ["7", "8"]}
+    media = [SimpleNamespace(is_video=False, load=lambda picture=picture: picture) for picture in PICTURES]
+    objects = {**texts, "multi_modal_data": [media, None], "attention_maps": [None, None]}
+    return DataProto.from_dict(streams, {name: np.array(column, dtype=object) for name, column in objects.items()})
+
+
+def sample_logger(heard: list, tokenizer, weigher: TokenWeigher | None = None) -> SampleLogger:
+    """Of a weighted run of one step that shows two responses; what loggers hear of token maps goes into `heard`."""
+    config = SimpleNamespace(
+        trainer=SimpleNamespace(val_freq=1, train_generations_to_log=2, report=True),
+        worker=SimpleNamespace(rollout=SimpleNamespace(collect_attentions=True)),
+        algorithm=SimpleNamespace(enable_token_weights=True),
+    )
+    tracker = SimpleNamespace(log_generations=lambda *_: None, log_token_maps=lambda *told: heard.append(told))
+    return SampleLogger(config, 1, tokenizer, None, weigher, tracker)
 
 
 @pytest.fixture(scope="module")

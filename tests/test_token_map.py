@@ -140,6 +140,16 @@ def test_numbers_and_maps_are_those_that_were_given() -> None:
         assert levels / 255 == pytest.approx(expected, abs=0.5 / 255 + 1e-6)
 
 
+def test_an_empty_response_has_images_without_attention() -> None:
+    sample = replace(sample_of([], num_images=2), reward=float("nan"), advantage=-0.0)
+    html = token_map_html([sample])
+    (data,) = Page(html).data
+    assert Page(html).responses == [""] and data["looks"] == [] and data["weights"] == []
+    for found in data["pictures"]:
+        assert base64.b64decode(found["data"]) == bytes(found["rows"] * found["columns"]) and found["stride"] == 1
+    assert '<dd dir="auto">undefined</dd>' in html and '<dd dir="auto">0</dd>' in html
+
+
 def test_tokens_that_share_a_character_have_the_colour_of_their_mean_weight() -> None:
     sample = TokenMap(["好", "", "a"], [0.2, 1.8, 3.0], [1.0, 1.0, 1.0], "?")
     page = Page(token_map_html([sample], bounds=BOUNDS))

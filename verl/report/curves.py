@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from verl.report.numbers import number_text
+
 MOST_POINTS = 400
 """Largest number of points in a line; longer lines are averaged over stretches."""
 
@@ -100,7 +102,8 @@ PANELS = (
     ),
     Panel(
         "Attention",
-        "Share of a token's attention to the prompt, its first token aside.",
+        "Shares of a token's attention to the prompt without its first token; the rest lies on special tokens and the "
+        "system turn.",
         (Line("attention/vision_mass", "on images"), Line("attention/text_mass", "on text")),
     ),
 )
@@ -162,7 +165,7 @@ def _chart(panel: Panel, history: History) -> Chart | None:
         return None
     band = _band(panel, history)
     summary = "; ".join(
-        f"{label} {points[0, 1]:.3g}" + (f" to {points[-1, 1]:.3g}" if len(points) > 1 else "")
+        f"{label} {number_text(points[0, 1])}" + (f" to {number_text(points[-1, 1])}" if len(points) > 1 else "")
         for label, points in lines.items()
     )
     light, dark = (_drawn(panel, lines, band, mode) for mode in ("light", "dark"))
@@ -197,18 +200,22 @@ def _drawn(panel: Panel, lines: Mapping[str, np.ndarray], band: np.ndarray | Non
             steps, low, high = _thinned(band).T
             label = panel.band.label if panel.band is not None else None
             axes.fill_between(steps, low, high, color=COLOURS[mode][0], alpha=0.18, linewidth=0, label=label)
-        for (label, points), colour, style in zip(lines.items(), COLOURS[mode], STYLES, strict=False):
+        # A line keeps its colour where another of its chart has no numbers.
+        for (_, label), colour, style in zip(panel.lines, COLOURS[mode], STYLES, strict=False):
+            if label not in lines:
+                continue
+            points = lines[label]
             steps, values = _thinned(points).T
             marker = "o" if len(points) <= 12 else None
             axes.plot(steps, values, style, color=colour, label=label, marker=marker, markersize=3.5, linewidth=1.6)
         axes.set_xlabel("step", color=ink)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.tick_params(colors=ink, labelsize=8)
         axes.grid(color=grid, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(ink)
-        if len(axes.get_legend_handles_labels()[1]) > 1:
+        if len(panel.lines) > 1 or panel.band is not None:
             figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=ink, fontsize=8)
         file = io.BytesIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

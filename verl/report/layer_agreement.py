@@ -144,7 +144,7 @@ def _advise(choices: Sequence[Agreement], num_responses: int, num_tokens: int) -
             f"No layers are recommended: no response has an image and {FEWEST_TOKENS} tokens whose probability the "
             "image changes."
         ]
-    basis = f"This rests on {num_tokens:,} tokens of {num_responses:,} responses"
+    basis = f"This rests on {num_tokens:,} tokens of {num_responses:,} response{'s' if num_responses != 1 else ''}"
     basis += ": too few to rely on." if num_responses < FEW_RESPONSES else "."
     best, default = max(known, key=lambda choice: choice.mean), choices[0]
     if best.mean <= 0:

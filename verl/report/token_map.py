@@ -20,6 +20,8 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from verl.report.numbers import number_text
+
 if TYPE_CHECKING:
     from verl.data.image_grids import PictureMap
 
@@ -156,9 +158,7 @@ def _page_sample(sample: TokenMap, bounds: tuple[float, float], most_tokens: int
     kept = _kept_places(len(sample.tokens), most_tokens)  # (t,)
     looks = None
     if sample.maps:
-        image_attention = sum(
-            one.values.reshape(len(one.values), -1).sum(axis=1, dtype=np.float64) for one in sample.maps
-        )
+        image_attention = sum(one.values.sum(axis=(1, 2), dtype=np.float64) for one in sample.maps)
         looks = [_short(image_attention[place]) for place in kept]
     gap = next((place for place in range(1, len(kept)) if kept[place] != kept[place - 1] + 1), None)
     data = {
@@ -172,8 +172,8 @@ def _page_sample(sample: TokenMap, bounds: tuple[float, float], most_tokens: int
         "title": sample.title,
         "prompt": _cut(sample.prompt),
         "answer": None if sample.answer is None else _cut(sample.answer),
-        "reward": None if sample.reward is None else f"{sample.reward:.3g}",
-        "advantage": None if sample.advantage is None else f"{sample.advantage:+.3g}",
+        "reward": None if sample.reward is None else number_text(sample.reward),
+        "advantage": None if sample.advantage is None else number_text(sample.advantage),
         "num_tokens": len(sample.tokens),
         "pieces": _pieces(sample, kept, gap, bounds),
         "images": sample.images,
@@ -239,10 +239,10 @@ def _packed_map(picture: PictureMap, kept: Sequence[int], fields: int) -> dict[s
     """One byte per field, relative to the map's maximum; the last map is the mean over all tokens."""
     values = np.asarray(picture.values, dtype=np.float32)  # (T, rows, columns)
     pooled = _pooled(values[list(kept)], max(fields, FEWEST_FIELDS))
-    stride = math.ceil(pooled[:1].size / max(1, fields))
+    stride = math.ceil(pooled[0].size / max(1, fields)) if len(pooled) else 1
     starts = np.arange(0, len(pooled), stride)
     shared = np.add.reduceat(pooled, starts, axis=0) if len(pooled) else pooled
-    whole = _pooled(values.mean(axis=0, keepdims=True), max(fields, FEWEST_FIELDS)) if len(values) else pooled
+    whole = _pooled(values.sum(axis=0, keepdims=True), max(fields, FEWEST_FIELDS))  # an empty response looks nowhere
     maps = np.concatenate([shared, whole])  # (maps, rows, columns)
     peaks = maps.max(axis=(1, 2), keepdims=True, initial=0.0)
     levels = np.divide(maps, peaks, out=np.zeros_like(maps), where=peaks > 0)

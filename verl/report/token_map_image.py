@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from verl.report.numbers import number_text
 from verl.report.token_map import TokenMap, colour_of, token_groups, visible
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def token_map_image(sample: TokenMap, bounds: tuple[float, float]) -> np.ndarray
 def _laid_out(sample: TokenMap, bounds: tuple[float, float]) -> Iterator[Letter]:
     """The letters of the title, the facts and the prompt, then the tokens, in lines of `COLUMNS`."""
     facts = [("reward", sample.reward), ("advantage", sample.advantage)]
-    details = [f"{name} {value:.3g}" for name, value in facts if value is not None]
+    details = [f"{name} {number_text(value)}" for name, value in facts if value is not None]
     if sample.answer is not None:
         details.append(f"answer {sample.answer}")
     head = "\n".join(text for text in (sample.title, ", ".join(details), sample.prompt) if text)

@@ -32,6 +32,7 @@ class ReportSink(Sink):
         if run.continues and (run.output_dir / FileSink.LOG).exists():
             log = read_log(run.output_dir)
             self._steps = {step: metrics for step, metrics in log.items() if step <= run.resume_step}
+        self._lacks_beginning = run.resume_step > 0 and not self._steps
         self._samples: dict[str, tuple[int, Sequence[TokenMap]]] = {}
         self._is_written = False
 
@@ -66,10 +67,12 @@ class ReportSink(Sink):
         algorithm, actor = AlgorithmConfig(**config["algorithm"]), config["worker"]["actor"]
         is_measured = config["worker"]["rollout"]["collect_attentions"]
         notes = [
-            f"{algorithm.adv_estimator} on {actor['model']['model_path']}, "
+            f"Trained with {algorithm.adv_estimator} from {actor['model']['model_path']}: "
             f"step {max(self._steps, default=self.run.resume_step)} of {self.run.total_steps}.",
             f"{describe_token_weights(algorithm, is_measured).capitalize()}.",
         ]
+        if self._lacks_beginning:
+            notes.append(f"Resumed from step {self.run.resume_step}: this folder has no log of the steps before.")
         if not is_measured:
             notes.append("Attention is not measured: worker.rollout.collect_attentions=true does.")
         return notes
