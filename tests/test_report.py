@@ -42,16 +42,17 @@ def svg_of(uri: str) -> str:
 
 
 def test_a_chart_is_drawn_where_one_of_its_metrics_was_logged_and_says_its_first_and_last_number() -> None:
+    signals = {"signals/vgr/mean": 1.0, "signals/image_kl/mean": 0.5}
     history = History(
         {
-            2: {"reward/overall": 0.75, "signals/spearman/vgr_image_kl": -0.5},
+            2: {"reward/overall": 0.75, "signals/spearman/vgr_image_kl": -0.5, **signals},
             1: {"reward/overall": 0.5, "actor/grad_norm": float("nan")},
             3: {"reward/overall": None, "val/reward_score": 0.25},
         }
     )
     reward, agreement = charts(history)
     assert (reward.title, reward.summary) == ("Reward", "training 0.5 to 0.75; held-out 0.25")
-    assert (agreement.title, agreement.summary) == ("Agreement of signals", "vgr image kl -0.5")
+    assert (agreement.title, agreement.summary) == ("Agreement of signals", "vgr, image_kl -0.5")
     assert ">training<" in svg_of(reward.light) and ">held-out<" in svg_of(reward.dark)
     assert "#16161a" in svg_of(reward.light) and "#16161a" not in svg_of(reward.dark)
 

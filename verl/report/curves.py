@@ -154,9 +154,20 @@ def charts(history: History) -> list[Chart]:
 
 def _panels_of(history: History) -> Iterator[Panel]:
     yield from PANELS
-    pairs = [Line(name, name.removeprefix(SPEARMAN).replace("_", " ")) for name in history.names(SPEARMAN)]
+    pairs = [Line(name, _pair_label(name, history)) for name in history.names(SPEARMAN)]
     for first in range(0, len(pairs), len(STYLES)):
         yield Panel("Agreement of signals", AGREEMENT, tuple(pairs[first : first + len(STYLES)]))
+
+
+def _pair_label(metric: str, history: History) -> str:
+    """The names of the two signals, which may have underscores of their own, as the run logs them one by one."""
+    pair = metric.removeprefix(SPEARMAN)
+    signals = {name.split("/")[1] for name in history.names("signals/") if name.endswith("/mean")}
+    for first in signals:
+        second = pair.removeprefix(f"{first}_")
+        if second != pair and second in signals:
+            return f"{first}, {second}"
+    return pair
 
 
 def _chart(panel: Panel, history: History) -> Chart | None:
