@@ -291,6 +291,8 @@ def main(arguments: argparse.Namespace) -> int:
         with locked_folder(str(folder)):
             failures = Runner(study, folder, lines, arguments.keep, arguments.threads).run(runs, arguments.processes)
     all_lines = read_lines(lines)
+    if arguments.table_only and not all_lines:
+        raise StudyError(f"{lines} has no lines of runs; without --table-only this command trains them")
     if all_lines:
         arms = sorted(study.arms, key=lambda arm: arm != arguments.first)
         print(table(all_lines, arms))

@@ -1,11 +1,22 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Installs what is missing and runs linter, type checker and tests:
-#   bash scripts/run_tests.sh [--fast | --no-vllm] [pytest arguments]
-#   --fast     leaves out the tests that start Ray or an engine, and vLLM's installation (two gigabytes)
-#   --no-vllm  neither installs vLLM nor runs the tests that need it
+# Installs what is missing and runs linter, type checker and tests; --help lists the options.
 # Without further arguments, and without a GPU, the tests run in two processes.
 set -euo pipefail
+
+case ${1:-} in
+    -h | --help)
+        cat <<'EOF'
+usage: bash scripts/run_tests.sh [--fast | --no-vllm] [pytest arguments]
+
+Installs what is missing, then runs linter, type checker and tests.
+
+  --fast     leaves out the tests that start Ray or an engine, and vLLM's installation (two gigabytes)
+  --no-vllm  neither installs vLLM nor runs the tests that need it
+EOF
+        exit 0
+        ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 

@@ -260,6 +260,13 @@ def test_a_study_runs_what_has_no_line_and_leaves_one_for_each_run(tmp_path: Pat
     assert finished.stdout.partition("| arm")[2] == again.stdout.partition("| arm")[2]
 
 
+def test_a_table_of_no_runs_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(STUDY)
+    with pytest.raises(StudyError, match="mine.jsonl has no lines of runs; without --table-only"):
+        compare_signals.main(compare_signals.parse([str(path), "--table-only"]))
+
+
 def test_a_run_that_fails_and_a_preparation_that_fails_are_told(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(STUDY)

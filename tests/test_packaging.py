@@ -2,6 +2,7 @@
 # python -m pytest tests/test_packaging.py
 """The ranges that the package asks for, against the pins that were tested; and the checks before a commit."""
 
+import os
 import runpy
 import subprocess
 import sys
@@ -69,3 +70,11 @@ def test_the_type_checker_finds_a_wrong_type_on_the_public_surface(tmp_path: Pat
     assert finished.returncode == 1
     assert 'has type "int", variable has type "str"' in finished.stdout
     assert 'has type "DataProto", variable has type "int"' in finished.stdout
+
+
+def test_asking_how_the_tests_are_run_installs_nothing(tmp_path: Path) -> None:
+    environment = os.environ | {"VERL_VENV": str(tmp_path / "venv"), "PYTHON": "false"}
+    command = ["bash", "scripts/run_tests.sh", "--help"]
+    shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("usage: bash scripts/run_tests.sh")
+    assert not (tmp_path / "venv").exists()

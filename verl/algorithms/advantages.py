@@ -21,7 +21,7 @@ from verl.utils.masked_ops import masked_whiten
 
 @dataclass(frozen=True)
 class AdvantageInputs:
-    """What an estimator may look at: the rewards of a step's batch, and what there is to hold them against."""
+    """What an estimator may read: the rewards of a step's batch, and what they are compared with."""
 
     token_level_rewards: torch.Tensor
     """(N, R): a response's reward is the sum over R; 0 outside the response."""
@@ -30,9 +30,9 @@ class AdvantageInputs:
     uid: np.ndarray
     """(N,) objects, equal for responses to the same prompt."""
     config: AlgorithmConfig
-    """The section `algorithm`: the knobs of every estimator."""
+    """The section `algorithm`: the settings of every estimator."""
     scores: torch.Tensor | None = None
-    """(N,): each response's reward before any KL was taken off; None where none was."""
+    """(N,): each response's reward before a KL penalty was subtracted; None if none was."""
     values: torch.Tensor | None = None
     """(N, R): a critic's estimate, before each token, of the discounted rewards from that token on; for `gae` only."""
     reward_baselines: torch.Tensor | None = None
@@ -53,9 +53,9 @@ def compute_grpo_advantages(inputs: AdvantageInputs, eps: float = 1e-6) -> tuple
     2402.03300, sec. 4.1.2). Our deltas:
 
     1. The standard deviation is the unbiased one (n - 1), and eps keeps it from zero.
-    2. A group of one, or whose scores are all equal, has nothing to compare: advantage exactly 0. Where a KL was taken
-       off the rewards, the scores before it decide: divided by their tiny deviation, differences of KL alone would
-       weigh as much as right and wrong.
+    2. A group of one, or whose scores are all equal, has nothing to compare: advantage exactly 0. If a KL penalty
+       was subtracted, this is decided by the scores before it. Otherwise a group that differs in its KL alone would be
+       divided by a tiny deviation, and count as much as a group with right and wrong answers.
 
     Returns the same for advantages and returns.
     """
@@ -72,7 +72,7 @@ def compute_grpo_passk_advantages(inputs: AdvantageInputs, eps: float = 1e-6) ->
 
     The maximum of the group's rewards less the maximum without this response (pass@k as an objective, arXiv
     2503.19595, its leave-one-out baseline). That is best - second best for the best response and 0 for the others;
-    where two share the best reward neither is missed. Our deltas:
+    if two responses share the best reward, both have advantage 0. Our deltas:
 
     1. Divided by the group's std + eps, as in GRPO.
     2. A group of one, or whose scores are all equal, has advantage exactly 0, as in `grpo`.
@@ -121,13 +121,13 @@ def compute_reinforce_plus_plus_advantages(inputs: AdvantageInputs) -> tuple[tor
     to_go = _discounted_errors(inputs.token_level_rewards, no_values, inputs.response_mask, gamma, lam=1.0)
     scores = _scores_of(inputs)
     if inputs.scores is not None and (scores == scores[0]).all():
-        return torch.zeros_like(to_go), to_go  # nothing but KL, which whitening would blow up
+        return torch.zeros_like(to_go), to_go  # they differ in KL alone, which whitening would magnify
     return masked_whiten(to_go, inputs.response_mask), to_go
 
 
 @register_adv_estimator("remax")
 def compute_remax_advantages(inputs: AdvantageInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reward less that of the greedy response to the prompt, the same on each token of a response.
+    """Reward less the reward of the greedy response to the prompt, the same on each token of a response.
 
     ReMax (arXiv 2310.10505, Algorithm 1). Our delta:
 
@@ -144,12 +144,12 @@ def compute_remax_advantages(inputs: AdvantageInputs) -> tuple[torch.Tensor, tor
 def compute_gae_advantages(inputs: AdvantageInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised advantage estimation from a critic's values.
 
-    With the error of the critic d_t = r_t + gamma V_{t+1} - V_t, where V after a response's last token is 0,
+    With the critic's error d_t = r_t + gamma V_{t+1} - V_t, where V after a response's last token is 0,
     A_t = sum over l of (gamma lam)^l d_{t+l} (arXiv 1506.02438, "Advantage Function Estimation"). Our deltas:
 
-    1. A token outside the response mask does not exist: the tokens around it are neighbours.
+    1. Tokens outside the response mask are skipped: the tokens before and after them are neighbours.
     2. Advantages are whitened by `masked_whiten` over all response tokens of the batch. The returns that the critic
-       learns, A_t + V_t, are formed before.
+       learns, A_t + V_t, are taken before that.
 
     Needs `values`. Returns the whitened advantages, and the returns.
     """
@@ -168,7 +168,7 @@ def _scores_of(inputs: AdvantageInputs) -> torch.Tensor:
 def _compare_responses(
     inputs: AdvantageInputs, compare: Callable[[torch.Tensor], torch.Tensor], deciding: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every token gets what `compare` makes of its response's reward among those to the same prompt, (n,) to (n,).
+    """Advantages from `compare`, which maps the rewards (n,) of one prompt's responses to their advantages (n,).
 
     A group of one, or with equal `deciding` values (N,), is not compared but gets 0.
     """
@@ -177,7 +177,7 @@ def _compare_responses(
     _, group_of_row = np.unique(inputs.uid.astype(str), return_inverse=True)
     for group in range(group_of_row.max() + 1):
         rows = torch.from_numpy(np.flatnonzero(group_of_row == group)).to(rewards.device)
-        # Asked here, not left to an eps: rounding in the mean of equal rewards would be blown up by 1 / eps.
+        # An eps would not do: it divides the rounding error in the mean of equal rewards by eps.
         if (deciding[rows] != deciding[rows[0]]).any():
             advantages[rows] = compare(rewards[rows])
     return _on_every_token(advantages, inputs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Corrects for responses that were drawn with other probabilities than the trainer gives them.
+"""Corrects for the difference between the rollout engine's probabilities and the trainer's.
 
 N sequences, R response length.
 """
@@ -14,8 +14,8 @@ def truncated_importance_weights(
 ) -> torch.Tensor:
     """min(old policy / rollout policy, cap) for every token: (N, R) float32, 0 outside the responses.
 
-    The expectation of a loss over tokens drawn from the engine, each multiplied by the ratio, is that over tokens
-    drawn from the trainer's policy; the cap bounds the variance at the price of a bias.
+    A loss over tokens that the engine drew, each multiplied by the ratio, has the expectation of a loss over tokens
+    drawn from the trainer's policy. The cap bounds the variance, and adds a bias.
 
     old_log_probs: (N, R), of the trainer before its update. rollout_log_probs: (N, R), of the engine, for the
         distribution it drew from. response_mask: (N, R).
@@ -23,8 +23,8 @@ def truncated_importance_weights(
 
     Source: Ionides, "Truncated Importance Sampling" (2008); as the V-trace weight rho in Espeholt et al.,
     arXiv 1802.01561, section 4.1; between rollout engine and trainer in Yao et al., "Your Efficient RL Framework
-    Secretly Brings You Off-Policy RL Training" (2025). Deltas: 1. one ratio a token, none over the sequence. 2. a
-    constant: no gradient flows through it.
+    Secretly Brings You Off-Policy RL Training" (2025). Deltas: 1. One ratio per token, none per sequence. 2. No
+    gradient flows through the ratio.
     """
     log_ratio = (old_log_probs - rollout_log_probs).detach().float()  # (N, R)
     return log_ratio.exp().clamp(max=cap).masked_fill(response_mask == 0, 0.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KL divergence from a reference policy: estimates from one sample per token, KL as a cost in the reward, its weight.
+"""KL divergence from a reference policy: estimates from sampled tokens, the penalty in the reward, its coefficient.
 
 N sequences, R response length. `kl_penalty: full` is no estimate: it needs both models' logits, and
 `verl.utils.logprobs.token_statistics` takes it from them.
@@ -24,8 +24,8 @@ def compute_kl(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, kl_penalty:
     - `mse`: d^2 / 2 (k2; its gradient is an unbiased one of the KL)
     - `low_var_kl`: exp(-d) - 1 + d (k3; unbiased, never negative)
 
-    Our delta: `low_var_kl` clamps d to +-20 before and the result to +-10 after, so that one token the reference finds
-    impossible cannot own the loss; such a token has no gradient.
+    Our delta: `low_var_kl` clamps d to +-20 before and the result to +-10 after, so that a single token that
+    the reference finds impossible cannot dominate the loss; such a token has no gradient.
 
     log_probs, ref_log_probs: (N, R). Returns (N, R), not masked. Raises ValueError for an unknown name.
     """
@@ -49,7 +49,7 @@ def compute_kl(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, kl_penalty:
 def apply_kl_penalty(
     token_level_scores: torch.Tensor, kl: torch.Tensor, response_mask: torch.Tensor, kl_coef: float
 ) -> tuple[torch.Tensor, float]:
-    """Take the KL to the reference out of the reward, token by token (RLHF; arXiv 1909.08593, "Methods").
+    """Subtract the KL from the reward, token by token (RLHF; arXiv 1909.08593, "Methods").
 
     token_level_scores, kl, response_mask: (N, R); `kl` from `compute_kl` on the old log-probs.
 
@@ -61,7 +61,7 @@ def apply_kl_penalty(
 
 
 def adapt_kl_coef(kl_coef: float, mean_kl: float, num_sequences: int, kl_target: float, kl_horizon: float) -> float:
-    """The coefficient of the next step: up to a fifth of num_sequences / horizon more or less, towards the target.
+    """The coefficient of the next step: it moves so that the mean KL approaches the target.
 
     With the error e = clip(mean_kl / kl_target - 1, -0.2, 0.2), kl_coef (1 + e num_sequences / kl_horizon) (arXiv
     1909.08593, sec. 2.2). Our deltas:

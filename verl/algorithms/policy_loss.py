@@ -23,7 +23,7 @@ MAX_LOG_RATIO = 20.0  # exp(20) is 5e8: beyond any clip range, and far from over
 
 @dataclass(frozen=True)
 class PolicyLossInputs:
-    """What a loss may look at: the policy before and after, what was better than expected, and the knobs."""
+    """What a loss may read: the policy's log-probs before and in the update, the advantages, and the settings."""
 
     log_probs: torch.Tensor
     """(N, R): the only input that carries a gradient."""
@@ -34,7 +34,7 @@ class PolicyLossInputs:
     response_mask: torch.Tensor
     """(N, R): 1 on response tokens, without token weights."""
     config: ActorConfig
-    """The actor's section: the knobs of every loss."""
+    """The section `worker.actor`: the settings of every loss."""
 
 
 PolicyLoss = Callable[[PolicyLossInputs], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -73,8 +73,8 @@ def gspo_loss(inputs: PolicyLossInputs) -> tuple[torch.Tensor, dict[str, torch.T
     max(-A s, -A clip(s, 1 - low, 1 + high)), so that a response is clipped as a whole (GSPO, arXiv 2507.18071; the
     paper's mean over sequences is `loss_avg_mode: seq`). Our deltas: those of `default`.
 
-    Every token's loss moves all tokens of the response alike, by -A s / (number of tokens). Token weights therefore
-    act by their mean over a response, and do not tell its tokens apart; with `gspo_token` they do.
+    The gradient of every token's loss is the same for all tokens of the response, -A s / (number of tokens). Token
+    weights therefore act only by their mean over a response. With `gspo_token` each token's weight matters.
 
     Metrics: as `default`.
     """
@@ -85,19 +85,19 @@ def gspo_loss(inputs: PolicyLossInputs) -> tuple[torch.Tensor, dict[str, torch.T
 def gspo_token_loss(inputs: PolicyLossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """GSPO's ratio and clipping, with each token's loss moving that token only.
 
-    The ratio is s without its gradient, times pi / pi without the gradient of the denominator: in value GSPO's, in
-    gradient -A s d log pi of the token itself (GSPO-token, arXiv 2507.18071). With equal advantages and
-    weights in a response the sum of its gradients is GSPO's. Our deltas: those of `default`.
+    The ratio is s without its gradient, times pi / pi without the gradient of the denominator: its value is
+    GSPO's, its gradient is -A s d log pi of the token itself (GSPO-token, arXiv 2507.18071). With equal advantages and
+    weights in a response, the gradients add up to GSPO's. Our deltas: the deltas of `default`.
 
     Metrics: as `default`.
     """
-    of_token = inputs.log_probs - inputs.log_probs.detach()  # (N, R) zeros that carry the gradient
-    return _clip(_sequence_log_ratio(inputs).detach() + of_token, inputs)
+    gradient_only = inputs.log_probs - inputs.log_probs.detach()  # (N, R) zeros that carry the gradient
+    return _clip(_sequence_log_ratio(inputs).detach() + gradient_only, inputs)
 
 
 @register_policy_loss("cispo")
 def cispo_loss(inputs: PolicyLossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The plain policy gradient with a clipped importance weight: no token loses its gradient, however far it went.
+    """The plain policy gradient with a clipped importance weight: clipped tokens keep their gradient.
 
     -A stopgrad(clip(r, 1 - low, 1 + high)) log_probs (CISPO, MiniMax-M1, arXiv 2506.13585). The paper
     sets no lower bound: that is `clip_ratio_low: 1`. At 0, which EasyR1's script uses, no weight is below one.
@@ -105,7 +105,8 @@ def cispo_loss(inputs: PolicyLossInputs) -> tuple[torch.Tensor, dict[str, torch.
 
     1. The log-ratio is clamped to +-20 before the exponential, for finite values.
 
-    The value is a log-likelihood, not a surrogate: `pg_loss` cannot be compared with that of other losses. No metrics.
+    The value is a log-likelihood, not a surrogate: `pg_loss` cannot be compared between this and other losses. No
+    metrics.
     """
     weight = _clip_to_range(_log_ratio(inputs).detach().exp(), inputs)  # (N, R)
     return -inputs.advantages * weight * inputs.log_probs, {}
@@ -133,13 +134,13 @@ def _log_ratio(inputs: PolicyLossInputs) -> torch.Tensor:
 
 
 def _sequence_log_ratio(inputs: PolicyLossInputs) -> torch.Tensor:
-    of_tokens = inputs.log_probs - inputs.old_log_probs  # (N, R)
-    mean = masked_mean(of_tokens, inputs.response_mask, dim=-1).unsqueeze(-1)  # (N, 1)
+    log_ratio = inputs.log_probs - inputs.old_log_probs  # (N, R)
+    mean = masked_mean(log_ratio, inputs.response_mask, dim=-1).unsqueeze(-1)  # (N, 1)
     return mean.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def _clip(log_ratio: torch.Tensor, inputs: PolicyLossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The clipped and dually clipped surrogate, whatever the ratio is one of, and which of its bounds decide."""
+    """The clipped surrogate with dual clip, for ratios of tokens or sequences, and where a bound decides."""
     advantages, ratio = inputs.advantages, log_ratio.exp()  # (N, R)
     loss_plain = -advantages * ratio
     loss_clipped = -advantages * _clip_to_range(ratio, inputs)

@@ -34,13 +34,13 @@ MEASURED_STREAMS = ("entropy", "image_kl", "hidden_cosine", "attention_mass", "a
 """What the log-prob pass measures for the signals that ask for it."""
 
 PRESENT_STREAMS = ("responses", "response_mask", "old_log_probs", "rollout_log_probs")
-"""What a signal may ask for beside: it is there in every run."""
+"""What else a signal may ask for: these are in every run."""
 
 LOG_KEY = "algorithm.token_signals_to_log"
 
 LARGEST_LOG_SPREAD = 20.0
-"""Of the control `random`: at one end its weights differ by less than float32 can tell, at the other all lies on one
-token."""
+"""Bounds of the search in the control `random`. At the lower one the weights are equal in float32; at the upper one a
+single token has all the weight."""
 
 TokenSignal = Callable[..., torch.Tensor]
 
@@ -59,7 +59,7 @@ def inverse_vgr(attention_mass: torch.Tensor, attention_keys: torch.Tensor) -> t
 
 @register_token_signal("vision_density")
 def vision_density(attention_mass: torch.Tensor, attention_keys: torch.Tensor) -> torch.Tensor:
-    """The numerator of 1 / VGR alone: attention on the image per image token, whatever the text gets.
+    """The numerator of 1 / VGR alone: attention on the image per image token.
 
     Undefined for responses whose prompt has no image.
     """
@@ -78,16 +78,16 @@ def policy_entropy(entropy: torch.Tensor) -> torch.Tensor:
 
 @register_token_signal("image_kl")
 def image_divergence(image_kl: torch.Tensor) -> torch.Tensor:
-    """KL of the policy from itself with the image spoilt, in nats (VPPO, arXiv 2510.09285; PAPO, arXiv 2507.06448).
+    """KL of the policy from itself with degraded images, in nats (VPPO, arXiv 2510.09285; PAPO, arXiv 2507.06448).
 
     Our deltas:
 
     1. Over the whole vocabulary instead of an estimate from the drawn token.
-    2. How images are spoilt: `verl/data/image_noise.py`. Each copy of an image is spoilt alike in every step.
+    2. How images are degraded: `verl/data/image_noise.py`. All copies of an image are degraded alike, in every step.
 
     0 for responses whose prompt has no image, so that their tokens weigh 1. Costs a pass without gradient.
     """
-    return image_kl.clamp(min=0)  # rounding leaves some of the smallest below
+    return image_kl.clamp(min=0)  # rounding may put the smallest below 0
 
 
 @register_token_signal("hidden_cosine")
@@ -146,12 +146,12 @@ class Signal:
             raise RuntimeError(f"the token signal {self.name} raised {type(error).__name__}: {error}") from error
         shape = tuple(streams["response_mask"].shape)
         if not isinstance(values, torch.Tensor) or tuple(values.shape) != shape:
-            found = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
-            raise ValueError(f"the token signal {self.name} returned {found}; it must return a tensor {shape}")
+            returned = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+            raise ValueError(f"the token signal {self.name} returned {returned}; it must return a tensor {shape}")
         values = values.double()
-        below = ((values < 0) & streams["response_mask"].bool()).nonzero().tolist()
-        if below:
-            row, column = below[0]
+        negative = ((values < 0) & streams["response_mask"].bool()).nonzero().tolist()
+        if negative:
+            row, column = negative[0]
             raise ValueError(
                 f"the token signal {self.name} gives token {column} of response {row} the importance "
                 f"{values[row, column].item():g}; it must be 0 or above, or NaN where there is none"
@@ -221,10 +221,10 @@ def compute_token_weights(
     algorithm: AlgorithmConfig,
     step: int,
 ) -> torch.Tensor | None:
-    """A batch's weights: (N, R) float32, 0 outside the responses, or None where there is nothing to weigh by.
+    """A batch's weights: (N, R) float32, 0 outside the responses; None if no source gives any.
 
-    Weights that the reward function gave go first, sample by sample, as they are. Samples without them take weights
-    from the signal's importance, and weigh 1 where there is none. The control comes last.
+    Weights that the reward function returned take precedence, sample by sample, as they are. Other samples take
+    weights from the signal's importance, or 1 where it is undefined. The control is applied last.
 
     Args:
         importance: (N, R) of the run's signal; None where it could not be measured.
@@ -277,7 +277,7 @@ def _shape(
 
 
 def _reciprocal(importance: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
-    """1 / importance; what is below a hundredth of a response's largest counts as that, lest it outweigh the rest."""
+    """1 / importance. Importance below 1/100 of the response's largest is first raised to that bound."""
     is_defined = response_mask.bool() & importance.isfinite()
     largest = torch.where(is_defined, importance, 0).amax(dim=1, keepdim=True)  # (N, 1)
     return torch.where(is_defined & (largest > 0), 1 / torch.maximum(importance, largest / 100), torch.nan)
@@ -291,20 +291,20 @@ def _inverse_of_given(given: torch.Tensor, response_mask: torch.Tensor) -> torch
 
 
 def _generator_of(ids: torch.Tensor, step: int) -> torch.Generator:
-    """One for each response of a step: the same after a resume, on any number of workers and in any order of rows."""
+    """A generator per response and step, independent of resumes, the number of workers and the order of rows."""
     seed = zlib.crc32(ids.contiguous().numpy().tobytes(), step)
     return torch.Generator().manual_seed(seed)
 
 
 def _shuffled(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The same weights, each on a token that does not know why: what a signal gains beyond this, it gains by where."""
+    """The same weights in random order. What a signal gains over this comes from which tokens it weights."""
     return weights[torch.randperm(len(weights), generator=generator)]
 
 
 def _random(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Log-normal numbers of the mean and the variance that the response's weights have; they are not clipped.
+    """Log-normal numbers with the mean and the variance of the response's weights, without clipping.
 
-    Of two tokens that leaves open only which of them has which weight.
+    With two tokens, mean and variance fix both weights; only their order is random.
     """
     mean, variance = weights.double().mean(), weights.double().var(correction=0)
     if variance == 0 or mean == 0:
@@ -314,7 +314,7 @@ def _random(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         drawn = mean * len(weights) * torch.softmax(math.exp(middle) * normal, 0)
-        # The more normal numbers spread, the more do their exponentials of a given mean.
+        # The variance grows with the spread of the normal numbers, at a fixed mean.
         low, high = (middle, high) if drawn.var(correction=0) < variance else (low, middle)
     return drawn.float()
 

@@ -11,15 +11,15 @@ from verl.workers.critic.config import CriticConfig
 def clipped_value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, config: CriticConfig
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Squared error of the values, which may gain nothing by moving far from those of the rollout.
+    """Squared error of the values, clipped so that moving far from the old values gains nothing.
 
     max((V - G)^2, (clip(V, V_old - c, V_old + c) - G)^2) / 2 with the return G: the squared error of PPO (arXiv
-    1707.06347, "Algorithm") with the clipping that its authors' code has and the paper does not tell of (arXiv
-    2005.12729); it stands in for the trust region of arXiv 1506.02438. A value that has moved more than c towards its
-    return has no gradient; one that moved away keeps the whole. Our deltas:
+    1707.06347, "Algorithm") with the clipping of its authors' code, which the paper leaves out (arXiv 2005.12729). A
+    value that has moved more than c towards its return has no gradient; a value that moved away keeps its
+    gradient. Our deltas:
 
     1. Half of the square, so that the gradient is the error itself.
-    2. c is in units of the value, on its own, and not the range of the policy's ratio.
+    2. c is in units of the value, and independent of the policy's clip range.
 
     values, old_values, returns: (N, R). Only `values` carries a gradient.
     config: the critic's section; c is its `cliprange_value`.
