@@ -124,7 +124,6 @@ def main(
     """
     digits = DigitImages()
     output.mkdir(parents=True, exist_ok=True)
-    datasets.disable_progress_bars()
     test_images = range(NUM_TRAIN_IMAGES, len(digits.labels))
     splits = {
         "train": build_split(digits, range(NUM_TRAIN_IMAGES), np.random.default_rng(seed), form),
@@ -163,6 +162,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--form", choices=FORMS, default="short", help="of the answers (%(default)s)")
     parser.add_argument("--held-out", type=int, help="rows of the test set; by default one for each of its 510 images")
+    datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     arguments = parser.parse_args()

@@ -159,7 +159,6 @@ def main(output: Path, seed: int, steps: int = SFT_STEPS) -> None:
         steps: of the warm start.
     """
     output.mkdir(parents=True, exist_ok=True)
-    datasets.disable_progress_bars()
     train, test = read_split("train"), read_split("test")
     rows = {
         "train": (train, train.of_kinds(np.random.default_rng(seed), NUM_TRAIN, range(len(train.paths)))),
@@ -205,6 +204,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=SFT_STEPS, help="of the warm start (%(default)s)")
     if find_spec("easy_vqa") is None:
         sys.exit("easy-VQA is not installed: pip install easy-vqa==1.0")
+    datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     arguments = parser.parse_args()

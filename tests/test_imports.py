@@ -37,7 +37,7 @@ OF_DATASETS = {"datasets", "pandas", "scipy"}
 """What reading data brings along, where scipy is installed."""
 
 ALLOWED = {
-    "command line": {"omegaconf", "tqdm"},
+    "command line": {"omegaconf", "tqdm", "numpy", "pyarrow"},  # the last two for the headers of data files
     "reward": OF_RAY | {"numpy", "PIL", "tokenizers"},
     "worker": OF_TRANSFORMERS | OF_RAY | {"tensordict"},
     "trainer": OF_TRANSFORMERS | OF_RAY | OF_DATASETS | {"omegaconf", "tensordict"},

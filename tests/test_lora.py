@@ -381,7 +381,11 @@ def test_pefts_folder_gives_any_reader_the_trained_policy(
 @pytest.mark.parametrize(
     ("saved_with", "resumed_with", "message"),
     [
-        (LORA, (), "does not fit this run's model: .*resume with the model_path, lora and freeze_vision_tower"),
+        (
+            LORA,
+            (),
+            "does not fit this run's model: .*resume with the original model_path, lora and freeze",
+        ),
         ((), LORA, "does not fit this run's model"),
         (LORA, (*LORA, "worker.actor.model.lora.rank=8"), "does not fit this run's model"),
         (LORA, (*LORA, TEXT_ONLY), "does not fit this run's model: .*such as model.visual"),

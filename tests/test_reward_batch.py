@@ -174,7 +174,10 @@ def test_a_function_of_a_list_may_return_columns(make_manager, tokenizer):
         ("def compute_score(samples: list) -> 'torch.Tensor': ...", "annotated to return torch.Tensor"),
         ("REWARD_TYPE = 'sequential'\ndef compute_score(s) -> float: ...", "return float; it must return a dict"),
         ("def compute_score(batch: 'DataProto'): ...", "takes a DataProto; put REWARD_TYPE = .proto. in its file"),
-        ("kind = 'proto'\nREWARD_TYPE = kind\ndef compute_score(batch): ...", "REWARD_TYPE = .proto. out"),
+        (
+            "kind = 'proto'\nREWARD_TYPE = kind\ndef compute_score(batch): ...",
+            "assign REWARD_TYPE = .proto. at the top",
+        ),
         ("REWARD_TYPE = 'all'\ndef compute_score(batch): ...", "'all'.*'batch'.*'sequential'.*'proto'"),
     ],
 )

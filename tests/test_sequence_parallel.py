@@ -221,9 +221,7 @@ def test_heads_that_cannot_be_shared_are_refused_with_what_can() -> None:
     """Six heads over two key-value heads: two ranks halve both, six have one each of the repeated ones."""
     config = transformers.Qwen2Config(**{**TEXT_CONFIG, "num_attention_heads": 6, "num_key_value_heads": 2})
     model = make_model("Qwen2ForCausalLM", config)
-    with pytest.raises(
-        ValueError, match=r"ulysses_size=4: .* 6 attention heads and 2 key-value heads .*; use 1, 2, 6$"
-    ):
+    with pytest.raises(ValueError, match=r"ulysses_size=4: 6 attention heads and 2 key-value heads .*; use 1, 2, 6$"):
         share_rows(model, 4, SAMPLES)
     share_rows(model, 6, SAMPLES)
 

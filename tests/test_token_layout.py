@@ -368,7 +368,10 @@ def test_attention_that_does_not_come_from_the_table_fails_on_packed_rows(monkey
 
 def test_a_model_that_keeps_the_borders_from_its_attention_is_told_of_the_switch() -> None:
     model = make_model("NemotronForCausalLM", transformers.NemotronConfig(**TEXT_CONFIG))
-    with pytest.raises(RuntimeError, match="NemotronAttention is not told .* set padding_free=false"), torch.no_grad():
+    with (
+        pytest.raises(RuntimeError, match="NemotronAttention does not learn .* padding_free=false"),
+        torch.no_grad(),
+    ):
         packed_logits_of(model, [torch.arange(1, 5), torch.arange(1, 4)])
 
 

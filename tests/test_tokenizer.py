@@ -83,7 +83,7 @@ def test_a_chat_template_that_reaches_into_python_is_refused_with_file_and_key(
     path = tmp_path / "chat.jinja"
     path.write_text(ATTACK)
     with pytest.raises(
-        ValueError, match=rf"^data.override_chat_template={path} reaches .*'__class__' of 'str' object"
+        ValueError, match=rf"^data.override_chat_template={path} accesses .*'__class__' of 'str' object"
     ):
         load(tiny_model_path, str(path))
     shutil.copytree(tiny_model_path, tmp_path / "model")

@@ -240,7 +240,7 @@ def test_token_weights_follow_their_rows_through_balancing_to_the_update(
 
     records = lines_of(tmp_path / "experiment_log.jsonl")
     shares = [record["token_weights"]["from_reward"] for record in records if "actor" in record]
-    assert shares == pytest.approx(given) and 0 < shares[0] < 1
+    assert shares == pytest.approx(given) and any(0 < share < 1 for share in shares)
     for record in records:
         assert "token_weights" not in record.get("reward", {})
         assert "token_weights_reward" not in record.get("val", {})
