@@ -35,6 +35,7 @@ def test_what_is_too_far_is_told_also_where_it_is_no_number() -> None:
         (["party"], "there is no stage party"),
     ],
 )
+# With a GPU the command is not refused: it would install and run the whole check, for half an hour.
 @pytest.mark.skipif(torch.cuda.is_available() or shutil.which("nvidia-smi") is not None, reason="would check the GPU")
 def test_the_check_of_a_gpu_is_refused_without_one_before_anything_is_installed(
     stages: list[str], message: str, tmp_path: Path

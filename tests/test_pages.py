@@ -41,6 +41,7 @@ GROUND = """(one) => {
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     chromium = shutil.which("chromium")
+    # scripts/run_tests.sh installs it where it has the rights; elsewhere a browser is not the package's to demand.
     if chromium is None:
         pytest.skip("needs Debian's package chromium")
     with sync_playwright() as playwright:
