@@ -36,7 +36,7 @@ from verl.trainer.metrics import (
 from verl.trainer.rewards import RewardClient
 from verl.trainer.rollouts import Rollouts
 from verl.trainer.run_state import RunState
-from verl.trainer.samples import SampleLogger
+from verl.trainer.samples import SampleLogger, is_due
 from verl.trainer.standstill import Standstill
 from verl.trainer.step_record import StepRecord
 from verl.trainer.stop_request import StopRequest
@@ -317,12 +317,12 @@ class RayDAPOTrainer:
 
     def _validate_if_due(self, record: StepRecord) -> None:
         """Skipped if the run was asked to end: the remaining time is for saving."""
-        if _is_due(record.step, self.config.trainer.val_freq) and not self.stop_request:
+        if is_due(record.step, self.config.trainer.val_freq) and not self.stop_request:
             with record.timed("validation"):
                 record.add(self._validate().metrics)
 
     def _save_if_due(self, record: StepRecord) -> None:
-        if _is_due(record.step, self.config.trainer.save_freq) or self.stop_request:
+        if is_due(record.step, self.config.trainer.save_freq) or self.stop_request:
             with record.timed("save_checkpoint"):
                 self.state.save(self.workers, self.train_loader)
 
@@ -400,7 +400,3 @@ class RayDAPOTrainer:
         rows.batch["is_mapped"] = torch.ones(len(rows), dtype=torch.bool)
         padded, pad_size = pad_dataproto_to_divisor(self._streams_for("compute_log_probs", rows), self.plan.world_size)
         return rows.union(unpad_dataproto(self.workers.compute_log_probs(padded), pad_size))
-
-
-def _is_due(step: int, frequency: int) -> bool:
-    return frequency > 0 and step % frequency == 0

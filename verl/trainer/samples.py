@@ -70,7 +70,7 @@ class SampleLogger:
         """
         trainer = self.config.trainer
         is_chosen = torch.zeros(len(batch), dtype=torch.bool)
-        if step == self.training_steps or (trainer.val_freq > 0 and step % trainer.val_freq == 0):
+        if step == self.training_steps or is_due(step, trainer.val_freq):
             order = np.random.RandomState(step).permutation(len(batch))
             uids = batch.non_tensor_batch["uid"]
             seen: Counter[str] = Counter()
@@ -153,6 +153,11 @@ class SampleLogger:
         image tokens."""
         handles = handles or ()
         return [] if any(handle.is_video for handle in handles) else [handle.load() for handle in handles]
+
+
+def is_due(step: int, frequency: int) -> bool:
+    """Whether something that recurs every `frequency` steps is due; 0 or less is never."""
+    return frequency > 0 and step % frequency == 0
 
 
 def _generations(rows: DataProto, scores: Sequence[float], tokenizer: PreTrainedTokenizerBase) -> list[Generation]:
