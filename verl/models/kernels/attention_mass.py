@@ -229,9 +229,9 @@ def chunked(
     block_queries, block_keys = block or _block_size(query)
     masses = query.new_zeros(plan.num_samples, plan.response_length, 3, dtype=torch.float32)
     for sample in plan.samples:
-        sample_query = query[sample.batch_row].index_select(1, plan.query_positions[sample.queries])  # (H, Q, D)
+        sample_query = _gather(query[sample.batch_row], plan.query_positions[sample.queries])  # (H, Q, D)
         sample_query = sample_query.float() * scaling
-        sample_key = key[sample.batch_row].index_select(1, plan.key_positions[sample.keys])  # (Hkv, K, D)
+        sample_key = _gather(key[sample.batch_row], plan.key_positions[sample.keys])  # (Hkv, K, D)
         sample_key = sample_key.float().mT.contiguous()  # (Hkv, D, K)
         columns = plan.result_columns[sample.queries]
         for first in range(0, sample.num_queries, block_queries):
@@ -240,6 +240,15 @@ def chunked(
                 sample_query[:, rows], sample_key, first, sample, softcap, sinks, block_keys
             )
     return masses
+
+
+def _gather(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The tokens at `positions` of `states` (H, S, D), as (H, positions, D) contiguous.
+
+    Models compute queries and keys token by token, so the heads of a token are neighbours in memory. On a CPU,
+    `index_select` copies whole tokens several times faster than one head after another.
+    """
+    return states.transpose(0, 1).index_select(0, positions).transpose(0, 1).contiguous()
 
 
 def _block_size(query: torch.Tensor) -> tuple[int, int]:
