@@ -12,6 +12,8 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import modeling_flash_attention_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -343,6 +345,34 @@ def test_responses_that_continue_a_prompt_are_given_its_keys(
         ).logits[0]
     expected = torch.cat([alone[0], alone[1][9:], alone[2]])
     torch.testing.assert_close(shared, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_backward_pass_of_a_packed_row_grows_with_its_length_and_not_with_its_square() -> None:
+    class NumbersMade(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            self.total += sum(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
+            return result
+
+    def numbers_of(num_groups: int) -> int:
+        lengths, continued = [5, 3, 3] * num_groups, [None, 0, 0]
+        samples = PackedSamples(
+            tuple(accumulate(lengths, initial=0)),
+            None,
+            tuple(None if one is None else 3 * group + one for group in range(num_groups) for one in continued),
+        )
+        query, key, value = (torch.randn(1, 4, sum(lengths), 8, requires_grad=True) for _ in range(3))
+        output, _ = attend(layer, query, key, value, torch.empty(NOT_A_MASK), **{SAMPLES: samples})
+        with NumbersMade() as made:
+            output.sum().backward()
+        return made.total
+
+    extend_attention()
+    layer = make_model("Qwen2ForCausalLM", transformers.Qwen2Config(**TEXT_CONFIG)).model.layers[0].self_attn
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)
+    assert numbers_of(32) < 4.5 * numbers_of(8)
 
 
 def test_a_model_whose_layers_look_along_the_row_is_not_packed() -> None:

@@ -11,7 +11,7 @@ Shapes: N samples, T tokens in a row, W ranks that share it, H heads, D head dim
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -68,6 +68,10 @@ class PackedSamples:
             Piece(*span, *((0, 0) if prefix is None else spans[prefix]))
             for span, prefix in zip(spans, prefixes, strict=True)
         ]
+
+    def prefix_of(self, index: int) -> int | None:
+        """Index of the piece that a piece continues."""
+        return None if self.continued is None else self.continued[index]
 
 
 class Piece(NamedTuple):
@@ -242,26 +246,35 @@ def _one_by_one(
 ) -> torch.Tensor:
     """Attention piece by piece: the cost depends on the pieces' lengths, not on the row's."""
     window = keywords["sliding_window"]
+    queries, keys, values = (_by_piece(tensor, samples) for tensor in (query, key, value))
     outputs = []
-    for piece in samples.pieces:
-        keys, values = (_with_prefix(tensor, piece) for tensor in (key, value))
+    for index, piece in enumerate(samples.pieces):
+        prefix = samples.prefix_of(index)
+        seen_keys, seen_values = (_with_prefix(tensors, index, prefix) for tensors in (keys, values))
         sees_all = window is None or piece.prefix_length + piece.length <= window
         if sees_all and piece.prefix_length < piece.length:
             # A causal square without a mask costs less than a rectangle with one; the prefix's output is not used.
-            output, _ = attend(module, _with_prefix(query, piece), keys, values, None, **keywords)
+            square_queries = _with_prefix(queries, index, prefix)
+            output, _ = attend(module, square_queries, seen_keys, seen_values, None, **keywords)
             outputs.append(output[:, piece.prefix_length :])
             continue
         mask = _mask_of(piece, None if sees_all else window, query)
-        outputs.append(attend(module, query[:, :, piece.start : piece.end], keys, values, mask, **keywords)[0])
+        outputs.append(attend(module, queries[index], seen_keys, seen_values, mask, **keywords)[0])
     return torch.cat(outputs, dim=1)  # (1, T, H, D)
 
 
-def _with_prefix(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
-    """(1, H, prefix and piece, D) from (1, H, T, D)."""
-    own = tensor[:, :, piece.start : piece.end]
-    if piece.prefix_length == 0:
-        return own
-    return torch.cat([tensor[:, :, piece.prefix_start : piece.prefix_end], own], dim=2)
+def _by_piece(tensor: torch.Tensor, samples: PackedSamples) -> tuple[torch.Tensor, ...]:
+    """Each piece's part of (1, H, T, D), as (1, H, length, D).
+
+    One split and not a slice per piece: the gradient of a slice has the size of the row, so that the backward pass
+    would grow with the square of the number of pieces.
+    """
+    return tensor.split([piece.length for piece in samples.pieces], dim=2)
+
+
+def _with_prefix(tensors: Sequence[torch.Tensor], index: int, prefix: int | None) -> torch.Tensor:
+    """(1, H, prefix and piece, D)."""
+    return tensors[index] if prefix is None else torch.cat([tensors[prefix], tensors[index]], dim=2)
 
 
 def _mask_of(piece: Piece, window: int | None, query: torch.Tensor) -> torch.Tensor:
