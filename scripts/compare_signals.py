@@ -108,9 +108,9 @@ class Runner:
                         print(f"[{number}/{len(left)}] {failures[-1]}", flush=True)
                         continue
                     self._append(line)
+                    before = "" if line.before is None else f"{line.before:.3f} -> "
                     print(
-                        f"[{number}/{len(left)}] {run.name}: {line.before:.3f} -> {line.accuracy:.3f}, "
-                        f"{line.seconds:.0f} s",
+                        f"[{number}/{len(left)}] {run.name}: {before}{line.accuracy:.3f}, {line.seconds:.0f} s",
                         flush=True,
                     )
             except BaseException:

@@ -50,9 +50,9 @@ class Line:
         return self.arm, self.warm_start, self.seed
 
     @property
-    def before(self) -> float:
-        """Held-out mean of the first validation."""
-        return self.validation[min(self.validation)]
+    def before(self) -> float | None:
+        """Held-out mean before the first step; None with `trainer.val_before_train=false`."""
+        return self.validation.get(0)
 
     @property
     def accuracy(self) -> float:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import compare_signals
@@ -135,6 +136,7 @@ def test_a_line_is_read_as_it_was_written(results: list[float]) -> None:
     assert again.results.tolist() == results
     assert again.to_json() == written.to_json()
     assert (again.before, again.accuracy) == (0.25, np.mean(results))
+    assert replace(again, validation={50: 0.5}).before is None
 
 
 def test_a_line_cut_short_is_taken_out_and_two_of_a_run_are_refused(tmp_path: Path) -> None:
