@@ -295,9 +295,10 @@ def main(arguments: argparse.Namespace) -> int:
         raise StudyError(f"{lines} has no lines of runs; without --table-only this command trains them")
     if all_lines:
         arms = sorted(study.arms, key=lambda arm: arm != arguments.first)
-        print(table(all_lines, arms))
+        curve = f"reward/{study.accuracy}"
+        print(table(all_lines, arms, curve))
         picture = lines.with_suffix(".svg")
-        draw(all_lines, arms, picture, f"reward/{study.accuracy}")
+        draw(all_lines, arms, picture, curve)
         print(f"\npicture  {picture}")
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)

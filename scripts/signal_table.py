@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 RESAMPLES = 10_000
 WINDOW = 5
 """Steps averaged in curves."""
+NUM_PARTS = 5
+"""Parts of a training in which curves are compared."""
 
 
 @dataclass(frozen=True)
@@ -156,19 +158,44 @@ def interval(resampled: np.ndarray, level: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def paired_lines(lines: Sequence[Line], arm: str, first: str) -> list[tuple[Line, Line]]:
+    """The runs of an arm, each with its partner of the first arm.
+
+    Runs from other models or on other questions are no pair, whatever they are called.
+    """
+
+    def what_pairs(line: Line) -> tuple[int | str, ...]:
+        return line.warm_start, line.seed, line.model, line.questions
+
+    of_first = {what_pairs(line): line for line in lines if line.arm == first}
+    return [(line, of_first[what_pairs(line)]) for line in lines if line.arm == arm and what_pairs(line) in of_first]
+
+
 def pair(lines: Sequence[Line], arm: str, first: str) -> Pairs:
-    """The pairs of two arms. Runs from other models or on other questions are no pair, whatever they are called."""
-    of_first = {(one.warm_start, one.seed): one for one in lines if one.arm == first}
-    differences, warm_starts = [], []
-    for line in lines:
-        other = of_first.get((line.warm_start, line.seed))
-        if line.arm != arm or other is None:
-            continue
-        if (line.model, line.questions) == (other.model, other.questions):
-            differences.append(line.results - other.results)
-            warm_starts.append(line.warm_start)
-    num_questions = len(differences[0]) if differences else 0
-    return Pairs(np.array(differences).reshape(len(warm_starts), num_questions), warm_starts)
+    """The differences of two arms' results."""
+    pairs = paired_lines(lines, arm, first)
+    num_questions = len(pairs[0][0].results) if pairs else 0
+    differences = np.array([line.results - other.results for line, other in pairs])
+    return Pairs(differences.reshape(len(pairs), num_questions), [line.warm_start for line, _ in pairs])
+
+
+def curve_differences(lines: Sequence[Line], arm: str, first: str, curve: str) -> list[tuple[float, float]]:
+    """Where in training two arms part: the paired difference of a curve in each fifth of the steps.
+
+    Args:
+        curve: the metric. Curves of unequal length are cut to the shortest.
+
+    Returns:
+        For each fifth the mean over the pairs and its standard error, which is NaN for a single pair. Empty where
+        there is no pair, or a curve has fewer steps than fifths.
+    """
+    pairs = [(line.curves[curve], other.curves[curve]) for line, other in paired_lines(lines, arm, first)]
+    length = min((len(values) for pair_of_curves in pairs for values in pair_of_curves), default=0)
+    if length < NUM_PARTS:
+        return []
+    differences = np.array([np.subtract(own[:length], other[:length]) for own, other in pairs])  # (R, steps)
+    means = [part.mean(axis=1) for part in np.array_split(differences, NUM_PARTS, axis=1)]  # (R,) each
+    return [(mean.mean(), mean.std(ddof=1) / len(mean) ** 0.5 if len(mean) > 1 else np.nan) for mean in means]
 
 
 # ---- what is shown ----
@@ -234,8 +261,9 @@ SHOWN_MEANS = {
 }
 
 
-def table(lines: Sequence[Line], arms: Sequence[str]) -> str:
-    """Two Markdown tables: accuracies and their paired differences in points; what weights did."""
+def table(lines: Sequence[Line], arms: Sequence[str], curve: str) -> str:
+    """Markdown tables: accuracies and their paired differences in points; what weights did; the metric `curve`, where
+    in training arms part."""
     rows = compare(lines, arms)
     header = ["arm", "runs", "accuracy", "sd", "pairs", f"difference from {arms[0]}", "95 % interval", "corrected"]
     body = []
@@ -256,7 +284,18 @@ def table(lines: Sequence[Line], arms: Sequence[str]) -> str:
     agreements = sorted({name for row in rows for name in row.means if name.startswith("signals/spearman/")})
     measured |= {f"rank agreement {name.rpartition('/')[2]}": name for name in agreements if "image_kl" in name}
     means = [[row.arm, *(f"{row.means[n]:.2f}" if n in row.means else "" for n in measured.values())] for row in rows]
-    return f"{_markdown(header, body)}\n\n{_markdown(['arm', *measured], means)}"
+    tables = [_markdown(header, body), _markdown(["arm", *measured], means)]
+    parts = {row.arm: curve_differences(lines, row.arm, arms[0], curve) for row in rows if row.arm != arms[0]}
+    if any(parts.values()):
+        fifths = [f"{20 * part} to {20 * part + 20} %" for part in range(NUM_PARTS)]
+        cells = [[arm, *map(_with_error, differences)] for arm, differences in parts.items() if differences]
+        tables.append(_markdown([f"{curve}, from {arms[0]}", *fifths], cells))
+    return "\n\n".join(tables)
+
+
+def _with_error(difference: tuple[float, float]) -> str:
+    mean, error = difference
+    return f"{100 * mean:+.1f}" + ("" if np.isnan(error) else f" ({100 * error:.1f})")
 
 
 def _points(bounds: tuple[float, float] | None) -> str:

@@ -17,7 +17,7 @@ import signal_table
 import yaml
 from datasets import load_dataset
 from signal_study import Study, StudyError
-from signal_table import Line, Pairs, compare, interval, pair, read_lines, table
+from signal_table import Line, Pairs, compare, curve_differences, interval, pair, read_lines, table
 
 from tests.documents import LANGUAGES, code_blocks, text_of
 
@@ -212,11 +212,29 @@ def test_the_table_shows_points_and_marks_what_differs() -> None:
     """vgr answers all ten questions, uniform six: +40 points in each of two pairs."""
     lines = [line("uniform", [1, 0] * 3 + [1] * 3 + [0], seed=seed) for seed in (1, 2)]
     lines += [line("vgr", [1] * 10, seed=seed, means={"token_weights/ess": 0.7}) for seed in (1, 2)]
-    text = table(lines, ["uniform", "vgr", "random"])
+    text = table(lines, ["uniform", "vgr", "random"], "reward/accuracy")
     assert "| uniform | 2 | 60.0 | 0.0 |  |  |  |  |" in text
     assert "| vgr | 2 | 100.0 | 0.0 | 2 | +40.0 * | +10.0 to +70.0 |" in text
     assert "| arm | gradient norm | effective sample size |" in text
     assert "random" not in text
+    assert "reward/accuracy" not in text  # two steps have no fifths
+
+
+def test_where_arms_part_is_told_in_fifths_of_the_training() -> None:
+    """Ten steps. Over the last two, one pair parts by 0.2 and the other by 0.4: 0.3 with a standard error of 0.1."""
+    flat = [0.5] * 10
+    of_first = [line("uniform", [1], seed=seed, curves={"reward/accuracy": flat}) for seed in (1, 2)]
+    rising = {1: 0.7, 2: 0.9}
+    lines = of_first + [
+        line("vgr", [1], seed=seed, curves={"reward/accuracy": [*flat[:8], end, end]}) for seed, end in rising.items()
+    ]
+    parts = curve_differences(lines, "vgr", "uniform", "reward/accuracy")
+    assert np.array(parts) == pytest.approx(np.array([[0, 0]] * 4 + [[0.3, 0.1]]))
+    assert "| vgr | +0.0 (0.0) | +0.0 (0.0) | +0.0 (0.0) | +0.0 (0.0) | +30.0 (10.0) |" in table(
+        lines, ["uniform", "vgr"], "reward/accuracy"
+    )
+    (*_, (mean, error)) = curve_differences(lines[:-1], "vgr", "uniform", "reward/accuracy")
+    assert mean == pytest.approx(0.2) and np.isnan(error)
 
 
 # ---- runs ----
