@@ -97,7 +97,7 @@ def test_an_unknown_logger_is_an_error_that_lists_the_known_ones(tmp_path):
 
 
 def test_the_loggers_are_those_that_the_configuration_offers():
-    with pytest.raises(ValueError, match=f"each item one of {', '.join(SINKS)};"):
+    with pytest.raises(ValueError, match=f"whose items are among {', '.join(SINKS)};"):
         TrainerConfig(logger=["wanbd"])
     assert TrainerConfig(logger=list(SINKS)).logger == list(SINKS)
 

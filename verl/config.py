@@ -185,7 +185,10 @@ def in_words(expected: Any) -> str:
     if origin is tuple:
         return f"a list of {len(arguments)} numbers"
     if origin is list:
-        return f"a list, each item {in_words(arguments[0])}"
+        (item,) = arguments
+        if get_origin(item) is Literal:
+            return f"a list whose items are among {', '.join(get_args(item))}"
+        return f"a list of {in_words(item).removeprefix('a ')}s"
     if origin is dict:
         return "a mapping such as {key: value}"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Any: "a text or a list"}

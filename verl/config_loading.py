@@ -19,7 +19,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from verl.config import ConfigValueError, RetiredKey, absolute, as_yaml, cut, expectation
+from verl.config import ConfigValueError, RetiredKey, absolute, as_yaml, cut, did_you_mean, expectation
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,8 @@ REMOVED = object()
 """Stands for a value that `~key` removes."""
 
 USAGE = "write key=value, as in worker.rollout.n=8"
+FLAGS = ("--dry-run", "--help")
+"""The command's words that are not keys; `verl.trainer.main` takes them out beforehand."""
 
 
 def load_sections(
@@ -149,7 +151,7 @@ def _read_sources(argv: Sequence[str], problems: list[str]) -> list[Source]:
             overrides.append(({argument[1:]: REMOVED}, {argument[1:]: argument}, True))
         elif argument[:1] in ("-", "+", "~"):
             bare = argument.lstrip("-+~")
-            remedy = f"write {bare}" if equals else USAGE
+            remedy = f"write {bare}" if equals else did_you_mean(argument, FLAGS).removeprefix("; ") or USAGE
             problems.append(f"{argument!r} starts with {argument[0]!r}, but keys take no prefix; {remedy}")
         elif not equals and key.endswith((".yaml", ".yml")):
             problems.append(f"{argument!r} is not key=value; write config={key}")

@@ -46,7 +46,7 @@ def describe_token_weights(algorithm: AlgorithmConfig, is_measured: bool) -> str
         parts.append(f"clip {low:g} to {high:g}")
     if algorithm.token_weight_control != "none":
         parts.append(f"control {algorithm.token_weight_control}")
-    return f"token weights on: {', '.join(parts)}; weights that the reward function returns go first"
+    return f"token weights on: {', '.join(parts)}; weights from the reward function take precedence"
 
 
 class TokenWeigher:
