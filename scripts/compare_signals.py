@@ -50,6 +50,7 @@ from signal_table import Line, draw, read_lines, table
 
 from verl.trainer.config import PPOConfig, load_config
 from verl.trainer.sinks import read_log, read_val_rewards
+from verl.utils.lasting_output import survive_lost_readers
 from verl.utils.run_lock import locked_folder, require_free_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -284,21 +285,22 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.first is not None:
         study.runs(arms=[arguments.first])  # refuses what is no arm
     lines = arguments.lines or arguments.study.with_suffix(".jsonl")
+    runs = study.runs(arguments.arms, arguments.warm_starts, arguments.seeds)
     failures: list[str] = []
     if not arguments.table_only:
-        runs = study.runs(arguments.arms, arguments.warm_starts, arguments.seeds)
         folder = arguments.folder or Path("checkpoints") / "study" / study.name
         with locked_folder(str(folder)):
             failures = Runner(study, folder, lines, arguments.keep, arguments.threads).run(runs, arguments.processes)
-    all_lines = read_lines(lines)
-    if arguments.table_only and not all_lines:
-        raise StudyError(f"{lines} has no lines of runs; without --table-only this command trains them")
-    if all_lines:
+    selected = {run.key for run in runs}
+    shown = [line for line in read_lines(lines) if line.key in selected]
+    if arguments.table_only and not shown:
+        raise StudyError(f"{lines} has no lines of these runs; without --table-only this command trains them")
+    if shown:
         arms = sorted(study.arms, key=lambda arm: arm != arguments.first)
         curve = f"reward/{study.accuracy}"
-        print(table(all_lines, arms, curve))
+        print(table(shown, arms, curve))
         picture = lines.with_suffix(".svg")
-        draw(all_lines, arms, picture, curve)
+        draw(shown, arms, picture, curve)
         print(f"\npicture  {picture}")
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
@@ -317,11 +319,12 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--first", help="the arm that others are compared with (the study's first)")
     parser.add_argument("--keep", action="store_true", help="keep the runs' checkpoints")
     for name in ("arms", "warm-starts", "seeds"):
-        parser.add_argument(f"--{name}", nargs="+", help="only these")
+        parser.add_argument(f"--{name}", nargs="+", help="only these are run and shown")
     return parser.parse_args(words)
 
 
 if __name__ == "__main__":
+    survive_lost_readers()  # such as `| head`
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(main(parse()))

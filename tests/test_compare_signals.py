@@ -283,7 +283,7 @@ def test_a_study_runs_what_has_no_line_and_leaves_one_for_each_run(tmp_path: Pat
 def test_a_table_of_no_runs_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(STUDY)
-    with pytest.raises(StudyError, match="mine.jsonl has no lines of runs; without --table-only"):
+    with pytest.raises(StudyError, match="mine.jsonl has no lines of these runs; without --table-only"):
         compare_signals.main(compare_signals.parse([str(path), "--table-only"]))
 
 
