@@ -297,3 +297,30 @@ def test_a_run_that_fails_and_a_preparation_that_fails_are_told(tmp_path: Path) 
     finished = subprocess.run(command(path, tmp_path / "study"), cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == 1
     assert finished.stderr.startswith("arms.uniform: data.train_files")
+
+
+# ---- our study ----
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "study").glob("*.jsonl")), ids=lambda path: path.stem)
+def test_the_tables_of_our_study_are_those_of_its_lines(path: Path, language: str) -> None:
+    page = (ROOT / "docs" / language / "study.md").read_text("utf-8")
+    lines, arms = read_lines(path), list(Study.read(path.with_suffix(".yaml")).arms)
+    accuracies, *_ = table(lines, arms, "reward/accuracy").split("\n\n")
+    assert accuracies in page
+    if "shuffled" in arms:
+        from_shuffled, *_ = table(lines, sorted(arms, key=lambda arm: arm != "shuffled"), "reward/accuracy").split(
+            "\n\n"
+        )
+        (row,) = [row for row in from_shuffled.splitlines() if row.startswith("| vgr |")]
+        assert f"{from_shuffled.splitlines()[0]}\n| {' | '.join(['---'] * 8)} |\n{row}\n" in page
+
+
+def test_our_study_pairs_all_its_runs_and_fits_the_repository() -> None:
+    paths = sorted((ROOT / "examples" / "study").glob("*.jsonl"))
+    assert sum(path.stat().st_size for path in paths) < 1_000_000
+    for path in paths:
+        arms = list(Study.read(path.with_suffix(".yaml")).arms)
+        for row in compare(read_lines(path), arms)[1:]:
+            assert row.num_pairs == len(row.accuracies) or path.stem == "digits_rate"
