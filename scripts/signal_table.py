@@ -288,7 +288,7 @@ def table(lines: Sequence[Line], arms: Sequence[str], curve: str) -> str:
     tables = [_markdown(header, body), _markdown(["arm", *measured], means)]
     parts = {row.arm: curve_differences(lines, row.arm, arms[0], curve) for row in rows if row.arm != arms[0]}
     if any(parts.values()):
-        fifths = [f"{20 * part} to {20 * part + 20} %" for part in range(NUM_PARTS)]
+        fifths = [f"{100 * part // NUM_PARTS} to {100 * (part + 1) // NUM_PARTS} %" for part in range(NUM_PARTS)]
         cells = [[arm, *map(_with_error, differences)] for arm, differences in parts.items() if differences]
         tables.append(_markdown([f"{curve}, from {arms[0]}", *fifths], cells))
     return "\n\n".join(tables)

@@ -151,8 +151,8 @@ def _read_sources(argv: Sequence[str], problems: list[str]) -> list[Source]:
             overrides.append(({argument[1:]: REMOVED}, {argument[1:]: argument}, True))
         elif argument[:1] in ("-", "+", "~"):
             bare = argument.lstrip("-+~")
-            remedy = f"write {bare}" if equals else did_you_mean(argument, FLAGS).removeprefix("; ") or USAGE
-            problems.append(f"{argument!r} starts with {argument[0]!r}, but keys take no prefix; {remedy}")
+            remedy = f"; write {bare}" if equals else did_you_mean(argument, FLAGS) or f"; {USAGE}"
+            problems.append(f"{argument!r} starts with {argument[0]!r}, but keys take no prefix{remedy}")
         elif not equals and key.endswith((".yaml", ".yml")):
             problems.append(f"{argument!r} is not key=value; write config={key}")
         elif not equals or not key:
