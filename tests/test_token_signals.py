@@ -687,7 +687,10 @@ def test_noise_spoils_what_it_says_and_the_same_picture_alike() -> None:
     ("settings", "told"),
     [
         ({}, "token weights off: all tokens weigh the same"),
-        ({"enable_token_weights": True}, "token weights on: vgr, all layers, clip 0.2 to 3; weights that the reward"),
+        (
+            {"enable_token_weights": True},
+            "token weights on: vgr, all layers, clip 0.2 to 3; weights from the reward function take precedence",
+        ),
         (
             {"enable_token_weights": True, "token_weight_layers": "last:2", "token_weight_control": "shuffled"},
             "token weights on: vgr, layers last:2, clip 0.2 to 3, control shuffled;",
