@@ -21,7 +21,7 @@ A study is a YAML file:
 The command of `prepare` makes the data of each warm start once, in the folder `{data}`; `{warm_start}` and `{seed}`
 are what they say. Each run has a process and a Ray cluster of its own, and leaves a JSON line in the study's
 file with the ending `.jsonl`. Runs whose line is there are not run again; an interrupted run starts anew. The table
-is printed, the picture is the `.svg` beside.
+is printed, the picture is the `.svg` beside. A selection's picture has the selection in its name.
 """
 
 from __future__ import annotations
@@ -299,12 +299,22 @@ def main(arguments: argparse.Namespace) -> int:
         arms = sorted(study.arms, key=lambda arm: arm != arguments.first)
         curve = f"reward/{study.accuracy}"
         print(table(shown, arms, curve))
-        picture = lines.with_suffix(".svg")
+        picture = lines.with_name(f"{lines.stem}{selection_of(arguments)}.svg")
         draw(shown, arms, picture, curve)
         print(f"\npicture  {picture}")
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     return int(bool(failures))
+
+
+def selection_of(arguments: argparse.Namespace) -> str:
+    """The ending of a selection's picture, such as `_arms_uniform_vgr`, empty for the whole study.
+
+    A selection leaves the picture of the whole study as it is.
+    """
+    options = {"first": arguments.first and [arguments.first]}
+    options |= {name: getattr(arguments, name) for name in ("arms", "warm_starts", "seeds")}
+    return "".join(f"_{name}_{'_'.join(values)}" for name, values in options.items() if values)
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:

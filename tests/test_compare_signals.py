@@ -280,17 +280,19 @@ def test_a_study_runs_what_has_no_line_and_leaves_one_for_each_run(tmp_path: Pat
     assert finished.stdout.partition("| arm")[2] == again.stdout.partition("| arm")[2]
 
 
-def test_a_selection_shows_its_own_runs_and_the_same_lines_make_the_same_picture(tmp_path: Path, capsys) -> None:
+def test_a_selection_shows_its_own_runs_beside_the_picture_of_the_whole_study(tmp_path: Path, capsys) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(STUDY)
     runs = [line("vgr", [1, warm_start == 1], warm_start, seed) for warm_start in (1, "b") for seed in (4, 5)]
     (tmp_path / "mine.jsonl").write_text("".join(run.to_json() + "\n" for run in runs))
     pictures = []
-    for words, row in ([], "| vgr | 4 | 75.0 |"), (["--warm-starts", "b"], "| vgr | 2 | 50.0 |"), ([], "| vgr | 4 |"):
+    selection = ["--warm-starts", "b", "--first", "vgr"]
+    for words, row in ([], "| vgr | 4 | 75.0 |"), (selection, "| vgr | 2 | 50.0 |"), ([], "| vgr | 4 |"):
         assert compare_signals.main(compare_signals.parse([str(path), "--table-only", *words])) == 0
         assert row in capsys.readouterr().out
         pictures.append((tmp_path / "mine.svg").read_bytes())
-    assert pictures[0] == pictures[2]
+    assert pictures[0] == pictures[1] == pictures[2]  # the same lines make the same file
+    assert (tmp_path / "mine_first_vgr_warm_starts_b.svg").read_bytes() != pictures[0]
 
 
 def test_a_table_of_no_runs_is_refused(tmp_path: Path) -> None:
