@@ -29,7 +29,8 @@ REMOVED = object()
 """Stands for a value that `~key` removes."""
 
 USAGE = "write key=value, as in worker.rollout.n=8"
-FLAGS = ("--dry-run", "--help")
+DRY_RUN, HELP = "--dry-run", "--help"
+FLAGS = (DRY_RUN, HELP)
 """The command's words that are not keys; `verl.trainer.main` takes them out beforehand."""
 
 

@@ -32,9 +32,6 @@ from verl.utils.run_lock import require_free_folder
 if TYPE_CHECKING:
     from verl.data.dataset import RLHFDataset
 
-DRY_RUN = "--dry-run"
-"""The option's name."""
-
 ROWS_READ = 8
 """How many rows to read from the beginning of each data file."""
 

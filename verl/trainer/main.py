@@ -8,9 +8,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NoReturn
 
+from verl.config_loading import DRY_RUN, HELP
 from verl.trainer.config import PPOConfig, load_config
 from verl.trainer.config_checks import effect_notes
-from verl.trainer.dry_run import DRY_RUN, dry_run
+from verl.trainer.dry_run import dry_run
 from verl.trainer.help_text import help_text
 from verl.trainer.preparation import check_videos, fitting_model_config, prepare
 from verl.trainer.ray_cluster import ray_session, set_worker_environment
@@ -222,7 +223,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("verl").setLevel(logging.INFO)
     arguments = sys.argv[1:]
-    asks_for_help = [place for place, argument in enumerate(arguments) if argument in ("-h", "--help")]
+    asks_for_help = [place for place, argument in enumerate(arguments) if argument in ("-h", HELP)]
     try:
         if asks_for_help:
             names = [argument for argument in arguments[asks_for_help[0] :] if not argument.startswith("-")]
