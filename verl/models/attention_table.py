@@ -59,19 +59,19 @@ class PackedSamples:
     continued: tuple[int | None, ...] | None = None
     """For each piece the index of the piece that it continues, or None; None if no piece continues another."""
 
+    @property
+    def prefixes(self) -> tuple[int | None, ...]:
+        """`continued`, also if no piece continues another."""
+        return self.continued or (None,) * (len(self.borders) - 1)
+
     @cached_property
     def pieces(self) -> list[Piece]:
         """In the order of the row."""
         spans = list(pairwise(self.borders))
-        prefixes = self.continued or (None,) * len(spans)
         return [
             Piece(*span, *((0, 0) if prefix is None else spans[prefix]))
-            for span, prefix in zip(spans, prefixes, strict=True)
+            for span, prefix in zip(spans, self.prefixes, strict=True)
         ]
-
-    def prefix_of(self, index: int) -> int | None:
-        """Index of the piece that a piece continues."""
-        return None if self.continued is None else self.continued[index]
 
 
 class Piece(NamedTuple):
@@ -248,8 +248,7 @@ def _one_by_one(
     window = keywords["sliding_window"]
     queries, keys, values = (_by_piece(tensor, samples) for tensor in (query, key, value))
     outputs = []
-    for index, piece in enumerate(samples.pieces):
-        prefix = samples.prefix_of(index)
+    for index, (piece, prefix) in enumerate(zip(samples.pieces, samples.prefixes, strict=True)):
         seen_keys, seen_values = (_with_prefix(tensors, index, prefix) for tensors in (keys, values))
         sees_all = window is None or piece.prefix_length + piece.length <= window
         if sees_all and piece.prefix_length < piece.length:
