@@ -18,10 +18,11 @@ A study is a YAML file:
       uniform: [algorithm.enable_token_weights=false]
       vgr: []
 
-The command of `prepare` makes the data of each warm start once, in the folder `{data}`; `{warm_start}` and `{seed}`
-are what they say. Each run has a process and a Ray cluster of its own, and leaves a JSON line in the study's
-file with the ending `.jsonl`. Runs whose line is there are not run again; an interrupted run starts anew. The table
-is printed, the picture is the `.svg` beside. A selection's picture has the selection in its name.
+The command of `prepare` makes the data of each warm start once, in the folder `{data}`. `{warm_start}` and `{seed}`
+are replaced by the run's warm start and seed. Each run has a process and a Ray cluster of its own, and leaves a JSON
+line in the study's file with the ending `.jsonl`. Runs whose line is there are not run again; an interrupted run
+starts anew. The table is printed, the picture is the `.svg` beside. A selection's picture has the selection in its
+name.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from signal_study import Run, Study, StudyError
-from signal_table import Line, draw, read_lines, table
+from signal_table import Line, add_line, draw, read_lines, remarks, table
 
 from verl.trainer.config import PPOConfig, load_config
 from verl.trainer.sinks import read_log, read_val_rewards
@@ -56,11 +57,16 @@ from verl.utils.run_lock import locked_folder, require_free_folder
 ROOT = Path(__file__).resolve().parent.parent
 
 CURVES = ("reward/{accuracy}", "actor/grad_norm")
-"""Kept step by step; of the other areas' metrics the mean over the steps is kept."""
+"""Kept step by step."""
 AREAS_OF_MEANS = ("token_weights", "signals", "vgr")
 MEANS = ("actor/grad_norm", "actor/entropy_loss", "response_length/mean")
+"""Metrics, and areas of metrics, that are kept as means over the steps."""
 
 # ---- running ----
+
+
+class RunFailed(StudyError):
+    """The error of a run after which the others go on."""
 
 
 class Runner:
@@ -96,6 +102,7 @@ class Runner:
             self._prepare(warm_start)
         for run in {run.arm: run for run in left}.values():
             self.config_of(run)
+        self.lines.parent.mkdir(parents=True, exist_ok=True)
         failures: list[str] = []
         with ThreadPoolExecutor(processes) as pool:
             futures = {pool.submit(self._train, run): run for run in left}
@@ -104,11 +111,11 @@ class Runner:
                     run = futures[future]
                     try:
                         line = future.result()
-                    except StudyError as error:
+                    except RunFailed as error:
                         failures.append(f"{run.name}: {error}")
                         print(f"[{number}/{len(left)}] {failures[-1]}", flush=True)
                         continue
-                    self._append(line)
+                    add_line(self.lines, line)
                     before = "" if line.before is None else f"{line.before:.3f} -> "
                     print(
                         f"[{number}/{len(left)}] {run.name}: {before}{line.accuracy:.3f}, {line.seconds:.0f} s",
@@ -119,10 +126,6 @@ class Runner:
                 pool.shutdown(cancel_futures=True)
                 raise
         return failures
-
-    def _append(self, line: Line) -> None:
-        with open(self.lines, "a", encoding="utf-8") as file:
-            file.write(line.to_json() + "\n")
 
     def _data(self, warm_start: int | str) -> Path:
         return self.folder / "data" / str(warm_start)
@@ -147,9 +150,9 @@ class Runner:
     def _arguments(self, run: Run) -> list[str]:
         return [
             f"config={self.study.config}",
+            *run.overrides(self._data(run.warm_start)),
             "trainer.logger=[file]",
             "trainer.report=false",
-            *run.overrides(self._data(run.warm_start)),
             f"trainer.experiment_name={run.name}",
             f"trainer.save_checkpoint_path={self._folder_of(run)}",
             "trainer.find_last_checkpoint=false",
@@ -170,9 +173,14 @@ class Runner:
             raise StudyError(f"arms.{run.arm}: {error}") from None
 
     def _train(self, run: Run) -> Line:
-        """One run, from an empty folder to its line."""
+        """One run, from an empty folder to its line.
+
+        Raises:
+            RunFailed: the training failed.
+            StudyError: the line could not be made, which would be so for every run.
+        """
         if self._stops.is_set():
-            raise StudyError("not started")
+            raise RunFailed("not started")
         folder = self._folder_of(run)
         require_free_folder(str(folder))
         shutil.rmtree(folder, ignore_errors=True)
@@ -182,7 +190,7 @@ class Runner:
         started, log = time.monotonic(), Path(f"{folder}.txt")
         code = self._call([sys.executable, "-m", "verl.trainer.main", *self._arguments(run)], log)
         if code != 0 or self._stops.is_set():
-            raise StudyError(f"ended with code {code}; its output ends\n{_tail(log)}")
+            raise RunFailed(f"ended with code {code}; its output ends\n{_tail(log)}")
         line = line_of(run, folder, model, questions, time.monotonic() - started)
         if not self.keep:
             for checkpoint in folder.glob("global_step_*"):
@@ -286,25 +294,38 @@ def main(arguments: argparse.Namespace) -> int:
         study.runs(arms=[arguments.first])  # refuses what is no arm
     lines = arguments.lines or arguments.study.with_suffix(".jsonl")
     runs = study.runs(arguments.arms, arguments.warm_starts, arguments.seeds)
+    selected = {run.key for run in runs}
     failures: list[str] = []
     if not arguments.table_only:
         folder = arguments.folder or Path("checkpoints") / "study" / study.name
         with locked_folder(str(folder)):
             failures = Runner(study, folder, lines, arguments.keep, arguments.threads).run(runs, arguments.processes)
-    selected = {run.key for run in runs}
     shown = [line for line in read_lines(lines) if line.key in selected]
+    require_same_arms(study, shown, lines)
     if arguments.table_only and not shown:
         raise StudyError(f"{lines} has no lines of these runs; without --table-only this command trains them")
     if shown:
         arms = sorted(study.arms, key=lambda arm: arm != arguments.first)
         curve = f"reward/{study.accuracy}"
         print(table(shown, arms, curve))
+        print("".join(f"\n{remark}" for remark in remarks(shown, arms)))
         picture = lines.with_name(f"{lines.stem}{selection_of(arguments)}.svg")
         draw(shown, arms, picture, curve)
-        print(f"\npicture  {picture}")
+        print(f"picture  {picture}")
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     return int(bool(failures))
+
+
+def require_same_arms(study: Study, shown: Sequence[Line], path: Path) -> None:
+    """Raise if a line's arm had other overrides than it has in the study now."""
+    for line in shown:
+        if line.overrides != study.arms[line.arm]:
+            raise StudyError(
+                f"{path}: arm {line.arm}, warm start {line.warm_start}, seed {line.seed} was trained with "
+                f"{line.overrides}, and arms.{line.arm} is {study.arms[line.arm]} now; name a changed arm anew, or "
+                "start other lines with --lines"
+            )
 
 
 def selection_of(arguments: argparse.Namespace) -> str:
@@ -338,7 +359,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(main(parse()))
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:
         sys.exit(str(problem))
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on")

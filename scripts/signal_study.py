@@ -41,10 +41,10 @@ class Study:
         _require(self.prepare is None or isinstance(self.prepare, str), "prepare", self.prepare, "is not a command")
         _require(isinstance(self.accuracy, str), "accuracy", self.accuracy, "is not a key of the reward function")
         _require(isinstance(self.arms, dict) and self.arms, "arms", self.arms, "is not a mapping of arms to overrides")
-        for key, kinds in (("seeds", int), ("warm_starts", (int, str))):
+        for key, kinds, what in (("seeds", int, "integers"), ("warm_starts", (int, str), "names or integers")):
             values = getattr(self, key)
             are_good = isinstance(values, list) and values and all(isinstance(value, kinds) for value in values)
-            _require(are_good and len(set(values)) == len(values), key, values, "is not a list without repetitions")
+            _require(are_good and len(set(values)) == len(values), key, values, f"is not a list of different {what}")
         for name in (*self.arms, *self.warm_starts):
             is_name = re.fullmatch(r"[\w.+-]+", str(name)) is not None
             _require(is_name, "arms" if name in self.arms else "warm_starts", name, "cannot name a folder")

@@ -7,14 +7,19 @@ Shapes: R pairs of runs, Q held-out questions, B resamples.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+
+from verl.utils.writing import write_text
 
 RESAMPLES = 10_000
 WINDOW = 5
@@ -84,28 +89,30 @@ class Line:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The whole lines of a file that may not be there; a line that was cut short is taken out of it.
+    """The lines of a file that may not exist.
 
     Raises:
-        ValueError: a line is none of a run, or two are of the same run.
+        ValueError: a line is not the record of a run, or two lines are of the same run.
     """
     if not path.exists():
         return []
-    text = path.read_text("utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, "utf-8")
     lines: list[Line] = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         try:
             lines.append(Line.from_json(line))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is not of a run: {error}") from None
+            raise ValueError(f"{path}, line {number} is not the record of a run: {error}") from None
     keys = [line.key for line in lines]
     for key in keys:
         if keys.count(key) > 1:
             raise ValueError(f"{path} has two lines of arm {key[0]}, warm start {key[1]}, seed {key[2]}")
     return lines
+
+
+def add_line(path: Path, line: Line) -> None:
+    """Adds a line to a file that may not exist. A reader sees the file with the whole line, or without it."""
+    before = path.read_text("utf-8").rstrip("\n") if path.exists() else ""
+    write_text(path, "\n".join(filter(None, [before, line.to_json()])) + "\n")
 
 
 # ---- differences ----
@@ -125,26 +132,32 @@ class Pairs:
         return float(self.differences.mean())
 
     @property
-    def can_be_bounded(self) -> bool:
-        """Whether every warm start has two seeds or more; one says nothing about the spread of seeds."""
-        return bool(self.warm_starts) and all(self.warm_starts.count(one) > 1 for one in self.warm_starts)
+    def single_seeds(self) -> list[int | str]:
+        """Warm starts with one seed, which says nothing about the spread of seeds; they allow no interval."""
+        return [one for one in self.warm_starts if self.warm_starts.count(one) == 1]
 
     def resampled(self) -> np.ndarray:
         """(B,) means of the bootstrap: the deviations of seeds drawn anew and of questions drawn anew add.
 
-        Seeds are drawn within each warm start, and warm starts are not, so that intervals speak of these warm starts.
-        Drawn means of n seeds vary by (n - 1) / n of what they should, and are spread by as much around their warm
-        start's mean beforehand. The chance of single answers is in both parts: intervals are rather too wide than too
-        narrow where seeds differ little. Always the same numbers for the same pairs.
+        Seeds are drawn within each warm start. Warm starts are not drawn, so intervals hold for these warm starts.
+        The same pairs always give the same numbers.
+
+        Few seeds need two corrections. The mean of n drawn seeds has only (n - 1) / n of the variance, so the seeds'
+        deviations from their warm start's mean grow by sqrt(n / (n - 1)). And the spread of few seeds is itself
+        uncertain, so each resample scales their deviation by sqrt(d / chi^2_d), with d the number of pairs minus the
+        number of warm starts. For normal seeds without questions this is Student's t with d degrees of freedom.
+
+        The chance of single answers is in both parts, so intervals are somewhat wide where seeds differ little.
         """
         rng = np.random.default_rng(0)
         of_runs, of_questions = self.differences.mean(axis=1), self.differences.mean(axis=0)  # (R,), (Q,)
-        means = _drawn_means(of_questions, rng)  # (B,)
+        questions, of_seeds = _drawn_means(of_questions, rng), np.zeros(RESAMPLES)  # (B,); the latter are deviations
         for warm_start in dict.fromkeys(self.warm_starts):
             own = of_runs[[one == warm_start for one in self.warm_starts]]  # (seeds,)
             spread = own.mean() + (own - own.mean()) * np.sqrt(len(own) / max(len(own) - 1, 1))
-            means += (_drawn_means(spread, rng) - own.mean()) * len(own) / len(of_runs)
-        return means
+            of_seeds += (_drawn_means(spread, rng) - own.mean()) * len(own) / len(of_runs)
+        degrees = max(len(of_runs) - len(set(self.warm_starts)), 1)
+        return questions + of_seeds * np.sqrt(degrees / rng.chisquare(degrees, RESAMPLES))
 
 
 def _drawn_means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -235,7 +248,7 @@ def compare(lines: Sequence[Line], arms: Sequence[str]) -> list[Row]:
         pairs = pair(lines, arm, arms[0])
         if arm != arms[0] and pairs.warm_starts:
             difference = pairs.mean
-            if pairs.can_be_bounded:
+            if not pairs.single_seeds:
                 resampled = pairs.resampled()
                 plain, corrected = (interval(resampled, 1 - 0.05 / count) for count in (1, num_comparisons))
         names = dict.fromkeys(name for line in of_arm for name in line.means)
@@ -252,6 +265,22 @@ def compare(lines: Sequence[Line], arms: Sequence[str]) -> list[Row]:
             )
         )
     return rows
+
+
+def remarks(lines: Sequence[Line], arms: Sequence[str]) -> list[str]:
+    """Why cells of the table are empty, or an arm has fewer pairs than runs."""
+    if all(line.arm != arms[0] for line in lines):
+        return [f"no run of {arms[0]} is shown, so nothing is compared with it"]
+    told = []
+    for arm in arms[1:]:
+        num_runs, pairs = sum(line.arm == arm for line in lines), pair(lines, arm, arms[0])
+        if len(pairs.warm_starts) < num_runs:
+            reason = "no partner with the same warm start, seed, weights and questions"
+            told.append(f"{arm}: {num_runs - len(pairs.warm_starts)} of {num_runs} runs have {reason}")
+        if pairs.single_seeds:
+            of = ", ".join(map(str, pairs.single_seeds))
+            told.append(f"{arm}: no interval, since an interval needs two seeds of each warm start ({of} has one)")
+    return told
 
 
 SHOWN_MEANS = {

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +18,7 @@ import signal_table
 import yaml
 from datasets import load_dataset
 from signal_study import Study, StudyError
-from signal_table import Line, Pairs, compare, curve_differences, interval, pair, read_lines, table
+from signal_table import Line, Pairs, add_line, compare, curve_differences, interval, pair, read_lines, remarks, table
 
 from tests.documents import LANGUAGES, code_blocks, text_of
 
@@ -86,7 +87,7 @@ def test_runs_of_a_warm_start_and_a_seed_come_side_by_side_with_their_overrides(
     [
         ("seeds: [4, 5]", "seed: [4, 5]", r"seed=\[4, 5\] is not a key of a study; did you mean seeds\?"),
         ("seeds: [4, 5]\n", "", "seeds=None is missing"),
-        ("seeds: [4, 5]", "seeds: [4, 4]", r"seeds=\[4, 4\] is not a list without repetitions"),
+        ("seeds: [4, 5]", "seeds: [4, 4]", r"seeds=\[4, 4\] is not a list of different integers"),
         ("seeds: [4, 5]", "seeds: 4", "seeds=4 is not a list"),
         ("vgr: []", "vgr: worker", "arms.vgr='worker' is not a list of overrides"),
         ("vgr: []", "vgr: [worker]", "arms.vgr='worker' is not an override"),
@@ -102,9 +103,14 @@ def test_a_wrong_study_is_told_by_file_and_key(old: str, new: str, message: str,
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_the_study_in_the_documents_is_one(language: str, tmp_path: Path) -> None:
+def test_the_study_in_the_documents_trains_on_images(language: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
     (text,) = (block for block in code_blocks(text_of(language), "yaml") if "arms:" in block)
-    assert [run.name for run in study(tmp_path, text).runs()][:2] == ["plain_0_1", "vgr_0_1"]
+    runner = compare_signals.Runner(study(tmp_path, text), tmp_path, tmp_path / "lines.jsonl")
+    runs = runner.study.runs()
+    assert [run.name for run in runs][:2] == ["plain_0_1", "vgr_0_1"]
+    for config in map(runner.config_of, runs[:3]):
+        assert "geometry3k" in config.data.train_files and "VL" in config.worker.actor.model.model_path
 
 
 def test_an_arm_that_is_asked_for_and_not_there_is_told(tmp_path: Path) -> None:
@@ -139,19 +145,30 @@ def test_a_line_is_read_as_it_was_written(results: list[float]) -> None:
     assert replace(again, validation={50: 0.5}).before is None
 
 
-def test_a_line_cut_short_is_taken_out_and_two_of_a_run_are_refused(tmp_path: Path) -> None:
+def test_lines_add_up_and_reading_them_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     assert read_lines(path) == []
+    for seed in (1, 2):
+        add_line(path, line("vgr", [1, 0], seed=seed))
+    path.write_text(path.read_text().rstrip("\n"))  # as some editors leave it
+    before = path.read_bytes()
+    assert [one.seed for one in read_lines(path)] == [1, 2]
+    assert path.read_bytes() == before
+    add_line(path, line("vgr", [1, 0], seed=3))
+    assert [one.seed for one in read_lines(path)] == [1, 2, 3]
+
+
+def test_a_damaged_line_and_two_lines_of_a_run_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
     whole = line("vgr", [1, 0]).to_json() + "\n"
-    path.write_text(whole + '{"task": "ta')
-    assert len(read_lines(path)) == 1
-    assert path.read_text() == whole
     path.write_text(whole * 2)
     with pytest.raises(ValueError, match="two lines of arm vgr, warm start 1, seed 1"):
         read_lines(path)
-    path.write_text('{"arm": 3}\n')
-    with pytest.raises(ValueError, match="line 1 is not of a run"):
-        read_lines(path)
+    for damaged in ('{"arm": 3}\n', '{"task": "ta'):
+        path.write_text(whole + damaged)
+        with pytest.raises(ValueError, match="line 2 is not the record of a run"):
+            read_lines(path)
+        assert path.read_text() == whole + damaged
 
 
 @pytest.mark.parametrize("other", [{"model": "n"}, {"questions": "r"}, {"seed": 2}, {"warm_start": 2}])
@@ -175,10 +192,10 @@ def test_differences_between_warm_starts_do_not_widen_the_interval() -> None:
 
 
 def test_the_resampled_spread_is_that_of_seeds_or_that_of_questions() -> None:
-    """Two seeds 0 and 1 on equal questions: standard error sqrt(0.5 / 2) = 0.5, which spreading brings back from 0.35.
-    One answer in two differs, alike for all seeds: sqrt(0.25 / 100) = 0.05."""
-    of_seeds = Pairs(np.repeat([[0.0], [1.0]], 5, axis=1), [1, 1]).resampled()
-    assert of_seeds.std() == pytest.approx(0.5, rel=0.03)
+    """15 seeds at 0 and 15 at 1 on equal questions: a standard error of sqrt(0.25 / 29), times sqrt(29 / 27), the
+    standard deviation of Student's t. One answer in two differs, alike for all seeds: sqrt(0.25 / 100)."""
+    of_seeds = Pairs(np.repeat([[0.0], [1.0]] * 15, 5, axis=1), [1] * 30).resampled()
+    assert of_seeds.std() == pytest.approx((0.25 / 27) ** 0.5, rel=0.03)
     of_questions = Pairs(np.tile([0.0, 1.0], (3, 50)), [1, 1, 1]).resampled()
     assert of_questions.std() == pytest.approx(0.05, rel=0.03)
 
@@ -196,6 +213,20 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say(monkeypatch: pytes
     assert 90 <= covered <= 99
 
 
+@pytest.mark.parametrize("warm_starts", [[1] * 3, [1, 2, 3] * 3])
+def test_intervals_of_few_seeds_miss_the_truth_about_as_seldom_as_they_say(
+    warm_starts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Normal seeds on one question. Percentiles of three drawn seeds alone would miss in one case of six."""
+    monkeypatch.setattr(signal_table, "RESAMPLES", 2000)
+    rng = np.random.default_rng(0)
+    missed = 0
+    for _ in range(400):
+        low, high = interval(Pairs(rng.normal(0, 1, (len(warm_starts), 1)), warm_starts).resampled(), 0.975)
+        missed += not low <= 0 <= high
+    assert 3 <= missed <= 20  # 10 are expected
+
+
 def test_the_correction_widens_with_the_number_of_arms_and_one_seed_has_no_interval() -> None:
     rng = np.random.default_rng(0)
     lines = [line(arm, rng.integers(0, 2, 40).tolist(), seed=seed) for arm in "abc" for seed in (1, 2, 3)]
@@ -206,6 +237,16 @@ def test_the_correction_widens_with_the_number_of_arms_and_one_seed_has_no_inter
     assert compare(lines, ["a", "b"])[1].corrected == rows[1].plain  # one comparison needs no correction
     (_, alone) = compare([one for one in lines if one.seed == 1], ["a", "b"])
     assert alone.difference is not None and alone.plain is None
+
+
+def test_empty_cells_have_a_remark() -> None:
+    lines = [line("a", [1, 0], seed=seed) for seed in (1, 2)]
+    lines += [line("b", [1, 1], seed=1), line("b", [1, 1], seed=2, model="other")]
+    few, single = remarks(lines, ["a", "b"])
+    assert few == "b: 1 of 2 runs have no partner with the same warm start, seed, weights and questions"
+    assert single == "b: no interval, since an interval needs two seeds of each warm start (1 has one)"
+    assert remarks(lines[2:], ["a", "b"]) == ["no run of a is shown, so nothing is compared with it"]
+    assert remarks(lines[:2] + [line("b", [1, 1], seed=seed) for seed in (1, 2)], ["a", "b"]) == []
 
 
 def test_the_table_shows_points_and_marks_what_differs() -> None:
@@ -302,6 +343,24 @@ def test_a_table_of_no_runs_is_refused(tmp_path: Path) -> None:
         compare_signals.main(compare_signals.parse([str(path), "--table-only"]))
 
 
+def test_lines_of_an_arm_that_has_changed_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(STUDY.replace("vgr: []", "vgr: [trainer.max_steps=3]"))
+    add_line(tmp_path / "mine.jsonl", line("vgr", [1, 0], seed=4))
+    with pytest.raises(StudyError, match=r"vgr, .*seed 4 was trained with \[\], and arms.vgr is .*max_steps=3"):
+        compare_signals.main(compare_signals.parse([str(path), "--table-only"]))
+
+
+def test_a_line_without_the_key_that_is_compared_is_told_with_the_keys_there_are(tmp_path: Path) -> None:
+    """Not a failure of one run: all others would end alike, so it ends the study."""
+    (tmp_path / "experiment_log.jsonl").write_text('{"step": 1, "actor": {"grad_norm": 1.0}}\n')
+    (tmp_path / "val_rewards.jsonl").write_text(json.dumps({"step": 1, "rewards": {"overall": [1, 0]}}) + "\n")
+    (run, *_) = study(tmp_path).runs()
+    with pytest.raises(StudyError, match="accuracy=accuracy is not among the held-out results, overall") as raised:
+        compare_signals.line_of(run, tmp_path, "m", "q", 9.0)
+    assert not isinstance(raised.value, compare_signals.RunFailed)
+
+
 def test_a_run_that_fails_and_a_preparation_that_fails_are_told(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(STUDY)
@@ -312,6 +371,9 @@ def test_a_run_that_fails_and_a_preparation_that_fails_are_told(tmp_path: Path) 
     finished = subprocess.run(command(path, tmp_path / "study"), cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == 1
     assert finished.stderr.startswith("arms.uniform: data.train_files")
+    path.unlink()
+    finished = subprocess.run(command(path, tmp_path / "study"), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.stderr.startswith("[Errno 2] No such file")
 
 
 # ---- our study ----

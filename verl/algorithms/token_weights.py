@@ -297,7 +297,7 @@ def _generator_of(ids: torch.Tensor, step: int) -> torch.Generator:
 
 
 def _shuffled(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The same weights in random order. What a signal gains over this comes from which tokens it weights."""
+    """The same weights in random order. Tokens that the responses of a group share get different weights."""
     return weights[torch.randperm(len(weights), generator=generator)]
 
 
