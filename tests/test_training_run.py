@@ -252,7 +252,7 @@ def test_token_weights_follow_their_rows_through_balancing_to_the_update(
 
 
 def test_a_resumed_run_ends_with_the_weights_of_one_that_was_never_interrupted(
-    tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster
+    tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster, caplog
 ) -> None:
     """With a KL coefficient that adapts, which is part of what has to be taken up."""
     options = [
@@ -266,6 +266,8 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_never_interrupted(
     for steps in (2, 3):
         until = f"trainer.max_steps={steps}"
         run_shared(load_config(arguments(tiny_model_path, data_files, tmp_path / "parts", *options, until)))
+    resumed_with = [told for told in caplog.messages if "resumes with" in told]
+    assert resumed_with == ["the run resumes with trainer.max_steps=3, which was 2"]
     assert is_changed(weights_at(tmp_path / "parts", 2), weights_at(tmp_path / "parts", 3))
     assert not is_changed(weights_at(tmp_path / "whole", 3), weights_at(tmp_path / "parts", 3))
     whole, parts = (

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from verl.config import cut
 from verl.trainer.config import PPOConfig, data_sources
+from verl.trainer.config_changes import config_changes
 from verl.trainer.config_checks import effect_notes
 from verl.trainer.preparation import check_videos, fitting_model_config, prepare
 from verl.trainer.ray_cluster import joins_cluster, set_worker_environment
@@ -63,7 +64,7 @@ def dry_run(config: PPOConfig, output: TextIO) -> int:
         with report.collects_refusals():
             require_free_folder(config.trainer.save_checkpoint_path)
     with report.collects_refusals():
-        report.section("start", _start_of(config))
+        report.section("start", *_start_of(config))
     notes = effect_notes(config)
     if notes:
         report.section("notes", *notes)
@@ -205,9 +206,9 @@ def _describe_row(config: PPOConfig, dataset: RLHFDataset, index: int, report: R
     return f"row {index}: refused"
 
 
-def _start_of(config: PPOConfig) -> str:
+def _start_of(config: PPOConfig) -> list[str]:
     trainer = config.trainer
     point = find_resume_point(trainer.save_checkpoint_path, trainer.load_checkpoint_path, trainer.find_last_checkpoint)
     if point is None:
-        return "step 0, with the model's own weights"
-    return f"step {point.step}, from {point.folder}"
+        return ["step 0, with the model's own weights"]
+    return [f"step {point.step}, from {point.folder}", *config_changes(config, point)]

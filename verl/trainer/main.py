@@ -151,6 +151,7 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses", sto
     logger.info("loading the tokenizer and the data")
     from verl.data.image_grids import ImageGrids
     from verl.data.loader import create_dataloader
+    from verl.trainer.config_changes import config_changes
     from verl.trainer.ray_trainer import RayDAPOTrainer
     from verl.trainer.rewards import RewardClient
     from verl.trainer.token_weigher import describe_token_weights
@@ -185,6 +186,8 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses", sto
             trainer_config.load_checkpoint_path,
             trainer_config.find_last_checkpoint,
         )
+        for change in config_changes(config, resume_point):
+            logger.warning("the run resumes with %s", change)
         with Tracker(
             trainer_config.logger,
             config.to_dict(),
