@@ -1030,10 +1030,18 @@ def test_what_does_less_than_its_name_promises_is_told():
     assert note.startswith("trainer.critic_warmup=2 leaves the policy as it is until step 2")
     control = ["algorithm.token_weight_control=shuffled", "algorithm.token_weight_top_share=0.4"]
     assert effect_notes(load_config([NO_KL_WEIGHT, *WEIGHTED, *control])) == []
+    control.append("algorithm.token_weight_smooth_sigma=2.0")
     assert effect_notes(load_config([NO_KL_WEIGHT, *control])) == [
+        "algorithm.token_weight_smooth_sigma=2.0 has no effect while algorithm.enable_token_weights=false",
         "algorithm.token_weight_top_share=0.4 has no effect while algorithm.enable_token_weights=false",
         "algorithm.token_weight_control=shuffled has no effect while algorithm.enable_token_weights=false",
     ]
+    clip = "algorithm.token_weight_clip=[0.5,2]"
+    assert effect_notes(load_config([NO_KL_WEIGHT, *WEIGHTED, clip])) == []
+    told = "; ".join(effect_notes(load_config([NO_KL_WEIGHT, clip, "trainer.report=true"])))
+    assert "token_weight_clip" not in told  # the colours of its token maps use it
+    (note,) = effect_notes(load_config([NO_KL_WEIGHT, clip]))
+    assert note.startswith("algorithm.token_weight_clip=[0.5,2.0] has no effect while")
     filtering = "algorithm.online_filtering=true"
     assert effect_notes(load_config([NO_KL_WEIGHT, filtering, "worker.rollout.n=2"])) == []
     (note,) = effect_notes(load_config([NO_KL_WEIGHT, filtering, "worker.rollout.n=1"]))

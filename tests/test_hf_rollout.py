@@ -19,7 +19,7 @@ from verl.single_controller.worker_group import WorkerGroup
 from verl.utils.tokenizer import get_processor, get_tokenizer
 from verl.workers.rollout.base import Sampling, draw_seed
 from verl.workers.rollout.config import RolloutConfig
-from verl.workers.rollout.hf_rollout import HFRollout
+from verl.workers.rollout.hf_rollout import HFRollout, _LogProbsOfDraws
 
 RESPONSE_LENGTH = 20
 GREEDY = Sampling(n=1, temperature=0.0, top_p=1.0, top_k=-1, ignore_eos=False)
@@ -153,6 +153,14 @@ def test_weights_that_are_not_numbers_are_told_alike_however_tokens_are_drawn(
         rollout.model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(RuntimeError, match="drew token 0 of response 0 .*weights.* are not finite"):
         rollout.generate(prompts, sampling, seed=0)
+
+
+def test_a_row_that_cannot_be_drawn_is_named_by_its_number_in_the_whole_batch() -> None:
+    """The second chunk begins with row 4, and its third row is not finite."""
+    scores = torch.zeros(3, 5)
+    scores[2] = torch.nan
+    with pytest.raises(RuntimeError, match="drew token 0 of response 6 "):
+        _LogProbsOfDraws(4)(torch.zeros(3, 1, dtype=torch.int64), scores)
 
 
 def test_a_model_sharded_over_two_ranks_generates_as_the_whole_one_does(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import ray
 
-from verl.trainer.ray_cluster import require_cluster, token_authentication
+from verl.trainer.ray_cluster import _write_timeline, require_cluster, token_authentication
 
 pytestmark = pytest.mark.ray
 
@@ -176,3 +176,14 @@ def test_a_ray_that_would_let_anybody_in_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("ray.shutdown", lambda: None)
     with pytest.raises(ValueError, match=f"Ray {ray.__version__} would let anybody into the run's cluster"):
         _start_ray(num_cpus=1)
+
+
+def test_a_timeline_that_cannot_be_written_is_a_warning_and_its_folder_is_made(
+    tmp_path: Path, ray_cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    _write_timeline(str(tmp_path / "new" / "timeline.json"))
+    assert isinstance(json.loads((tmp_path / "new" / "timeline.json").read_text()), list)
+    (tmp_path / "file").touch()
+    _write_timeline(str(tmp_path / "file" / "timeline.json"))
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told.startswith(f"trainer.ray_timeline={tmp_path}/file/timeline.json could not be written")

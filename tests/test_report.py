@@ -34,7 +34,7 @@ CONFIG = {
 
 
 def run_in(folder: Path, resume_step: int = 0) -> Run:
-    return Run(CONFIG, "digits", "demo", folder, 9, resume_step, resume_step > 0, {})
+    return Run(CONFIG, "digits", "demo", folder, 9, resume_step, resume_step > 0, False, {})
 
 
 def svg_of(uri: str) -> str:

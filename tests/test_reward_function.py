@@ -74,6 +74,28 @@ def test_overall_lands_on_the_last_response_token_and_nowhere_else(make_manager,
     assert metrics == {"overall": [1.5, 0.5, 1.5], "length": lengths.tolist()}
 
 
+def test_a_batch_of_easyr1s_is_scored_like_one_of_the_trainers(make_manager, tokenizer):
+    """It has responses, their mask and the ground truth, and nothing else."""
+    whole, manager = make_batch(tokenizer), make_manager(THREE_FIELDS)
+    given = DataProto.from_dict(
+        {name: whole.batch[name] for name in ("responses", "response_mask")},
+        non_tensors={"ground_truth": whole.non_tensor_batch["ground_truth"]},
+    )
+    (rewards, metrics), (expected, expected_metrics) = manager.compute_reward(given), manager.compute_reward(whole)
+    assert torch.equal(rewards, expected) and metrics == expected_metrics
+    assert set(given.non_tensor_batch) == {"ground_truth"} and given.meta_info == {}
+    expects = """
+        REWARD_TYPE = "sequential"
+
+        def compute_score(sample):
+            absent = {"prompt": "", "images": [], "videos": [], "extra": {}, "step": 0, "split": "train"}
+            assert {name: sample[name] for name in absent} == absent, sample
+            return {"overall": float(sample["uid"])}
+    """
+    _, metrics = make_manager(expects).compute_reward(given)
+    assert metrics["overall"] == [0, 1, 2]
+
+
 def test_sequential_and_batch_functions_give_the_same(make_manager, tokenizer):
     body = '{"overall": float(sample["ground_truth"] in sample["response"]), "n": sample["response_length"]}'
     batch = make_batch(tokenizer)

@@ -15,7 +15,7 @@ import torch
 
 from verl.trainer.config import TrainerConfig, load_config
 from verl.trainer.main import prepare
-from verl.trainer.sinks import Sink, nested
+from verl.trainer.sinks import Sink, nested, read_log
 from verl.trainer.tracking import RUN_IDS, SINKS, Tracker, require_loggers
 from verl.utils.checkpoint import ResumePoint
 
@@ -193,6 +193,28 @@ def test_log_lines_are_the_metrics_split_at_the_slash(tmp_path):
         {"step": 2, "reward": {"overall": 0.75}},
     ]
     assert json.loads((tmp_path / "run" / "experiment_config.json").read_text()) == CONFIG
+
+
+@pytest.mark.parametrize("resume_step", [0, 1])
+def test_a_run_that_only_validates_leaves_the_files_of_a_run_that_trains_alone(tmp_path, more_sinks, resume_step):
+    """It may start while the other is in the middle of a line."""
+    folder = tmp_path / "run"
+    with make_tracker(tmp_path, "file", "served") as tracker:
+        tracker.log({"reward/overall": 0.5}, step=1)
+    half = folder / "experiment_log.jsonl"
+    half.write_text(half.read_text() + '{"step": 2, "rew')
+    kept = {name: (folder / name).read_bytes() for name in ("experiment_config.json", "run_ids.json")}
+    assert kept["run_ids.json"] != b"{}"
+    log = half.read_bytes()
+    point = ResumePoint(str(folder / f"global_step_{resume_step}"), resume_step) if resume_step else None
+    with Tracker(
+        ["file"], {"trainer": {}}, "digits", "demo", folder, total_steps=4, resume_point=point, only_validates=True
+    ) as tracker:
+        tracker.log({"val/reward_score": 0.5}, step=resume_step + 1)
+    assert {name: (folder / name).read_bytes() for name in kept} == kept
+    assert half.read_bytes().startswith(log)
+    assert not (folder / "experiment_log.cut.jsonl").exists()
+    assert read_log(folder)[resume_step + 1]["val/reward_score"] == 0.5
 
 
 def test_every_line_is_on_disk_before_the_run_ends(tmp_path):

@@ -34,6 +34,7 @@ from verl.trainer.ray_trainer import RayDAPOTrainer
 from verl.trainer.step_record import StepRecord
 from verl.utils.attention_metrics import vgr_from_mass
 from verl.utils.attention_token_weights import token_weights_from_vgr
+from verl.utils.checkpoint import write_tracker
 from verl.utils.checkpoint_folder import read_manifest
 from verl.workers.actor.config import ActorConfig
 
@@ -721,6 +722,13 @@ def test_the_best_checkpoint_is_kept_and_known_to_a_run_that_goes_on_from_a_late
         assert (tracker["best_global_step"], tracker["best_val_reward_score"]) == (2, 0.9)
         assert tracker["last_global_step"] == step
     assert sorted(path.name for path in folder.glob("global_step_*")) == ["global_step_2", "global_step_5"]
+
+    # Step 5 was the best, and the run goes back and takes it again: what its old weights scored is forgotten.
+    write_tracker(str(folder), last_global_step=5, best_global_step=5, best_val_reward_score=0.95)
+    start = f"trainer.load_checkpoint_path={folder}/global_step_2"
+    run_shared(load_config([*planned_run, "trainer.max_steps=5", start]))
+    tracker = json.loads((folder / "checkpoint_tracker.json").read_text())
+    assert (tracker["best_global_step"], tracker["best_val_reward_score"]) == (5, 0.8)
 
 
 @pytest.mark.ray

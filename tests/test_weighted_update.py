@@ -415,6 +415,14 @@ def test_clip_and_smoothing_of_the_configuration_are_used(measured: DataProto) -
     assert smooth[0].std() < 0.1 * clipped[0].std()
 
 
+def test_a_number_in_place_of_the_reward_functions_weights_is_an_error_that_names_the_sample(
+    measured: DataProto,
+) -> None:
+    values = {"overall": [0.0, 0.0, 0.0], "token_weights": [None, 0.5, None]}
+    with pytest.raises(ValueError, match="sample 1 is 0.5; it must be a list of numbers"):
+        weigher()._maybe_compute_token_weights(measured, values)
+
+
 def test_weights_of_the_reward_function_go_before_attention_sample_by_sample(measured: DataProto) -> None:
     """The first list is short, so its last token weighs 1; the second sample has none and takes its VGR weights."""
     values = {"overall": [0.0, 0.0, 0.0], "token_weights": [[0.25, 5.0], None, [0.0]]}

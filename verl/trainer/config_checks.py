@@ -294,9 +294,11 @@ def reference_of_adapters(config: PPOConfig) -> Iterator[str]:
 
 def idle_token_weights(config: PPOConfig) -> Iterator[str]:
     algorithm, defaults = config.algorithm, AlgorithmConfig()
-    keys = ("signal", "top_share", "conserve_mean", "warmup_steps", "control")
+    keys = ["smooth_sigma", "signal", "top_share", "conserve_mean", "warmup_steps", "control"]
     if algorithm.enable_token_weights:
         return
+    if not config.trainer.report:  # its colours use these bounds
+        keys.append("clip")
     for key in (f"token_weight_{name}" for name in keys):
         value = getattr(algorithm, key)
         if value != getattr(defaults, key):

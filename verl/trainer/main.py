@@ -197,6 +197,7 @@ def _train(config: PPOConfig, plan: BatchPlan, processes: "WorkerProcesses", sto
             total_steps=steps,
             resume_point=resume_point,
             report=trainer_config.report,
+            only_validates=trainer_config.val_only,
         ) as tracker:
             tracker.add_files(rewards.files)
             trainer = RayDAPOTrainer(

@@ -74,8 +74,20 @@ def ray_session(config: PPOConfig) -> Iterator[None]:
             yield
         finally:
             if config.trainer.ray_timeline is not None:
-                ray.timeline(config.trainer.ray_timeline)
-                logger.info("Ray's timeline is in %s", config.trainer.ray_timeline)
+                _write_timeline(config.trainer.ray_timeline)
+
+
+def _write_timeline(path: str) -> None:
+    """Writes Ray's timeline. A failure is a warning: the run has ended, perhaps with an error of its own."""
+    import ray
+
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        ray.timeline(path)
+    except OSError as error:
+        logger.warning("trainer.ray_timeline=%s could not be written: %s", path, error)
+    else:
+        logger.info("Ray's timeline is in %s", path)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from verl.utils.checkpoint import (
     CHECKPOINT_TRACKER,
     DATALOADER_FILE,
     KL_COEF_FILE,
+    SCORE_DIGITS,
     ResumePoint,
     damaged_checkpoint,
     is_model_only,
@@ -129,6 +130,8 @@ class RunState:
         whole = {name: record for rank_files in (*files, save.files) for name, record in rank_files.items()}
         write_manifest(f"{save.folder}{UNFINISHED}", save.step, self.config.trainer.save_model_only, whole)
         publish(save.folder)
+        if save.step == self.best_step:  # a run that went back replaces the checkpoint that was the best
+            self.best_step = self.best_score = None
         self.last_saved_step = save.step
         self._track(save.step, save.score)
 
@@ -142,6 +145,7 @@ class RunState:
         Only a validation of exactly the saved weights can make a checkpoint the best.
         """
         trainer = self.config.trainer
+        score = None if score is None else round(score, SCORE_DIGITS)  # as a run that resumes reads it
         if score is not None and (self.best_score is None or score > self.best_score):
             self.best_step, self.best_score = step, score
         root = trainer.save_checkpoint_path

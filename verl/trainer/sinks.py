@@ -52,6 +52,8 @@ class Run:
     """The step of the checkpoint that the run starts from; 0 for the model's own weights."""
     continues: bool
     """Whether that checkpoint is in `output_dir`, so that this run continues the run that saved it."""
+    only_validates: bool
+    """Whether it trains nothing. It may then read the folder of a run that is training, and leaves its files alone."""
     kept_ids: dict[str, str]
     """Ids that servers gave to the run before its interruption, by logger; empty unless it `continues`."""
 
@@ -122,7 +124,8 @@ class FileSink(Sink):
     samples in the held-out set's order. A step that was validated twice has two lines.
 
     The other files only grow. When a run takes its first step, lines that an earlier run wrote for this step or later
-    ones move from `experiment_log.jsonl` to `experiment_log.cut.jsonl`; an incomplete line moves at the start.
+    ones move from `experiment_log.jsonl` to `experiment_log.cut.jsonl`; an incomplete line moves at the start. A run
+    that only validates adds lines, and neither moves any nor replaces the configuration.
     """
 
     CONFIG = "experiment_config.json"
@@ -133,18 +136,27 @@ class FileSink(Sink):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        write_json(run.output_dir / self.CONFIG, run.config, private=True)
+        if not (run.only_validates and (run.output_dir / self.CONFIG).exists()):
+            write_json(run.output_dir / self.CONFIG, run.config, private=True)
         for name in (self.LOG, self.GENERATIONS["val"], self.VAL_REWARDS):
             self._append(name, "")
-        self._num_old_lines: int | None = self._cut_log(lambda index, line: True)
+        self._num_old_lines: int | None = None
+        if not run.only_validates:
+            self._num_old_lines = self._cut_log(lambda index, line: True)
+        elif not self._ends_a_line():
+            self._append(self.LOG, "\n")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        if self._num_old_lines is not None and step > self.run.resume_step:  # a run that only validates takes none
+        if self._num_old_lines is not None and step > self.run.resume_step:
             num_old, last = self._num_old_lines, self.run.resume_step if self.run.continues else -1
             self._cut_log(lambda index, line: index >= num_old or line["step"] <= last)
             self._num_old_lines = None
         finite = {name: _finite(value) for name, value in metrics.items()}
         self._append(self.LOG, json.dumps({"step": step, **nested(finite)}) + "\n")
+
+    def _ends_a_line(self) -> bool:
+        text = (self.run.output_dir / self.LOG).read_bytes()
+        return not text or text.endswith(b"\n")
 
     def _cut_log(self, is_kept: Callable[[int, dict[str, Any]], bool]) -> int:
         """Moves lines from the log to the cut file: damaged lines, and lines for which `is_kept` returns false.

@@ -80,10 +80,10 @@ class TokenWeigher:
             step: the training step.
         """
         streams, name = batch.batch, self._used_signal_name
-        returned = reward_values.get(TOKEN_WEIGHTS) or [None] * len(batch)
-        self._share_from_reward = sum(weights is not None and len(weights) > 0 for weights in returned) / len(batch)
         self._weighed_by = {name: self.signals[name].importance(streams)} if name in self.signals else {}
         weights = self._weights(self._weighed_by.get(name), batch, reward_values, step)
+        returned = reward_values.get(TOKEN_WEIGHTS) or [None] * len(batch)
+        self._share_from_reward = sum(given is not None and len(given) > 0 for given in returned) / len(batch)
         if weights is None:
             self._warn_once(
                 "nothing",

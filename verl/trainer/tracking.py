@@ -76,6 +76,7 @@ class Tracker:
         total_steps: the step at which training ends.
         resume_point: the checkpoint that the run starts from; None for the model's own weights.
         report: whether to write `report.html`, in addition to the loggers.
+        only_validates: whether the run trains nothing. It leaves the configuration and the ids in the folder alone.
 
     Raises:
         ValueError: a logger that does not exist or whose library is not installed.
@@ -91,6 +92,7 @@ class Tracker:
         total_steps: int,
         resume_point: ResumePoint | None = None,
         report: bool = False,
+        only_validates: bool = False,
     ) -> None:
         require_loggers(loggers)
         output_dir = Path(output_dir)
@@ -100,7 +102,15 @@ class Tracker:
         kept_ids = json.loads(ids_file.read_text("utf-8")) if continues and ids_file.exists() else {}
         resume_step = resume_point.step if resume_point is not None else 0
         run = Run(
-            masked(config), project_name, experiment_name, output_dir, total_steps, resume_step, continues, kept_ids
+            masked(config),
+            project_name,
+            experiment_name,
+            output_dir,
+            total_steps,
+            resume_step,
+            continues,
+            only_validates,
+            kept_ids,
         )
 
         self._sinks: dict[str, Sink] = {}
@@ -121,6 +131,8 @@ class Tracker:
 
             self._sinks["report"] = ReportSink(run)
         ids = kept_ids | {name: sink.run_id for name, sink in self._sinks.items() if sink.run_id is not None}
+        if only_validates:
+            return
         if ids:
             write_json(ids_file, ids)
         else:

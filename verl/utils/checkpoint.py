@@ -25,6 +25,9 @@ CHECKPOINT_TRACKER = "checkpoint_tracker.json"
 DATALOADER_FILE = "dataloader.pt"
 KL_COEF_FILE = "kl_coef.json"
 
+SCORE_DIGITS = 4
+"""Decimal places of the best score in the tracker."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -125,7 +128,7 @@ def write_tracker(
     """
     tracker = {
         "best_global_step": best_global_step,
-        "best_val_reward_score": None if best_val_reward_score is None else round(best_val_reward_score, 4),
+        "best_val_reward_score": None if best_val_reward_score is None else round(best_val_reward_score, SCORE_DIGITS),
         "last_global_step": last_global_step,
         "last_actor_path": os.path.join(os.path.abspath(step_folder(root, last_global_step)), "actor"),
     }

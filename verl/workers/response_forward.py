@@ -93,7 +93,7 @@ class ResponseForward(ABC):
 
         Args:
             rows: `input_ids`, `attention_mask` (N, S), `position_ids` (N, S) or (N, 4, S), `response_mask` (N, R);
-                non-tensor `multi_modal_data` for image-text models.
+                non-tensor `multi_modal_data` for image-text models, and `uid` if packed rows share prompts.
             wanted: names from `head_streams` and `tap_streams`.
 
         Returns:

@@ -48,12 +48,12 @@ class DataParallelPPOActor(TrainedModel):
 
         Args:
             data: `input_ids`, `attention_mask`, `position_ids`, `response_mask`, `old_log_probs`, `advantages`;
-                non-tensor `multi_modal_data`. With a KL loss other than `full`, which runs the reference itself, also
-                `ref_log_probs`. With `algorithm.enable_token_weights` also `token_weights` (N, R): each
-                token's policy and KL loss is multiplied by its weight; if it has fewer columns than R, the other
-                tokens weigh 1. The weights have no other effect, and losses are divided by plain counts, so weights
-                of one change nothing, bit for bit. With `worker.rollout.importance_cap` also `importance_weights`
-                (N, R), which multiply only the policy loss.
+                non-tensor `multi_modal_data`, and `uid` if packed rows share prompts. With a KL loss other than
+                `full`, which runs the reference itself, also `ref_log_probs`. With `algorithm.enable_token_weights`
+                also `token_weights` (N, R): each token's policy and KL loss is multiplied by its weight; if it has
+                fewer columns than R, the other tokens weigh 1. The weights have no other effect, and losses are
+                divided by plain counts, so weights of one change nothing, bit for bit. With
+                `worker.rollout.importance_cap` also `importance_weights` (N, R), which multiply only the policy loss.
 
         Returns:
             `actor/*` metrics, the same on every rank: means over the mini-batch's real response tokens, averaged

@@ -43,7 +43,7 @@ class DataParallelPPOCritic(TrainedModel):
 
         Args:
             data: `input_ids`, `attention_mask`, `position_ids`, `response_mask`, the `values` from before the update
-                and the `returns` to fit; non-tensor `multi_modal_data`.
+                and the `returns` to fit; non-tensor `multi_modal_data`, and `uid` if packed rows share prompts.
 
         Returns:
             `critic/*` metrics, the same on every rank: means over the mini-batch's real response tokens (`vf_loss`

@@ -45,14 +45,36 @@ class AutoRewardManager:
         return scored.batch["token_level_scores"], values_by_key(scored.non_tensor_batch["reward_results"])
 
     def score(self, data: DataProto) -> DataProto:
-        """Scores N responses of at most R tokens. Reads what `reward_inputs` reads, and meta `step` and `split`;
-        returns the result of `place_scores`.
+        """Scores N responses of at most R tokens.
+
+        Reads what `reward_inputs` reads, and meta `step` and `split`. EasyR1's batches lack some of it: absent are
+        then the prompt's text (empty), media (none), further columns (none), step (0) and split ("train"), and each
+        row is its own uid.
+
+        Returns:
+            The result of `place_scores`.
 
         Raises:
             RuntimeError, ValueError: as in `RewardFunction.score`.
         """
-        inputs = reward_inputs(data, self.config, data.meta_info["step"], data.meta_info["split"])
+        step, split = data.meta_info.get("step", 0), data.meta_info.get("split", "train")
+        streams = tuple(name for name in self.config.streams if name in data.batch)  # held-out batches have none
+        inputs = reward_inputs(_completed(data), self.config, step, split, streams)
         return place_scores(data, self.function.score(inputs))
+
+
+def _completed(data: DataProto) -> DataProto:
+    """The batch with what EasyR1's lacks."""
+    rows = range(len(data))
+    absent: dict[str, list[Any]] = {
+        "uid": [str(row) for row in rows],
+        "prompt_text": ["" for _ in rows],
+        "multi_modal_data": [None for _ in rows],
+        "image_grid_thw": [None for _ in rows],
+        "extra": [{} for _ in rows],
+    }
+    columns = {name: values for name, values in absent.items() if name not in data.non_tensor_batch}
+    return DataProto(data.batch, {**data.non_tensor_batch, **columns}, data.meta_info)
 
 
 def reward_inputs(

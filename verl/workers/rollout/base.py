@@ -185,7 +185,10 @@ def draw_not_finite(row: int, column: int, log_prob: float) -> RuntimeError:
 
 
 def draw_seed(*parts: int) -> int:
-    """One 31-bit seed from several numbers (run seed, step, rank, ...); different numbers give unrelated draws."""
+    """One 31-bit seed from several numbers (run seed, step, rank, ...).
+
+    Other numbers give unrelated draws, as long as callers pass equally many: zeros at the end do not count.
+    """
     return int(np.random.SeedSequence(parts).generate_state(1)[0] >> 1)
 
 

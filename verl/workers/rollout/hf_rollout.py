@@ -117,7 +117,7 @@ class HFRollout(Rollout):
             chunks = tqdm(rows.split(rows_at_once), desc="generate", leave=False, disable=disable)
             for index, chunk in enumerate(chunks):
                 torch.manual_seed(draw_seed(seed, index))
-                chunk_outputs = self._generate_rows(prompts, chunk, sampling)
+                chunk_outputs = self._generate_rows(prompts, chunk, sampling, index * rows_at_once)
                 responses.append(chunk_outputs[0])
                 log_probs.append(chunk_outputs[1])
         home = prompts.batch["input_ids"].device
@@ -127,7 +127,7 @@ class HFRollout(Rollout):
         return assemble_batch(prompts, responses, response_mask, log_probs, sampling.n)
 
     def _generate_rows(
-        self, prompts: DataProto, rows: torch.Tensor, sampling: Sampling
+        self, prompts: DataProto, rows: torch.Tensor, sampling: Sampling, first_row: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Responses (rows, R) int64 and the log-probabilities of their tokens (rows, R).
 
@@ -135,13 +135,14 @@ class HFRollout(Rollout):
 
         Args:
             rows: for each response, the row of its prompt. All responses to a prompt share its prefill.
+            first_row: the number of the first response in the whole batch, for errors.
         """
         rows, places = rows.unique_consecutive(return_inverse=True)
         places = places.to(self.device)
         inputs, cache, logits = self._prefill(prompts[rows])
         cache.reorder_cache(places)
         inputs = {name: value.index_select(-2, places) for name, value in inputs.items()}
-        drawn = _LogProbsOfDraws()
+        drawn = _LogProbsOfDraws(first_row)
         processors = LogitsProcessorList([*self._filters(sampling), drawn])
         scores = processors(inputs["input_ids"], logits[places])  # (rows, V)
         if sampling.temperature > 0:
@@ -233,9 +234,13 @@ class _LogProbsOfDraws(LogitsProcessor):
     """Records the log-probability of each drawn token.
 
     A draw is seen in the ids of the next step, so only the scores of one step are held, never all of them.
+
+    Args:
+        first_row: the number of the first row in the whole batch, for errors.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first_row: int) -> None:
+        self.first_row = first_row
         self._of_steps: list[torch.Tensor] = []
         self._last: torch.Tensor | None = None
 
@@ -243,7 +248,7 @@ class _LogProbsOfDraws(LogitsProcessor):
         self._record_draws(input_ids)
         largest = scores.amax(dim=-1)  # (rows,)
         if not largest.isfinite().all():  # sampling would fail on the device, and greedy decoding would take any token
-            row = int((~largest.isfinite()).nonzero()[0])
+            row = self.first_row + int((~largest.isfinite()).nonzero()[0])
             raise draw_not_finite(row, len(self._of_steps), float("nan"))
         self._last = scores.log_softmax(dim=-1)  # (rows, V)
         return scores
