@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Everything that only a GPU can show, in one command, installs included.
+# The tests, checks and benchmarks that need a GPU, in one command, installs included.
 set -uo pipefail
 
 usage() {
