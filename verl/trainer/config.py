@@ -119,8 +119,8 @@ class DataConfig(ConfigSection):
     """What to do with a row that cannot be read when the data is loaded: end the run, or leave the row out with a
     warning."""
     media_cache_gb: float = 1.0
-    """GiB of image and video features that each worker keeps in host memory for the passes of a step. What does not
-    fit is processed anew in each pass."""
+    """GiB of processed images and videos (`pixel_values`) that each worker keeps in host memory for the passes of a
+    step. What does not fit is processed anew in each pass."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
