@@ -7,20 +7,22 @@ usage() {
     cat <<'TEXT'
 usage: NODE_RANK=N bash examples/multi_node.sh HEAD SCRIPT [key=value ...]
 
-Start it on every machine, from the same folder and in the same environment, with the same words but for NODE_RANK.
-Machine 0, whose address HEAD is, starts a Ray cluster, waits for the others and runs SCRIPT with trainer.nnodes added;
-the others join, and leave when it has ended. Checkpoints must be on storage that all of them see.
+Start it on every machine, in the repository's root and in the same environment. The arguments are the same; only
+NODE_RANK differs. HEAD is the address of machine 0. Machine 0 starts a Ray cluster, waits for the others, and runs
+SCRIPT with trainer.nnodes added. The others join, and leave when SCRIPT has ended. Checkpoints have to be on storage
+that all machines see.
 
-Whoever reaches a Ray cluster can run code in it, so that this one asks for a token. Machine 0 writes a random one to a
-file that only you can read (mode 0600), and the others read it there: this folder is on storage that all of them see,
-or RAY_AUTH_TOKEN_PATH names a file that is, or a file that you have made and copied to each (chmod 600).
+Anyone who reaches a Ray cluster can run code in it. This cluster therefore asks for a token. Machine 0 writes a random
+token to a file (mode 0600), and the others read it there. The file is in the repository's root, or where
+RAY_AUTH_TOKEN_PATH says. If not all machines see that place, copy a file of your own to each of them, run chmod 600 on
+it, and name it in RAY_AUTH_TOKEN_PATH.
 
   HEAD                 address of machine 0, or address:port (default port 6379)
   NODE_RANK            0 on that machine, 1, 2, ... on the others
   NNODES               how many machines there are (default 2)
-  WAIT_SECONDS         how long they wait for each other (default 600)
-  RAY_AUTH_TOKEN_PATH  the token's file (default .ray_auth_token_HEAD_PORT in this folder; gone when SCRIPT has ended)
-  RAY_AUTH_MODE        disabled lets everybody in who reaches the machines (default token)
+  WAIT_SECONDS         how long machines wait for each other (default 600)
+  RAY_AUTH_TOKEN_PATH  the token's file (default .ray_auth_token_HEAD_PORT in the root; gone when SCRIPT has ended)
+  RAY_AUTH_MODE        disabled lets in everybody who reaches the machines (default token)
 
 for example, on the first and on the second of two machines:
   NODE_RANK=0 bash examples/multi_node.sh 10.0.0.1 examples/qwen2_5_vl_32b_geo3k_grpo.sh

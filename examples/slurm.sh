@@ -14,16 +14,17 @@ usage() {
     cat <<'TEXT'
 usage: sbatch [options of Slurm] examples/slurm.sh SCRIPT [key=value ...]
 
-Submit it from this folder, with the environment that the run needs active. It starts examples/multi_node.sh once on
-every machine of the job, the first being machine 0; this folder and the checkpoints are on storage that all of them
-see. Options on the command line go before those in the file:
+Submit it from the repository's root, with the run's environment active. It starts examples/multi_node.sh once on every
+machine of the job. The first one is machine 0. The repository and the checkpoints have to be on storage that all
+machines see. Options on the command line override those in the file:
 
   sbatch --nodes=4 --time=24:00:00 examples/slurm.sh examples/qwen2_5_vl_32b_geo3k_grpo.sh trainer.save_freq=5
 
-A job that comes to its time limit ends at once, with its last checkpoint; submitted again, the run goes on from there.
+A job ends at once at its time limit. Submitted again, it continues from its last checkpoint. trainer.save_freq says
+how often one is written.
 
   VERL_ACTIVATE  what to source on every machine first, such as .venv/bin/activate
-  VERL_IMAGE     an image for srun's --container-image (Pyxis), with this folder mounted in its place
+  VERL_IMAGE     an image for srun's --container-image (Pyxis), with the repository mounted at the same path
   VERL_PORT      of the Ray cluster on machine 0 (default 20000 and the last four digits of the job's number)
 TEXT
 }
