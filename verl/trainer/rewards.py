@@ -32,7 +32,7 @@ FAILURES_SHOWN = 3
 """Largest number of failures that are logged per batch."""
 
 GROWTH_TO_TELL = 2 * 2**30
-"""Bytes; a warning follows if the function's memory is above this and has doubled since the first batch."""
+"""Bytes; a warning follows if the function's memory has doubled since the first batch, and grown by this at least."""
 
 GIB = 2**30
 
@@ -158,7 +158,8 @@ class RewardClient:
 
 
 class _Growth:
-    """Warns when the process's memory has doubled since its first batch, and at every further doubling."""
+    """Warns when the process's memory has doubled since its first batch and grown by `GROWTH_TO_TELL` at least, and at
+    every further doubling."""
 
     def __init__(self, config: RewardConfig) -> None:
         self._function = config.reward_function
