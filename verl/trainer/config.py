@@ -17,9 +17,10 @@ from verl.workers.actor.config import TrainedModelConfig
 from verl.workers.config import WorkerConfig
 
 TOKEN_SIGNAL_NAMES = ("vgr", "vision_density", "entropy", "image_kl", "hidden_cosine", "uniform")
+"""The names that `verl/algorithms/token_weights.py` registers, repeated here so that reading them needs no torch."""
+
 ATTENTION_SIGNALS = ("vgr", "vision_density")
 """The package's own signals that are computed from attention."""
-"""The names that `verl/algorithms/token_weights.py` registers, repeated here so that reading them needs no torch."""
 
 ADV_ESTIMATORS = ("grpo", "grpo_passk", "rloo", "reinforce_plus_plus", "remax", "gae")
 """The names that `verl/algorithms/advantages.py` registers, repeated here so that reading them needs no torch."""
