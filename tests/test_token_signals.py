@@ -710,5 +710,5 @@ def test_weights_without_attention_are_said_to_be_the_reward_functions_alone() -
     assert told == "token weights on: only from the reward function; all other tokens weigh 1"
     weighted = ["algorithm.use_kl_loss=true", "algorithm.enable_token_weights=true"]
     (note,) = effect_notes(load_config(weighted))
-    assert "weighs tokens only by what the reward function returns" in note
+    assert "weights tokens only by what the reward function returns" in note
     assert effect_notes(load_config([*weighted, "worker.rollout.collect_attentions=true"])) == []

@@ -204,7 +204,8 @@ class AlgorithmConfig(ConfigSection):
     filter_high: float = 0.99
     """Upper bound."""
     enable_token_weights: bool = False
-    """Weigh the tokens in the actor's loss: by the `token_weights` of the reward function, else by a signal."""
+    """Weight the tokens in the actor's loss: by the reward function's `token_weights` if it returns them, otherwise
+    by a signal."""
     token_weight_signal: str = "vgr"
     """What makes a token important, by its name in `verl/algorithms/token_weights.py`: `vgr`, `vision_density`,
     `entropy`, `image_kl`, `hidden_cosine`, `uniform`. Or a function of your own, `path.py:function`."""
@@ -213,7 +214,8 @@ class AlgorithmConfig(ConfigSection):
     token_weight_smooth_sigma: float = 0.0
     """Width in tokens of a gaussian along the response that smooths importance; 0 leaves it as it is."""
     token_weight_top_share: float | None = None
-    """Weigh this share of each response's tokens, the most important, 1 and the others 0; null weighs all."""
+    """Share of each response's tokens that get weight 1: the most important ones. The others get weight 0. null turns
+    this off."""
     token_weight_conserve_mean: bool = False
     """Bring each response's mean weight back to one after clipping, or after the choice of the top share."""
     token_weight_warmup_steps: int = 0
@@ -231,7 +233,7 @@ class AlgorithmConfig(ConfigSection):
     """A control in place of the weights: shuffled within each response, by reciprocal importance, or log-normal
     numbers of the same mean and variance."""
     token_signals_to_log: list[str] = field(default_factory=list)
-    """Further signals to measure and log, by the same names; they weigh nothing."""
+    """Further signals to measure and log, by the same names; they do not change the loss."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -242,7 +242,7 @@ def token_weights_of_the_reward_alone(config: PPOConfig) -> Iterator[str]:
     weighs = algorithm.enable_token_weights and algorithm.token_weight_signal in ATTENTION_SIGNALS
     if weighs and not config.worker.rollout.collect_attentions:
         yield (
-            "algorithm.enable_token_weights=true weighs tokens only by what the reward function returns as "
+            "algorithm.enable_token_weights=true weights tokens only by what the reward function returns as "
             f"token_weights: {algorithm.token_weight_signal} needs worker.rollout.collect_attentions=true"
         )
 
@@ -250,7 +250,7 @@ def token_weights_of_the_reward_alone(config: PPOConfig) -> Iterator[str]:
 def token_weights_under_one_ratio(config: PPOConfig) -> Iterator[str]:
     if config.algorithm.enable_token_weights and config.worker.actor.loss_type == "gspo":
         yield (
-            "algorithm.enable_token_weights=true with worker.actor.loss_type=gspo weighs whole responses, by their "
+            "algorithm.enable_token_weights=true with worker.actor.loss_type=gspo weights whole responses, by their "
             "tokens' mean weight: one ratio moves all tokens alike; gspo_token tells them apart"
         )
 

@@ -55,7 +55,7 @@ AREAS = (
         (
             Metric(
                 "reward/overall",
-                "mean reward of the step's responses, those of dropped groups included",
+                "mean reward of all responses of the step, including dropped groups",
                 "rises over tens of steps",
                 "Flat at its minimum or maximum: the task is too hard or too easy for this model, or the reward "
                 "function is wrong. Read some responses in `generations.log`.",
@@ -129,7 +129,8 @@ AREAS = (
             ),
             Metric(
                 "actor/ppo_kl",
-                "mean of old less new log-probability, in nats; it estimates the KL from the policy before the update",
+                "mean of old minus new log-probability, in nats; it estimates the KL from the policy before the "
+                "update",
                 "within 0.02 of 0",
                 "Lower `worker.actor.optim.lr`, or update less often on one batch (`ppo_epochs`, "
                 "`worker.actor.global_batch_size`).",
@@ -137,7 +138,7 @@ AREAS = (
             Metric(
                 "actor/pg_clipfrac_{higher,lower}",
                 "share of the tokens whose loss is clipped: by the range of the ratio, or by `clip_ratio_dual`",
-                "below 0.1; 0 with one optimizer step a batch",
+                "below 0.1; 0 with one optimizer step per batch",
                 "Lower the learning rate.",
             ),
             Metric(
@@ -191,7 +192,7 @@ AREAS = (
             Metric("critic/score/{mean,max,min}", "score of a response, from the reward function", "", ""),
             Metric(
                 "critic/rewards/{mean,max,min}",
-                "score less the KL penalty, where the KL is part of the reward",
+                "score minus the KL penalty, where the KL is part of the reward",
                 "rises",
                 "It stays while the score rises: the KL takes off what is gained. Lower `algorithm.kl_coef`.",
             ),
@@ -250,7 +251,7 @@ AREAS = (
             ),
             Metric(
                 "token_weights/ess",
-                "effective sample size as a share of the tokens, (sum w)^2 / (n sum w^2): 1 where all weigh alike, "
+                "effective sample size as a share of the tokens, (sum w)^2 / (n sum w^2): 1 if all weights are equal, "
                 "0.5 where the loss is as noisy as with half of the tokens",
                 "above 0.5",
                 "Narrow `token_weight_clip`.",
@@ -260,7 +261,7 @@ AREAS = (
                 "share of the responses in which any token's weight is not 1",
                 "the share of rows with an image",
                 "0: set `worker.rollout.collect_attentions=true`, or let the reward function return "
-                "`token_weights`; rows without an image always weigh 1.",
+                "`token_weights`; rows without an image always have weight 1.",
             ),
             Metric(
                 "token_weights/from_reward",
@@ -312,7 +313,7 @@ AREAS = (
                 "signals/spearman/<a>_<b>",
                 "rank correlation of two signals over the tokens of a response, averaged over responses",
                 "-1 to 1",
-                "Near 1: the signals weigh alike, and one of them is enough.",
+                "Near 1: the signals rank the tokens alike; one of them is enough.",
             ),
             Metric(
                 "signals/<name>/{mean,std,p10,p90}", "importance that a signal gives to the response tokens", "", ""
@@ -360,7 +361,7 @@ AREAS = (
             ),
             Metric(
                 "timing_per_token_ms/<phase>",
-                "milliseconds of a phase a token: response tokens for `gen` and `reward`, all tokens for the others",
+                "milliseconds per token of a phase: response tokens for `gen` and `reward`, all tokens for the others",
                 "steady",
                 "",
             ),
@@ -404,7 +405,7 @@ AREAS = (
                 "global_seqlen/balanced_{min,max}",
                 "tokens of a worker's rows after balancing",
                 "close together",
-                "Far apart with few, very long responses: more rows a worker even it out.",
+                "Far apart with few, very long responses: more rows per worker even it out.",
             ),
         ),
     ),

@@ -98,8 +98,8 @@ class OptimConfig(ConfigSection):
     """Decoupled weight decay."""
     strategy: Literal["adamw", "adamw_bf16"] = "adamw"
     """`adamw` keeps its states in the parameters' precision, which `fsdp.torch_dtype` sets. `adamw_bf16` keeps them in
-    bf16, and adds up by Kahan's summation what is too small for bf16 parameters. It leaves `fsdp.torch_dtype` alone:
-    null is fp32 as ever, bf16 has to be asked for."""
+    bf16, and adds up by Kahan's summation what is too small for bf16 parameters. It does not change
+    `fsdp.torch_dtype`: for bf16 weights also set `fsdp.torch_dtype=bf16`."""
     lr_warmup_ratio: float = 0.0
     """Share of the training steps spent on warm-up."""
     lr_warmup_steps: int | None = None

@@ -71,8 +71,8 @@ class RolloutConfig(ConfigSection):
     collect_attentions: bool = False
     """Measure, in the log-prob pass after each rollout, how much each response token attends to text and to images."""
     importance_cap: float | None = None
-    """Weigh each token's policy loss by how much likelier the trainer finds it than the engine that drew it did, at
-    most this much; null trusts the engine. 2.0 is usual."""
+    """Multiply each token's policy loss by trainer probability / engine probability, at most this value (truncated
+    importance sampling). null does not correct. 2.0 is usual."""
     val_override_config: dict[str, Any] = field(default_factory=dict)
     """Sampling values for validation, such as `{temperature: 0.6, top_p: 0.95, n: 1}`; n is 1 where not given."""
 
