@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoProcessor
 
+from tests.tokenizer_layouts import DEEPSEEK, GEMMA_3, LLAMA_3, PHI_3, QWEN3
 from verl.utils import attention_metrics
 from verl.utils.attention_metrics import (
     KeyKind,
@@ -292,6 +293,45 @@ def test_a_real_chats_text_is_the_users_words_and_what_follows(processor, tiny_m
     )
     assert processor.tokenizer.decode(input_ids[kinds == KeyKind.VISION]) == 3 * "<|image_pad|>"
     assert KeyVocabulary.of(config, processor.tokenizer) == vocabulary
+
+
+@pytest.mark.parametrize(
+    ("layout", "question", "text"),
+    [
+        (LLAMA_3, "What is it?", "user\n\nWhat is it?assistant\n\n"),
+        (PHI_3, "What is it?", "\nWhat is it?\n\n"),
+        (QWEN3, "What is <|box_start|>it<|box_end|>?", "\nuser\nWhat is it?\nassistant\n<think>\n"),
+        (GEMMA_3, "What is <unused0>it?", "system\nBe brief.\nuser\nWhat is <unused0>it?\nmodel\n"),
+    ],
+    ids=["Llama 3", "Phi 3", "Qwen3", "Gemma 3"],
+)
+def test_tokens_added_as_special_are_no_text_and_mark_the_system_turn(layout, question, text):
+    """The tokenizer names few of them. Tokens that are added without being special stay text, and so does the system
+    turn of a template whose marks say no role."""
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": question}]
+    tokenizer = layout.build()
+    encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
+    input_ids, mask = encoded["input_ids"], encoded["attention_mask"]
+    kinds = KeyVocabulary.of(SimpleNamespace(), tokenizer).classify(input_ids, mask, 0)
+    assert tokenizer.decode(input_ids[kinds == KeyKind.TEXT]) == text
+    in_notebook, _ = classify_generated(input_ids, input_ids, SimpleNamespace(tokenizer=tokenizer))
+    assert torch.equal(in_notebook, kinds)
+
+
+def test_marks_that_are_added_but_not_special_stay_text():
+    tokenizer = DEEPSEEK.build()
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "What?"}], tokenize=False)
+    input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    kinds = KeyVocabulary.of(SimpleNamespace(), tokenizer).classify(input_ids, torch.ones_like(input_ids), 0)
+    assert letters_of(kinds) == ["*" + "t" * len("UWhat?")]
+
+
+def test_a_placeholder_that_is_added_as_special_is_vision():
+    tokenizer = QWEN3.build()
+    input_ids = tokenizer("a<|box_start|><|box_end|>b", return_tensors="pt")["input_ids"]
+    config = SimpleNamespace(image_token_id=tokenizer.convert_tokens_to_ids("<|box_end|>"))
+    kinds = KeyVocabulary.of(config, tokenizer).classify(input_ids, torch.ones_like(input_ids), 0)
+    assert letters_of(kinds) == ["*pit"]
 
 
 # ---- what generate returned ----

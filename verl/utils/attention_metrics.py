@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from verl.utils.response_span import response_columns
+from verl.utils.special_tokens import ids_of_special_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -560,12 +561,10 @@ def _tokenizer_of(processor: Any) -> Any:
 
 
 def _special_ids(processor: Any) -> dict[str, int]:
-    """Every special token that the tokenizer declares, by its text; Qwen's also by the names that mark turns."""
+    """Every special token of the tokenizer, by its text; Qwen's also by the names that mark turns."""
     tokenizer = _tokenizer_of(processor)
-    ids = getattr(tokenizer, "all_special_ids", ())
     # Some tokenizers give ids alone: they are special under any name, and only Qwen's turns can be known.
-    tokens = getattr(tokenizer, "all_special_tokens", map(str, ids))
-    return dict(zip(tokens, ids, strict=True)) | get_qwen_special_token_ids(tokenizer)
+    return ids_of_special_tokens(tokenizer) | get_qwen_special_token_ids(tokenizer)
 
 
 def _known_id(tokenizer: Any, token: str) -> int | None:
