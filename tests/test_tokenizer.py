@@ -15,6 +15,7 @@ import pytest
 from transformers import LlamaConfig, Qwen2_5_VLProcessor
 
 from tests.tiny import CORPUS, build_tokenizer
+from tests.tokenizer_layouts import DEEPSEEK, DEEPSEEK_ASSISTANT, GEMMA_3, LLAMA_3, PHI_3, QWEN3, Layout
 from verl.utils.tokenizer import (
     check_torchvision,
     eos_token_ids_of,
@@ -178,3 +179,40 @@ def test_the_prefix_is_what_the_template_writes_of_the_answer(opening: str, pref
         owner.chat_template = turns + "{% if add_generation_prompt %}" + opening + "{% endif %}"
         assert prefilled_text(owner) == prefix
     assert prefilled_text(SimpleNamespace(chat_template=None)) == ""
+
+
+@pytest.mark.parametrize(
+    ("layout", "prefix"),
+    [(LLAMA_3, ""), (PHI_3, ""), (DEEPSEEK, "<think>\n"), (QWEN3, "<think>\n"), (GEMMA_3, "")],
+    ids=["Llama 3", "Phi 3", "DeepSeek-R1-Distill", "Qwen3", "Gemma 3"],
+)
+def test_the_prefix_begins_behind_the_mark_of_the_turn_however_a_tokenizer_declares_it(
+    layout: Layout, prefix: str
+) -> None:
+    """Named, added as special or just added, as DeepSeek's marks and both families' `<think>` are."""
+    assert prefilled_text(layout.build()) == prefix
+
+
+@pytest.mark.parametrize(
+    ("layout", "opening", "prefix"),
+    [
+        (LLAMA_3, "<|start_header_id|>assistant<|end_header_id|>\n\n<think>\n", "<think>\n"),
+        (PHI_3, "<|assistant|>\n<answer>", "<answer>"),
+        (DEEPSEEK, DEEPSEEK_ASSISTANT, ""),
+        (QWEN3, "<|im_start|><think>\n", "<think>\n"),
+    ],
+)
+def test_the_prefix_behind_a_mark_is_whatever_tags_follow_it(layout: Layout, opening: str, prefix: str) -> None:
+    assert prefilled_text(layout.build(opening)) == prefix
+
+
+def test_tags_that_earlier_answers_begin_with_too_are_no_marks_of_a_turn() -> None:
+    """A template without thoughts may write empty ones before each answer."""
+    mark = f"{DEEPSEEK_ASSISTANT}<think></think>"
+    turn = f"{{% if m.role == 'assistant' %}}{mark}{{% endif %}}{{{{ m.content }}}}"
+    assert prefilled_text(DEEPSEEK.build(mark, turn)) == "<think></think>"
+
+
+def test_a_tag_in_bars_that_only_opens_the_answer_is_no_mark_of_a_turn() -> None:
+    opening = f"{DEEPSEEK_ASSISTANT}<|begin_of_thought|>\n"
+    assert prefilled_text(DEEPSEEK.build(opening)) == "<|begin_of_thought|>\n"

@@ -17,12 +17,19 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TokenizersBacke
 
 from verl.config import cut
 from verl.utils.remote_code import refused_remote_code
+from verl.utils.special_tokens import ids_of_special_tokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import ProcessorMixin
 
 logger = logging.getLogger(__name__)
+
+QUESTION = {"role": "user", "content": "question"}
+ANSWER = {"role": "assistant", "content": "ANSWER"}
+
+TAG_IN_BARS = re.compile("<[|\N{FULLWIDTH VERTICAL LINE}][^<>]*>")
+"""How chat templates write the marks of turns, `<|user|>`; the fullwidth bar is DeepSeek's."""
 
 
 def check_torchvision() -> None:
@@ -148,14 +155,9 @@ def warn_of_other_turn_ends(tokenizer: PreTrainedTokenizerBase, eos_token_ids: S
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The first special token after an assistant's answer, as the chat template writes it; None without one."""
-    if tokenizer.chat_template is None:
+    after = _chat_text(tokenizer, [QUESTION, ANSWER]).rpartition(ANSWER["content"])[2]
+    if not after:
         return None
-    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}
-    try:
-        text = tokenizer.apply_chat_template([question, answer], tokenize=False)
-    except (TypeError, jinja2.TemplateError):  # a template that wants its contents in another form
-        return None
-    after = text.rpartition("ANSWER")[2]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     ids = tokenizer.encode(after, add_special_tokens=False)
     return next((token_id for token_id in ids if token_id in special), None)
@@ -164,24 +166,33 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def prefilled_text(owner: PreTrainedTokenizerBase | ProcessorMixin) -> str:
     """The beginning of the answer that the chat template writes, such as `<think>` and a line break; usually empty.
 
-    These are the tags, other than special tokens, at the end of the generation prompt.
+    These are the tags at the end of the generation prompt that follow the last mark of a turn. Marks are the special
+    tokens, and tags in bars that stand before an earlier answer too: DeepSeek's are added tokens that are not special,
+    as Qwen3's `<think>` is, so that only their form and their place tell them apart.
     """
-    if owner.chat_template is None:
-        return ""
-    question = [{"role": "user", "content": "question"}]
-    try:
-        closed, opened = (
-            owner.apply_chat_template(question, add_generation_prompt=is_open, tokenize=False)
-            for is_open in (False, True)
-        )
-    except (TypeError, jinja2.TemplateError):  # a template that wants its contents in another form
-        return ""
-    tokenizer = getattr(owner, "tokenizer", owner)
+    closed, opened = (_chat_text(owner, [QUESTION], add_generation_prompt=is_open) for is_open in (False, True))
     tags = re.search(r"(?:<[^<>]*>\s*)+$", opened.removeprefix(closed))
     kept = "" if tags is None else tags.group()
-    for token in sorted(tokenizer.all_special_tokens, key=len, reverse=True):
-        kept = kept.rpartition(token)[2]
+    answered = _chat_text(owner, [QUESTION, ANSWER])
+    before_answer = answered.rpartition(ANSWER["content"])[0].rpartition(QUESTION["content"])[2]
+    marks = {*ids_of_special_tokens(getattr(owner, "tokenizer", owner)), *TAG_IN_BARS.findall(before_answer)}
+    for mark in sorted(marks, key=len, reverse=True):
+        kept = kept.rpartition(mark)[2]
     return kept.lstrip()
+
+
+def _chat_text(
+    owner: PreTrainedTokenizerBase | ProcessorMixin,
+    messages: list[dict[str, str]],
+    add_generation_prompt: bool = False,
+) -> str:
+    """What the chat template writes; empty without a template, or with one that wants its contents in another form."""
+    if owner.chat_template is None:
+        return ""
+    try:
+        return owner.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+    except (TypeError, jinja2.TemplateError):
+        return ""
 
 
 def text_decoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | PreTrainedTokenizerBase:
