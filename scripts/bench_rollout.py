@@ -6,7 +6,8 @@
 
 Each engine starts in a process of its own, takes in the policy's weights as in training, and answers the same batch
 several times; half of the prompts have an image. Responses go to their full length, so that both do the same work. The
-first call is told apart: it pays for what is compiled, captured or loaded once. Without vLLM, only `hf` is measured.
+first call is told apart: it pays for what is compiled, captured or loaded once. The last column compares the engine's
+log-probs of sampled tokens with the trainer's in fp32. Without vLLM, only `hf` is measured.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ ENGINES = ("hf", "vllm")
 MEBIBYTE = 2**20
 SIZES = dict(hidden_size=256, num_layers=4, num_heads=8, vision_hidden_size=64, vision_depth=2, vision_heads=2)
 """Sizes of the default model. Its heads have 32 dimensions, the minimum of vLLM on a CPU."""
+COMPARED_ROWS = 64
+"""Responses whose log-probs are compared."""
 
 
 def make_rows(
@@ -88,8 +91,23 @@ def make_prompts(model_path: str, count: int, prompt_length: int, fills: bool = 
     return DataProto(prompts.batch, {**prompts.non_tensor_batch, "multi_modal_data": np.array(media, dtype=object)})
 
 
+def trainer_log_probs(model: Any, prompts: Any, batch: Any, featurizer: Any, device: Any) -> Any:
+    """(rows, R) float32 log-probs of the first `COMPARED_ROWS` responses, from the trainer's log-prob pass."""
+    import numpy as np
+
+    from verl.workers.actor.config import ActorConfig
+    from verl.workers.actor.forward import PolicyForward
+
+    rows = np.repeat(np.arange(len(prompts)), len(batch) // len(prompts))
+    media = prompts.non_tensor_batch["multi_modal_data"][rows]
+    batch.non_tensor_batch.update(multi_modal_data=media, uid=rows.astype(object))
+    forward = PolicyForward(model.to(device), featurizer, device, ActorConfig())
+    return forward.measure_all(batch[np.arange(min(COMPARED_ROWS, len(batch)))], ["log_probs"], 8)["log_probs"]
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
-    """One engine, in this process: seconds to start, to sync and of every call, tokens, and peak memory in MiB."""
+    """One engine, in this process: seconds to start and to sync, tokens per second, peak memory in MiB, and the mean
+    and the largest difference of its log-probs from the trainer's."""
     import torch
     import torch.distributed as dist
 
@@ -120,12 +138,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     prompts = make_prompts(arguments.model, arguments.prompts, arguments.prompt_length)
 
     start = time.perf_counter()
-    engine = engine_class(arguments.engine).from_config(config, tokenizer, Featurizer(processor), device)
+    featurizer = Featurizer(processor)
+    engine = engine_class(arguments.engine).from_config(config, tokenizer, featurizer, device)
     result = {"start": time.perf_counter() - start}
-    policy = load_model(config.worker.actor.model, torch.float32, torch.float32).state_dict()
+    policy = load_model(config.worker.actor.model, torch.float32, torch.float32)
     start = time.perf_counter()
     engine.wake_weights()
-    engine.update_weights(policy.items())
+    engine.update_weights(policy.state_dict().items())
     engine.wake_cache()
     result["sync"] = time.perf_counter() - start
 
@@ -141,10 +160,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         # vLLM takes its share at once and keeps it; what is in use at the end is the most that was.
-        return result | {"peak": (total - free) / MEBIBYTE}
-    status = Path("/proc/self/status").read_text().splitlines()
-    (peak,) = (int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    return result | {"peak": peak / 1024}
+        result["peak"] = (total - free) / MEBIBYTE
+    else:
+        status = Path("/proc/self/status").read_text().splitlines()
+        (peak,) = (int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+        result["peak"] = peak / 1024
+    log_probs = trainer_log_probs(policy, prompts, batch, featurizer, device)  # (rows, R)
+    differences = (batch.batch["rollout_log_probs"][: len(log_probs)] - log_probs).abs()
+    return result | {"mean_difference": differences.mean().item(), "largest_difference": differences.max().item()}
 
 
 def measure_in_a_fresh_process(engine: str, model: str) -> dict[str, float]:
@@ -158,7 +181,8 @@ def measure_in_a_fresh_process(engine: str, model: str) -> dict[str, float]:
 def row_of(engine: str, result: dict[str, float]) -> str:
     return (
         f"| {engine} | {result['start']:.1f} s | {result['sync']:.2f} s | {result['first']:.0f} tokens/s "
-        f"| {result['steady']:.0f} tokens/s | {result['peak']:.0f} MiB |"
+        f"| {result['steady']:.0f} tokens/s | {result['peak']:.0f} MiB "
+        f"| {result['mean_difference']:.0e} ({result['largest_difference']:.0e}) |"
     )
 
 
@@ -183,7 +207,8 @@ def main() -> None:
 
     tokens = arguments.prompts * arguments.n * arguments.response_length
     print(f"\n{arguments.prompts} prompts x {arguments.n} responses = {tokens} tokens a call, {arguments.dtype}\n")
-    print("| engine | start | weight sync | first call | steady state | peak memory |\n|---|---|---|---|---|---|")
+    print("| engine | start | weight sync | first call | steady state | peak memory | log-probs off by (at most) |")
+    print("|---|---|---|---|---|---|---|")
     engines = [engine for engine in ENGINES if engine != "vllm" or find_spec("vllm")]
     results = {}
     with tempfile.TemporaryDirectory() as folder:
