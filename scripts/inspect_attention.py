@@ -393,7 +393,7 @@ def rows_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """
     if arguments.responses is None:
         return [_row(vars(arguments) | {"images": arguments.image or []}, Path.cwd(), "the command line")]
-    lines = arguments.responses.read_text(encoding="utf-8").splitlines()
+    lines = arguments.responses.read_text(encoding="utf-8").split("\n")  # JSON may hold other separators as they are
     rows = [
         _row(given, arguments.responses.parent, f"line {number} of {arguments.responses}")
         for number, given in _objects_of(lines, arguments.responses)

@@ -60,7 +60,7 @@ fi
 data_done=$SECONDS
 
 # A run from the warm start takes a folder of its own: the run before it is kept under another name.
-if compgen -G "$run/global_step_*" >/dev/null && [[ "${overrides[*]}" != *find_last_checkpoint=true* ]]; then
+if compgen -G "$run/global_step_*" >/dev/null && [[ "${overrides[*]}" != *find_last_checkpoint=[tT]* ]]; then
     number=1
     while [ -e "$run.$number" ]; do number=$((number + 1)); done
     mv "$run" "$run.$number"

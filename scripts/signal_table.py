@@ -97,7 +97,9 @@ def read_lines(path: Path) -> list[Line]:
     if not path.exists():
         return []
     lines: list[Line] = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+        if not line:
+            continue
         try:
             lines.append(Line.from_json(line))
         except (ValueError, KeyError, TypeError) as error:

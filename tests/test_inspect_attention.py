@@ -171,6 +171,15 @@ def test_what_cannot_be_shown_is_refused_before_anything_is_written(
     assert message in capsys.readouterr().err and not output.exists()
 
 
+def test_a_line_separator_inside_a_text_does_not_end_its_line(tmp_path: Path) -> None:
+    """U+2028 and U+0085, which JSON may hold as they are."""
+    given = [{"prompt": "a\u2028b", "response": "c\u0085d"}, {"prompt": "e", "response": "f"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in given) + "\n", encoding="utf-8")
+    rows = rows_of(parse(["--model", "m", "--responses", str(path), "--output", str(tmp_path)]))
+    assert [(row["prompt"], row["response"]) for row in rows] == [("a\u2028b", "c\u0085d"), ("e", "f")]
+
+
 def test_a_model_without_images_is_refused(tmp_path: Path, capsys) -> None:
     path = make_tiny_text_model(tmp_path / "model")
     assert main(["--model", path, "--prompt", "What?"]) == 2

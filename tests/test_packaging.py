@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,39 @@ def test_asking_how_the_tests_are_run_installs_nothing(tmp_path: Path) -> None:
     shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert shown.stdout.startswith("usage: bash scripts/run_tests.sh")
     assert not (tmp_path / "venv").exists()
+
+
+def test_an_installation_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
+    """Also where the caller tests the result, which switches `set -e` off."""
+    (tmp_path / "bin").mkdir()
+    stub = tmp_path / "bin" / "python"
+    stub.write_text('#!/bin/sh\ncase "$*" in *pip*) echo no such package; exit 1;; esac\n')
+    stub.chmod(0o755)
+    program = "set -euo pipefail; source scripts/environment.sh; prepare_environment || exit 7"
+    for _ in range(2):
+        tried = subprocess.run(
+            ["bash", "-c", program],
+            cwd=ROOT,
+            env=os.environ | {"VERL_VENV": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert tried.returncode == 7
+        assert "no such package" in tried.stderr and "failed; the whole output is in" in tried.stderr
+    assert not list(tmp_path.glob("*.sha256"))
+
+
+def test_a_source_distribution_can_be_installed(tmp_path: Path) -> None:
+    """setup.py reads requirements.txt, which setuptools would leave out."""
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as content:
+        content.extractall(tmp_path, filter="data")
+    (folder,) = (path for path in tmp_path.glob("verl-*") if path.is_dir())
+    version = subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert version.returncode == 0, version.stderr
+    assert (folder / "verl" / "report" / "templates").is_dir()
