@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from verl.models.loader import DTYPES, policy_class
 from verl.models.registry import MODEL_FAMILIES
-from verl.models.saved_files import add_legacy_rope, apply_umask
+from verl.models.saved_files import GenerationSettings, add_legacy_rope, apply_umask
 from verl.models.value_model import ValueModel
 from verl.utils.checkpoint import model_file
 from verl.utils.remote_code import refused_remote_code
@@ -233,7 +233,7 @@ def save_pretrained_with_generation_config(
         model.generation_config = GenerationConfig()  # one that it does not refuse
         model.save_pretrained(path, **kwargs)
         model.generation_config = generation_config
-        generation_config.to_json_file(Path(path) / GENERATION_CONFIG_NAME)
+        GenerationSettings(generation_config).save_pretrained(path)
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:

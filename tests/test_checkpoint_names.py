@@ -88,6 +88,16 @@ def test_a_best_step_that_is_gone_takes_no_place(tmp_path):
     assert steps_on_disk(tmp_path) == [25, 30]
 
 
+def test_a_checkpoint_that_cannot_be_removed_is_a_warning_and_the_others_are_removed(tmp_path, caplog):
+    """Here because it is a file; on NFS because another program has one of its files open."""
+    make_folders(tmp_path, [10, 20, 30])
+    (tmp_path / "global_step_5").write_text("no folder")
+    remove_obsolete_ckpt(str(tmp_path), global_step=30, best_global_step=None, save_limit=1)
+    assert steps_on_disk(tmp_path) == [5, 30]
+    (told,) = caplog.messages
+    assert told.startswith(f"{tmp_path}/global_step_5 could not be removed")
+
+
 def test_later_steps_and_folders_of_other_names_are_not_touched(tmp_path):
     make_folders(tmp_path, [5, 30, 40])
     for name in ("my_global_step_5", "global_step_5_backup", "huggingface"):

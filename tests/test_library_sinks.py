@@ -75,10 +75,19 @@ def store(empty_store: Path, tmp_path: Path) -> mlflow.MlflowClient:
     return mlflow.MlflowClient()
 
 
-def make_tracker(logger: str, resume_step: int = 0, max_steps: int = 3) -> Tracker:
+def make_tracker(logger: str, resume_step: int = 0, max_steps: int = 3, only_validates: bool = False) -> Tracker:
     config = {"trainer": {"max_steps": max_steps, "ray_timeline": None}, "worker": {"actor": {"optim": {"lr": 1e-6}}}}
     point = ResumePoint(f"run/global_step_{resume_step}", resume_step) if resume_step else None
-    return Tracker([logger], config, "digits", "demo", "run", total_steps=max_steps, resume_point=point)
+    return Tracker(
+        [logger],
+        config,
+        "digits",
+        "demo",
+        "run",
+        total_steps=max_steps,
+        resume_point=point,
+        only_validates=only_validates,
+    )
 
 
 def run_and_resume(logger: str) -> str:
@@ -163,6 +172,19 @@ def test_tensorboard_does_not_show_a_fresh_run_the_points_of_an_earlier_one():
                 tracker.log({"reward/overall": value}, step)
     events = EventAccumulator("board/digits/demo").Reload()
     assert [(event.step, event.value) for event in events.Scalars("reward/overall")] == [(0, 0.75), (1, 0.75)]
+
+
+@pytest.mark.parametrize("resume_step", [0, 1])
+def test_a_run_that_only_validates_hides_no_points_of_tensorboards(resume_step: int, caplog):
+    with make_tracker("tensorboard") as tracker:
+        for step in range(3):
+            tracker.log({"reward/overall": 0.5}, step)
+    with make_tracker("tensorboard", resume_step=resume_step, only_validates=True) as tracker:
+        tracker.log({"val/reward_score": 0.25}, resume_step)
+    events = EventAccumulator("board/digits/demo").Reload()
+    assert [event.step for event in events.Scalars("reward/overall")] == [0, 1, 2]
+    assert [event.step for event in events.Scalars("val/reward_score")] == [resume_step]
+    assert caplog.messages == []
 
 
 def test_a_fresh_run_in_the_event_folder_of_another_is_told_so_and_a_resumed_one_is_not(caplog):
@@ -358,6 +380,18 @@ def test_mlflow_runs_go_to_the_experiment_that_the_user_named(store, monkeypatch
     assert store.get_experiment_by_name("digits") is None
     (run,) = store.search_runs([store.get_experiment_by_name("mine").experiment_id])
     assert run.info.run_id == run_ids()["mlflow"]
+
+
+def test_a_run_that_only_validates_has_a_run_of_its_own_at_mlflow(store):
+    with make_tracker("mlflow") as tracker:
+        tracker.log({"reward/overall": 0.5}, 1)
+    kept = run_ids()
+    with make_tracker("mlflow", resume_step=2, only_validates=True) as tracker:
+        tracker.log({"val/reward_score": 0.25}, 2)
+    assert run_ids() == kept
+    runs = store.search_runs([store.get_experiment_by_name("digits").experiment_id])
+    assert len(runs) == 2
+    assert list(store.get_run(kept["mlflow"]).data.metrics) == ["reward/overall"]
 
 
 def test_mlflow_knows_that_a_run_failed(store):

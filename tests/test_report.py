@@ -33,8 +33,8 @@ CONFIG = {
 }
 
 
-def run_in(folder: Path, resume_step: int = 0) -> Run:
-    return Run(CONFIG, "digits", "demo", folder, 9, resume_step, resume_step > 0, False, {})
+def run_in(folder: Path, resume_step: int = 0, only_validates: bool = False) -> Run:
+    return Run(CONFIG, "digits", "demo", folder, 9, resume_step, resume_step > 0, only_validates, {})
 
 
 def svg_of(uri: str) -> str:
@@ -141,6 +141,17 @@ def test_a_resumed_run_draws_the_steps_before_it_and_none_that_it_takes_again(tm
     html = (tmp_path / "report.html").read_text("utf-8")
     assert "Resumed" not in html
     assert "training 0.1 to 0.3" in html and "0.9" not in html.partition("Reward: ")[2][:80]
+
+
+def test_a_run_that_only_validates_writes_a_page_of_its_own(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    page.write_text("of the training")
+    sink = ReportSink(run_in(tmp_path, only_validates=True))
+    sink.log({"val/reward_score": 0.5}, 0)
+    (written,) = sink.files()
+    assert written.path == tmp_path / "validation_report.html"
+    assert "held-out 0.5" in written.path.read_text("utf-8")
+    assert page.read_text() == "of the training"
 
 
 def test_a_run_resumed_in_a_new_folder_says_that_its_first_steps_lack(tmp_path: Path) -> None:

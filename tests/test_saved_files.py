@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, Qwen2Config
+from transformers import AutoConfig, GenerationConfig, Qwen2Config
 
-from verl.models.saved_files import OriginalFiles, add_legacy_rope, with_legacy_rope
+from verl.models.saved_files import GenerationSettings, OriginalFiles, add_legacy_rope, with_legacy_rope
 from verl.utils.tokenizer import get_processor, get_tokenizer
 
 
@@ -59,6 +59,20 @@ def test_transformers_of_today_reads_the_same_config(tmp_path: Path, tiny_model_
         parts = [after.get_text_config().rope_parameters, before.get("text_config", before)["rope_parameters"]]
         assert parts[0] == parts[1]
         assert "rope_theta" in json.dumps(json.loads((tmp_path / name / "config.json").read_text()))
+
+
+def test_a_generation_config_is_kept_also_where_transformers_refuses_to_save_it(tmp_path: Path) -> None:
+    usual = GenerationConfig(do_sample=True, temperature=0.6, eos_token_id=[1, 2])
+    usual.save_pretrained(tmp_path / "usual")
+    GenerationSettings(usual).save_pretrained(tmp_path / "kept")
+    kept, written = (tmp_path / name / "generation_config.json" for name in ("kept", "usual"))
+    assert kept.read_bytes() == written.read_bytes()
+    refused = GenerationConfig(temperature=0.6, top_p=0.95)
+    with pytest.raises(ValueError, match="invalid"):
+        refused.save_pretrained(tmp_path / "refused")
+    GenerationSettings(refused).save_pretrained(tmp_path / "kept")
+    again = GenerationConfig.from_pretrained(tmp_path / "kept")
+    assert (again.temperature, again.top_p) == (0.6, 0.95)
 
 
 def test_a_checkpoint_keeps_the_models_own_tokenizer_files_byte_for_byte(tiny_model_path: str, tmp_path: Path) -> None:

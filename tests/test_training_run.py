@@ -731,6 +731,18 @@ def test_the_best_checkpoint_is_kept_and_known_to_a_run_that_goes_on_from_a_late
     assert (tracker["best_global_step"], tracker["best_val_reward_score"]) == (5, 0.8)
 
 
+def test_a_last_validation_that_fails_loses_no_training(
+    tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster
+) -> None:
+    reward = f"worker.reward.reward_function={ROOT}/tests/rewards.py:fail_in_last_validation"
+    settings = [reward, "trainer.max_steps=1", "trainer.save_freq=-1", "trainer.val_freq=-1"]
+    with pytest.raises(RuntimeError, match="no grade for this one"):
+        run_shared(load_config(arguments(tiny_model_path, data_files, tmp_path, *settings)))
+    assert read_manifest(tmp_path / "global_step_1") is not None
+    tracker = json.loads((tmp_path / "checkpoint_tracker.json").read_text())
+    assert tracker["last_global_step"] == 1
+
+
 @pytest.mark.ray
 def test_a_failure_during_generation_ends_the_run_with_its_own_message_and_no_process_left(
     data_files: list[str], tmp_path: Path

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from transformers.utils import cached_file
+from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 TOKENIZER_FILES = (
     "tokenizer_config.json",
@@ -62,6 +62,22 @@ class OriginalFiles:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
+
+
+class GenerationSettings:
+    """A model's generation config, which checkpoints keep as it is.
+
+    transformers loads configs that it refuses to save, such as a temperature without `do_sample`. Published models
+    have them.
+    """
+
+    def __init__(self, config: GenerationConfig) -> None:
+        self.config = config
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the file into `folder`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.config.to_json_file(Path(folder) / GENERATION_CONFIG_NAME)
 
 
 def apply_umask(folder: str | Path) -> None:

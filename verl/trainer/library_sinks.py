@@ -27,7 +27,8 @@ GENERATIONS, TOKEN_MAPS = "{}/generations", "{}/token_maps"
 class TensorboardSink(Sink):
     """Event files in `$TENSORBOARD_DIR/<project>/<experiment>`, with the configuration as hyper-parameters.
 
-    Points after the step at which the run resumes belong to steps that are repeated: viewers drop them.
+    Points after the step at which the run resumes belong to steps that are repeated: viewers drop them. A run that
+    only validates repeats none.
     """
 
     LIBRARY = "tensorboard"
@@ -38,13 +39,14 @@ class TensorboardSink(Sink):
         super().__init__(run)
         folder = Path(os.environ.get("TENSORBOARD_DIR", "tensorboard_log")) / run.project_name / run.experiment_name
         self._folder = folder.absolute()
-        if not run.continues and any(folder.glob("events.out.tfevents.*")):
+        if not (run.continues or run.only_validates) and any(folder.glob("events.out.tfevents.*")):
             logger.warning(
                 "%s has the events of an earlier run, and tensorboard draws both as one; another "
                 "trainer.experiment_name keeps them apart",
                 self._folder,
             )
-        self._writer = SummaryWriter(str(folder), purge_step=run.resume_step + 1 if run.resume_step else 0)
+        first_repeated = run.resume_step + 1 if run.resume_step else 0
+        self._writer = SummaryWriter(str(folder), purge_step=None if run.only_validates else first_repeated)
         self._writer.add_hparams(hyper_parameters(run.config), metric_dict={}, run_name=".")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

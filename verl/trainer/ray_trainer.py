@@ -360,15 +360,18 @@ class RayDAPOTrainer:
             self.tracker.log(self._validate().metrics, self.state.global_step)
 
     def _finish(self) -> None:
-        """Validates and saves the last step, whatever the frequencies. A run that was asked to end is only saved."""
+        """Saves and validates the last step, whatever the frequencies. A run that was asked to end is only saved.
+
+        The checkpoint comes first, so that a validation that fails loses no training.
+        """
         if self.config.trainer.val_only:
             return
-        if not self.state.is_validated and not self.stop_request:
-            self.tracker.log(self._validate().metrics, self.state.global_step)
         self.tracker.phase("save_checkpoint")
         if not self.state.is_saved:
             self.state.save(self.workers, self.train_loader)
         self.state.publish(self.workers)
+        if not self.state.is_validated and not self.stop_request:
+            self.tracker.log(self._validate().metrics, self.state.global_step)
         self.state.track_checkpoint()
         if self.stop_request:
             step, last = self.state.global_step, self.training_steps

@@ -18,16 +18,19 @@ SETS = {"val": "Held-out responses, step {step}", "train": "Training responses, 
 
 
 class ReportSink(Sink):
-    """`report.html` in the run's folder: written anew after every validation and at the end.
+    """`report.html` in the run's folder: written anew after every validation and at the end. A run that only validates
+    writes `validation_report.html`.
 
     Curves cover the whole run. After a resume, the earlier part comes from the log of `FileSink`; without that log it
     is missing. The samples shown are the latest of each split.
     """
 
     PAGE = "report.html"
+    PAGE_OF_VALIDATION = "validation_report.html"
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
+        self._page = run.output_dir / (self.PAGE_OF_VALIDATION if run.only_validates else self.PAGE)
         self._steps: dict[int, dict[str, float | None]] = {}
         if run.continues and (run.output_dir / FileSink.LOG).exists():
             log = read_log(run.output_dir)
@@ -48,7 +51,7 @@ class ReportSink(Sink):
     def files(self) -> list[WrittenFile]:
         if not self._is_written:
             self._write()
-        return [WrittenFile("report", self.run.output_dir / self.PAGE)]
+        return [WrittenFile("report", self._page)]
 
     def _write(self) -> None:
         sets = [
@@ -58,7 +61,7 @@ class ReportSink(Sink):
         ]
         title = f"{self.run.project_name}/{self.run.experiment_name}"
         page = run_page(title, self._notes(), History(self._steps), sets, weight_bounds(self.run))
-        write_text(self.run.output_dir / self.PAGE, page)
+        write_text(self._page, page)
         self._is_written = True
 
     def _notes(self) -> list[str]:

@@ -76,7 +76,8 @@ class Tracker:
         total_steps: the step at which training ends.
         resume_point: the checkpoint that the run starts from; None for the model's own weights.
         report: whether to write `report.html`, in addition to the loggers.
-        only_validates: whether the run trains nothing. It leaves the configuration and the ids in the folder alone.
+        only_validates: whether the run trains nothing. It starts runs of its own at the servers, and leaves the
+            configuration, the ids and the report in the folder alone.
 
     Raises:
         ValueError: a logger that does not exist or whose library is not installed.
@@ -99,7 +100,8 @@ class Tracker:
         output_dir.mkdir(parents=True, exist_ok=True)
         ids_file = output_dir / RUN_IDS
         continues = resume_point is not None and resume_point.is_under(str(output_dir))
-        kept_ids = json.loads(ids_file.read_text("utf-8")) if continues and ids_file.exists() else {}
+        keeps_ids = continues and not only_validates and ids_file.exists()
+        kept_ids = json.loads(ids_file.read_text("utf-8")) if keeps_ids else {}
         resume_step = resume_point.step if resume_point is not None else 0
         run = Run(
             masked(config),

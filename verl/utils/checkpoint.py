@@ -13,12 +13,11 @@ import logging
 import math
 import os
 import re
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from verl.utils.checkpoint_folder import MANIFEST, find_damage, read_manifest
+from verl.utils.checkpoint_folder import MANIFEST, find_damage, read_manifest, remove_if_possible
 from verl.utils.writing import write_json
 
 CHECKPOINT_TRACKER = "checkpoint_tracker.json"
@@ -322,4 +321,4 @@ def remove_obsolete_ckpt(path: str, global_step: int, best_global_step: int | No
     for step in others[:num_removed]:
         folder = step_folder(path, step)
         logger.info("removing %s: trainer.save_limit is %d", folder, save_limit)
-        shutil.rmtree(folder)
+        remove_if_possible(folder)

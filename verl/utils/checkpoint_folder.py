@@ -50,7 +50,18 @@ def publish(folder: str) -> None:
         os.rename(folder, replaced)
     os.rename(unfinished, folder)
     flush(os.path.dirname(folder))
-    _remove(replaced)
+    remove_if_possible(replaced)
+
+
+def remove_if_possible(folder: str | os.PathLike[str]) -> None:
+    """Removes a folder that nothing needs any more. A failure is a warning: it is no reason to end a run.
+
+    It fails for example where another program has a file of it open on NFS.
+    """
+    try:
+        _remove(folder)
+    except OSError as error:
+        logger.warning("%s could not be removed: %s", folder, error)
 
 
 def settle_checkpoints(root: str) -> None:
@@ -64,7 +75,7 @@ def settle_checkpoints(root: str) -> None:
             logger.warning("%s was being replaced when its run ended: it is %s again", path, folder)
             path.rename(folder)
         elif path.suffix in (UNFINISHED, REPLACED):
-            _remove(path)
+            remove_if_possible(path)
 
 
 def _remove(path: str | os.PathLike[str]) -> None:

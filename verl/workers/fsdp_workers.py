@@ -22,7 +22,7 @@ from verl.data.features import Featurizer
 from verl.data.image_noise import ImageNoise
 from verl.models.attention_table import SAMPLES
 from verl.models.loader import DTYPES, keep_vision_tower_in_step, load_model, load_value_model
-from verl.models.saved_files import OriginalFiles
+from verl.models.saved_files import GenerationSettings, OriginalFiles
 from verl.models.sequence_parallel import SequenceGroup, join_sequence_group, share_rows
 from verl.models.trainable import choose_trainable
 from verl.protocol import DataProto
@@ -123,7 +123,7 @@ class FSDPWorker(Worker):
         noise = ImageNoise(algorithm.token_weight_image_noise, algorithm.token_weight_image_noise_share)
         vocabulary = KeyVocabulary.of(policy.config, self.processor or self.tokenizer)
         signals = SignalSettings(vocabulary, algorithm.attention_layers, noise)
-        pretrained_parts = [policy.config, policy.generation_config, self._tokenizer_files()]
+        pretrained_parts = [policy.config, GenerationSettings(policy.generation_config), self._tokenizer_files()]
         self.actor = DataParallelPPOActor(
             self.config,
             self.plan,
