@@ -489,6 +489,21 @@ def test_several_processes_drop_the_rows_that_one_drops(make: Callable, monkeypa
     assert [item["extra"]["number"] for item in several] == [item["extra"]["number"] for item in one]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_checking_the_rows_leaves_the_folder_of_the_data_as_it_was(
+    workers: int, make: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be shared, or not be written at all; results in it would never be read again."""
+    monkeypatch.setattr("verl.data.dataset.ROWS_PER_PROCESS", 2)
+    options = {"filter_overlong_prompts": True, "filter_overlong_prompts_workers": workers, "check_media": True}
+    first = make([row("abc"), row("abc " * P), row("a"), row("b")])
+    folder = as_saved_folder(load_rows(first.data_path), tmp_path)
+    before = sorted(Path(folder).iterdir())
+    dataset = RLHFDataset(folder, first.tokenizer, first.processor, max_prompt_length=P, **options)
+    assert len(dataset) == 3
+    assert sorted(Path(folder).iterdir()) == before
+
+
 def test_a_set_with_no_row_short_enough_says_how_long_they_are(make: Callable) -> None:
     with pytest.raises(
         ValueError, match=r"every row of .* is longer than data.max_prompt_length=4: \d+ to \d+ tokens"

@@ -520,7 +520,9 @@ class RLHFDataset(torch.utils.data.Dataset):
                 with_indices=True,
                 remove_columns=[self.config.prompt_key],
                 num_proc=processes if processes > 1 else None,
-                # Image files and limits may have changed since a result was cached.
+                # A few numbers a row. A file of them would lie beside the data, and never be read again: images and
+                # limits may have changed by then.
+                keep_in_memory=True,
                 load_from_cache_file=False,
                 new_fingerprint=uuid.uuid4().hex,
                 desc=label,
