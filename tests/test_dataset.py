@@ -604,6 +604,22 @@ def test_class_labels_give_their_names(tokenizer: PreTrainedTokenizerBase, tmp_p
     assert answers_of(path, tokenizer, answer_key="answer2") == [1, 0, 1]
 
 
+def test_rows_without_an_answer_are_counted_where_others_have_one(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An empty cell of CSV and a null of JSON. A set without any answer is one whose reward function needs none."""
+    (tmp_path / "d.csv").write_text("prompt,answer\na,1\nb,\nc,2\nd,\n")
+    assert answers_of(str(tmp_path / "d.csv"), tokenizer) == ["1", None, "2", None]
+    expected = "the answer (data.answer_key=answer) is null in 2 of 4 rows; the first is row 1"
+    assert caplog.text.count("is null in") == 1 and expected in caplog.text
+    answers_of(write_json(tmp_path / "mixed.jsonl", [row("a", answer=one) for one in ("x", 2, None)]), tokenizer)
+    assert "is null in 1 of 3 rows; the first is row 2" in caplog.text
+    caplog.clear()
+    for answers in ([None, None], ["", "x"], [0, 1]):
+        answers_of(write_json(tmp_path / "d.jsonl", [row("a", answer=one) for one in answers]), tokenizer)
+    assert "is null in" not in caplog.text
+
+
 # ---- what is wrong with a row ----
 
 

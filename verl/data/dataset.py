@@ -241,6 +241,7 @@ class RLHFDataset(torch.utils.data.Dataset):
         self.skipped: frozenset[int] = frozenset()
         """Indices of rows that cannot be read and must not be drawn."""
         self._check_prompts()
+        self._report_missing_answers()
         if processor is None:
             self._media, self._media_keys = None, {}  # columns without media count as missing
         if self.config.filter_overlong_prompts:
@@ -407,6 +408,17 @@ class RLHFDataset(torch.utils.data.Dataset):
         for kind in PLACEHOLDERS if self.processor is not None else ():
             problems |= self._mismatches(kind, placeholders[kind], counts[kind])
         self._skip(problems)
+
+    def _report_missing_answers(self) -> None:
+        """Warn about rows whose answer is null, unless all are: a reward function may need no answers."""
+        key = self.config.answer_key
+        answers = self._rows.select_columns([key]).with_format("arrow")[:].column(key)
+        missing = np.flatnonzero(answers.is_null().to_numpy())
+        if 0 < len(missing) < len(self):
+            logger.warning(
+                "%s: the answer (data.answer_key=%s) is null in %d of %d rows; the first is row %d",
+                *(self.data_path, key, len(missing), len(self), self._row_numbers[missing[0]]),
+            )
 
     def _require_processor(self, counts: Mapping[str, Sequence[int]]) -> None:
         for kind, row_counts in counts.items():
