@@ -5,6 +5,8 @@
 import base64
 import io
 import pickle
+import struct
+import zlib
 from pathlib import Path
 
 import cloudpickle
@@ -30,6 +32,26 @@ def png(image: Image.Image, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", **options)
     return buffer.getvalue()
+
+
+def png_of_chunks(size: tuple[int, int], depth: int, colour: int, rows: bytes, chunk: tuple[bytes, bytes]) -> bytes:
+    """A PNG file with one more chunk before its pixels.
+
+    Args:
+        colour: the colour type of the PNG standard: 0 for grey, 2 for RGB.
+        rows: the pixels, each row with its filter byte in front.
+    """
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0)),
+        chunk,
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    )
+    framed = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 
 def same_pixels(left: Image.Image, right: Image.Image) -> bool:
@@ -177,6 +199,26 @@ def test_sixteen_bits_are_scaled_by_their_range(file_format: str) -> None:
     """0, a quarter, a half and all of 65535."""
     image = reopened(Image.fromarray(np.array([[0, 16384, 32768, 65535]], dtype=np.uint16)), file_format)
     assert [pixel(image, x) for x in range(4)] == [(grey,) * 3 for grey in (0, 64, 128, 255)]
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "rows", "transparent", "expected"),
+    [
+        (16, 0, struct.pack(">x3H", 0, 1040, 2080), (1000,), [0, 4, 8]),
+        (16, 0, struct.pack(">x3H", 0, 1040, 2080), (1040,), [0, 255, 8]),
+        (16, 0, struct.pack(">x3H", 0, 1040, 1041), (1040,), [0, 255, 4]),
+        (16, 2, struct.pack(">x6H", *[232 * 256] * 3, *[1000] * 3), (1000,) * 3, [232, 255]),
+        (4, 0, b"\0\x03\x80", (3,), [0, 255, 136]),
+        (2, 0, b"\0\x18", (1,), [0, 255, 170]),
+    ],
+)
+def test_a_transparent_colour_is_that_of_the_file_at_any_depth(
+    depth: int, colour: int, rows: bytes, transparent: tuple[int, ...], expected: list[int]
+) -> None:
+    """A step is 255 / 65535 of 16 bits, 17 of four bits and 85 of two; Pillow keeps the high byte of 16-bit RGB."""
+    chunk = (b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))
+    image = open_image(png_of_chunks((len(expected), 1), depth, colour, rows, chunk))
+    assert [pixel(image, x) for x in range(len(expected))] == [(level,) * 3 for level in expected]
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("F", "floats"), ("I", "32-bit integers")])
