@@ -6,6 +6,7 @@ import base64
 import io
 import pickle
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from transformers import Qwen2_5_VLProcessor
 from tests.tiny import CORPUS, build_processor, build_tokenizer
 from verl.data.features import Featurizer
 from verl.data.image_noise import ImageNoise
-from verl.data.vision import MediaHandle, open_image, process_image, target_size
+from verl.data.vision import UNREADABLE_IMAGE, MediaHandle, open_image, process_image, target_size
 
 
 def make_image(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -86,6 +87,28 @@ def test_a_photo_taken_on_its_side_is_turned_upright_in_every_form(tmp_path: Pat
     turned = png(image, exif=exif)
     for form in (turned, Image.open(io.BytesIO(turned))):
         assert same_pixels(open_image(form), image.transpose(Image.Transpose.ROTATE_270))
+
+
+def damaged(file_format: str) -> bytes:
+    """A file whose header lacks what tells a decoder where the pixels are, or of what kind."""
+    buffer = io.BytesIO()
+    make_image(20, 24).save(buffer, format=file_format)
+    content = buffer.getvalue()
+    if file_format == "AVIF":
+        return content.replace(b"pitm", b"free")  # the box that names the main item becomes one to pass over
+    return content[:80] + bytes(4) + content[84:]  # the flags of the pixel format
+
+
+@pytest.mark.parametrize("file_format", ["AVIF", "DDS"])
+def test_a_damaged_image_of_any_format_counts_as_unreadable(file_format: str) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        process_image(open_image(damaged(file_format)), None, None)
+    assert isinstance(caught.value, UNREADABLE_IMAGE)
+
+
+def test_exif_data_that_is_cut_off_counts_as_unreadable() -> None:
+    with warnings.catch_warnings(action="ignore"), pytest.raises(UNREADABLE_IMAGE, match="requires a buffer"):
+        open_image(png_of_chunks((1, 1), 8, 0, b"\0\0", (b"eXIf", b"MM\0*\0\0")))
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import struct
 import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,12 @@ if TYPE_CHECKING:
 
 ImageSource = Image.Image | bytes | Mapping[str, Any] | str | os.PathLike
 
-UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""Errors of opening or decoding a broken image; Pillow raises SyntaxError for damaged PNG files."""
+UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, RuntimeError, struct.error, Image.DecompressionBombError)
+"""Errors of opening or decoding a broken image.
+
+Pillow raises SyntaxError for damaged PNG files, RuntimeError for AVIF, its subclass NotImplementedError for DDS and
+BLP, and struct.error for Exif data that is cut off.
+"""
 
 MAX_IMAGE_PIXELS = 89_478_485
 """Largest image that is decoded, 256 MiB as RGB. Above it, Pillow only warns of a decompression bomb."""
