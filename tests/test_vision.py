@@ -89,6 +89,33 @@ def test_a_photo_taken_on_its_side_is_turned_upright_in_every_form(tmp_path: Pat
         assert same_pixels(open_image(form), image.transpose(Image.Transpose.ROTATE_270))
 
 
+def orientation_chunk(kind: str, orientation: int) -> tuple[bytes, bytes]:
+    """The chunk of a PNG file that older programs and Adobe's write for the orientation."""
+    if kind == "XMP":
+        packet = f'<rdf:Description tiff:Orientation="{orientation}"/>'
+        return b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + packet.encode()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    profile = f"\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}\n"
+    return b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile.encode())
+
+
+@pytest.mark.parametrize("kind", ["raw profile", "XMP"])
+def test_the_orientation_of_a_png_is_read_from_text_as_well(kind: str) -> None:
+    """Orientation 6 is a rotation by 90 degrees clockwise: the left of two pixels comes to the top."""
+    turned = open_image(png_of_chunks((2, 1), 8, 0, b"\0\x05\x09", orientation_chunk(kind, 6)))
+    assert np.asarray(turned).tolist() == [[5], [9]]
+
+
+@pytest.mark.parametrize("kind", ["raw profile", "XMP"])
+def test_opening_a_png_whose_text_says_it_is_upright_decodes_no_pixels(kind: str) -> None:
+    whole = png_of_chunks((100, 100), 8, 0, (b"\0" + bytes(range(100))) * 100, orientation_chunk(kind, 1))
+    half = open_image(whole[:-60])
+    assert half.size == (100, 100)
+    with pytest.raises(OSError, match="truncated"):
+        process_image(half, None, None)
+
+
 def damaged(file_format: str) -> bytes:
     """A file whose header lacks what tells a decoder where the pixels are, or of what kind."""
     buffer = io.BytesIO()

@@ -77,11 +77,17 @@ def open_image(source: ImageSource, image_dir: str | os.PathLike | None = None) 
             f"an image has to be a PIL image, bytes, a path, or a dict with 'bytes' or 'path', not {source!r:.80}"
         )
     _require_decodable(image)
-    # Pillow decodes all pixels before it rotates an image; for a PNG even before it reads the orientation.
-    may_be_turned = image.format != "PNG" or "exif" in image.info
-    if may_be_turned and image.getexif().get(ExifTags.Base.Orientation, UPRIGHT) != UPRIGHT:
+    # Pillow decodes all pixels before it rotates an image.
+    if _orientation(image) != UPRIGHT:
         image = ImageOps.exif_transpose(image)
     return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """The Exif orientation, from Exif data or XMP before the pixels."""
+    # The method of PNG images decodes all pixels to find Exif data behind them; the one of all images does not.
+    exif = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()
+    return exif.get(ExifTags.Base.Orientation, UPRIGHT)
 
 
 def _scale_transparent_colour(image: Image.Image) -> None:
