@@ -300,6 +300,34 @@ def test_parquet_rows_hold_images_in_three_ways_and_give_the_same_pixels(
     assert dataset[1]["multi_modal_data"] is None
 
 
+@pytest.mark.parametrize(
+    "cells",
+    [
+        (["a.png"], [{"path": "a.png"}]),
+        (["a.png", {"path": "a.png"}], None),
+        ([{"path": "a.png", "score": 0.5}], [{"path": "a.png", "score": 1}]),
+        ([{"path": "a.png"}], [{"image": "a.png"}], []),
+        ([{"path": "a.png", "note": [1, "x"]}], ["a.png"]),
+    ],
+    ids=["path or dict", "both in a row", "a number", "other keys", "a mixed note"],
+)
+@pytest.mark.parametrize("saved", [False, True])
+def test_images_of_json_may_be_written_in_several_ways_in_one_column(
+    saved: bool, cells: tuple[Any, ...], make: Callable, tmp_path: Path
+) -> None:
+    write_image(tmp_path, "a.png", SIDE, SIDE)
+    pixels = np.asarray(Image.open(tmp_path / "a.png"))
+    rows = [row("<image>" * len(cell or []), cell) for cell in cells]
+    dataset = make(rows)
+    if saved:
+        path = as_saved_folder(load_rows(dataset.data_path), tmp_path)
+        dataset = RLHFDataset(path, dataset.tokenizer, dataset.processor, config=dataset.config)
+    for index, cell in enumerate(cells):
+        media = dataset[index]["multi_modal_data"] or {"images": []}
+        assert len(media["images"]) == len(cell or [])
+        assert all(np.array_equal(np.asarray(image), pixels) for image in media["images"])
+
+
 def test_lists_of_a_fixed_size_hold_as_many_images(
     tokenizer: PreTrainedTokenizerBase, processor: Qwen2_5_VLProcessor, tmp_path: Path
 ) -> None:
@@ -720,6 +748,18 @@ def test_a_prompt_that_is_no_text_names_its_row(make: Callable) -> None:
 def test_a_single_image_instead_of_a_list_is_refused(make: Callable) -> None:
     with pytest.raises(ValueError, match="data.image_key=images: each row of .* needs a list of images"):
         make([row("<image>", "a.png")])
+
+
+def test_a_single_image_beside_lists_is_refused_or_skipped_by_its_row(make: Callable, tmp_path: Path) -> None:
+    name = write_image(tmp_path, "a.png", SIDE, SIDE)
+    rows = [row("<image>", [name]), row("<image>", name), row("a", None)]
+    with pytest.raises(
+        ValueError, match=r"^row 1 of .*: data.image_key=images has to be a list of images, not 'a.png'$"
+    ):
+        make(rows)
+    for filtered in (True, False):
+        dataset = make(rows, on_bad_row="skip", filter_overlong_prompts=filtered)
+        assert (dataset.skipped, len(dataset)) == ({1}, 3)
 
 
 def test_images_for_a_text_model_name_the_first_row_that_has_them(make: Callable) -> None:
