@@ -302,15 +302,25 @@ def test_a_row_group_too_large_is_read_in_pieces_to_the_same_rows(tmp_path, monk
 
 
 def test_media_of_columns_that_are_not_used_stay_undecoded(tmp_path, tokenizer) -> None:
+    """JSON beside them is decoded."""
+    picture = {"bytes": b"no picture", "path": None}
     rows = datasets.Dataset.from_dict(
-        {"prompt": ["a"], "answer": ["1"], "thumbnail": [{"bytes": b"no picture", "path": None}]},
+        {
+            "prompt": ["a"],
+            "answer": ["1"],
+            "thumbnail": [picture],
+            "views": [[{"picture": picture, "note": {"x": [1, "y"]}}]],
+        },
         features=datasets.Features(
-            prompt=datasets.Value("string"), answer=datasets.Value("string"), thumbnail=datasets.Image()
+            prompt=datasets.Value("string"),
+            answer=datasets.Value("string"),
+            thumbnail=datasets.Image(),
+            views=datasets.List({"picture": datasets.Image(), "note": datasets.Json()}),
         ),
     )
-    rows.to_parquet(tmp_path / "d.parquet")
-    item = RLHFDataset(str(tmp_path / "d.parquet"), tokenizer, None)[0]
-    assert item["extra"] == {"thumbnail": {"bytes": b"no picture", "path": None}}
+    rows.save_to_disk(tmp_path / "saved")
+    item = RLHFDataset(str(tmp_path / "saved"), tokenizer, None)[0]
+    assert item["extra"] == {"thumbnail": picture, "views": [{"picture": picture, "note": {"x": [1, "y"]}}]}
 
 
 @pytest.mark.parametrize("name", ["d.csv", "d.jsonl", "d.json"])

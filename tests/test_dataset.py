@@ -300,6 +300,34 @@ def test_parquet_rows_hold_images_in_three_ways_and_give_the_same_pixels(
     assert dataset[1]["multi_modal_data"] is None
 
 
+@pytest.mark.parametrize(
+    "cells",
+    [
+        (["a.png"], [{"path": "a.png"}]),
+        (["a.png", {"path": "a.png"}], None),
+        ([{"path": "a.png", "score": 0.5}], [{"path": "a.png", "score": 1}]),
+        ([{"path": "a.png"}], [{"image": "a.png"}], []),
+        ([{"path": "a.png", "note": [1, "x"]}], ["a.png"]),
+    ],
+    ids=["path or dict", "both in a row", "a number", "other keys", "a mixed note"],
+)
+@pytest.mark.parametrize("saved", [False, True])
+def test_images_of_json_may_be_written_in_several_ways_in_one_column(
+    saved: bool, cells: tuple[Any, ...], make: Callable, tmp_path: Path
+) -> None:
+    write_image(tmp_path, "a.png", SIDE, SIDE)
+    pixels = np.asarray(Image.open(tmp_path / "a.png"))
+    rows = [row("<image>" * len(cell or []), cell) for cell in cells]
+    dataset = make(rows)
+    if saved:
+        path = as_saved_folder(load_rows(dataset.data_path), tmp_path)
+        dataset = RLHFDataset(path, dataset.tokenizer, dataset.processor, config=dataset.config)
+    for index, cell in enumerate(cells):
+        media = dataset[index]["multi_modal_data"] or {"images": []}
+        assert len(media["images"]) == len(cell or [])
+        assert all(np.array_equal(np.asarray(image), pixels) for image in media["images"])
+
+
 def test_lists_of_a_fixed_size_hold_as_many_images(
     tokenizer: PreTrainedTokenizerBase, processor: Qwen2_5_VLProcessor, tmp_path: Path
 ) -> None:
@@ -489,6 +517,21 @@ def test_several_processes_drop_the_rows_that_one_drops(make: Callable, monkeypa
     assert [item["extra"]["number"] for item in several] == [item["extra"]["number"] for item in one]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_checking_the_rows_leaves_the_folder_of_the_data_as_it_was(
+    workers: int, make: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be shared, or not be written at all; results in it would never be read again."""
+    monkeypatch.setattr("verl.data.dataset.ROWS_PER_PROCESS", 2)
+    options = {"filter_overlong_prompts": True, "filter_overlong_prompts_workers": workers, "check_media": True}
+    first = make([row("abc"), row("abc " * P), row("a"), row("b")])
+    folder = as_saved_folder(load_rows(first.data_path), tmp_path)
+    before = sorted(Path(folder).iterdir())
+    dataset = RLHFDataset(folder, first.tokenizer, first.processor, max_prompt_length=P, **options)
+    assert len(dataset) == 3
+    assert sorted(Path(folder).iterdir()) == before
+
+
 def test_a_set_with_no_row_short_enough_says_how_long_they_are(make: Callable) -> None:
     with pytest.raises(
         ValueError, match=r"every row of .* is longer than data.max_prompt_length=4: \d+ to \d+ tokens"
@@ -587,6 +630,22 @@ def test_class_labels_give_their_names(tokenizer: PreTrainedTokenizerBase, tmp_p
     path = as_saved_folder(datasets.Dataset.from_dict(columns, features), tmp_path)
     assert answers_of(path, tokenizer) == ["dog", "cat", None]
     assert answers_of(path, tokenizer, answer_key="answer2") == [1, 0, 1]
+
+
+def test_rows_without_an_answer_are_counted_where_others_have_one(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An empty cell of CSV and a null of JSON. A set without any answer is one whose reward function needs none."""
+    (tmp_path / "d.csv").write_text("prompt,answer\na,1\nb,\nc,2\nd,\n")
+    assert answers_of(str(tmp_path / "d.csv"), tokenizer) == ["1", None, "2", None]
+    expected = "the answer (data.answer_key=answer) is null in 2 of 4 rows; the first is row 1"
+    assert caplog.text.count("is null in") == 1 and expected in caplog.text
+    answers_of(write_json(tmp_path / "mixed.jsonl", [row("a", answer=one) for one in ("x", 2, None)]), tokenizer)
+    assert "is null in 1 of 3 rows; the first is row 2" in caplog.text
+    caplog.clear()
+    for answers in ([None, None], ["", "x"], [0, 1]):
+        answers_of(write_json(tmp_path / "d.jsonl", [row("a", answer=one) for one in answers]), tokenizer)
+    assert "is null in" not in caplog.text
 
 
 # ---- what is wrong with a row ----
@@ -689,6 +748,18 @@ def test_a_prompt_that_is_no_text_names_its_row(make: Callable) -> None:
 def test_a_single_image_instead_of_a_list_is_refused(make: Callable) -> None:
     with pytest.raises(ValueError, match="data.image_key=images: each row of .* needs a list of images"):
         make([row("<image>", "a.png")])
+
+
+def test_a_single_image_beside_lists_is_refused_or_skipped_by_its_row(make: Callable, tmp_path: Path) -> None:
+    name = write_image(tmp_path, "a.png", SIDE, SIDE)
+    rows = [row("<image>", [name]), row("<image>", name), row("a", None)]
+    with pytest.raises(
+        ValueError, match=r"^row 1 of .*: data.image_key=images has to be a list of images, not 'a.png'$"
+    ):
+        make(rows)
+    for filtered in (True, False):
+        dataset = make(rows, on_bad_row="skip", filter_overlong_prompts=filtered)
+        assert (dataset.skipped, len(dataset)) == ({1}, 3)
 
 
 def test_images_for_a_text_model_name_the_first_row_that_has_them(make: Callable) -> None:

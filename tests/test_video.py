@@ -190,6 +190,22 @@ def test_rows_with_videos_are_counted_to_the_token_before_anything_is_decoded(na
         make_dataset(name, tmp_path, [row], max_prompt_length=len(ids) - 1)
 
 
+@pytest.mark.parametrize("number", [1, 0.5])
+def test_files_and_lists_of_frames_may_stand_in_one_column_of_json(number: float, tmp_path: Path) -> None:
+    """Also where a fraction beside them keeps `datasets` from reading the column as lists."""
+    names = write_frames(tmp_path, 4)
+    write_video(tmp_path / "a.mkv", [tmp_path / name for name in names], fps=2)
+    videos = ["a.mkv", names, {"path": "a.mkv", "score": number}, [{"path": name} for name in names]]
+    rows = [{"prompt": "<video>What?", "videos": [video]} for video in videos]
+    dataset = make_dataset("Qwen2.5-VL", tmp_path, [*rows, {"prompt": "a", "videos": None}])
+    assert dataset.has_videos
+    expected = load_video(names, tmp_path, LIMITS).frames
+    for index in range(len(videos)):
+        (video,) = dataset[index]["multi_modal_data"]["videos"]
+        assert np.array_equal(video.frames, expected)
+    assert dataset[len(videos)]["multi_modal_data"] is None
+
+
 @pytest.mark.parametrize("features", ["path", "bytes", "videos"])
 def test_parquet_rows_hold_video_files_in_three_ways(features: str, tmp_path: Path) -> None:
     """A path below `image_dir`, bytes, and the library's own feature. 20 frames at 10 a second are two moments."""

@@ -5,6 +5,9 @@
 import base64
 import io
 import pickle
+import struct
+import warnings
+import zlib
 from pathlib import Path
 
 import cloudpickle
@@ -18,7 +21,7 @@ from transformers import Qwen2_5_VLProcessor
 from tests.tiny import CORPUS, build_processor, build_tokenizer
 from verl.data.features import Featurizer
 from verl.data.image_noise import ImageNoise
-from verl.data.vision import MediaHandle, open_image, process_image, target_size
+from verl.data.vision import UNREADABLE_IMAGE, MediaHandle, open_image, process_image, target_size
 
 
 def make_image(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -30,6 +33,26 @@ def png(image: Image.Image, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", **options)
     return buffer.getvalue()
+
+
+def png_of_chunks(size: tuple[int, int], depth: int, colour: int, rows: bytes, chunk: tuple[bytes, bytes]) -> bytes:
+    """A PNG file with one more chunk before its pixels.
+
+    Args:
+        colour: the colour type of the PNG standard: 0 for grey, 2 for RGB.
+        rows: the pixels, each row with its filter byte in front.
+    """
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0)),
+        chunk,
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    )
+    framed = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 
 def same_pixels(left: Image.Image, right: Image.Image) -> bool:
@@ -64,6 +87,55 @@ def test_a_photo_taken_on_its_side_is_turned_upright_in_every_form(tmp_path: Pat
     turned = png(image, exif=exif)
     for form in (turned, Image.open(io.BytesIO(turned))):
         assert same_pixels(open_image(form), image.transpose(Image.Transpose.ROTATE_270))
+
+
+def orientation_chunk(kind: str, orientation: int) -> tuple[bytes, bytes]:
+    """The chunk of a PNG file that older programs and Adobe's write for the orientation."""
+    if kind == "XMP":
+        packet = f'<rdf:Description tiff:Orientation="{orientation}"/>'
+        return b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + packet.encode()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    profile = f"\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}\n"
+    return b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile.encode())
+
+
+@pytest.mark.parametrize("kind", ["raw profile", "XMP"])
+def test_the_orientation_of_a_png_is_read_from_text_as_well(kind: str) -> None:
+    """Orientation 6 is a rotation by 90 degrees clockwise: the left of two pixels comes to the top."""
+    turned = open_image(png_of_chunks((2, 1), 8, 0, b"\0\x05\x09", orientation_chunk(kind, 6)))
+    assert np.asarray(turned).tolist() == [[5], [9]]
+
+
+@pytest.mark.parametrize("kind", ["raw profile", "XMP"])
+def test_opening_a_png_whose_text_says_it_is_upright_decodes_no_pixels(kind: str) -> None:
+    whole = png_of_chunks((100, 100), 8, 0, (b"\0" + bytes(range(100))) * 100, orientation_chunk(kind, 1))
+    half = open_image(whole[:-60])
+    assert half.size == (100, 100)
+    with pytest.raises(OSError, match="truncated"):
+        process_image(half, None, None)
+
+
+def damaged(file_format: str) -> bytes:
+    """A file whose header lacks what tells a decoder where the pixels are, or of what kind."""
+    buffer = io.BytesIO()
+    make_image(20, 24).save(buffer, format=file_format)
+    content = buffer.getvalue()
+    if file_format == "AVIF":
+        return content.replace(b"pitm", b"free")  # the box that names the main item becomes one to pass over
+    return content[:80] + bytes(4) + content[84:]  # the flags of the pixel format
+
+
+@pytest.mark.parametrize("file_format", ["AVIF", "DDS"])
+def test_a_damaged_image_of_any_format_counts_as_unreadable(file_format: str) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        process_image(open_image(damaged(file_format)), None, None)
+    assert isinstance(caught.value, UNREADABLE_IMAGE)
+
+
+def test_exif_data_that_is_cut_off_counts_as_unreadable() -> None:
+    with warnings.catch_warnings(action="ignore"), pytest.raises(UNREADABLE_IMAGE, match="requires a buffer"):
+        open_image(png_of_chunks((1, 1), 8, 0, b"\0\0", (b"eXIf", b"MM\0*\0\0")))
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
@@ -177,6 +249,26 @@ def test_sixteen_bits_are_scaled_by_their_range(file_format: str) -> None:
     """0, a quarter, a half and all of 65535."""
     image = reopened(Image.fromarray(np.array([[0, 16384, 32768, 65535]], dtype=np.uint16)), file_format)
     assert [pixel(image, x) for x in range(4)] == [(grey,) * 3 for grey in (0, 64, 128, 255)]
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "rows", "transparent", "expected"),
+    [
+        (16, 0, struct.pack(">x3H", 0, 1040, 2080), (1000,), [0, 4, 8]),
+        (16, 0, struct.pack(">x3H", 0, 1040, 2080), (1040,), [0, 255, 8]),
+        (16, 0, struct.pack(">x3H", 0, 1040, 1041), (1040,), [0, 255, 4]),
+        (16, 2, struct.pack(">x6H", *[232 * 256] * 3, *[1000] * 3), (1000,) * 3, [232, 255]),
+        (4, 0, b"\0\x03\x80", (3,), [0, 255, 136]),
+        (2, 0, b"\0\x18", (1,), [0, 255, 170]),
+    ],
+)
+def test_a_transparent_colour_is_that_of_the_file_at_any_depth(
+    depth: int, colour: int, rows: bytes, transparent: tuple[int, ...], expected: list[int]
+) -> None:
+    """A step is 255 / 65535 of 16 bits, 17 of four bits and 85 of two; Pillow keeps the high byte of 16-bit RGB."""
+    chunk = (b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))
+    image = open_image(png_of_chunks((len(expected), 1), depth, colour, rows, chunk))
+    assert [pixel(image, x) for x in range(len(expected))] == [(level,) * 3 for level in expected]
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("F", "floats"), ("I", "32-bit integers")])

@@ -6,6 +6,7 @@ Shapes: B prompts, P prompt length (`data.max_prompt_length`).
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import uuid
@@ -21,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import torch
-from datasets import Audio, ClassLabel, Dataset, LargeList, List, Mesh, Nifti, Pdf, Value
+from datasets import Audio, ClassLabel, Dataset, Json, LargeList, List, Mesh, Nifti, Pdf, Value
 from datasets import Image as ImageFeature
 from datasets import Video as VideoFeature
 from jinja2 import meta
@@ -241,6 +242,7 @@ class RLHFDataset(torch.utils.data.Dataset):
         self.skipped: frozenset[int] = frozenset()
         """Indices of rows that cannot be read and must not be drawn."""
         self._check_prompts()
+        self._report_missing_answers()
         if processor is None:
             self._media, self._media_keys = None, {}  # columns without media count as missing
         if self.config.filter_overlong_prompts:
@@ -259,7 +261,8 @@ class RLHFDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self._labelled(self._rows[index])
         if self._undecoded is not None:
-            row |= self._undecoded[index].to_pylist()[0]
+            stored = self._undecoded[index].to_pylist()[0]
+            row |= {name: _as_written(value, self._undecoded.features[name]) for name, value in stored.items()}
         images = self._read(index, "image", self._load_image)
         videos = self._read(index, "video", self._load_video)
         with self._naming(index):
@@ -326,13 +329,27 @@ class RLHFDataset(torch.utils.data.Dataset):
         if kind not in self._media_keys:
             return []
         results = []
-        for position, source in enumerate(self._media[index].column(self._media_keys[kind])[0].as_py() or []):
+        for position, source in enumerate(self._entries(index, kind)):
             try:
                 results.append(read(source))
             except UNREADABLE_IMAGE as error:
                 reason = cut(str(error), LONGEST_REASON)
                 raise ValueError(f"{self._name(index)}: {kind} {position} cannot be read: {reason}") from error
         return results
+
+    def _entries(self, index: int, kind: str) -> list[Any]:
+        """The images or videos of a row, as they are stored.
+
+        Raises:
+            ValueError: the row has no list of them. Only a column of JSON values can have such rows beside others.
+        """
+        key = self._media_keys[kind]
+        entries = _as_written(self._media[index].column(key)[0].as_py(), self._media.features[key])
+        if not isinstance(entries, (list, type(None))):
+            raise ValueError(
+                f"{self._name(index)}: data.{kind}_key={key} has to be a list of {kind}s, not {cut(repr(entries), 80)}"
+            )
+        return entries or []
 
     def _load_image(self, source: ImageSource) -> Image.Image:
         return process_image(open_image(source, self.config.image_dir), self.config.min_pixels, self.config.max_pixels)
@@ -373,7 +390,8 @@ class RLHFDataset(torch.utils.data.Dataset):
         require_columns(rows.column_names, self.data_path, self.config)
         for kind, key in (("image", self.config.image_key), ("video", self.config.video_key)):
             feature = rows.features.get(key, Value("null"))
-            if not isinstance(feature, (List, LargeList)) and feature != Value("null"):
+            # The values of a JSON column may be of any kind; `_check_prompts` looks at each.
+            if not isinstance(feature, (List, LargeList, Json)) and feature != Value("null"):
                 raise ValueError(
                     f"data.{kind}_key={key}: each row of {cut(self.data_path)!r} needs a list of {kind}s there, "
                     f"not {cut(str(feature), 200)}"
@@ -387,16 +405,19 @@ class RLHFDataset(torch.utils.data.Dataset):
             )
 
     def _check_prompts(self) -> None:
-        """Check that every prompt is a text or a chat with as many placeholders as its row has media of each kind."""
+        """Check that every row has lists of media, and as a prompt a text or a chat with as many placeholders."""
         counts = {
             kind: _entry_counts(self._media, self._media_keys[kind]) if kind in self._media_keys else [0] * len(self)
             for kind in PLACEHOLDERS
         }
         self._require_processor(counts)
+        json_kinds = [kind for kind, key in self._media_keys.items() if isinstance(self._media.features[key], Json)]
         problems: dict[int, str] = {}
         placeholders: dict[str, dict[int, int]] = {kind: {} for kind in PLACEHOLDERS}
         for index, prompt in enumerate(self._rows[self.config.prompt_key]):
             try:
+                for kind in json_kinds:
+                    self._entries(index, kind)
                 with self._naming(index):
                     messages = self._messages(prompt)
             except ValueError as error:
@@ -407,6 +428,17 @@ class RLHFDataset(torch.utils.data.Dataset):
         for kind in PLACEHOLDERS if self.processor is not None else ():
             problems |= self._mismatches(kind, placeholders[kind], counts[kind])
         self._skip(problems)
+
+    def _report_missing_answers(self) -> None:
+        """Warn about rows whose answer is null, unless all are: a reward function may need no answers."""
+        key = self.config.answer_key
+        answers = self._rows.select_columns([key]).with_format("arrow")[:].column(key)
+        missing = np.flatnonzero(answers.is_null().to_numpy())
+        if 0 < len(missing) < len(self):
+            logger.warning(
+                "%s: the answer (data.answer_key=%s) is null in %d of %d rows; the first is row %d",
+                *(self.data_path, key, len(missing), len(self), self._row_numbers[missing[0]]),
+            )
 
     def _require_processor(self, counts: Mapping[str, Sequence[int]]) -> None:
         for kind, row_counts in counts.items():
@@ -520,7 +552,9 @@ class RLHFDataset(torch.utils.data.Dataset):
                 with_indices=True,
                 remove_columns=[self.config.prompt_key],
                 num_proc=processes if processes > 1 else None,
-                # Image files and limits may have changed since a result was cached.
+                # A few numbers a row. A file of them would lie beside the data, and never be read again: images and
+                # limits may have changed by then.
+                keep_in_memory=True,
                 load_from_cache_file=False,
                 new_fingerprint=uuid.uuid4().hex,
                 desc=label,
@@ -580,9 +614,28 @@ def _has_any(rows: Dataset, column: str) -> bool:
 def _entry_counts(rows: Dataset, column: str) -> list[int]:
     """Number of entries in each row of a column: the length of a list, 0 for null, 1 for anything else."""
     values = rows.select_columns([column]).with_format("arrow")[:].column(column)
+    if isinstance(rows.features[column], Json):
+        entries = (_as_written(value.as_py(), Json()) for value in values)
+        return [len(value) if isinstance(value, list) else int(value is not None) for value in entries]
     if isinstance(values.type, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
         return pa.compute.fill_null(pa.compute.list_value_length(values), 0).to_pylist()
     return [int(valid) for valid in values.is_valid().to_pylist()]
+
+
+def _as_written(value: Any, feature: Any) -> Any:
+    """A value that was read as arrow, with the JSON texts in it decoded. Media stay as they are stored.
+
+    `datasets` stores values as JSON texts where a column mixes kinds, such as paths and dicts.
+    """
+    if value is None:
+        return None
+    if isinstance(feature, Json):
+        return json.loads(value)
+    if isinstance(feature, Mapping):
+        return {name: _as_written(value[name], kind) for name, kind in feature.items()}
+    if isinstance(feature, (List, LargeList)):
+        return [_as_written(one, feature.feature) for one in value]
+    return value
 
 
 def _has_media(feature: Any) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import struct
 import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -28,14 +29,21 @@ if TYPE_CHECKING:
 
 ImageSource = Image.Image | bytes | Mapping[str, Any] | str | os.PathLike
 
-UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""Errors of opening or decoding a broken image; Pillow raises SyntaxError for damaged PNG files."""
+UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, RuntimeError, struct.error, Image.DecompressionBombError)
+"""Errors of opening or decoding a broken image.
+
+Pillow raises SyntaxError for damaged PNG files, RuntimeError for AVIF, its subclass NotImplementedError for DDS and
+BLP, and struct.error for Exif data that is cut off.
+"""
 
 MAX_IMAGE_PIXELS = 89_478_485
 """Largest image that is decoded, 256 MiB as RGB. Above it, Pillow only warns of a decompression bomb."""
 
 PROGRAMS = ("EPS",)
 """Formats that Pillow decodes by running another program, which can be abused (Ghostscript for PostScript)."""
+
+GREY_STEPS = {"L;2": 85, "L;4": 17}
+"""Pillow's names of greys below 8 bits, and the step between two of their levels as 8 bits."""
 
 UPRIGHT = 1  # the Exif orientation that needs no rotation
 
@@ -63,16 +71,35 @@ def open_image(source: ImageSource, image_dir: str | os.PathLike | None = None) 
         image = source
     elif isinstance(source, (bytes, str)):
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        _scale_transparent_colour(image)
     else:
         raise ValueError(
             f"an image has to be a PIL image, bytes, a path, or a dict with 'bytes' or 'path', not {source!r:.80}"
         )
     _require_decodable(image)
-    # Pillow decodes all pixels before it rotates an image; for a PNG even before it reads the orientation.
-    may_be_turned = image.format != "PNG" or "exif" in image.info
-    if may_be_turned and image.getexif().get(ExifTags.Base.Orientation, UPRIGHT) != UPRIGHT:
+    # Pillow decodes all pixels before it rotates an image.
+    if _orientation(image) != UPRIGHT:
         image = ImageOps.exif_transpose(image)
     return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """The Exif orientation, from Exif data or XMP before the pixels."""
+    # The method of PNG images decodes all pixels to find Exif data behind them; the one of all images does not.
+    exif = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()
+    return exif.get(ExifTags.Base.Orientation, UPRIGHT)
+
+
+def _scale_transparent_colour(image: Image.Image) -> None:
+    """Scale the transparent colour of a PNG that was just opened to 8 bits, as Pillow scales its pixels."""
+    transparent = image.info.get("transparency")
+    if transparent is None or image.format != "PNG" or not image.tile:
+        return
+    depth = image.tile[0].args
+    if depth == "RGB;16B":
+        image.info["transparency"] = tuple(level >> 8 for level in transparent)
+    elif depth in GREY_STEPS:
+        image.info["transparency"] = transparent * GREY_STEPS[depth]
 
 
 def _require_decodable(image: Image.Image) -> None:
@@ -103,21 +130,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Decode an image to 8-bit RGB.
 
     - Transparency (RGBA, LA, PA, and palettes, greys or RGB with a transparent colour) is laid on white.
-    - 16-bit greys (I;16, and PNG's in mode I) are scaled from 0..65535 to 0..255.
+    - 16-bit greys (I;16, and PNG's in mode I) are scaled from 0..65535 to 0..255; a transparent level becomes white.
     - Other 32-bit integers (I) and floats (F) do not define black and white, and are refused.
     - Pillow converts the modes that it handles correctly (1, L, P, CMYK, YCbCr, HSV).
 
     Raises:
         ValueError: the mode cannot be converted; the message names it.
     """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        levels = np.asarray(image)
+        grey = (levels.astype(np.float64) * (255 / 65535)).round().astype(np.uint8)
+        # Pillow compares the transparent level, of 16 bits, with levels that it cut off at 255.
+        transparent = image.info.get("transparency")
+        if transparent is not None:
+            grey[levels == transparent] = 255
+        return Image.fromarray(grey).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         on_white = Image.new("RGBA", rgba.size, "white")
         on_white.alpha_composite(rgba)
         return on_white.convert("RGB")
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        grey = np.asarray(image).astype(np.float64) * (255 / 65535)
-        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "32-bit integers" if image.mode == "I" else "floats"
         raise ValueError(
