@@ -3,7 +3,9 @@
 """The example reward functions grade as their docstrings say, with the real `mathruler`."""
 
 import json
+import math
 import re
+import shutil
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -178,6 +180,112 @@ def test_dapo_grades_what_follows_the_last_answer_or_is_boxed(response: str, is_
 def test_dapo_finds_the_answer_where_its_format_prompt_asks_for_it() -> None:
     template = (EXAMPLES.parent / "format_prompt" / "dapo.jinja").read_text()
     assert 'a line of its own that reads "Answer:" followed by the result' in template
+
+
+@pytest.mark.parametrize(
+    ("response", "is_right"),
+    [
+        ("Answer:\n\\[\n\\boxed{0.5}\n\\]", True),
+        ("Answer:\n$$\n0.5\n$$", True),
+        ("**Answer:**\r\n\r\n\\begin{align*}\r\n0.5\r\n\\end{align*}", True),
+        ("Answer: \\boxed{\n0.5}", True),
+        ("Thus $\\boxed{0.5}$\n\nAnswer:", True),
+        ("Thus $\\boxed{0.5}$\n\nAnswer:\n$$\n", True),
+        ("Answer:\nAnswer: 0.5", True),
+        ("Answer: 0.5\n\nCheck: \\boxed{2}", True),  # the published rule reads the line alone
+        ("Answer: \\boxed{0.5} (the answer: a half)", True),
+        ("Answer: 2\n\nCheck: \\boxed{0.5}", False),
+        ("Thus \\boxed{0.5}. Answer:\n\\[\n\\boxed{2}\n\\]", False),
+        ("Thus \\boxed{0.5}. Answer: \\boxed{", False),
+        ("Answer:", False),
+    ],
+)
+def test_dapo_finds_an_answer_in_display_mathematics_on_the_lines_that_follow(response: str, is_right: bool) -> None:
+    sample = {"response": response, "response_length": 9, "ground_truth": r"\frac{1}{2}"}
+    (score,) = load("dapo.py", **LENGTHS)([sample], **LENGTHS)
+    assert score["accuracy"] == (1.0 if is_right else -1.0)
+
+
+def accuracy_of(name: str, response: str, truth: object) -> float:
+    sample = {"response": response, "ground_truth": truth, "response_tokens": [response], "response_length": 1}
+    lengths = LENGTHS if name == "dapo.py" else {}
+    function = load(name, **lengths)
+    return (function([sample], **lengths)[0] if name in ("math.py", "dapo.py") else function(sample))["accuracy"]
+
+
+MATHEMATICAL = ["math.py", "dapo.py", "r1v.py", "weighted_answer.py"]
+
+
+@pytest.mark.parametrize("response", ["no box", r"\boxed{", "Answer:", "<answer></answer>", ""])
+@pytest.mark.parametrize("truth", ["None", "none", None, math.nan, ""])
+@pytest.mark.parametrize("name", MATHEMATICAL)
+def test_no_answer_is_never_right(name: str, truth: object, response: str) -> None:
+    assert accuracy_of(name, response, truth) == (-1 if name == "dapo.py" else 0)
+
+
+@pytest.mark.parametrize("name", MATHEMATICAL)
+def test_none_as_an_answer_is_right_for_a_truth_of_that_word_and_for_no_missing_truth(name: str) -> None:
+    response = r"<answer>None</answer> \boxed{None}"
+    assert accuracy_of(name, response, "None") == 1
+    assert accuracy_of(name, response, None) == (-1 if name == "dapo.py" else 0)
+    assert accuracy_of(name, r"<answer>nan</answer> \boxed{nan}", math.nan) == (-1 if name == "dapo.py" else 0)
+
+
+@pytest.mark.parametrize(
+    ("response", "accuracy"),
+    [
+        ("<think>The result goes between <answer> and </answer>. 2+3=5.</think>\n<answer>5</answer>", 1),
+        ("<think>Close with <answer>. 2+3=5.</think>\n<answer>5</answer>", 1),
+        ("<think>Is it <answer>5</answer>?</think>\n<answer>4</answer>", 0),
+        ("<answer>4</answer> No: <answer>5</answer>", 1),
+        ("I put it in <answer> tags: <answer>5</answer>", 1),
+        ("<think>2+3</think><answer>5</answer> or <answer>", 1),
+        ("<think>2+3 <answer>5</answer></think>", 1),
+        ("<think>2+3</think><answer>5</answer></answer>", 1),
+        ("</answer>5<answer>", 0),
+        ("5", 1),
+    ],
+)
+def test_r1v_grades_the_last_pair_of_tags_behind_the_thinking(response: str, accuracy: float) -> None:
+    assert accuracy_of("r1v.py", response, "5") == accuracy
+
+
+@pytest.mark.parametrize(
+    ("tokens", "weighted"),
+    [
+        (["\\boxed{4}", " no, ", "\\boxed{5}", " so }"], [2]),
+        (["so ", "\\boxed{\n", "{5}", "\n}", " }"], [1, 2, 3]),
+        (["{", "\\boxed{5}", "}"], [1]),
+        (["\\boxed{4}", " and ", "\\boxed{5"], None),
+    ],
+)
+def test_the_weighted_answer_weighs_the_box_that_is_graded(tokens: list[str], weighted: list[int] | None) -> None:
+    """Weights are 1 and 2 over their mean, so the answer's tokens are those above one."""
+    sample = {"response": "".join(tokens), "ground_truth": "5", "response_tokens": tokens}
+    score = load("weighted_answer.py")(sample)
+    weights = score["token_weights"]
+    assert score["accuracy"] == (weighted is not None)
+    assert (weights and [index for index, weight in enumerate(weights) if weight > 1]) == weighted
+
+
+@pytest.mark.parametrize("name", MATHEMATICAL)
+def test_an_answer_that_is_too_large_to_evaluate_is_wrong_at_once(name: str) -> None:
+    """Evaluating these takes minutes at least."""
+    for answer in ("9999999999999999999999!", "5{0}00000!", "9**9**9"):
+        begun = time.monotonic()
+        response = f"<answer>{answer}</answer> \\boxed{{{answer}}}"
+        assert accuracy_of(name, response, r"\frac{3}{4}") == (-1 if name == "dapo.py" else 0)
+        assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize("name", MATHEMATICAL)
+def test_a_grader_copied_to_another_folder_works(name: str, tmp_path: Path) -> None:
+    shutil.copy(EXAMPLES / name, tmp_path)
+    config = RewardConfig(
+        reward_function=f"{tmp_path / name}:compute_score",
+        reward_function_kwargs=LENGTHS if name == "dapo.py" else {},
+    )
+    assert load_reward_function(config, decoder=None).reward_type in ("batch", "sequential")
 
 
 @pytest.mark.parametrize("truth", [12, 12.0, "12"])

@@ -8,12 +8,15 @@ which knows when two mathematical expressions are equal.
 import re
 from typing import Any
 
-from mathruler.grader import extract_boxed_content, grade_answer
+from verl.workers.reward.answers import find_box, is_right
 
 REWARD_NAME = "dapo"
 REWARD_TYPE = "batch"
 
-ANSWER = re.compile(r"\banswer\**\s*:\**\s*(.*)", re.IGNORECASE)
+ANSWER = re.compile(r"\banswer\**\s*:(.*)", re.IGNORECASE)
+
+OPENING = re.compile(r"\\\[|\\\(|\$\$?|```\w*|\\begin\{\w+\*?\}")
+"""What may stand on a line of its own between "Answer:" and the answer."""
 
 
 def compute_score(
@@ -28,7 +31,7 @@ def compute_score(
     """
     scores = []
     for sample in reward_inputs:
-        accuracy = 1.0 if grade_answer(answer_in(sample["response"]), str(sample["ground_truth"])) else -1.0
+        accuracy = 1.0 if is_right(answer_in(sample["response"]), sample["ground_truth"]) else -1.0
         overlong = overlong_penalty(sample["response_length"], max_response_length, overlong_buffer_length)
         scores.append(
             {
@@ -41,12 +44,24 @@ def compute_score(
     return scores
 
 
-def answer_in(response: str) -> str:
-    """What follows the last "Answer:", and of that, or of a response without it, what is boxed."""
-    answers = ANSWER.findall(response)
-    if answers and r"\boxed{" not in answers[-1]:
-        return answers[-1].lstrip(" *").rstrip(" *.")
-    return extract_boxed_content(answers[-1] if answers else response)
+def answer_in(response: str) -> str | None:
+    """The first line behind the last "Answer:" that holds more than an opening of display mathematics.
+
+    If a box begins in that line, it is what the box holds, up to its end on any line. Without such a line it is what
+    the last box of the response holds. None if the box is missing or open.
+    """
+    answers = list(ANSWER.finditer(response))
+    end = answers[-1].start(1) if answers else len(response)
+    for line in response[end:].split("\n"):
+        end += len(line)
+        text = line.strip(" *\r\t").rstrip(".* ")
+        if r"\boxed{" in text:
+            break
+        if text and not OPENING.fullmatch(text):
+            return text
+        end += 1
+    box = find_box(response, before=end)
+    return box and box.content
 
 
 def overlong_penalty(length: int, max_length: int, buffer_length: int) -> float:

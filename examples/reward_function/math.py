@@ -7,7 +7,7 @@ Needs the `mathruler` package, which knows when two mathematical expressions are
 import re
 from typing import Any
 
-from mathruler.grader import extract_boxed_content, grade_answer
+from verl.workers.reward.answers import find_box, is_right
 
 REWARD_NAME = "math"
 REWARD_TYPE = "batch"
@@ -21,7 +21,8 @@ def compute_score(reward_inputs: list[dict[str, Any]], format_weight: float = 0.
     for sample in reward_inputs:
         response = sample.get("prefix", "") + sample["response"]
         form = float(FORM.fullmatch(response) is not None)
-        accuracy = float(grade_answer(extract_boxed_content(response), str(sample["ground_truth"])))
+        box = find_box(response)
+        accuracy = float(is_right(box and box.content, sample["ground_truth"]))
         overall = (1 - format_weight) * accuracy + format_weight * form
         scores.append({"overall": overall, "format": form, "accuracy": accuracy})
     return scores

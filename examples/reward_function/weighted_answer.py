@@ -5,21 +5,19 @@ Use with `algorithm.enable_token_weights=true`; any rule of your own takes the p
 Needs the `mathruler` package, which knows when two mathematical expressions are equal.
 """
 
-import re
 from itertools import accumulate
 from typing import Any
 
-from mathruler.grader import extract_boxed_content, grade_answer
+from verl.workers.reward.answers import find_box, is_right
 
 REWARD_NAME = "weighted_answer"
 REWARD_TYPE = "sequential"
 
-BOXED = re.compile(r"\\boxed\{.*\}")
-
 
 def compute_score(reward_input: dict[str, Any], answer_weight: float = 2.0) -> dict[str, Any]:
     """Score one response by its boxed answer, 0 or 1, and weigh its tokens."""
-    accuracy = float(grade_answer(extract_boxed_content(reward_input["response"]), str(reward_input["ground_truth"])))
+    box = find_box(reward_input["response"])
+    accuracy = float(is_right(box and box.content, reward_input["ground_truth"]))
     weights = weights_of_tokens(reward_input["response_tokens"], answer_weight)
     return {"overall": accuracy, "accuracy": accuracy, "token_weights": weights}
 
@@ -29,14 +27,13 @@ def weights_of_tokens(tokens: list[str], answer_weight: float) -> list[float] | 
 
     None, which leaves the sample to VGR if attention is collected, where nothing is boxed.
     """
-    boxed = BOXED.search("".join(tokens))
-    if boxed is None:
+    box = find_box("".join(tokens))
+    if box is None:
         return None
     ends = list(accumulate(len(token) for token in tokens))
     starts = [0, *ends[:-1]]
     raw = [
-        answer_weight if start < boxed.end() and end > boxed.start() else 1.0
-        for start, end in zip(starts, ends, strict=True)
+        answer_weight if start < box.end and end > box.start else 1.0 for start, end in zip(starts, ends, strict=True)
     ]
     mean = sum(raw) / len(raw)
     return [weight / mean for weight in raw]
