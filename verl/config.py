@@ -13,6 +13,10 @@ from difflib import get_close_matches
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
+DRY_RUN, HELP = "--dry-run", "--help"
+FLAGS = (DRY_RUN, HELP)
+"""Arguments of the command that are not keys; `verl.trainer.main` takes them out before the configuration is read."""
+
 
 class ConfigValueError(ValueError):
     """A value that its key cannot take. `under` adds the section's prefix to the key."""

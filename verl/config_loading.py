@@ -19,7 +19,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from verl.config import ConfigValueError, RetiredKey, absolute, as_yaml, cut, did_you_mean, expectation
+from verl.config import FLAGS, ConfigValueError, RetiredKey, absolute, as_yaml, cut, did_you_mean, expectation
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +29,6 @@ REMOVED = object()
 """Stands for a value that `~key` removes."""
 
 USAGE = "write key=value, as in worker.rollout.n=8"
-DRY_RUN, HELP = "--dry-run", "--help"
-FLAGS = (DRY_RUN, HELP)
-"""The command's words that are not keys; `verl.trainer.main` takes them out beforehand."""
 
 
 def load_sections(

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NoReturn
 
-from verl.config_loading import DRY_RUN, HELP
+from verl.config import DRY_RUN, HELP
 from verl.trainer.config import PPOConfig, load_config
 from verl.trainer.config_checks import effect_notes
 from verl.trainer.dry_run import dry_run
