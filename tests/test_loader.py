@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -267,3 +269,77 @@ def test_processes_that_read_end_with_the_one_they_read_for(
     children = [int(pid) for pid in os.read(read_end, 1000).split()]
     assert children
     assert are_gone(children, 2)
+
+
+STOPPED_READER = """
+import atexit, time
+atexit.register(lambda: print(time.monotonic() - begin))  # the first to register is the last to be called
+import psutil, torch
+from verl.data import loader
+from verl.trainer.stop_request import StopRequest
+
+class Rows:
+    skipped = ()
+
+    def __len__(self):
+        return loader.ROWS_WORTH_WORKERS
+
+    def __getitem__(self, row):
+        return {"input_ids": torch.tensor([row])}
+
+def begun():
+    rows = Rows()
+    order = loader.ResumableSampler(len(rows), shuffle=False, seed=0)
+    return iter(loader.BatchLoader(rows, 4, order, drop_last=True))
+
+def draw(count):
+    return [next(batches)["input_ids"].flatten().tolist() for _ in range(count)]
+
+loader.MAX_WORKERS = 2
+stop_request = StopRequest(300)
+stop_request.let_steps_finish()
+with stop_request.listening():
+    batches = begun()
+    read = draw(2)
+    print(*(child.pid for child in psutil.Process().children()), flush=True)
+    while not stop_request:
+        time.sleep(0.01)
+    time.sleep(0.5)  # long enough for a process that ends to raise an error here
+    read += draw(20)
+    assert read == [list(range(start, start + 4)) for start in range(0, 88, 4)], read
+begin = time.monotonic()
+del batches
+assert psutil.Process().children() == []
+print(time.monotonic() - begin, flush=True)
+batches = begun()
+draw(1)
+print(*(child.pid for child in psutil.Process().children()), flush=True)
+begin = time.monotonic()
+raise ValueError("open at the end")
+"""
+"""Reads, is signalled, reads on, closes its loader, and ends by an error with another one open."""
+
+
+def test_signals_to_all_processes_end_none_that_reads_and_closing_ends_them_at_once() -> None:
+    """They come from another process, to the group, as from `timeout` or a terminal. The driver alone answers.
+
+    Seconds are those of a close that waits in vain for a process, which torch does for five.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", STOPPED_READER],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as reader:
+        children = [int(pid) for pid in reader.stdout.readline().split()]
+        for pid in children:
+            os.kill(pid, signal.SIGINT)
+        os.killpg(reader.pid, signal.SIGTERM)
+        output, errors = reader.communicate(timeout=60)
+    assert children
+    assert [errors.count(text) for text in ("finishing the step", "ending at once", "Error")] == [1, 0, 1], errors
+    assert errors.endswith("ValueError: open at the end\n")
+    close_seconds, open_at_exit, exit_seconds = output.splitlines()
+    assert float(close_seconds) < 3 and float(exit_seconds) < 3
+    assert are_gone([int(pid) for pid in open_at_exit.split()], 0)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from verl.data.order import epoch_order, mixed_order
 from verl.data.sources import JoinedDataset
 from verl.trainer.config import DataConfig, data_sources
 from verl.utils.process_tree import end_with_parent
+from verl.utils.termination import hold_stop_signals, obey_only
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -138,7 +140,9 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         pieces: list[dict[str, Any]] = []
-        for piece in self._pieces:
+        with hold_stop_signals():  # loader processes start here
+            source = iter(self._pieces)
+        for piece in source:
             pieces.append(piece)
             if sum(len(piece["input_ids"]) for piece in pieces) == self.batch_size:
                 yield _join(pieces)
@@ -154,6 +158,7 @@ class BatchLoader:
 
 def _begin_worker(_: int) -> None:
     end_with_parent()
+    obey_only(multiprocessing.parent_process().pid)
 
 
 def _join(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
