@@ -53,13 +53,22 @@ class Rollouts:
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """Inside, the engines hold the current policy and their memory."""
+        """Inside, the engines hold the current policy and their memory.
+
+        A run that ends at once leaves them so: the workers may still be generating, the release would wait for that,
+        and the time is for closing the loggers.
+        """
         self.workers.prepare_rollout_engine()
         try:
             yield
-        finally:
-            if self.workers.alive:  # otherwise nothing is to be released, and a second error would hide the first
-                self.workers.release_rollout_engine()
+        except Exception:
+            self._let_engines_sleep()
+            raise
+        self._let_engines_sleep()
+
+    def _let_engines_sleep(self) -> None:
+        if self.workers.alive:  # otherwise nothing is to be released, and a second error would hide the first
+            self.workers.release_rollout_engine()
 
     def draw(self, record: StepRecord) -> DataProto:
         """Responses to the step's prompts: draws until enough groups carry signal.
