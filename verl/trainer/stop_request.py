@@ -33,6 +33,7 @@ class StopRequest:
 
     def __init__(self, grace_s: float) -> None:
         self.grace_s = grace_s
+        self._owner = os.getpid()
         self._requests = 0
         self._last_term = -math.inf
         self._waits_for_step = False
@@ -69,6 +70,8 @@ class StopRequest:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not Python's
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self._owner:  # a fork, such as a process that filters rows, has nothing to save or to say
+            os._exit(128 + number)
         now, before = time.monotonic(), self._last_term
         if number == signal.SIGTERM:
             self._last_term = now
