@@ -11,14 +11,18 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
+from tests.batches import ROWS, write_dataset
 from tests.pool import run_shared
 from tests.processes import processes_marked
 from tests.test_training_run import ROOT, arguments, is_changed, lines_of, weights_at
+from verl.data.loader import ROWS_WORTH_WORKERS
 from verl.trainer.config import load_config
 from verl.trainer.ray_trainer import RayDAPOTrainer
-from verl.trainer.stop_request import ECHO_SECONDS
+from verl.trainer.rollouts import Rollouts
+from verl.trainer.stop_request import ECHO_SECONDS, StopRequest
 
 
 def act_in_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:
@@ -100,6 +104,57 @@ def test_asked_twice_it_ends_at_once(
     assert len(lines_of(tmp_path / "experiment_log.jsonl")) == 1
 
 
+def test_asked_twice_while_workers_generate_it_closes_its_loggers_without_waiting_for_them(
+    tiny_model_path: str,
+    data_files: list[str],
+    tmp_path: Path,
+    ray_cluster,
+    monkeypatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The workers are busy, as with a long generation, until the run has ended, or for 8 seconds."""
+    draw, done = Rollouts.draw, tmp_path / "the run has ended"
+    asked_at: list[float] = []
+
+    def be_busy(_: object) -> None:
+        deadline = time.monotonic() + 8
+        while not done.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def draw_and_ask(rollouts: Rollouts, record):
+        if record.step == 2:
+            for actor in rollouts.workers.processes._actors:
+                actor.__ray_call__.remote(be_busy)
+            ask(signal.SIGTERM)()
+            time.sleep(ECHO_SECONDS)
+            asked_at.append(time.monotonic())
+            ask(signal.SIGTERM)()
+        return draw(rollouts, record)
+
+    monkeypatch.setattr(Rollouts, "draw", draw_and_ask)
+    with pytest.raises(SystemExit, match="143"):
+        run_shared(load_config(quiet(tiny_model_path, data_files, tmp_path / "run", "trainer.logger=[console,file]")))
+    seconds = time.monotonic() - asked_at[0]
+    done.touch()
+    assert seconds < 6
+    assert "broke off at step 1 of 3\n" in capsys.readouterr().err
+
+
+def test_a_fork_that_is_asked_to_end_does_so_and_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """A process that filters rows has a copy of the driver's handler, and no step to finish."""
+    stop_request = StopRequest(300)
+    stop_request.let_steps_finish()
+    with stop_request.listening():
+        fork = os.fork()
+        if fork == 0:
+            ask(signal.SIGTERM)()
+            os._exit(0)
+        _, status = os.waitpid(fork, 0)
+    assert os.waitstatus_to_exitcode(status) == 143
+    assert capfd.readouterr().err == ""
+    assert not stop_request
+
+
 def test_a_step_that_outlasts_the_grace_period_is_given_up(
     tiny_model_path: str, data_files: list[str], tmp_path: Path, ray_cluster, monkeypatch
 ) -> None:
@@ -130,9 +185,12 @@ def test_before_the_first_step_there_is_nothing_to_finish(
 def test_a_sigterm_to_every_process_of_the_run_lets_it_save_and_leaves_none(
     tiny_model_path: str, data_files: list[str], tmp_path: Path
 ) -> None:
-    """As Slurm sends it. Ray, which has a handler of its own in the driver, and the workers outlive it."""
+    """As Slurm sends it. Ray, which has a handler of its own in the driver, the workers, and the processes that read a
+    set of this size outlive it."""
     mark = uuid.uuid4().hex
-    args = quiet(tiny_model_path, data_files, tmp_path, "trainer.max_steps=1000")
+    text_rows = [row for row in ROWS if not row["images"]]
+    train = write_dataset(tmp_path / "train.parquet", text_rows, copies=-(-ROWS_WORTH_WORKERS // len(text_rows)))
+    args = quiet(tiny_model_path, data_files, tmp_path, f"data.train_files={train}", "trainer.max_steps=1000")
     with subprocess.Popen(
         [sys.executable, "-m", "verl.trainer.main", *args],
         cwd=ROOT,
@@ -142,7 +200,7 @@ def test_a_sigterm_to_every_process_of_the_run_lets_it_save_and_leaves_none(
     ) as driver:
         wait_for_steps(tmp_path, 1)
         everyone = processes_marked(mark)
-        assert len(everyone) > 5
+        assert "pt_data_worker" in {psutil.Process(pid).name() for pid in everyone}
         for pid in everyone:
             os.kill(pid, signal.SIGTERM)
         _, errors = driver.communicate(timeout=60)
