@@ -66,12 +66,16 @@ def hold_stop_signals() -> Iterator[None]:
 def obey_only(parent: int) -> None:
     """Makes this process ignore SIGINT, and SIGTERM unless its parent sends it: then it ends at once with exit code 0.
 
-    multiprocessing ends its processes by SIGTERM. Call this before the process has other threads, since each thread
+    multiprocessing ends its processes by SIGTERM. Where the system does not tell who sent a signal, as on macOS, every
+    SIGTERM counts as the parent's. Call this before the process has other threads, since each thread
     inherits the mask of the one that starts it.
 
     Args:
         parent: the parent's process id.
     """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        return
     # A handler is not told who sent a signal. A thread that waits for a blocked signal is.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     threading.Thread(target=_end_at_request_of, args=(parent,), name="stop signals", daemon=True).start()
