@@ -295,13 +295,13 @@ def main(arguments: argparse.Namespace) -> int:
     lines = arguments.lines or arguments.study.with_suffix(".jsonl")
     runs = study.runs(arguments.arms, arguments.warm_starts, arguments.seeds)
     selected = {run.key for run in runs}
+    require_same_arms(study, [line for line in read_lines(lines) if line.key in selected], lines)
     failures: list[str] = []
     if not arguments.table_only:
         folder = arguments.folder or Path("checkpoints") / "study" / study.name
         with locked_folder(str(folder)):
             failures = Runner(study, folder, lines, arguments.keep, arguments.threads).run(runs, arguments.processes)
     shown = [line for line in read_lines(lines) if line.key in selected]
-    require_same_arms(study, shown, lines)
     if arguments.table_only and not shown:
         raise StudyError(f"{lines} has no lines of these runs; without --table-only this command trains them")
     if shown:
@@ -317,9 +317,9 @@ def main(arguments: argparse.Namespace) -> int:
     return int(bool(failures))
 
 
-def require_same_arms(study: Study, shown: Sequence[Line], path: Path) -> None:
+def require_same_arms(study: Study, lines: Sequence[Line], path: Path) -> None:
     """Raise if a line's arm had other overrides than it has in the study now."""
-    for line in shown:
+    for line in lines:
         if line.overrides != study.arms[line.arm]:
             raise StudyError(
                 f"{path}: arm {line.arm}, warm start {line.warm_start}, seed {line.seed} was trained with "

@@ -67,8 +67,8 @@ def obey_only(parent: int) -> None:
     """Makes this process ignore SIGINT, and SIGTERM unless its parent sends it: then it ends at once with exit code 0.
 
     multiprocessing ends its processes by SIGTERM. Where the system does not tell who sent a signal, as on macOS, every
-    SIGTERM counts as the parent's. Call this before the process has other threads, since each thread
-    inherits the mask of the one that starts it.
+    SIGTERM counts as the parent's. Call this before the process has other threads, since each thread inherits the mask
+    of the one that starts it.
 
     Args:
         parent: the parent's process id.
